@@ -1,0 +1,7 @@
+"""timm-arl: the ARL-CNN family for timm. Importing it registers the models: ``timm.create_model('arl_cnn50')``."""
+from . import arl_cnn, baselines
+from .arl_cnn import ARLCNN, ARLBottleneck
+from .attention import attention_mask, attention_residual
+
+__version__ = '0.1.0'
+__all__ = ['ARLCNN', 'ARLBottleneck', 'arl_cnn', 'attention_mask', 'attention_residual', 'baselines']

@@ -1,0 +1,248 @@
+"""ARL-CNN: ResNets with attention residual learning
+
+Paper: `Attention Residual Learning for Skin Lesion Classification` - https://doi.org/10.1109/TMI.2019.2893944
+
+A timm ResNet whose bottleneck blocks gate their shortcut with a mask normalised from their own residual branch, at the
+price of one scalar, alpha, a block. Any ResNet checkpoint of the same depth fits; its alphas start at `alpha_init`.
+"""
+from typing import Any, Dict
+
+import torch
+import torch.nn as nn
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import Bottleneck, ResNet
+
+from .attention import ATTENTIONS, MASK_SCALES, attention_residual
+
+__all__ = ['ARLBottleneck', 'ARLCNN', 'checkpoint_filter_fn']  # register_model adds each entry point to this
+
+
+class ARLBottleneck(Bottleneck):
+    """Bottleneck block with attention residual learning, y = act(x + F + alpha * n(F) * x), Eq. 3-9.
+
+    F is the residual branch after bn3, x the shortcut after its projection, if any. Stochastic depth acts on
+    F + alpha * n(F) * x, so that a dropped block is act(x).
+    """
+
+    def __init__(
+            self,
+            *args,
+            attention: str = 'spatial',
+            alpha_init: float = 1e-3,
+            mask_scale: str = 'softmax',
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            *args: Positional arguments of timm's Bottleneck.
+            attention: Normalisation of the mask, 'spatial' (Eq. 4), 'channel' (Eq. 5) or 'mixed' (Eq. 6).
+            alpha_init: Initial value of alpha, the learnable weight of the gate.
+            mask_scale: 'softmax' for the mask as printed, 'mean1' for one rescaled to a mean of 1.
+            **kwargs: Keyword arguments of timm's Bottleneck.
+
+        Raises:
+            ValueError: An unknown ``attention`` or ``mask_scale``.
+        """
+        if attention not in ATTENTIONS:
+            raise ValueError(f'Unknown attention {attention!r}: choose one of {", ".join(ATTENTIONS)}.')
+        if mask_scale not in MASK_SCALES:
+            raise ValueError(f'Unknown mask_scale {mask_scale!r}: choose one of {", ".join(MASK_SCALES)}.')
+        super().__init__(*args, **kwargs)
+        self.attention = attention
+        self.mask_scale = mask_scale
+        # shape (1,) and not (): FSDP refuses scalars
+        self.alpha = nn.Parameter(torch.full(
+            (1,), float(alpha_init), device=self.conv3.weight.device, dtype=self.conv3.weight.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+        x = self.drop_block(x)
+        x = self.act2(x)
+        x = self.aa(x)
+
+        x = self.conv3(x)
+        x = self.bn3(x)
+
+        if self.se is not None:
+            x = self.se(x)
+
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+
+        if self.drop_path is not None:
+            x = attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut=False)
+            x = self.drop_path(x) + shortcut
+        else:
+            x = attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale)
+        x = self.act3(x)
+
+        return x
+
+
+class ARLCNN(ResNet):
+    """ResNet of attention residual learning blocks.
+
+    Everything but the block is timm's ResNet; with every alpha at 0 so is the output, bit for bit.
+    """
+
+    def __init__(
+            self,
+            *args,
+            attention: str = 'spatial',
+            alpha_init: float = 1e-3,
+            mask_scale: str = 'softmax',
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            *args: Positional arguments of timm's ResNet.
+            attention: Normalisation of the mask, 'spatial' (Eq. 4), 'channel' (Eq. 5) or 'mixed' (Eq. 6).
+            alpha_init: Initial value of each block's alpha.
+            mask_scale: 'softmax' for the mask as printed, 'mean1' for one rescaled to a mean of 1.
+            **kwargs: Keyword arguments of timm's ResNet.
+
+        Raises:
+            ValueError: An unknown ``attention`` or ``mask_scale``.
+        """
+        arl_args = dict(attention=attention, alpha_init=alpha_init, mask_scale=mask_scale)
+        block_args = dict(arl_args, **(kwargs.pop('block_args', None) or {}))
+        super().__init__(*args, block_args=block_args, **kwargs)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Complete a ResNet checkpoint, which has no alpha at all, with the model's own; others pass as they are."""
+    alphas = {k: v for k, v in model.state_dict().items() if k.endswith('.alpha')}
+    if alphas.keys().isdisjoint(state_dict):
+        state_dict = dict(state_dict, **alphas)
+    return state_dict
+
+
+def _create_arl_cnn(variant: str, pretrained: bool = False, **kwargs) -> ARLCNN:
+    return build_model_with_cfg(ARLCNN, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
+        'paper_name': 'Attention Residual Learning for Skin Lesion Classification',
+        'paper_ids': 'doi:10.1109/TMI.2019.2893944',
+        **kwargs
+    }
+
+
+def _rcfg(source: str, **kwargs) -> Dict[str, Any]:
+    """ImageNet weights of timm's own ResNets (alphas start at alpha_init), and their preprocessing."""
+    return _cfg(**dict({
+        'hf_hub_id': f'timm/{source}', 'hf_hub_filename': 'model.safetensors',
+        'interpolation': 'bicubic', 'crop_pct': 0.95, 'test_input_size': (3, 288, 288), 'test_crop_pct': 1.0,
+        'origin_url': 'https://github.com/huggingface/pytorch-image-models',
+    }, **kwargs))
+
+
+def _tvcfg(source: str, **kwargs) -> Dict[str, Any]:
+    """ImageNet weights of torchvision's ResNets as timm republishes them, the initialisation nearest to the paper's."""
+    return _cfg(
+        hf_hub_id=f'timm/{source}', hf_hub_filename='model.safetensors',
+        license='bsd-3-clause', origin_url='https://github.com/pytorch/vision', **kwargs)
+
+
+_variants = ('', '_spatial', '_channel', '_mixed')
+default_cfgs = generate_default_cfgs({
+    **{f'arl_cnn14{v}.untrained': _cfg() for v in _variants},
+    'arl_cnn26.bt_in1k': _rcfg('resnet26.bt_in1k', crop_pct=0.875, test_crop_pct=0.95),
+    **{f'arl_cnn50{v}.a1_in1k': _rcfg('resnet50.a1_in1k') for v in _variants},
+    **{f'arl_cnn50{v}.tv_in1k': _tvcfg('resnet50.tv_in1k') for v in _variants},
+    'arl_cnn101.a1_in1k': _rcfg('resnet101.a1_in1k'),
+    'arl_cnn101.tv_in1k': _tvcfg('resnet101.tv_in1k'),
+    'arl_cnn152.a1_in1k': _rcfg('resnet152.a1_in1k'),
+    'arl_cnn152.tv_in1k': _tvcfg('resnet152.tv_in1k'),
+})
+
+
+@register_model
+def arl_cnn14(pretrained: bool = False, **kwargs) -> ARLCNN:
+    """ARL-CNN14 of the paper: four blocks, spatial attention."""
+    model_args = dict(block=ARLBottleneck, layers=(1, 1, 1, 1))
+    return _create_arl_cnn('arl_cnn14', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def arl_cnn14_spatial(pretrained: bool = False, **kwargs) -> ARLCNN:
+    """ARL-CNN14, softmax over positions (Eq. 4), the same as arl_cnn14."""
+    model_args = dict(block=ARLBottleneck, layers=(1, 1, 1, 1), attention='spatial')
+    return _create_arl_cnn('arl_cnn14_spatial', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def arl_cnn14_channel(pretrained: bool = False, **kwargs) -> ARLCNN:
+    """ARL-CNN14, softmax over channels (Eq. 5)."""
+    model_args = dict(block=ARLBottleneck, layers=(1, 1, 1, 1), attention='channel')
+    return _create_arl_cnn('arl_cnn14_channel', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def arl_cnn14_mixed(pretrained: bool = False, **kwargs) -> ARLCNN:
+    """ARL-CNN14, sigmoid (Eq. 6)."""
+    model_args = dict(block=ARLBottleneck, layers=(1, 1, 1, 1), attention='mixed')
+    return _create_arl_cnn('arl_cnn14_mixed', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def arl_cnn26(pretrained: bool = False, **kwargs) -> ARLCNN:
+    """ARL-CNN26, not in the paper: ResNet-26 with spatial attention."""
+    model_args = dict(block=ARLBottleneck, layers=(2, 2, 2, 2))
+    return _create_arl_cnn('arl_cnn26', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def arl_cnn50(pretrained: bool = False, **kwargs) -> ARLCNN:
+    """ARL-CNN50 of the paper: ResNet-50 with spatial attention."""
+    model_args = dict(block=ARLBottleneck, layers=(3, 4, 6, 3))
+    return _create_arl_cnn('arl_cnn50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def arl_cnn50_spatial(pretrained: bool = False, **kwargs) -> ARLCNN:
+    """ARL-CNN50, softmax over positions (Eq. 4), the same as arl_cnn50."""
+    model_args = dict(block=ARLBottleneck, layers=(3, 4, 6, 3), attention='spatial')
+    return _create_arl_cnn('arl_cnn50_spatial', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def arl_cnn50_channel(pretrained: bool = False, **kwargs) -> ARLCNN:
+    """ARL-CNN50, softmax over channels (Eq. 5)."""
+    model_args = dict(block=ARLBottleneck, layers=(3, 4, 6, 3), attention='channel')
+    return _create_arl_cnn('arl_cnn50_channel', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def arl_cnn50_mixed(pretrained: bool = False, **kwargs) -> ARLCNN:
+    """ARL-CNN50, sigmoid (Eq. 6)."""
+    model_args = dict(block=ARLBottleneck, layers=(3, 4, 6, 3), attention='mixed')
+    return _create_arl_cnn('arl_cnn50_mixed', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def arl_cnn101(pretrained: bool = False, **kwargs) -> ARLCNN:
+    """ARL-CNN101, not in the paper: ResNet-101 with spatial attention."""
+    model_args = dict(block=ARLBottleneck, layers=(3, 4, 23, 3))
+    return _create_arl_cnn('arl_cnn101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def arl_cnn152(pretrained: bool = False, **kwargs) -> ARLCNN:
+    """ARL-CNN152, not in the paper: ResNet-152 with spatial attention."""
+    model_args = dict(block=ARLBottleneck, layers=(3, 8, 36, 3))
+    return _create_arl_cnn('arl_cnn152', pretrained, **dict(model_args, **kwargs))
