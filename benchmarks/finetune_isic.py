@@ -4,8 +4,8 @@
     accelerate launch benchmarks/finetune_isic.py --data path/to/isic2017 --model arl_cnn14 --epochs 15
     accelerate launch benchmarks/finetune_isic.py                            # on synthetic images, no download
 
-Two sigmoid outputs, binary cross-entropy, AdamW, one epoch of warm-up, cosine decay. The epoch with the best mean AUC on
-the validation split is kept, and alone meets the test split, once. The output folder receives
+Two sigmoid outputs, binary cross-entropy, AdamW, one epoch of warm-up, cosine decay. The epoch with the best mean AUC
+on the validation split is kept, and alone meets the test split, once. The output folder receives
     config.json, model.safetensors   the kept epoch: timm.create_model('local-dir:OUT', pretrained=True)
     summary.csv                      a row an epoch: losses, AUCs, learning rate, every alpha
     metrics.json                     scores with 95 % intervals, keyed by split
@@ -22,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -72,7 +73,8 @@ def build_parser():
     add('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="(default: accelerate's configuration)")
     add('--skip-bad-images', action='store_true', help='leave out images that do not decode instead of stopping')
     add('--output-dir', help='(default: runs/MODEL-DATA-TIME)')
-    add('--resume', action='store_true', help='go on with the run in --output-dir, with the arguments it was started with')
+    add('--resume', action='store_true',
+        help='go on with the run in --output-dir, with the arguments it was started with')
     return parser
 
 
@@ -133,8 +135,8 @@ def create_accelerator(args):
 def check_images(splits, args, accelerator):
     """Decode every image once, so that a bad one stops the run now and not in an hour."""
     for name in SPLITS:
-        bad = unreadable_images(splits[name], lambda rows: tqdm(
-            rows, desc=f'checking {name} images', leave=False, disable=not accelerator.is_local_main_process))
+        bad = unreadable_images(splits[name], partial(
+            tqdm, desc=f'checking {name} images', leave=False, disable=not accelerator.is_local_main_process))
         if not bad:
             continue
         ids = [splits[name][row]['image_id'] for row in bad[:10]]
@@ -223,7 +225,7 @@ def train(args):
 
     # Data
     if args.data == 'demo':
-        accelerator.print('Data: demo, SYNTHETIC images that are generated; scores on them say nothing about skin lesions.')
+        accelerator.print('Data: demo, generated SYNTHETIC images; scores on them say nothing about skin lesions.')
     splits = load_splits(args.data, seed=args.seed)
     check_images(splits, args, accelerator)
 
@@ -231,7 +233,7 @@ def train(args):
     model = create_for_task(args.model, pretrained=args.pretrained, num_classes=len(LABELS))
     if args.init_checkpoint:
         left = load_weights_file(model, args.init_checkpoint)
-        accelerator.print(f'Weights from {args.init_checkpoint}' + (f', but a new {" and ".join(left)}' if left else ''))
+        accelerator.print(f'Weights from {args.init_checkpoint}' + (f', but new {" and ".join(left)}' if left else ''))
     model = model.to(memory_format=torch.channels_last)
     alphas = [name for name, _ in model.named_parameters() if name.endswith('.alpha')]
     data_config = dict(resolve_model_data_config(model), interpolation='bilinear', crop_pct=0.875)
@@ -269,8 +271,9 @@ def train(args):
         return
     counts = ', '.join(f'{len(splits[name])} {name}' for name in SPLITS)
     accelerator.print(
-        f'{args.model}, {img_size} px, {counts} images, {accelerator.num_processes} process(es) on {accelerator.device.type}, '
-        f'mixed precision {accelerator.mixed_precision}, lr {lr:g}, seed {args.seed}\nOutput folder: {out}')
+        f'{args.model}, {img_size} px, {counts} images, {accelerator.num_processes} process(es) on '
+        f'{accelerator.device.type}, mixed precision {accelerator.mixed_precision}, lr {lr:g}, seed {args.seed}\n'
+        f'Output folder: {out}')
 
     for epoch in range(len(summary), args.epochs):
         epoch_start = time.time()
@@ -287,8 +290,8 @@ def train(args):
                 loss = binary_cross_entropy_with_logits(logits, labels)
                 if not torch.isfinite(loss):
                     ids = ', '.join(train_set.image_ids[row] for row in rows.tolist())
-                    raise RunError(f'The loss is {loss.item()} at epoch {epoch + 1}, step {step + 1}; lower --lr, or look '
-                                   f'at the images of this batch: {ids}')
+                    raise RunError(f'The loss is {loss.item()} at epoch {epoch + 1}, step {step + 1}; lower --lr, or '
+                                   f'look at the images of this batch: {ids}')
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -298,7 +301,7 @@ def train(args):
         # Validation chooses the epoch that is kept
         logits = predict(accelerator, model, loaders['validation'], 'validation')
         validation_loss = binary_cross_entropy_with_logits(logits, truth['validation']).item()
-        aucs = [auc(truth['validation'][:, k].numpy(), logits[:, k].numpy()) for k in range(len(LABELS))]
+        aucs = auc(truth['validation'].T.numpy(), logits.T.numpy()).tolist()
         network = accelerator.unwrap_model(model)
         row = {
             'epoch': epoch + 1,
@@ -345,7 +348,8 @@ def train(args):
 
 def print_results(accelerator, metrics, kept, args):
     synthetic = ', SYNTHETIC images' if args.data == 'demo' else ''
-    accelerator.print(f'AUC [95 % interval] of epoch {kept}, the best of {args.epochs} by validation mean AUC{synthetic}')
+    accelerator.print(
+        f'AUC [95 % interval] of epoch {kept}, the best of {args.epochs} by validation mean AUC{synthetic}')
     accelerator.print(f'{"":12}{"melanoma":24}{"seborrheic keratosis":24}mean')
     for name, scores in metrics.items():
         cells = [(scores[label]['auc'], scores[label]['auc_ci95']) for label in LABELS]

@@ -32,8 +32,8 @@ def attention_mask(
 ) -> torch.Tensor:
     """The attention mask n(F) of a residual branch, Eq. 4 (spatial), 5 (channel) or 6 (mixed).
 
-    A spatial softmax over 56 x 56 positions has a mean of 1/3136, which is why ``mask_scale='mean1'`` exists: it divides
-    the mask by its mean over the positions (spatial), the channels (channel) or the whole sample (mixed).
+    A spatial softmax over 56 x 56 positions has a mean of 1/3136, which is why ``mask_scale='mean1'`` exists: it
+    divides the mask by its mean over the positions (spatial), the channels (channel) or the whole sample (mixed).
 
     Args:
         residual: F, shape (B, C, H, W), any floating dtype and memory format.

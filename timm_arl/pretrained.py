@@ -43,8 +43,8 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
 def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
     """Load a safetensors file, or the model.safetensors of a folder, into a model.
 
-    A ResNet checkpoint fits an ARL-CNN of the same depth, whose alphas it leaves as they are. Apart from that and from a
-    classifier of another size, which is left as it is too, every tensor must find its place.
+    A ResNet checkpoint fits an ARL-CNN of the same depth, whose alphas it leaves as they are. Apart from that and from
+    a classifier of another size, which is left as it is too, every tensor must find its place.
 
     Args:
         model: A timm model.
@@ -79,7 +79,7 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
     wrong = [k for k in (own.keys() ^ state_dict.keys()) - set(left)]
     wrong += [k for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape]
     if wrong:
-        raise WeightsError(f'{file} does not fit {type(model).__name__}: {len(wrong)} tensors are missing, unexpected or '
-                           f'of another shape, {sorted(wrong)[0]} among them; choose the model it was saved from.')
+        raise WeightsError(f'{file} does not fit {type(model).__name__}: {len(wrong)} tensors are missing, unexpected '
+                           f'or of another shape, {sorted(wrong)[0]} among them; choose the model it was saved from.')
     model.load_state_dict(state_dict, strict=False)
     return left

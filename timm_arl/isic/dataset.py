@@ -1,11 +1,13 @@
 """Dermoscopic images with two binary labels, from a Parquet folder, a Hub dataset, or the demo generator."""
 import io
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import datasets
 import numpy as np
+import pyarrow
 import torch
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from PIL import Image
 
 from . import LABELS
@@ -53,7 +55,7 @@ def load_splits(data: str, seed: int = 0) -> Dict[str, datasets.Dataset]:
         _check_labels(split, f'{data}, split {name}')
         try:
             splits[name] = split.cast_column('image', datasets.Image(decode=False))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, pyarrow.ArrowException) as error:
             raise DataError(f'{data}, split {name}: column image holds no images; it must have the feature type Image '
                             f'of the datasets library.') from error
     labels = label_array(splits['validation'])
@@ -71,7 +73,7 @@ def _load_folder_or_hub(data: str) -> datasets.DatasetDict:
                         f"a dataset id on the Hugging Face Hub (user/name), or 'demo'.")
     try:
         return datasets.load_dataset(data)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, DatasetsError, DatasetGenerationError) as error:
         reason = ' '.join(str(error).split())
         if is_folder:
             raise DataError(f'{data} is not a dataset that can be read (data/train-*.parquet and so on): '
@@ -98,15 +100,15 @@ def label_array(split: datasets.Dataset) -> np.ndarray:
     return np.stack([np.asarray(list(split[label]), dtype=np.float32) for label in LABELS], axis=1)
 
 
-def decode(image: Dict) -> Image.Image:
+def decode(image: Optional[Dict]) -> Image.Image:
     """Decode an undecoded image cell to an RGB picture.
 
     Raises:
         OSError: No bytes, a format unknown to Pillow, a truncated file, or one of unreasonably many pixels.
     """
-    source = image['path'] if image['bytes'] is None else io.BytesIO(image['bytes'])
-    if source is None:
+    if image is None or (image['bytes'] is None and image['path'] is None):
         raise OSError('no bytes')
+    source = image['path'] if image['bytes'] is None else io.BytesIO(image['bytes'])
     try:
         with Image.open(source) as picture:
             return picture.convert('RGB')

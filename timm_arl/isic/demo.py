@@ -1,12 +1,12 @@
 """Synthetic lesions, so that everything runs with no download. Not dermoscopy: scores on them mean nothing.
 
-What a lesion looks like depends on its diagnosis, with overlap: a nevus is round, soft-edged and of one brown; a melanoma
-is asymmetric, ragged and of several colours; a seborrheic keratosis is sharp-edged, waxy and dotted. Skin, hair, ruler
-marks and vignette do not depend on it. ``python -m timm_arl.isic.demo SHEET.png`` draws a contact sheet.
+What a lesion looks like depends on its diagnosis, with overlap: a nevus is round, soft-edged and of one brown; a
+melanoma is asymmetric, ragged and of several colours; a seborrheic keratosis is sharp-edged, waxy and dotted. Skin,
+hair, ruler marks and vignette do not depend on it. ``python -m timm_arl.isic.demo SHEET.png`` draws a contact sheet.
 """
 import argparse
 import io
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
@@ -30,9 +30,9 @@ FEATURES = Features({
 
 # per diagnosis: mean raggedness of the border, asymmetry, number of extra colours, edge width (share of the radius)
 LOOKS = {
-    'nevus': (0.04, 0.08, 0.4, 0.16),
-    'melanoma': (0.11, 0.28, 2.2, 0.10),
-    'seborrheic_keratosis': (0.06, 0.12, 0.6, 0.04),
+    'nevus': (0.04, 0.08, 0.2, 0.16),
+    'melanoma': (0.10, 0.28, 2.2, 0.10),
+    'seborrheic_keratosis': (0.06, 0.12, 0.3, 0.04),
 }
 BROWNS = np.array([(121, 78, 52), (104, 66, 45), (138, 92, 64)], dtype=np.float32)
 WAXY = np.array([(142, 116, 88), (126, 106, 86), (110, 88, 70)], dtype=np.float32)
@@ -54,7 +54,7 @@ def draw_lesion(diagnosis: str, rng: np.random.Generator, size: int = 160) -> PI
     ragged, asymmetry = ragged * rng.lognormal(0, 0.35), asymmetry * rng.lognormal(0, 0.35)
 
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
-    skin = np.array((222, 178, 152), dtype=np.float32) + rng.normal(0, 12, 3) + rng.normal(0, 12)
+    skin = np.array((222, 178, 152), dtype=np.float32) + rng.normal(0, 6, 3) + rng.normal(0, 14)
     picture = skin + (x * rng.normal(0, 30) + y * rng.normal(0, 30))[..., None]
 
     # border: a circle, squeezed by the asymmetry, with harmonics that grow with raggedness
@@ -69,9 +69,9 @@ def draw_lesion(diagnosis: str, rng: np.random.Generator, size: int = 160) -> PI
     inside = 1 / (1 + np.exp(np.clip((distance - radius) / (radius * edge * 0.4), -30, 30)))[..., None]
 
     palette = WAXY if diagnosis == 'seborrheic_keratosis' else BROWNS
-    lesion = palette[rng.integers(len(palette))] + rng.normal(0, 8, 3) + _texture(rng, size, 12) * 14
+    lesion = palette[rng.integers(len(palette))] + rng.normal(0, 5, 3) + _texture(rng, size, 12) * 14
     for _ in range(rng.poisson(colours)):
-        blot = np.clip(_texture(rng, size, 5) * 1.5 - 0.7, 0, 1)
+        blot = np.clip(_texture(rng, size, 5) - 0.5, 0, 1)
         lesion = lesion * (1 - blot) + EXTRAS[rng.integers(len(EXTRAS))] * blot
     picture = picture * (1 - inside) + lesion * inside
     if diagnosis == 'seborrheic_keratosis':
@@ -90,8 +90,8 @@ def draw_lesion(diagnosis: str, rng: np.random.Generator, size: int = 160) -> PI
 
 def _texture(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     """Smooth noise of zero mean and unit variance, (size, size, 1), about `cells` bumps a side."""
-    noise = PILImage.fromarray(rng.normal(size=(cells, cells)).astype(np.float32))
-    noise = np.asarray(noise.resize((size, size), PILImage.Resampling.BICUBIC))
+    coarse = PILImage.fromarray(rng.normal(size=(cells, cells)).astype(np.float32))
+    noise = np.asarray(coarse.resize((size, size), PILImage.Resampling.BICUBIC))
     return ((noise - noise.mean()) / noise.std())[..., None]
 
 
@@ -158,7 +158,7 @@ def contact_sheet(columns: int = 8, size: int = 120, seed: int = 0) -> PILImage.
     return sheet
 
 
-def main(argv: Tuple[str, ...] = None) -> None:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description='Draw a contact sheet of the synthetic demo set.')
     parser.add_argument('path', help='PNG file to write')
     parser.add_argument('--seed', type=int, default=0, help='same seed, same images (default: %(default)s)')

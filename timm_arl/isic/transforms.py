@@ -24,7 +24,7 @@ def restore_aspect(image: Image.Image, aspect_ratio: Optional[float]) -> Image.I
 
 
 def train_transform(img_size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
-    """Random crop of 40 to 100 % of the area, both flips, mild colour jitter; RGB picture to (3, img_size, img_size)."""
+    """Random crop of 40 to 100 % of the area, flips, mild colour jitter; RGB picture to (3, img_size, img_size)."""
     return v2.Compose([
         v2.RandomResizedCrop(img_size, scale=(0.4, 1.0), interpolation=InterpolationMode.BILINEAR),
         v2.RandomHorizontalFlip(),

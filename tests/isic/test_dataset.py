@@ -1,0 +1,131 @@
+"""Data as users have them, and as they should not be."""
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from timm_arl.isic.dataset import DataError, IsicSplit, load_splits, unreadable_images
+from timm_arl.isic.transforms import eval_transform, train_transform
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+FEATURES = datasets.Features({
+    'image': datasets.Image(), 'image_id': datasets.Value('string'),
+    'melanoma': datasets.Value('float32'), 'seborrheic_keratosis': datasets.Value('float32')})
+
+
+def jpeg(color=(120, 80, 60), size=(32, 32), mode='RGB', format='JPEG'):
+    buffer = io.BytesIO()
+    Image.new('RGB', size, color).convert(mode).save(buffer, format=format)
+    return buffer.getvalue()
+
+
+def rows(count=4, **changes):
+    """Alternating diagnoses; changes are {column: {row: value}}."""
+    made = [{'image': {'bytes': jpeg(), 'path': None}, 'image_id': f'ISIC_{i:07d}',
+             'melanoma': float(i % 4 == 1), 'seborrheic_keratosis': float(i % 4 == 3)} for i in range(count)]
+    for column, values in changes.items():
+        for row, value in values.items():
+            made[row][column] = value
+    return made
+
+
+def write(folder, features=FEATURES, drop=(), **splits):
+    (folder / 'data').mkdir(parents=True)
+    for name, content in {'train': rows(8), 'validation': rows(), 'test': rows(), **splits}.items():
+        if content is not None:
+            split = datasets.Dataset.from_list(content, features=features).remove_columns(list(drop))
+            split.to_parquet(folder / 'data' / f'{name}-00000-of-00001.parquet')
+    return str(folder)
+
+
+def test_parquet_folder(tmp_path):
+    splits = load_splits(write(tmp_path / 'isic'))
+    assert {name: len(split) for name, split in splits.items()} == {'train': 8, 'validation': 4, 'test': 4}
+    item = IsicSplit(splits['train'], eval_transform(16, MEAN, STD))[1]
+    assert item[0].shape == (3, 16, 16) and item[1].tolist() == [1.0, 0.0] and item[2] == 1
+
+
+def test_real_sample(isic_sample):
+    splits = load_splits(isic_sample)
+    assert {name: len(split) for name, split in splits.items()} == {'train': 96, 'validation': 24, 'test': 48}
+    for split, each in zip(splits.values(), (32, 8, 16)):
+        assert IsicSplit(split, None).labels.sum(0).tolist() == [each, each]
+        assert unreadable_images(split) == []
+    dataset = IsicSplit(splits['train'], lambda image: torch.tensor(image.size))
+    sizes = torch.stack([dataset[row][0] for row in range(12)])
+    assert (sizes[:, 1] == 256).all() and (sizes[:, 0] > 256).all()  # squashed to 256 x 256, restored
+
+
+def test_demo_needs_no_files():
+    splits = load_splits('demo')
+    assert set(splits) == {'train', 'validation', 'test'} and splits['train']['image_id'][0].startswith('DEMO_')
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda f: str(f / 'nowhere'), 'No folder .*nowhere: pass a folder'),
+    (lambda f: './nowhere', r'No folder \./nowhere'),
+    (lambda f: 'nowhere', 'No folder nowhere'),
+    (lambda f: str(f), 'is not a dataset that can be read'),
+    (lambda f: write(f / 'd', validation=None), 'has no split validation'),
+    (lambda f: write(f / 'd', drop=['melanoma']), 'has no column melanoma .it has image, image_id, seborrheic'),
+    (lambda f: write(f / 'd', test=rows(melanoma={2: 2.0})),
+     'split test: melanoma must be 0 or 1, but is 2.0 for image ISIC_0000002'),
+    (lambda f: write(f / 'd', train=rows(melanoma={0: None, 1: None})),
+     r'melanoma must be 0 or 1, but is None .*\(2 such'),
+    (lambda f: write(f / 'd', train=rows(melanoma={3: 1.0})), 'ISIC_0000003 is labelled both melanoma and'),
+    (lambda f: write(f / 'd', validation=rows(3)), 'validation, has 0 images of seborrheic_keratosis out of 3'),
+])
+def test_unusable_data_are_refused_in_one_sentence(tmp_path, make, message):
+    with pytest.raises(DataError, match=message) as raised:
+        load_splits(make(tmp_path))
+    assert '\n' not in str(raised.value)
+
+
+def test_image_column_of_another_type_is_refused(tmp_path):
+    features = datasets.Features({**FEATURES, 'image': datasets.Value('int32')})
+    content = [dict(row, image=1) for row in rows()]
+    with pytest.raises(DataError, match='column image holds no images'):
+        load_splits(write(tmp_path / 'd', features=features, train=content, validation=content, test=content))
+
+
+def test_truncated_parquet_is_refused(tmp_path):
+    folder = write(tmp_path / 'd')
+    file = tmp_path / 'd' / 'data' / 'train-00000-of-00001.parquet'
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(DataError, match='is not a dataset that can be read'):
+        load_splits(folder)
+
+
+def test_images_that_do_not_decode_are_found(tmp_path):
+    whole = jpeg(size=(64, 64))
+    bad = {1: whole[:len(whole) // 2], 3: b'', 4: b'<html>not an image</html>'}
+    good = {0: jpeg(mode='L'), 2: jpeg(mode='CMYK'), 5: jpeg(mode='RGBA', format='PNG'),
+            7: jpeg(mode='P', format='PNG')}
+    cells = {row: {'bytes': data, 'path': None} for row, data in {**bad, **good}.items()}
+    content = rows(8, image={**cells, 6: None})
+    split = load_splits(write(tmp_path / 'd', train=content))['train']
+    assert unreadable_images(split) == sorted([*bad, 6])
+    dataset = IsicSplit(split, eval_transform(16, MEAN, STD))
+    assert all(dataset[row][0].shape == (3, 16, 16) for row in good)
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 255, (8, 3)).tolist()
+    cells = {row: {'bytes': jpeg(tuple(c)), 'path': None} for row, c in enumerate(colours)}
+    split = load_splits(write(tmp_path / 'd', train=rows(8, image=cells)))['train']
+    dataset = IsicSplit(split, train_transform(16, MEAN, STD), seed=3)
+
+    def batch(workers, epoch):
+        dataset.set_epoch(epoch)
+        torch.manual_seed(workers)
+        return next(iter(DataLoader(dataset, batch_size=8, num_workers=workers)))[0]
+
+    assert torch.equal(batch(0, 0), batch(2, 0))
+    assert not torch.equal(batch(0, 0), batch(0, 1))
+    state = torch.get_rng_state()
+    dataset[0]
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's own randomness is left alone

@@ -1,0 +1,64 @@
+"""Scores, held against definitions and against published tables of the operating point."""
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from timm_arl.isic.metrics import auc, score_split, score_task
+
+
+def pairs_auc(truth, scores):
+    """The probability that a positive outranks a negative, ties counting half."""
+    positive, negative = scores[truth == 1], scores[truth == 0]
+    return np.mean([(p > n) + 0.5 * (p == n) for p in positive for n in negative])
+
+
+def test_auc_is_the_share_of_ordered_pairs():
+    rng = np.random.default_rng(0)
+    truth, scores = rng.integers(0, 2, 60), rng.integers(0, 9, 60) / 8  # with ties
+    assert auc(truth, scores) == pytest.approx(pairs_auc(truth, scores), abs=1e-12)
+    assert auc(truth, scores) == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
+    both = auc(np.stack([truth, 1 - truth]), np.stack([scores, scores]))
+    assert both == pytest.approx([pairs_auc(truth, scores), 1 - pairs_auc(truth, scores)], abs=1e-12)
+    assert np.isnan(auc(np.ones(3), np.arange(3)))
+
+
+def test_threshold_is_strictly_above_a_half():
+    truth, probabilities = np.array([1, 1, 1, 0, 0]), np.array([0.5, 0.51, 0.9, 0.5, 0.6])
+    scores = score_task(truth, probabilities)
+    assert (scores['sensitivity'], scores['specificity'], scores['accuracy']) == (2 / 3, 1 / 2, 3 / 5)
+    assert (scores['positives'], scores['images'], scores['threshold']) == (3, 5, 0.5)
+
+
+def test_split_scores_and_intervals():
+    rng = np.random.default_rng(1)
+    truth = (rng.random((150, 2)) < 0.25).astype(np.float32)
+    probabilities = np.clip(truth * 0.3 + rng.random((150, 2)) * 0.7, 0, 1)
+    scores = score_split(truth, probabilities)
+    assert set(scores) == {'melanoma', 'seborrheic_keratosis', 'mean_auc', 'mean_auc_ci95'}
+    for k, label in enumerate(('melanoma', 'seborrheic_keratosis')):
+        value, (low, high) = scores[label]['auc'], scores[label]['auc_ci95']
+        assert value == pytest.approx(pairs_auc(truth[:, k], probabilities[:, k]), abs=1e-12)
+        assert low < value < high and 0.02 < high - low < 0.4
+    assert scores['mean_auc'] == pytest.approx((scores['melanoma']['auc'] + scores['seborrheic_keratosis']['auc']) / 2)
+    assert scores['mean_auc_ci95'][1] - scores['mean_auc_ci95'][0] < min(
+        np.diff(scores[label]['auc_ci95'])[0] for label in ('melanoma', 'seborrheic_keratosis'))
+    assert score_split(truth, probabilities) == scores  # seeded
+
+
+def test_interval_covers_the_standard_error_of_hanley_and_mcneil():
+    rng = np.random.default_rng(2)
+    truth = np.repeat([[1, 1], [0, 0]], [117, 483], axis=0)
+    probabilities = 1 / (1 + np.exp(-(rng.normal(size=(600, 2)) + truth)))
+    scores = score_split(truth, probabilities)
+    a = scores['melanoma']['auc']
+    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
+    error = np.sqrt((a * (1 - a) + 116 * (q1 - a * a) + 482 * (q2 - a * a)) / (117 * 483))
+    assert np.diff(scores['melanoma']['auc_ci95'])[0] == pytest.approx(2 * 1.96 * error, rel=0.25)
+
+
+def test_one_class_is_undefined_and_not_a_number():
+    truth = np.array([[0, 1], [0, 0], [0, 1], [0, 0]])
+    scores = score_split(truth, np.array([[0.1, 0.9], [0.2, 0.1], [0.7, 0.8], [0.1, 0.3]]))
+    assert scores['melanoma']['auc'] is scores['melanoma']['auc_ci95'] is scores['melanoma']['sensitivity'] is None
+    assert scores['mean_auc'] is scores['mean_auc_ci95'] is None
+    assert scores['seborrheic_keratosis']['auc'] == 1.0 and scores['melanoma']['specificity'] == 3 / 4

@@ -1,0 +1,63 @@
+"""Weights from files: what fits is loaded, what does not is named."""
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import timm_arl  # noqa: F401  registers the models
+from timm_arl.pretrained import WeightsError, create_for_task, load_weights_file
+
+
+def save(model, path):
+    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return path
+
+
+def test_resnet_checkpoint_keeps_the_alphas(tmp_path):
+    resnet = timm.create_model('resnet14', num_classes=2)
+    arl = timm.create_model('arl_cnn14', num_classes=2, alpha_init=0.5)
+    assert load_weights_file(arl, save(resnet, tmp_path / 'model.safetensors')) == []
+    assert torch.equal(arl.fc.weight, resnet.fc.weight) and arl.layer1[0].alpha.item() == 0.5
+    assert load_weights_file(arl, tmp_path) == []  # the folder works too
+
+
+def test_classifier_of_another_size_is_left(tmp_path):
+    path = save(timm.create_model('arl_cnn14', num_classes=7), tmp_path / 'w.safetensors')
+    model = timm.create_model('arl_cnn14', num_classes=2)
+    before = model.fc.weight.clone()
+    assert load_weights_file(model, path) == ['fc.weight', 'fc.bias']
+    assert torch.equal(model.fc.weight, before)
+
+
+def test_other_models_are_refused_and_nothing_is_loaded(tmp_path):
+    path = save(timm.create_model('resnet26', num_classes=2), tmp_path / 'w.safetensors')
+    model = timm.create_model('arl_cnn14', num_classes=2)
+    before = model.conv1.weight.clone()
+    with pytest.raises(WeightsError, match='does not fit ARLCNN.*layer1.1'):
+        load_weights_file(model, path)
+    assert torch.equal(model.conv1.weight, before)
+
+
+def test_missing_corrupt_and_pickled_files_are_refused(tmp_path):
+    model = timm.create_model('resnet14')
+    with pytest.raises(WeightsError, match='No weights at'):
+        load_weights_file(model, tmp_path)
+    path = save(model, tmp_path / 'w.safetensors')
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match='not a readable safetensors'):
+        load_weights_file(model, path)
+    torch.save(model.state_dict(), tmp_path / 'w.pth')
+    with pytest.raises(WeightsError, match='not a readable safetensors'):
+        load_weights_file(model, tmp_path / 'w.pth')
+
+
+@pytest.mark.parametrize('name, kwargs, message', [
+    ('arl_cnn15', {}, 'did you mean arl_cnn1'),
+    ('nothing-like-it', {}, "Unknown model nothing-like-it: timm.list_models"),
+    ('arl_cnn50.no_such_tag', {}, 'no_such_tag'),
+    ('arl_cnn14', dict(pretrained=True), 'No pretrained weights exist for arl_cnn14'),
+    ('local-dir:/nowhere/at/all', dict(pretrained=True), '/nowhere/at/all'),
+])
+def test_models_that_cannot_be_had(name, kwargs, message):
+    with pytest.raises(WeightsError, match=message):
+        create_for_task(name, num_classes=2, **kwargs)
