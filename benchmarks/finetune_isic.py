@@ -223,12 +223,6 @@ def train(args):
     set_seed(args.seed)
     start_time = time.time()
 
-    # Data
-    if args.data == 'demo':
-        accelerator.print('Data: demo, generated SYNTHETIC images; scores on them say nothing about skin lesions.')
-    splits = load_splits(args.data, seed=args.seed)
-    check_images(splits, args, accelerator)
-
     # Model
     model = create_for_task(args.model, pretrained=args.pretrained, num_classes=len(LABELS))
     if args.init_checkpoint:
@@ -239,6 +233,12 @@ def train(args):
     data_config = dict(resolve_model_data_config(model), interpolation='bilinear', crop_pct=0.875)
     img_size = args.img_size or data_config['input_size'][-1]
     lr = args.lr or (1e-4 if args.pretrained or args.init_checkpoint else 1e-3)
+
+    # Data
+    if args.data == 'demo':
+        accelerator.print('Data: demo, generated SYNTHETIC images; scores on them say nothing about skin lesions.')
+    splits = load_splits(args.data, seed=args.seed)
+    check_images(splits, args, accelerator)
 
     # Loaders: the order is drawn from seed and epoch, the augmentation from seed, epoch and image
     mean_std = data_config['mean'], data_config['std']

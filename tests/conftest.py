@@ -2,6 +2,9 @@ import os
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
+import torch
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -18,3 +21,13 @@ def isic_sample() -> str:
     if not folder.is_dir():
         pytest.skip(f'no ISIC 2017 sample at {folder} (set ISIC2017_SAMPLE)')
     return str(folder)
+
+
+@pytest.fixture(scope='session')
+def resnet50_file(tmp_path_factory) -> Path:
+    """A checkpoint as timm/resnet50.a1_in1k holds it, with random weights."""
+    torch.manual_seed(0)
+    model = timm.create_model('resnet50', zero_init_last=False)
+    path = tmp_path_factory.mktemp('resnet50') / 'model.safetensors'
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path

@@ -1,7 +1,7 @@
 """Finding, checking and loading weights."""
 import difflib
 from pathlib import Path
-from typing import List, Union
+from typing import Any, List, Union, cast
 
 import safetensors
 import safetensors.torch
@@ -70,9 +70,10 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
         state_dict = checkpoint_filter_fn(state_dict, model)
 
     own = model.state_dict()
-    classifier = model.get_classifier(name_only=True)
-    left = [f'{classifier}.weight', f'{classifier}.bias']
-    if all(k in own and k in state_dict and own[k].shape == state_dict[k].shape for k in left):
+    classifiers = cast(Any, model).pretrained_cfg.get('classifier') or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    left = [k for k in own if k.rpartition('.')[0] in classifiers]
+    if all(k in state_dict and own[k].shape == state_dict[k].shape for k in left):
         left = []
     for key in left:
         state_dict.pop(key, None)
