@@ -16,11 +16,12 @@ on the validation split is kept, and alone meets the test split, once. The outpu
 import argparse
 import copy
 import json
+import math
 import os
 import platform
+import shlex
 import shutil
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -43,8 +44,8 @@ from tqdm import tqdm
 import timm_arl
 from timm_arl.isic import LABELS
 from timm_arl.isic.dataset import SPLITS, DataError, IsicSplit, load_splits, unreadable_images
-from timm_arl.isic.metrics import auc, score_split
-from timm_arl.isic.results import git_commit, write_json, write_predictions, write_rows
+from timm_arl.isic.metrics import auc, auc_table, score_split
+from timm_arl.isic.results import git_commit, replacing, write_json, write_predictions, write_rows
 from timm_arl.isic.transforms import eval_transform, train_transform
 from timm_arl.pretrained import WeightsError, create_for_task, load_weights_file
 
@@ -64,12 +65,15 @@ def build_parser():
     add('--model', default='arl_cnn14', help='any timm model (default: %(default)s)')
     add('--pretrained', action='store_true', help="start from the model's pretrained weights")
     add('--init-checkpoint', metavar='PATH', help='start from a .safetensors file or a folder of this program')
-    add('--epochs', type=positive_int, default=15, help='passes over the training images (default: %(default)s)')
-    add('--batch-size', type=positive_int, default=32, help='images a process and step (default: %(default)s)')
-    add('--lr', type=positive_float, help='peak learning rate (default: 1e-3, or 1e-4 from existing weights)')
-    add('--img-size', type=positive_int, help="side of the network's input in pixels (default: the model's own)")
-    add('--seed', type=int, default=0, help='seed of weights, order and augmentation (default: %(default)s)')
-    add('--workers', type=int, default=2, help='data loading processes (default: %(default)s)')
+    add('--epochs', type=number(int, 1), default=15, help='passes over the training images (default: %(default)s)')
+    add('--batch-size', type=number(int, 1), default=32, help='images a process and step (default: %(default)s)')
+    add('--lr', type=number(float, 1e-12), help='peak learning rate (default: 1e-3, or 1e-4 from existing weights)')
+    add('--img-size', type=number(int, 64), help="side of the network's input in pixels (default: the model's own)")
+    add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0,
+        help='seed of weights, order and augmentation (default: %(default)s)')
+    add('--workers', type=number(int, 0), default=2, help='data loading processes (default: %(default)s)')
+    add('--cpu-threads', type=number(int, 1),
+        help='threads a process (default: what is set; all cores where accelerate launch set one for a lone process)')
     add('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="(default: accelerate's configuration)")
     add('--skip-bad-images', action='store_true', help='leave out images that do not decode instead of stopping')
     add('--output-dir', help='(default: runs/MODEL-DATA-TIME)')
@@ -78,18 +82,13 @@ def build_parser():
     return parser
 
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not above 0')
-    return value
-
-
-def positive_float(text):
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f'{text} is not above 0')
-    return value
+def number(kind, low, high=math.inf):
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f'{text} is not between {low} and {high}')
+        return kind(text)
+    parse.__name__ = kind.__name__  # what argparse calls it
+    return parse
 
 
 def parse_args(parser):
@@ -99,15 +98,16 @@ def parse_args(parser):
     if not args.output_dir:
         raise RunError('--resume needs --output-dir, the folder of the run to go on with.')
     record = Path(args.output_dir, 'run.json')
-    if record.exists():
-        saved = json.loads(record.read_text())['arguments']
-        parser.set_defaults(**saved)
-        args = parser.parse_args()
-        for name, value in saved.items():
-            if getattr(args, name) != value:
-                flag = '--' + name.replace('_', '-')
-                raise RunError(f'The run in {args.output_dir} has {flag} {value}, not {getattr(args, name)}: resume it '
-                               f'without {flag}, or start another in another --output-dir.')
+    if not record.exists():
+        raise RunError(f'There is no run to resume in {args.output_dir} (no run.json): start it without --resume.')
+    saved = json.loads(record.read_text())['arguments']
+    parser.set_defaults(**saved)
+    args = parser.parse_args()
+    for name, value in saved.items():
+        if getattr(args, name) != value:
+            flag = '--' + name.replace('_', '-')
+            raise RunError(f'The run in {args.output_dir} has {flag} {value}, not {getattr(args, name)}: resume it '
+                           f'without {flag}, or start another in another --output-dir.')
     return args
 
 
@@ -126,10 +126,21 @@ def create_accelerator(args):
                        f'{accelerator.num_processes}: launch with --multi_gpu, or with torchrun.')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
-    if on_cpu and launched and accelerator.num_processes == 1 and torch.get_num_threads() == 1 < cores:
+    if args.cpu_threads:
+        torch.set_num_threads(args.cpu_threads)
+    elif on_cpu and launched and accelerator.num_processes == 1 and torch.get_num_threads() == 1 < cores:
         torch.set_num_threads(cores)
-        accelerator.print(f'accelerate launch left PyTorch one thread; using all {cores} cores.')
+        accelerator.print(f'accelerate launch set one thread; using all {cores} cores (--cpu-threads 1 keeps to one).')
+    args.cpu_threads = torch.get_num_threads()  # the sums of a resumed run must be split in the same way
     return accelerator
+
+
+def check_forward(model, name, img_size):
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, img_size, img_size).contiguous(memory_format=torch.channels_last))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise RunError(f'{name} does not take images of {img_size} px: {error}') from error
 
 
 def check_images(splits, args, accelerator):
@@ -149,10 +160,17 @@ def check_images(splits, args, accelerator):
 
 
 def prepare_output_dir(args, accelerator):
-    """The output folder, and the progress of the run that it holds (None for a new one)."""
+    """The output folder, and the summary of the epochs that are finished in it."""
+    launch = {
+        'processes': accelerator.num_processes,
+        'mixed_precision': accelerator.mixed_precision,
+        'gradient_accumulation_steps': accelerator.gradient_accumulation_steps,
+        'device': accelerator.device.type,
+    }
     name = f'{args.model}-{Path(args.data).name}-{time.strftime("%Y%m%d-%H%M%S")}'.replace('/', '-').replace(':', '-')
     out = Path(broadcast_object_list([args.output_dir or f'runs/{name}'])[0])
-    if not args.resume and any((out / file).exists() for file in ('run.json', 'summary.csv', 'model.safetensors')):
+    traces = ('run.json', 'summary.csv', 'metrics.json', 'config.json', 'model.safetensors', 'last', 'last.previous')
+    if not args.resume and any((out / trace).exists() for trace in traces):
         raise RunError(f'{out} already holds a run: go on with it by --resume, or choose another --output-dir.')
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -160,50 +178,62 @@ def prepare_output_dir(args, accelerator):
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f'Cannot make the output folder {out}: {error.strerror}.') from error
-        for leftover in out.glob('.saving-*'):
-            shutil.rmtree(leftover)
         if not (out / 'last').exists() and (out / 'last.previous').exists():
             (out / 'last.previous').rename(out / 'last')
-        if not (out / 'run.json').exists():
+        for leftover in ('last.previous', 'last.saving'):
+            shutil.rmtree(out / leftover, ignore_errors=True)
+        if not args.resume:
             write_json(out / 'run.json', {
-                'command': ' '.join(sys.argv),
+                'command': shlex.join(sys.argv),
                 'arguments': {k: v for k, v in vars(args).items() if k not in ('output_dir', 'resume', 'workers')},
+                'launch': launch,
                 'commit': git_commit(__file__),
                 'versions': {m.__name__: m.__version__ for m in (timm_arl, timm, torch, accelerate, datasets)},
                 'python': platform.python_version(),
-                'device': str(accelerator.device),
-                'processes': accelerator.num_processes,
             })
     accelerator.wait_for_everyone()
+    if not args.resume:
+        return out, []
+    saved = json.loads((out / 'run.json').read_text())['launch']
+    if launch != saved:
+        raise RunError(f'The run in {out} was launched with {saved}, not {launch}: resume it in the same way.')
     progress = out / 'last' / 'progress.json'
-    if args.resume and not progress.exists():
+    if not progress.exists():
         accelerator.print(f'No finished epoch to resume in {out}: starting with the first.')
-    return out, json.loads(progress.read_text()) if progress.exists() else None
-
-
-def save_network(network, out, img_size, data_config):
-    """Write config.json and model.safetensors, as timm reads them back from a folder or the Hub."""
-    network = copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format)
-    with tempfile.TemporaryDirectory(dir=out, prefix='.saving-') as folder:
-        save_for_hf(
-            network, folder, safe_serialization=True, model_config=dict(label_names=list(LABELS)),
-            data_config=dict(data_config, input_size=(data_config['input_size'][0], img_size, img_size)))
-        shutil.copymode(Path(folder, 'config.json'), Path(folder, 'model.safetensors'))  # safetensors keeps others out
-        for file in ('model.safetensors', 'config.json'):
-            os.replace(Path(folder, file), out / file)
-
-
-def save_progress(accelerator, out, summary):
-    """Replace last/ with the state after this epoch; killed at any moment, one of the two survives."""
-    accelerator.save_state(out / 'last.saving')
+        return out, []
     if accelerator.is_main_process:
-        write_json(out / 'last.saving' / 'progress.json', {'summary': summary})
-        shutil.rmtree(out / 'last.previous', ignore_errors=True)
-        if (out / 'last').exists():
-            (out / 'last').rename(out / 'last.previous')
-        (out / 'last.saving').rename(out / 'last')
-        shutil.rmtree(out / 'last.previous', ignore_errors=True)
+        publish(out)
+    return out, json.loads(progress.read_text())['summary']
+
+
+def save_progress(accelerator, model, out, summary, best, data_config):
+    """Replace last/ by the state after this epoch and the kept network; killed at any moment, one of them survives."""
+    saving, last, previous = out / 'last.saving', out / 'last', out / 'last.previous'
+    accelerator.save_state(saving)
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if best:
+            network = copy.deepcopy(accelerator.unwrap_model(model, keep_torch_compile=False))
+            save_for_hf(
+                network.cpu().to(memory_format=torch.contiguous_format), saving / 'kept', safe_serialization=True,
+                model_config=dict(label_names=list(LABELS)), data_config=data_config)
+        else:
+            shutil.copytree(last / 'kept', saving / 'kept')
+        write_json(saving / 'progress.json', {'summary': summary})
+        if last.exists():
+            last.rename(previous)
+        saving.rename(last)
+        shutil.rmtree(previous, ignore_errors=True)
+        publish(out)
+    accelerator.wait_for_everyone()
+
+
+def publish(out):
+    """Bring the summary and the kept network, which last/ holds, into the output folder."""
+    write_rows(out / 'summary.csv', json.loads((out / 'last' / 'progress.json').read_text())['summary'])
+    for file in ('model.safetensors', 'config.json'):
+        with replacing(out / file) as temporary:
+            shutil.copyfile(out / 'last' / 'kept' / file, temporary)
 
 
 @torch.inference_mode()
@@ -219,6 +249,9 @@ def predict(accelerator, model, loader, description):
 
 
 def train(args):
+    if args.resume and Path(args.output_dir, 'metrics.json').exists():
+        print(f'This run is finished: {args.output_dir} holds its results.')
+        return
     accelerator = create_accelerator(args)
     set_seed(args.seed)
     start_time = time.time()
@@ -230,8 +263,11 @@ def train(args):
         accelerator.print(f'Weights from {args.init_checkpoint}' + (f', but new {" and ".join(left)}' if left else ''))
     model = model.to(memory_format=torch.channels_last)
     alphas = [name for name, _ in model.named_parameters() if name.endswith('.alpha')]
-    data_config = dict(resolve_model_data_config(model), interpolation='bilinear', crop_pct=0.875)
+    data_config = resolve_model_data_config(model)
     img_size = args.img_size or data_config['input_size'][-1]
+    data_config.update(
+        input_size=(3, img_size, img_size), interpolation='bilinear', crop_pct=0.875, crop_mode='center')
+    check_forward(model, args.model, img_size)
     lr = args.lr or (1e-4 if args.pretrained or args.init_checkpoint else 1e-3)
 
     # Data
@@ -261,14 +297,10 @@ def train(args):
         warmup_lr_init=lr * 1e-2, warmup_prefix=False, t_in_epochs=False)
 
     # Output folder, resuming
-    out, progress = prepare_output_dir(args, accelerator)
-    summary = progress['summary'] if progress else []
-    if progress:
+    out, summary = prepare_output_dir(args, accelerator)
+    if summary:
         accelerator.load_state(out / 'last')
         accelerator.print(f'Resuming after epoch {len(summary)} of {args.epochs}.')
-    if (out / 'metrics.json').exists():
-        accelerator.print(f'This run is finished: {out} holds its results.')
-        return
     counts = ', '.join(f'{len(splits[name])} {name}' for name in SPLITS)
     accelerator.print(
         f'{args.model}, {img_size} px, {counts} images, {accelerator.num_processes} process(es) on '
@@ -302,6 +334,8 @@ def train(args):
         logits = predict(accelerator, model, loaders['validation'], 'validation')
         validation_loss = binary_cross_entropy_with_logits(logits, truth['validation']).item()
         aucs = auc(truth['validation'].T.numpy(), logits.T.numpy()).tolist()
+        if not np.isfinite([validation_loss, *aucs]).all():
+            raise RunError(f'The validation loss is {validation_loss} after epoch {epoch + 1}: lower --lr.')
         network = accelerator.unwrap_model(model)
         row = {
             'epoch': epoch + 1,
@@ -314,11 +348,7 @@ def train(args):
         }
         best = not summary or row['validation_mean_auc'] > max(r['validation_mean_auc'] for r in summary)
         summary.append(row)
-        if accelerator.is_main_process:
-            if best:
-                save_network(network, out, img_size, data_config)
-            write_rows(out / 'summary.csv', summary)
-        save_progress(accelerator, out, summary)
+        save_progress(accelerator, model, out, summary, best, data_config)
         values = [row[name] for name in alphas]
         accelerator.print(
             f'epoch {epoch + 1}/{args.epochs}  loss {row["train_loss"]:.4f} train, {validation_loss:.4f} validation  '
@@ -328,34 +358,28 @@ def train(args):
             + f'  {time.time() - epoch_start:.0f} s')
 
     # The kept epoch: validation again, and the one look at the test split
-    load_weights_file(accelerator.unwrap_model(model), out)
-    kept = max(summary, key=lambda r: r['validation_mean_auc'])['epoch']
+    load_weights_file(accelerator.unwrap_model(model, keep_torch_compile=False), out)
+    kept = max(summary, key=lambda r: r['validation_mean_auc'])
     metrics = {}
     for name in ('validation', 'test'):
         probabilities = predict(accelerator, model, loaders[name], name).sigmoid().numpy()
         metrics[name] = score_split(truth[name].numpy(), probabilities, seed=args.seed)
+        if abs(metrics['validation']['mean_auc'] - kept['validation_mean_auc']) > 0.005:
+            raise RunError(f'The weights in {out} score {metrics["validation"]["mean_auc"]:.4f} on validation, but '
+                           f'epoch {kept["epoch"]} scored {kept["validation_mean_auc"]:.4f}: they are not its weights.')
         if accelerator.is_main_process:
             write_predictions(out / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities)
     if accelerator.is_main_process:
         write_json(out / 'metrics.json', metrics)
-    print_results(accelerator, metrics, kept, args)
+    synthetic = ', SYNTHETIC images' * (args.data == 'demo')
     accelerator.print(
-        f'{time.time() - start_time:.0f} s. In {out}: model.safetensors and config.json (epoch {kept}), summary.csv, '
-        f'metrics.json, predictions_validation.csv, predictions_test.csv, run.json, last/\n'
+        f'AUC [95 % interval] of epoch {kept["epoch"]}, the best of {args.epochs} by validation mean AUC{synthetic}\n'
+        + auc_table(metrics))
+    accelerator.print(
+        f'{time.time() - start_time:.0f} s. In {out}: model.safetensors and config.json (epoch {kept["epoch"]}), '
+        f'summary.csv, metrics.json, predictions_validation.csv, predictions_test.csv, run.json, last/\n'
         f"Use it: timm.create_model('local-dir:{out}', pretrained=True)")
     accelerator.end_training()
-
-
-def print_results(accelerator, metrics, kept, args):
-    synthetic = ', SYNTHETIC images' if args.data == 'demo' else ''
-    accelerator.print(
-        f'AUC [95 % interval] of epoch {kept}, the best of {args.epochs} by validation mean AUC{synthetic}')
-    accelerator.print(f'{"":12}{"melanoma":24}{"seborrheic keratosis":24}mean')
-    for name, scores in metrics.items():
-        cells = [(scores[label]['auc'], scores[label]['auc_ci95']) for label in LABELS]
-        cells.append((scores['mean_auc'], scores['mean_auc_ci95']))
-        texts = ['undefined' if value is None else f'{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]' for value, ci in cells]
-        accelerator.print(f'{name:12}' + ''.join(f'{text:24}' for text in texts).rstrip())
 
 
 def main():
@@ -363,7 +387,8 @@ def main():
     try:
         train(parse_args(parser))
     except (RunError, DataError, WeightsError) as error:
-        parser.exit(2, f'{parser.prog}: error: {error}\n')
+        main_process = int(os.environ.get('RANK', 0)) == 0
+        parser.exit(2, f'{parser.prog}: error: {error}\n' if main_process else None)
     except KeyboardInterrupt:
         parser.exit(130, '\nInterrupted: --output-dir with --resume goes on after the last finished epoch.\n')
 

@@ -3,6 +3,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models import save_for_hf
 
 import timm_arl  # noqa: F401  registers the models
 from timm_arl.pretrained import WeightsError, create_for_task, load_weights_file
@@ -27,6 +28,19 @@ def test_classifier_of_another_size_is_left(tmp_path):
     before = model.fc.weight.clone()
     assert load_weights_file(model, path) == ['fc.weight', 'fc.bias']
     assert torch.equal(model.fc.weight, before)
+
+
+def test_no_classifier_takes_any(tmp_path):
+    path = save(timm.create_model('arl_cnn14', num_classes=7), tmp_path / 'w.safetensors')
+    assert load_weights_file(timm.create_model('arl_cnn14', num_classes=0), path) == []
+
+
+def test_another_attention_is_refused(tmp_path):
+    save_for_hf(timm.create_model('arl_cnn14_mixed', num_classes=2), tmp_path, safe_serialization=True)
+    assert load_weights_file(timm.create_model('arl_cnn14', num_classes=2, attention='mixed'), tmp_path) == []
+    for kwargs in ({}, dict(attention='mixed', mask_scale='mean1')):
+        with pytest.raises(WeightsError, match='trained with mixed attention and mask_scale softmax, not'):
+            load_weights_file(timm.create_model('arl_cnn14', num_classes=2, **kwargs), tmp_path)
 
 
 def test_other_models_are_refused_and_nothing_is_loaded(tmp_path):
@@ -56,6 +70,7 @@ def test_missing_corrupt_and_pickled_files_are_refused(tmp_path):
     ('nothing-like-it', {}, "Unknown model nothing-like-it: timm.list_models"),
     ('arl_cnn50.no_such_tag', {}, 'no_such_tag'),
     ('arl_cnn14', dict(pretrained=True), 'No pretrained weights exist for arl_cnn14'),
+    ('vit_tiny_patch16_224', dict(attention='mixed'), 'vit_tiny_patch16_224 cannot be created: .*attention'),
     ('local-dir:/nowhere/at/all', dict(pretrained=True), '/nowhere/at/all'),
 ])
 def test_models_that_cannot_be_had(name, kwargs, message):

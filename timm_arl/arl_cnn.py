@@ -15,7 +15,7 @@ from timm.models.resnet import Bottleneck, ResNet
 
 from .attention import ATTENTIONS, MASK_SCALES, attention_residual
 
-__all__ = ['ARLBottleneck', 'ARLCNN', 'checkpoint_filter_fn']  # register_model adds each entry point to this
+__all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
 
 
 class ARLBottleneck(Bottleneck):
@@ -115,6 +115,8 @@ class ARLCNN(ResNet):
         arl_args = dict(attention=attention, alpha_init=alpha_init, mask_scale=mask_scale)
         block_args = dict(arl_args, **(kwargs.pop('block_args', None) or {}))
         super().__init__(*args, block_args=block_args, **kwargs)
+        self.attention = block_args['attention']
+        self.mask_scale = block_args['mask_scale']
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -157,15 +159,16 @@ def _tvcfg(source: str, **kwargs) -> Dict[str, Any]:
         license='bsd-3-clause', origin_url='https://github.com/pytorch/vision', **kwargs)
 
 
+_rsb_papers = ('doi:10.1109/TMI.2019.2893944', 'arXiv:2110.00476')  # the network's, and that of the weights
 _variants = ('', '_spatial', '_channel', '_mixed')
 default_cfgs = generate_default_cfgs({
     **{f'arl_cnn14{v}.untrained': _cfg() for v in _variants},
     'arl_cnn26.bt_in1k': _rcfg('resnet26.bt_in1k', crop_pct=0.875, test_crop_pct=0.95),
-    **{f'arl_cnn50{v}.a1_in1k': _rcfg('resnet50.a1_in1k') for v in _variants},
+    **{f'arl_cnn50{v}.a1_in1k': _rcfg('resnet50.a1_in1k', paper_ids=_rsb_papers) for v in _variants},
     **{f'arl_cnn50{v}.tv_in1k': _tvcfg('resnet50.tv_in1k') for v in _variants},
-    'arl_cnn101.a1_in1k': _rcfg('resnet101.a1_in1k'),
+    'arl_cnn101.a1_in1k': _rcfg('resnet101.a1_in1k', paper_ids=_rsb_papers),
     'arl_cnn101.tv_in1k': _tvcfg('resnet101.tv_in1k'),
-    'arl_cnn152.a1_in1k': _rcfg('resnet152.a1_in1k'),
+    'arl_cnn152.a1_in1k': _rcfg('resnet152.a1_in1k', paper_ids=_rsb_papers),
     'arl_cnn152.tv_in1k': _tvcfg('resnet152.tv_in1k'),
 })
 

@@ -35,7 +35,7 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
                            + "timm.list_models('arl_*') lists the family.")
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
         raise WeightsError(f'Model {name} cannot be created{" with its weights" if pretrained else ""}: '
                            f'{" ".join(str(error).split())}') from error
 
@@ -54,7 +54,7 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
         Names of the parameters that were left as they are: the classifier's, or none.
 
     Raises:
-        WeightsError: No such file, another format, or tensors that do not fit the model.
+        WeightsError: No such file, another format, tensors that do not fit the model, or another kind of attention.
     """
     path = Path(path)
     file = path / 'model.safetensors' if path.is_dir() else path
@@ -69,18 +69,31 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
     if isinstance(model, ARLCNN):
         state_dict = checkpoint_filter_fn(state_dict, model)
 
+        _check_attention(model, file)
+
     own = model.state_dict()
     classifiers = cast(Any, model).pretrained_cfg.get('classifier') or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    left = [k for k in own if k.rpartition('.')[0] in classifiers]
-    if all(k in state_dict and own[k].shape == state_dict[k].shape for k in left):
+    left = [k for k in own.keys() | state_dict.keys() if k.rpartition('.')[0] in classifiers]
+    if all(k in own and k in state_dict and own[k].shape == state_dict[k].shape for k in left):
         left = []
     for key in left:
         state_dict.pop(key, None)
-    wrong = [k for k in (own.keys() ^ state_dict.keys()) - set(left)]
+    wrong = [k for k in own.keys() ^ state_dict.keys() if k not in left]
     wrong += [k for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape]
     if wrong:
         raise WeightsError(f'{file} does not fit {type(model).__name__}: {len(wrong)} tensors are missing, unexpected '
                            f'or of another shape, {sorted(wrong)[0]} among them; choose the model it was saved from.')
     model.load_state_dict(state_dict, strict=False)
-    return left
+    return sorted(own.keys() & set(left), reverse=True)
+
+
+def _check_attention(model: ARLCNN, file: Path) -> None:
+    """Refuse weights whose config.json beside them tells of another mask: every tensor would fit, and mean another."""
+    config = file.with_name('config.json')
+    if not config.is_file():
+        return
+    saved = create_for_task(f'local-dir:{file.parent}', device='meta')
+    if isinstance(saved, ARLCNN) and (saved.attention, saved.mask_scale) != (model.attention, model.mask_scale):
+        raise WeightsError(f'{file} was trained with {saved.attention} attention and mask_scale {saved.mask_scale}, '
+                           f'not {model.attention} and {model.mask_scale}: choose the model it was saved from.')

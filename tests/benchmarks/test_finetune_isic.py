@@ -107,9 +107,15 @@ def test_killed_and_resumed_is_as_undisturbed(finished, repo, tmp_path):
     process.wait()
     assert not (out / 'metrics.json').exists()
     epochs = len(json.loads((out / 'last' / 'progress.json').read_text())['summary'])
+    # as after a kill in the middle of the next epoch's saving, too
+    (out / 'last').rename(out / 'last.previous')
+    (out / 'last.saving').mkdir(exist_ok=True)
+    (out / 'model.safetensors').write_bytes(b'half')
 
     refused = run(repo, *args, '--output-dir', out)
     assert refused.returncode == 2 and 'already holds a run' in refused.stderr
+    refused = run(repo, '--output-dir', out, '--resume', launch=[*LAUNCH, '--gradient_accumulation_steps', '2'])
+    assert 'resume it in the same way' in refused.stderr
     done = run(repo, '--output-dir', out, '--resume')  # the arguments are remembered
     assert done.returncode == 0 and f'Resuming after epoch {epochs} of 3' in done.stdout, done.stderr
     assert {p.name for p in out.iterdir()} == OUTPUTS
@@ -154,13 +160,22 @@ def test_init_checkpoint_and_other_timm_models(finished, repo, isic_sample, tmp_
     (['--data', 'no/such/folder'], 'No folder no/such/folder'),
     (['--init-checkpoint', 'nowhere'], 'No weights at nowhere'),
     (['--resume'], '--resume needs --output-dir'),
-    (['--epochs', '0'], '0 is not above 0'),
+    (['--epochs', '0'], '0 is not between 1 and inf'),
+    (['--resume', '--output-dir', 'typo'], 'no run to resume in typo'),
+    (['--model', 'vit_tiny_patch16_224', '--img-size', '96'], 'does not take images of 96 px'),
 ])
 def test_bad_arguments_get_one_sentence_and_leave_nothing(repo, tmp_path, args, message):
     done = run(repo, *args, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and 'Traceback' not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_divergence_is_named_and_keeps_nothing(repo, isic_sample, tmp_path):
+    done = run(repo, '--data', isic_sample, *SMALL[:2], '--batch-size', 96, '--epochs', 2, '--lr', 1e30,
+               '--output-dir', tmp_path / 'out')
+    assert done.returncode == 2 and 'lower --lr' in done.stderr and 'Traceback' not in done.stderr
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == {'run.json'}
 
 
 def test_bad_images_stop_the_run_unless_skipped(repo, isic_sample, tmp_path):

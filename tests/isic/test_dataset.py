@@ -16,6 +16,8 @@ FEATURES = datasets.Features({
     'image': datasets.Image(), 'image_id': datasets.Value('string'),
     'melanoma': datasets.Value('float32'), 'seborrheic_keratosis': datasets.Value('float32')})
 
+WITH_ASPECT = datasets.Features({**FEATURES, 'aspect_ratio': datasets.Value('float32')})
+
 
 def jpeg(color=(120, 80, 60), size=(32, 32), mode='RGB', format='JPEG'):
     buffer = io.BytesIO()
@@ -23,9 +25,9 @@ def jpeg(color=(120, 80, 60), size=(32, 32), mode='RGB', format='JPEG'):
     return buffer.getvalue()
 
 
-def rows(count=4, **changes):
+def rows(count=4, first=0, **changes):
     """Alternating diagnoses; changes are {column: {row: value}}."""
-    made = [{'image': {'bytes': jpeg(), 'path': None}, 'image_id': f'ISIC_{i:07d}',
+    made = [{'image': {'bytes': jpeg(), 'path': None}, 'image_id': f'ISIC_{first + i:07d}',
              'melanoma': float(i % 4 == 1), 'seborrheic_keratosis': float(i % 4 == 3)} for i in range(count)]
     for column, values in changes.items():
         for row, value in values.items():
@@ -35,8 +37,9 @@ def rows(count=4, **changes):
 
 def write(folder, features=FEATURES, drop=(), **splits):
     (folder / 'data').mkdir(parents=True)
-    for name, content in {'train': rows(8), 'validation': rows(), 'test': rows(), **splits}.items():
+    for name, content in {'train': rows(8), 'validation': rows(first=100), 'test': rows(first=200), **splits}.items():
         if content is not None:
+            content = [{**dict.fromkeys(features), **row} for row in content]
             split = datasets.Dataset.from_list(content, features=features).remove_columns(list(drop))
             split.to_parquet(folder / 'data' / f'{name}-00000-of-00001.parquet')
     return str(folder)
@@ -72,12 +75,17 @@ def test_demo_needs_no_files():
     (lambda f: str(f), 'is not a dataset that can be read'),
     (lambda f: write(f / 'd', validation=None), 'has no split validation'),
     (lambda f: write(f / 'd', drop=['melanoma']), 'has no column melanoma .it has image, image_id, seborrheic'),
-    (lambda f: write(f / 'd', test=rows(melanoma={2: 2.0})),
-     'split test: melanoma must be 0 or 1, but is 2.0 for image ISIC_0000002'),
+    (lambda f: write(f / 'd', test=rows(first=200, melanoma={2: 2.0})),
+     'split test: melanoma must be 0 or 1, but is 2.0 for image ISIC_0000202'),
     (lambda f: write(f / 'd', train=rows(melanoma={0: None, 1: None})),
      r'melanoma must be 0 or 1, but is None .*\(2 such'),
     (lambda f: write(f / 'd', train=rows(melanoma={3: 1.0})), 'ISIC_0000003 is labelled both melanoma and'),
-    (lambda f: write(f / 'd', validation=rows(3)), 'validation, has 0 images of seborrheic_keratosis out of 3'),
+    (lambda f: write(f / 'd', test=rows(first=5)), 'image_id ISIC_0000005 occurs twice .splits train and test'),
+    (lambda f: write(f / 'd', features=WITH_ASPECT, test=rows(first=200, aspect_ratio={0: 1.5, 1: None, 3: 1e9})),
+     'split test: aspect_ratio is 1000000000.0 for image ISIC_0000203'),
+    (lambda f: '', 'No folder : pass a folder'),
+    (lambda f: write(f / 'd', validation=rows(3, first=100)),
+     'validation, has 0 images of seborrheic_keratosis out of 3'),
 ])
 def test_unusable_data_are_refused_in_one_sentence(tmp_path, make, message):
     with pytest.raises(DataError, match=message) as raised:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from timm_arl.isic.metrics import auc, score_split, score_task
+from timm_arl.isic.metrics import auc, auc_table, score_split, score_task
 
 
 def pairs_auc(truth, scores):
@@ -61,4 +61,6 @@ def test_one_class_is_undefined_and_not_a_number():
     scores = score_split(truth, np.array([[0.1, 0.9], [0.2, 0.1], [0.7, 0.8], [0.1, 0.3]]))
     assert scores['melanoma']['auc'] is scores['melanoma']['auc_ci95'] is scores['melanoma']['sensitivity'] is None
     assert scores['mean_auc'] is scores['mean_auc_ci95'] is None
+    assert auc_table({'test': scores}).splitlines()[1].split() == [
+        'test', 'undefined', '1.000', '[1.000,', '1.000]', 'undefined']
     assert scores['seborrheic_keratosis']['auc'] == 1.0 and scores['melanoma']['specificity'] == 3 / 4

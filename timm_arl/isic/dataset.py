@@ -1,5 +1,6 @@
 """Dermoscopic images with two binary labels, from a Parquet folder, a Hub dataset, or the demo generator."""
 import io
+import math
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
@@ -9,6 +10,7 @@ import pyarrow
 import torch
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from PIL import Image
+from yaml import YAMLError
 
 from . import LABELS
 from .demo import demo_dataset
@@ -35,8 +37,9 @@ def load_splits(data: str, seed: int = 0) -> Dict[str, datasets.Dataset]:
         seborrheic_keratosis, and whatever else the source has.
 
     Raises:
-        DataError: No such data, a split or column missing, a label that is not 0 or 1, both labels 1, or a validation
-            split that lacks a class (no AUC could choose an epoch).
+        DataError: No such data, a split or column missing, a label that is not 0 or 1, both labels 1, an impossible
+            aspect_ratio, an image_id that occurs twice, or a validation split that lacks a class (no AUC could choose
+            an epoch).
     """
     source = demo_dataset(seed=seed) if data == 'demo' else _load_folder_or_hub(data)
     missing = [name for name in SPLITS if name not in source]
@@ -53,11 +56,13 @@ def load_splits(data: str, seed: int = 0) -> Dict[str, datasets.Dataset]:
         if not len(split):
             raise DataError(f'{data}, split {name}, has no images.')
         _check_labels(split, f'{data}, split {name}')
+        _check_aspect_ratios(split, f'{data}, split {name}')
         try:
             splits[name] = split.cast_column('image', datasets.Image(decode=False))
         except (TypeError, ValueError, pyarrow.ArrowException) as error:
             raise DataError(f'{data}, split {name}: column image holds no images; it must have the feature type Image '
                             f'of the datasets library.') from error
+    _check_ids(splits, data)
     labels = label_array(splits['validation'])
     for k, label in enumerate(LABELS):
         if labels[:, k].min() == labels[:, k].max():
@@ -67,13 +72,13 @@ def load_splits(data: str, seed: int = 0) -> Dict[str, datasets.Dataset]:
 
 
 def _load_folder_or_hub(data: str) -> datasets.DatasetDict:
-    is_folder = Path(data).is_dir()
+    is_folder = bool(data) and Path(data).is_dir()
     if not is_folder and (data.count('/') != 1 or data.startswith(('.', '/', '~'))):
         raise DataError(f'No folder {data}: pass a folder with train, validation and test splits in Parquet, '
                         f"a dataset id on the Hugging Face Hub (user/name), or 'demo'.")
     try:
         return datasets.load_dataset(data)
-    except (OSError, ValueError, DatasetsError, DatasetGenerationError) as error:
+    except (OSError, ValueError, RuntimeError, YAMLError, DatasetsError, DatasetGenerationError) as error:
         reason = ' '.join(str(error).split())
         if is_folder:
             raise DataError(f'{data} is not a dataset that can be read (data/train-*.parquet and so on): '
@@ -93,6 +98,26 @@ def _check_labels(split: datasets.Dataset, where: str) -> None:
     if both:
         raise DataError(f'{where}: image {both[0]} is labelled both melanoma and seborrheic_keratosis '
                         f'({len(both)} such images): a lesion has one diagnosis.')
+
+
+def _check_aspect_ratios(split: datasets.Dataset, where: str) -> None:
+    if 'aspect_ratio' not in split.column_names:
+        return
+    for image_id, ratio in zip(split['image_id'], split['aspect_ratio']):
+        usable = ratio is None or (isinstance(ratio, (int, float)) and (math.isnan(ratio) or 0.1 <= ratio <= 10))
+        if not usable:
+            raise DataError(f'{where}: aspect_ratio is {ratio!r} for image {image_id}; it must be the original width / '
+                            f'height, between 0.1 and 10, or null.')
+
+
+def _check_ids(splits: Dict[str, datasets.Dataset], data: str) -> None:
+    seen: Dict[str, str] = {}
+    for name, split in splits.items():
+        for image_id in split['image_id']:
+            if image_id in seen:
+                raise DataError(f'{data}: image_id {image_id} occurs twice (splits {seen[image_id]} and {name}): '
+                                f'remove one, or scores count it double or test on what was trained on.')
+            seen[image_id] = name
 
 
 def label_array(split: datasets.Dataset) -> np.ndarray:

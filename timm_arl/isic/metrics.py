@@ -7,7 +7,7 @@ from sklearn.metrics import confusion_matrix
 
 from . import LABELS
 
-__all__ = ['OFFICIAL_THRESHOLD', 'auc', 'score_split', 'score_task']
+__all__ = ['OFFICIAL_THRESHOLD', 'auc', 'auc_table', 'score_split', 'score_task']
 
 OFFICIAL_THRESHOLD = 0.5  # the challenge's scorer calls an image positive strictly above it
 
@@ -84,6 +84,17 @@ def score_split(truth: np.ndarray, probabilities: np.ndarray, resamples: int = 1
     scores['mean_auc'] = _none_if_nan(float(value[-1]))
     scores['mean_auc_ci95'] = intervals[-1]
     return scores
+
+
+def auc_table(metrics: Dict[str, Dict[str, Any]]) -> str:
+    """A line of AUCs with their intervals for each split of metrics.json, under a heading."""
+    lines = ['            ' + ''.join(f'{label.replace("_", " "):24}' for label in LABELS) + 'mean']
+    for split, scores in metrics.items():
+        cells = [(scores[label]['auc'], scores[label]['auc_ci95']) for label in LABELS]
+        cells.append((scores['mean_auc'], scores['mean_auc_ci95']))
+        texts = ['undefined' if value is None else f'{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]' for value, ci in cells]
+        lines.append(f'{split:12}' + ''.join(f'{text:24}' for text in texts).rstrip())
+    return '\n'.join(lines)
 
 
 def _percentile_interval(distribution: np.ndarray) -> Tuple[float, float]:

@@ -1,4 +1,5 @@
 """From a picture of any size to what the network sees. torchvision.transforms.v2 does the pixel work."""
+import math
 from typing import Optional, Sequence
 
 import torch
@@ -15,11 +16,13 @@ def restore_aspect(image: Image.Image, aspect_ratio: Optional[float]) -> Image.I
 
     Args:
         image: Picture, square if it was squashed.
-        aspect_ratio: Original width / height; None for unknown, taken as 1.5.
+        aspect_ratio: Original width / height; None or NaN for unknown, taken as 1.5.
     """
     if image.width != image.height:
         return image
-    width = round(image.height * (USUAL_ASPECT_RATIO if aspect_ratio is None else aspect_ratio))
+    if aspect_ratio is None or math.isnan(aspect_ratio):
+        aspect_ratio = USUAL_ASPECT_RATIO
+    width = round(image.height * aspect_ratio)
     return image.resize((width, image.height), Image.Resampling.BILINEAR)
 
 
@@ -40,9 +43,9 @@ def eval_transform(
         std: Sequence[float],
         crop_pct: float = 0.875,
 ) -> v2.Transform:
-    """Shorter side to img_size / crop_pct, centre crop; RGB picture to (3, img_size, img_size)."""
+    """Shorter side to img_size / crop_pct, centre crop, as timm; RGB picture to (3, img_size, img_size)."""
     return v2.Compose([
-        v2.Resize(round(img_size / crop_pct), interpolation=InterpolationMode.BILINEAR),
+        v2.Resize(math.floor(img_size / crop_pct), interpolation=InterpolationMode.BILINEAR),
         v2.CenterCrop(img_size),
         *_to_normalised_tensor(mean, std),
     ])
