@@ -119,7 +119,7 @@ def create_accelerator(args):
             mixed_precision=args.mixed_precision,
             cpu=on_cpu and int(os.environ.get('WORLD_SIZE', 1)) > 1,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
-    except ValueError as error:  # fp16 on a CPU, for one
+    except ValueError as error:  # fp16 on mps, for one
         raise RunError(f'Accelerate refuses this configuration: {error}') from error
     if accelerator.num_processes != int(os.environ.get('WORLD_SIZE', 1)):
         raise RunError(f'{os.environ["WORLD_SIZE"]} processes were launched, but Accelerate sees '
@@ -206,17 +206,16 @@ def prepare_output_dir(args, accelerator):
     return out, json.loads(progress.read_text())['summary']
 
 
-def save_progress(accelerator, model, out, summary, best, data_config):
+def save_progress(accelerator, network, out, summary, best, data_config):
     """Replace last/ by the state after this epoch and the kept network; killed at any moment, one of them survives."""
     saving, last, previous = out / 'last.saving', out / 'last', out / 'last.previous'
     accelerator.save_state(saving)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if best:
-            network = copy.deepcopy(accelerator.unwrap_model(model, keep_torch_compile=False))
             save_for_hf(
-                network.cpu().to(memory_format=torch.contiguous_format), saving / 'kept', safe_serialization=True,
-                model_config=dict(label_names=list(LABELS)), data_config=data_config)
+                copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format), saving / 'kept',
+                safe_serialization=True, model_config=dict(label_names=list(LABELS)), data_config=data_config)
         else:
             shutil.copytree(last / 'kept', saving / 'kept')
         write_json(saving / 'progress.json', {'summary': summary})
@@ -291,6 +290,7 @@ def train(args):
     optimizer = create_optimizer_v2(model, opt='adamw', lr=lr, weight_decay=0.05)
     model, optimizer, *prepared = accelerator.prepare(model, optimizer, *loaders.values())
     loaders = dict(zip(loaders, prepared))
+    network = accelerator.unwrap_model(model, keep_torch_compile=False)
     steps = len(loaders['train'])
     scheduler = CosineLRScheduler(
         optimizer, t_initial=args.epochs * steps, lr_min=lr * 1e-2, warmup_t=steps if args.epochs > 1 else 0,
@@ -336,7 +336,6 @@ def train(args):
         aucs = auc(truth['validation'].T.numpy(), logits.T.numpy()).tolist()
         if not np.isfinite([validation_loss, *aucs]).all():
             raise RunError(f'The validation loss is {validation_loss} after epoch {epoch + 1}: lower --lr.')
-        network = accelerator.unwrap_model(model)
         row = {
             'epoch': epoch + 1,
             'train_loss': accelerator.reduce(total_loss, 'mean').item() / steps,
@@ -348,7 +347,7 @@ def train(args):
         }
         best = not summary or row['validation_mean_auc'] > max(r['validation_mean_auc'] for r in summary)
         summary.append(row)
-        save_progress(accelerator, model, out, summary, best, data_config)
+        save_progress(accelerator, network, out, summary, best, data_config)
         values = [row[name] for name in alphas]
         accelerator.print(
             f'epoch {epoch + 1}/{args.epochs}  loss {row["train_loss"]:.4f} train, {validation_loss:.4f} validation  '
@@ -358,7 +357,7 @@ def train(args):
             + f'  {time.time() - epoch_start:.0f} s')
 
     # The kept epoch: validation again, and the one look at the test split
-    load_weights_file(accelerator.unwrap_model(model, keep_torch_compile=False), out)
+    load_weights_file(network, out)
     kept = max(summary, key=lambda r: r['validation_mean_auc'])
     metrics = {}
     for name in ('validation', 'test'):
@@ -387,8 +386,7 @@ def main():
     try:
         train(parse_args(parser))
     except (RunError, DataError, WeightsError) as error:
-        main_process = int(os.environ.get('RANK', 0)) == 0
-        parser.exit(2, f'{parser.prog}: error: {error}\n' if main_process else None)
+        parser.exit(2, f'{parser.prog}: error: {error}\n')
     except KeyboardInterrupt:
         parser.exit(130, '\nInterrupted: --output-dir with --resume goes on after the last finished epoch.\n')
 
