@@ -63,8 +63,10 @@ def build_parser():
         help="datasets folder or Hub id with the splits train, validation, test, or 'demo', generated synthetic images "
              '(default: %(default)s)')
     add('--model', default='arl_cnn14', help='any timm model (default: %(default)s)')
-    add('--pretrained', action='store_true', help="start from the model's pretrained weights")
-    add('--init-checkpoint', metavar='PATH', help='start from a .safetensors file or a folder of this program')
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument('--pretrained', action='store_true', help="start from the model's pretrained weights")
+    start.add_argument(
+        '--init-checkpoint', metavar='PATH', help='start from a .safetensors file or a folder of this program')
     add('--epochs', type=number(int, 1), default=15, help='passes over the training images (default: %(default)s)')
     add('--batch-size', type=number(int, 1), default=32, help='images a process and step (default: %(default)s)')
     add('--lr', type=number(float, 1e-12), help='peak learning rate (default: 1e-3, or 1e-4 from existing weights)')
@@ -377,7 +379,7 @@ def train(args):
     accelerator.print(
         f'{time.time() - start_time:.0f} s. In {out}: model.safetensors and config.json (epoch {kept["epoch"]}), '
         f'summary.csv, metrics.json, predictions_validation.csv, predictions_test.csv, run.json, last/\n'
-        f"Use it: timm.create_model('local-dir:{out}', pretrained=True)")
+        f"Use it: import timm, timm_arl; timm.create_model('local-dir:{out}', pretrained=True)")
     accelerator.end_training()
 
 

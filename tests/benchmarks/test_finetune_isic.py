@@ -159,6 +159,7 @@ def test_init_checkpoint_and_other_timm_models(finished, repo, isic_sample, tmp_
     (['--model', 'arl_cnn14', '--pretrained'], 'No pretrained weights exist for arl_cnn14'),
     (['--data', 'no/such/folder'], 'No folder no/such/folder'),
     (['--init-checkpoint', 'nowhere'], 'No weights at nowhere'),
+    (['--pretrained', '--init-checkpoint', 'x'], 'not allowed with argument --pretrained'),
     (['--resume'], '--resume needs --output-dir'),
     (['--epochs', '0'], '0 is not between 1 and inf'),
     (['--resume', '--output-dir', 'typo'], 'no run to resume in typo'),
