@@ -5,17 +5,21 @@ Paper: `Attention Residual Learning for Skin Lesion Classification` - https://do
 A timm ResNet whose bottleneck blocks gate their shortcut with a mask normalised from their own residual branch, at the
 price of one scalar, alpha, a block. Any ResNet checkpoint of the same depth fits; its alphas start at `alpha_init`.
 """
-from typing import Any, Dict
+from typing import Any, Dict, Type
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
+from torch.nn.modules.module import _has_any_global_hook
 
-from .attention import ATTENTIONS, MASK_SCALES, attention_residual
+from .attention import ATTENTIONS, MASK_SCALES, can_fuse, fused_attention_residual, fused_block_tail
 
 __all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
+
+
+torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs, so that these compute bit for bit what eager does
 
 
 class ARLBottleneck(Bottleneck):
@@ -69,6 +73,13 @@ class ARLBottleneck(Bottleneck):
         x = self.aa(x)
 
         x = self.conv3(x)
+        relu, inplace = False, False
+        if not torch.jit.is_scripting():
+            if can_fuse(x, shortcut, self.alpha):
+                if torch.is_grad_enabled():
+                    return self._fused_tail(x, shortcut)
+                relu = self.drop_path is None and _is_plain(self.act3, nn.ReLU)
+                inplace = self.se is None and _is_plain(self.bn3, nn.BatchNorm2d)
         x = self.bn3(x)
 
         if self.se is not None:
@@ -77,14 +88,57 @@ class ARLBottleneck(Bottleneck):
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
 
+        x = fused_attention_residual(
+            x, shortcut, self.alpha, self.attention, self.mask_scale,
+            add_shortcut=self.drop_path is None, relu=relu, inplace=inplace)
         if self.drop_path is not None:
-            x = attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut=False)
             x = self.drop_path(x) + shortcut
-        else:
-            x = attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale)
-        x = self.act3(x)
+        if not relu:
+            x = self.act3(x)
 
         return x
+
+    def _fused_tail(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """All that follows conv3; plain norm layers and a plain ReLU go into the gate's function, others around it."""
+        norm, shortcut_norm = None, None
+        if self.se is None and _is_plain(self.bn3, nn.BatchNorm2d) and _has_statistics(self.bn3, x):
+            norm = self.bn3
+        else:
+            x = self.bn3(x)
+            if self.se is not None:
+                x = self.se(x)
+
+        if self.downsample is not None:
+            if self.drop_path is None and _is_plain(self.downsample, nn.Sequential):
+                *layers, last = self.downsample
+                for layer in layers:
+                    shortcut = layer(shortcut)
+                if _is_plain(last, nn.BatchNorm2d) and _has_statistics(last, shortcut):
+                    shortcut_norm = last
+                else:
+                    shortcut = last(shortcut)
+            else:
+                shortcut = self.downsample(shortcut)
+
+        relu = self.drop_path is None and _is_plain(self.act3, nn.ReLU)
+        x = fused_block_tail(
+            x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut=self.drop_path is None, relu=relu,
+            norm=norm, shortcut_norm=shortcut_norm)
+        if self.drop_path is not None:
+            x = self.drop_path(x) + shortcut
+        return x if relu else self.act3(x)
+
+
+def _is_plain(module: nn.Module, cls: Type[nn.Module]) -> bool:
+    """Whether a module is of this very class and calling it does no more than its forward: no hooks, no wrappers."""
+    return type(module) is cls and 'forward' not in vars(module) and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or _has_any_global_hook())
+
+
+def _has_statistics(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
+    """Whether a batch norm is of the usual kind: affine, with running statistics and more than one value a channel."""
+    return norm.affine and norm.running_mean is not None and norm.momentum is not None and x.numel() > x.shape[1]
 
 
 class ARLCNN(ResNet):

@@ -1,4 +1,4 @@
-"""The gate of attention residual learning (ARL), in plain PyTorch operations.
+"""The gate of attention residual learning (ARL): written out, and as one autograd function.
 
 Paper: `Attention Residual Learning for Skin Lesion Classification` - https://doi.org/10.1109/TMI.2019.2893944
 
@@ -16,10 +16,23 @@ spatial    4     softmax over the H*W positions, per sample and channel         
 channel    5     softmax over the C channels, per sample and position           channels
 mixed      6     sigmoid, elementwise                                           (nothing)
 =========  ====  =============================================================  =======================
-"""
-import torch
 
-__all__ = ['ATTENTIONS', 'MASK_SCALES', 'attention_mask', 'attention_residual']
+:func:`attention_mask` and :func:`attention_residual` are the reference, in plain operations that scripting, tracing,
+exporting and compiling see through. :class:`FusedAttentionResidual` computes the same in eager mode with less memory
+and fewer passes over it; docs/performance.md has the figures.
+"""
+from typing import Any, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from . import kernels
+
+__all__ = [
+    'ATTENTIONS', 'MASK_SCALES', 'FusedAttentionResidual', 'attention_mask', 'attention_residual', 'can_fuse',
+    'fused_attention_residual', 'fused_block_tail',
+]
 
 ATTENTIONS = ('spatial', 'channel', 'mixed')
 MASK_SCALES = ('softmax', 'mean1')
@@ -99,3 +112,206 @@ def attention_residual(
     if add_shortcut:
         gate = gate + 1.
     return torch.addcmul(residual.to(gate.dtype), gate, shortcut.to(gate.dtype)).to(residual.dtype)
+
+
+def can_fuse(*tensors: torch.Tensor) -> bool:
+    """Whether the fused gate can take these: ordinary tensors, run eagerly, with backward as the only transform."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(
+        type(t) in (torch.Tensor, nn.Parameter) and t.device.type != 'meta'
+        and torch.autograd.forward_ad.unpack_dual(t).tangent is None
+        for t in tensors)
+
+
+def fused_attention_residual(
+        residual: torch.Tensor,
+        shortcut: torch.Tensor,
+        alpha: torch.Tensor,
+        attention: str = 'spatial',
+        mask_scale: str = 'softmax',
+        add_shortcut: bool = True,
+        relu: bool = False,
+        inplace: bool = False,
+) -> torch.Tensor:
+    """:func:`attention_residual`, fused in eager mode, and as written there when scripted, exported or compiled.
+
+    An alpha of exactly 0 skips the gate where no gradient is needed (on a CPU).
+
+    Args:
+        relu: Whether a ReLU follows the sum.
+        inplace: Whether the result may overwrite ``residual`` where no gradient is needed.
+        residual, shortcut, alpha, attention, mask_scale, add_shortcut: See :func:`attention_residual`.
+    """
+    if torch.jit.is_scripting():
+        y = attention_residual(residual, shortcut, alpha, attention, mask_scale, add_shortcut)
+        return y.relu() if relu else y
+    else:
+        if not can_fuse(residual, shortcut, alpha):
+            y = attention_residual(residual, shortcut, alpha, attention, mask_scale, add_shortcut)
+            return y.relu() if relu else y
+        if torch.is_grad_enabled():
+            return fused_block_tail(residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu)
+        _check(attention, mask_scale)
+        if _is_off(alpha):
+            return _without_gate(residual, shortcut, add_shortcut, relu)
+        return kernels.gate(residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu, inplace)[0]
+
+
+def fused_block_tail(
+        residual: torch.Tensor,
+        shortcut: torch.Tensor,
+        alpha: torch.Tensor,
+        attention: str = 'spatial',
+        mask_scale: str = 'softmax',
+        add_shortcut: bool = True,
+        relu: bool = False,
+        norm: Optional[nn.BatchNorm2d] = None,
+        shortcut_norm: Optional[nn.BatchNorm2d] = None,
+) -> torch.Tensor:
+    """The end of a block, relu(x + F + alpha * n(F) * x) with F = norm(residual) and x = shortcut_norm(shortcut).
+
+    Args:
+        residual: Input of ``norm``, or F itself, shape (B, C, H, W).
+        shortcut: Input of ``shortcut_norm``, or x itself, shape (B, C, H, W).
+        alpha: Learnable weight, shape (1,).
+        attention: Normalisation n, see :func:`attention_residual`.
+        mask_scale: 'softmax' or 'mean1', see :func:`attention_mask`.
+        add_shortcut: False leaves out the leading ``x``.
+        relu: Whether a ReLU follows the sum.
+        norm: Last norm layer of the residual branch, called on ``residual`` with all effects of its own forward.
+        shortcut_norm: Last norm layer of the projection, called on ``shortcut``.
+
+    Returns:
+        y of shape (B, C, H, W) in the dtype and memory format of ``residual``.
+
+    Raises:
+        ValueError: An unknown ``attention`` or ``mask_scale``.
+    """
+    _check(attention, mask_scale)
+    if not alpha.requires_grad and _is_off(alpha):
+        f = residual if norm is None else norm(residual)
+        x = shortcut if shortcut_norm is None else shortcut_norm(shortcut)
+        return _without_gate(f, x, add_shortcut, relu)
+    parameters = [getattr(m, name, None) for m in (norm, shortcut_norm) for name in ('weight', 'bias')]
+    return FusedAttentionResidual.apply(
+        residual, shortcut, alpha, *parameters, norm, shortcut_norm, attention, mask_scale, add_shortcut, relu)
+
+
+def _check(attention: str, mask_scale: str) -> None:
+    if attention not in ATTENTIONS:
+        raise ValueError(f"Unknown attention '{attention}': choose 'spatial', 'channel' or 'mixed'.")
+    if mask_scale not in MASK_SCALES:
+        raise ValueError(f"Unknown mask_scale '{mask_scale}': choose 'softmax' or 'mean1'.")
+
+
+def _is_off(alpha: torch.Tensor) -> bool:
+    """Whether alpha is exactly 0; asked on a CPU alone, since an accelerator would have to be waited for."""
+    return alpha.device.type == 'cpu' and alpha.item() == 0
+
+
+def _without_gate(f: torch.Tensor, x: torch.Tensor, add_shortcut: bool, relu: bool) -> torch.Tensor:
+    y = (f + x).to(f.dtype) if add_shortcut else f
+    return y.relu() if relu else y
+
+
+class FusedAttentionResidual(torch.autograd.Function):
+    """:func:`fused_block_tail` with a backward pass of its own.
+
+    Kept for backward are the inputs of the batch norms, which these keep anyway, y, which the ReLU keeps anyway, and a
+    row of numbers: F, x and the mask are computed again. With g the gradient of the sum, m = n(F), s the factor of
+    ``mask_scale`` and <.> a sum over what the mask sums to 1 over, the gradients are
+
+        alpha: s * sum(g * x * m)    x: g + alpha * s * g * m    F: g + alpha * s * m * (g * x - <g * x * m>)
+
+    for a softmax; for the sigmoid, the last is g + alpha * s * m * (1 - m) * (g * x - <g * x * m> / <m>), where the
+    quotient belongs to 'mean1' alone.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+            ctx: Any,
+            residual: torch.Tensor,
+            shortcut: torch.Tensor,
+            alpha: torch.Tensor,
+            weight: Optional[torch.Tensor],
+            bias: Optional[torch.Tensor],
+            shortcut_weight: Optional[torch.Tensor],
+            shortcut_bias: Optional[torch.Tensor],
+            norm: Optional[nn.BatchNorm2d],
+            shortcut_norm: Optional[nn.BatchNorm2d],
+            attention: str,
+            mask_scale: str,
+            add_shortcut: bool,
+            relu: bool,
+    ) -> torch.Tensor:
+        f, x = residual, shortcut
+        statistics: List[Optional[torch.Tensor]] = [None] * 4
+        if norm is not None:
+            f, *statistics[:2] = kernels.normalize(residual, norm)
+        if shortcut_norm is not None:
+            x, *statistics[2:] = kernels.normalize(shortcut, shortcut_norm)
+        # a batch norm's output is ours to overwrite
+        y, tops, sums = kernels.gate(
+            f, x, alpha, attention, mask_scale, add_shortcut, relu, inplace=norm is not None)
+        ctx.save_for_backward(
+            residual, shortcut, alpha, weight, bias, shortcut_weight, shortcut_bias, *statistics, tops, sums,
+            y if relu else None)
+        ctx.options = kernels.layout(f), attention, mask_scale, add_shortcut
+        # the mode is that of the forward pass, whatever the module is set to by the time of the backward pass
+        ctx.norm = None if norm is None else (norm.training, norm.eps)
+        ctx.shortcut_norm = None if shortcut_norm is None else (shortcut_norm.training, shortcut_norm.eps)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:  # type: ignore[override]
+        (residual, shortcut, alpha, weight, bias, shortcut_weight, shortcut_bias, mean, spread, shortcut_mean,
+         shortcut_spread, tops, sums, y) = ctx.saved_tensors
+        norm = ctx.norm and kernels.NormState._make((*ctx.norm, weight, bias, mean, spread))
+        shortcut_norm = ctx.shortcut_norm and kernels.NormState._make(
+            (*ctx.shortcut_norm, shortcut_weight, shortcut_bias, shortcut_mean, shortcut_spread))
+        fmt, attention, mask_scale, add_shortcut = ctx.options
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph: a gradient that can itself be differentiated
+            return _differentiable_backward(
+                grad, residual, shortcut, alpha, norm, shortcut_norm, attention, mask_scale, add_shortcut,
+                y is not None, needs)
+        grad_f, grad_x, grad_alpha = kernels.gate_backward(
+            grad, y, residual, shortcut, alpha, tops, sums, norm, shortcut_norm, fmt, attention, mask_scale,
+            add_shortcut)
+        grad_residual, grad_weight, grad_bias = kernels.normalize_backward(
+            grad_f, residual, norm, [needs[0], needs[3], needs[4]])
+        grad_shortcut, grad_shortcut_weight, grad_shortcut_bias = kernels.normalize_backward(
+            grad_x, shortcut, shortcut_norm, [needs[1], needs[5], needs[6]])
+        return (
+            grad_residual, grad_shortcut, grad_alpha, grad_weight, grad_bias, grad_shortcut_weight, grad_shortcut_bias,
+            None, None, None, None, None, None)
+
+
+def _differentiable_backward(
+        grad: torch.Tensor,
+        residual: torch.Tensor,
+        shortcut: torch.Tensor,
+        alpha: torch.Tensor,
+        norm: Optional[kernels.NormState],
+        shortcut_norm: Optional[kernels.NormState],
+        attention: str,
+        mask_scale: str,
+        add_shortcut: bool,
+        relu: bool,
+        needs: Tuple[bool, ...],
+) -> Tuple[Optional[torch.Tensor], ...]:
+    """The gradients by autograd through the plain gate, for a backward pass that is itself differentiated."""
+    inputs: List[Optional[torch.Tensor]] = [residual, shortcut, alpha]
+    values = []
+    for value, state in ((residual, norm), (shortcut, shortcut_norm)):
+        if state is not None:
+            mean, variance = (None, None) if state.training else (state.mean, state.spread)
+            value = F.batch_norm(value, mean, variance, state.weight, state.bias, state.training, 0., state.eps)
+        inputs += [state and state.weight, state and state.bias]
+        values.append(value)
+    y = attention_residual(values[0], values[1], alpha, attention, mask_scale, add_shortcut)
+    y = y.relu() if relu else y
+    wanted = {i: t for i, t in enumerate(inputs) if t is not None and needs[i]}
+    grads = dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), grad, create_graph=True)))
+    return tuple(grads.get(i) for i in range(len(needs)))

@@ -1,0 +1,360 @@
+"""The fused gate, held against the plain one, and the blocks that use it against the same blocks without it."""
+import copy
+import threading
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from test_arl_cnn import create, image, with_alpha
+from test_attention import FORMATS, SHAPES, pair, paper_gate
+from timm.layers import BlurPool2d
+from timm.utils.model import freeze_batch_norm_2d
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from timm_arl import kernels
+from timm_arl.attention import (
+    ATTENTIONS,
+    MASK_SCALES,
+    attention_residual,
+    fused_attention_residual,
+    fused_block_tail,
+)
+
+every_gate = [pytest.mark.parametrize('attention', ATTENTIONS), pytest.mark.parametrize('mask_scale', MASK_SCALES)]
+
+
+def for_every_gate(test):
+    for mark in every_gate:
+        test = mark(test)
+    return test
+
+
+def norm_layer(channels, training, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    norm = nn.BatchNorm2d(channels, dtype=dtype).train(training)
+    for t in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        t.copy_(torch.rand(channels, generator=generator) + 0.5)
+    return norm
+
+
+def plain_tail(residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu, norm, shortcut_norm):
+    f = residual if norm is None else norm(residual)
+    x = shortcut if shortcut_norm is None else shortcut_norm(shortcut)
+    y = attention_residual(f, x, alpha, attention, mask_scale, add_shortcut)
+    return y.relu() if relu else y
+
+
+# The function
+
+
+@for_every_gate
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize('norms', ['none', 'training', 'frozen'])
+def test_gradcheck(attention, mask_scale, memory_format, relu, norms):
+    tensors = [t.requires_grad_() for t in pair((2, 3, 3, 2), torch.float64, memory_format)]
+    norm, shortcut_norm = (None, None) if norms == 'none' else (
+        norm_layer(3, norms == 'training'), norm_layer(3, norms == 'training', seed=1))
+    parameters = [] if norm is None else [*norm.parameters(), *shortcut_norm.parameters()]
+    alpha = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    for add_shortcut in (True, False):
+        def tail(residual, shortcut, alpha, *_, add_shortcut=add_shortcut):
+            return fused_block_tail(
+                residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu, norm, shortcut_norm)
+        assert torch.autograd.gradcheck(tail, (*tensors, alpha, *parameters))
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+@pytest.mark.parametrize('norms', ['none', 'training', 'frozen'])
+def test_second_derivatives(attention, norms):
+    tensors = [t.requires_grad_() for t in pair((2, 2, 2, 2), torch.float64)]
+    norm = None if norms == 'none' else norm_layer(2, norms == 'training')
+    alpha = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    parameters = [] if norm is None else list(norm.parameters())
+    assert torch.autograd.gradgradcheck(
+        lambda r, s, a, *_: fused_block_tail(r, s, a, attention, norm=norm), (*tensors, alpha, *parameters))
+
+
+@for_every_gate
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('shape', [*SHAPES, (5, 16, 9, 9)])
+@pytest.mark.parametrize('block', [1, 300, 2 ** 19])
+def test_float32_is_the_plain_gate(monkeypatch, attention, mask_scale, memory_format, shape, block):
+    monkeypatch.setattr(kernels, 'BLOCK_ELEMENTS', block)
+    residual, shortcut = pair(shape, memory_format=memory_format)
+    results = []
+    for gate in (fused_attention_residual, attention_residual):
+        inputs = [t.clone().requires_grad_() for t in (residual, shortcut, torch.tensor([0.7]))]
+        y = gate(*inputs, attention, mask_scale)
+        gradients = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum(), inputs)
+        results.append((y, *gradients[:2]))
+        assert y.is_contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        results.append((fused_attention_residual(residual, shortcut, torch.tensor([0.7]), attention, mask_scale),))
+    for fused, plain in [*zip(*results[:2]), (results[2][0], results[1][0])]:
+        assert (fused - plain).abs().max() <= 1e-6 * plain.abs().max()
+
+
+@for_every_gate
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_worse_than_the_plain_gate(attention, mask_scale, dtype):
+    # 64 channels, 14 x 14 positions; alpha large enough to matter
+    residual, shortcut = pair((4, 64, 14, 14), dtype, torch.channels_last)
+    weight = torch.linspace(-1, 1, residual.numel(), dtype=torch.float64).reshape(residual.shape)
+    alpha = 0.7 if mask_scale == 'mean1' or attention == 'mixed' else 20.
+
+    def run(gate, dtype):
+        inputs = [residual.to(dtype), shortcut.to(dtype), torch.tensor([alpha], dtype=torch.promote_types(
+            dtype, torch.float32))]
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        y = gate(*inputs, attention, mask_scale)
+        return [t.double() for t in (y, *torch.autograd.grad(y, inputs, weight.to(dtype)))]
+
+    exact, plain, fused = run(attention_residual, torch.float64), run(attention_residual, dtype), run(
+        fused_attention_residual, dtype)
+    for e, p, f in zip(exact, plain, fused):
+        assert (f - e).norm() <= 1.02 * (p - e).norm() + 1e-6 * e.norm()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('attention', ATTENTIONS)
+@pytest.mark.parametrize('memory_format', FORMATS)
+def test_large_activations(attention, dtype, memory_format):
+    # beyond what float32 can exponentiate; a channel of one value throughout; an activation on top of all others
+    residual, shortcut = pair((2, 4, 5, 5), dtype, memory_format)
+    residual[0, 1], residual[0, 2], residual[1, 3, 2, 2] = 3e4, -3e4, 200.
+    for grad in (True, False):
+        y = fused_attention_residual(
+            residual.clone().requires_grad_(grad), shortcut, torch.tensor([0.75], dtype=shortcut.dtype), attention)
+        expected = paper_gate(residual.double().numpy(), shortcut.double().numpy(), 0.75, attention, 'softmax')
+        assert torch.allclose(y.double(), torch.from_numpy(expected), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    gradient, = torch.autograd.grad(fused_attention_residual(
+        residual.requires_grad_(), shortcut, torch.tensor([0.75], dtype=shortcut.dtype), attention).sum(), residual)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_any_strides(attention, grad):
+    wide = torch.randn(3, 8, 6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    residuals = [wide[..., ::2], wide.permute(0, 2, 1, 3)[:, :, :6, :6], wide[:1].expand(3, -1, -1, -1)[..., :6],
+                 wide.contiguous(memory_format=torch.channels_last)[:, 1:5], wide[:0], wide[:, :1]]
+    for residual in residuals:
+        shortcut = torch.randn_like(residual.contiguous()).contiguous(memory_format=torch.channels_last)
+        alpha = torch.tensor([0.7], dtype=torch.float64)
+        before = residual.clone()
+        inputs = [t.detach().requires_grad_(grad) for t in (residual, shortcut, alpha)]
+        y = fused_attention_residual(*inputs, attention)
+        expected = attention_residual(*inputs, attention)
+        assert torch.allclose(y, expected) and torch.equal(residual, before)
+        if grad and len(residual):
+            upstream = torch.ones(()).expand(y.shape)  # as from a sum: no strides of its own
+            for a, b in zip(torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)):
+                assert torch.allclose(a, b)
+
+
+def test_shortcut_of_another_dtype_and_frozen_inputs():
+    residual, shortcut = pair((2, 4, 5, 5), torch.bfloat16)
+    y = fused_attention_residual(residual, shortcut.float(), torch.tensor([0.7]))
+    assert torch.equal(y, attention_residual(residual, shortcut.float(), torch.tensor([0.7])))
+    alpha = torch.tensor([0.7], requires_grad=True)
+    fused_attention_residual(residual, shortcut, alpha).sum().backward()
+    expected = torch.tensor([0.7], requires_grad=True)
+    attention_residual(residual, shortcut, expected).sum().backward()
+    assert torch.allclose(alpha.grad, expected.grad, rtol=1e-3)
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_other_transforms_take_the_plain_gate(attention):
+    inputs = (*pair((2, 3, 4, 4), torch.float64), torch.tensor([0.7], dtype=torch.float64))
+    tangents = tuple(torch.ones_like(t) for t in inputs)
+    for transform in (
+            lambda gate: torch.func.grad(lambda *a: gate(*a, attention).square().sum(), argnums=(0, 1, 2))(*inputs),
+            lambda gate: torch.func.jvp(lambda *a: gate(*a, attention), inputs, tangents),
+            lambda gate: (torch.func.vmap(lambda r, s: gate(r, s, inputs[2], attention))(
+                *(t[:, None] for t in inputs[:2])),)):
+        for a, b in zip(transform(fused_attention_residual), transform(attention_residual)):
+            assert torch.equal(a, b)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[0], tangents[0])
+        assert torch.autograd.forward_ad.unpack_dual(
+            fused_attention_residual(dual, *inputs[1:], attention)).tangent is not None
+    meta = [t.to('meta') for t in inputs]
+    assert fused_attention_residual(*meta, attention).shape == inputs[0].shape
+
+
+def test_threads_and_inference_mode_do_not_disturb_each_other():
+    cases = [pair((3, 16, 20, 20), seed=seed) for seed in range(4)]
+    alpha = torch.tensor([0.7])
+    expected = [attention_residual(*case, alpha) for case in cases]
+    wrong = []
+
+    def work(i):
+        with torch.inference_mode():  # first: what it allocates is used outside of it next
+            fused_attention_residual(*cases[i], alpha)
+        for _ in range(20):
+            inputs = [t.clone().requires_grad_() for t in cases[i]]
+            y = fused_attention_residual(*inputs, alpha)
+            y.sum().backward()
+            if not torch.allclose(y, expected[i], rtol=1e-5):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+# The blocks
+
+
+def without_fusion(model):
+    """The same network with hooks that do nothing, which keep its norms and activations out of the function."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda module, inputs, output: None)
+    return model
+
+
+def group_norm(channels, **kwargs):
+    return nn.GroupNorm(4, channels, **kwargs)
+
+
+def cumulative_batch_norm(channels, **kwargs):
+    return nn.BatchNorm2d(channels, momentum=None, **kwargs)
+
+
+def bare_batch_norm(channels, **kwargs):
+    return nn.BatchNorm2d(channels, track_running_stats=False, affine=False, **kwargs)
+
+
+VARIANTS = {
+    'plain': {}, 'channel': dict(attention='channel'), 'mixed': dict(attention='mixed', mask_scale='mean1'),
+    'drop_path': dict(drop_path_rate=0.5), 'se': dict(block_args=dict(attn_layer='se')),
+    'avg_down': dict(stem_type='deep', stem_width=32, avg_down=True), 'silu': dict(act_layer=nn.SiLU),
+    'group_norm': dict(norm_layer=group_norm), 'cumulative': dict(norm_layer=cumulative_batch_norm),
+    'bare': dict(norm_layer=bare_batch_norm, zero_init_last=False), 'blur': dict(aa_layer=BlurPool2d),
+}
+
+
+@pytest.mark.parametrize('mode', ['train', 'frozen norms', 'frozen modules', 'eval'])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_blocks_are_the_plain_ones(variant, mode):
+    model = create('arl_cnn26', num_classes=2, trained_look=variant != 'bare', **VARIANTS[variant]).double()
+    with_alpha(model, 2.).train(mode != 'eval')
+    if mode == 'frozen norms':
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    elif mode == 'frozen modules' and variant != 'bare':  # which has nothing to freeze, and timm's function expects it
+        freeze_batch_norm_2d(model)
+    results = []
+    for network in (model, without_fusion(model)):
+        x = image().double().to(memory_format=torch.channels_last).requires_grad_()
+        torch.manual_seed(0)
+        y = network(x)
+        gradients = torch.autograd.grad(y.square().sum(), [x, *network.parameters()])
+        with torch.no_grad():
+            torch.manual_seed(0)
+            results.append((y, *gradients, *network.buffers(), network(image(70).double())))
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_folded_batch_norm(attention):
+    model = with_alpha(create(num_classes=2, attention=attention), 2.)
+    folded = copy.deepcopy(model)
+    for stage in (folded.layer1, folded.layer2, folded.layer3, folded.layer4):
+        block = stage[0]
+        block.conv3, block.bn3 = nn.utils.fuse_conv_bn_eval(block.conv3, block.bn3), nn.Identity()
+        block.downsample = nn.Sequential(nn.utils.fuse_conv_bn_eval(*block.downsample), nn.Identity())
+    with torch.inference_mode():
+        assert torch.allclose(folded(image()), model(image()), rtol=1e-4, atol=1e-5)
+
+
+def test_sync_batch_norm():
+    model = with_alpha(create(num_classes=2), 2.)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert isinstance(synchronised.layer1[0].bn3, nn.SyncBatchNorm)
+    assert torch.allclose(synchronised(image()), model(image()), atol=1e-6)
+
+
+def test_one_value_a_channel_is_refused_as_by_batch_norm():
+    model = create(num_classes=2).train()
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        model(image(32, batch=1))
+
+
+def test_a_hook_sees_what_the_norm_gave():
+    model = with_alpha(create(num_classes=2), 2.)
+    kept = []
+    model.layer1[0].bn3.register_forward_hook(lambda m, i, o: kept.extend((o, o.clone())))
+    with torch.inference_mode():
+        model(image())
+    assert torch.equal(*kept)
+    for replaced in ('bn3', 'act3'):  # a module whose forward was wrapped, as Accelerate does to offload it
+        model, calls = create(num_classes=2), []
+        module = getattr(model.layer1[0], replaced)
+        module.forward = lambda x, f=module.forward, calls=calls: calls.append(1) or f(x)
+        model(image())
+        with torch.no_grad():
+            model(image())
+        assert len(calls) == 2
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_alpha_of_zero_skips_the_gate_in_eval(attention):
+    def operations(alpha, grad=False):
+        model = with_alpha(create(num_classes=2, attention=attention), alpha)
+        with Operations() as operations, torch.set_grad_enabled(grad):
+            model(image())
+        return {o for o in operations.seen if o.startswith(('exp', 'sigmoid', 'softmax', 'addcmul'))}
+
+    assert operations(1e-3) and not operations(0.)
+    assert operations(0., grad=True)  # alpha gets its gradient
+    frozen = create(num_classes=2, attention=attention, alpha_init=0.).requires_grad_(False)
+    with Operations() as seen:
+        frozen(image())
+    assert not {o for o in seen.seen if o.startswith(('exp', 'sigmoid', 'addcmul'))}
+
+
+def saved_bytes(model, x, dtype=None):
+    """Bytes that autograd keeps for backward, each piece of memory counted once, parameters left out."""
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = {}
+
+    def pack(t):
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(
+            'cpu', dtype or torch.bfloat16, enabled=dtype is not None):
+        model(x)
+    return sum(s.nbytes() for pointer, s in seen.items() if pointer not in owned)
+
+
+@pytest.mark.parametrize('drop_path_rate', [0., 0.2])
+@pytest.mark.parametrize('attention', ATTENTIONS)
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+@pytest.mark.parametrize('name, plain', [('arl_cnn14', 'resnet14'), ('arl_cnn50', 'resnet50')])
+def test_memory_for_backward(name, plain, dtype, attention, drop_path_rate):
+    x = image(96).to(memory_format=torch.channels_last)
+    models = [timm.create_model(n, drop_path_rate=drop_path_rate, **kwargs).to(memory_format=torch.channels_last)
+              for n, kwargs in ((plain, {}), (name, dict(attention=attention)))]
+    resnet, arl = (saved_bytes(model.train(), x, dtype) for model in models)
+    assert arl <= (1.02 if not drop_path_rate else 1.10) * resnet
