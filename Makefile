@@ -1,9 +1,10 @@
 # make demo: train on synthetic images and print where the results are. make test: the test-suite.
+# make bench: speed and memory of ARL-CNN50 beside its peers, the small version, in bench/.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -11,6 +12,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/throughput.py --models resnet50 arl_cnn50 seresnet50 --mode infer train --batch-size 8 \
+		--repetitions 5 --warmup 1 --results-file bench/throughput.csv
+	$(BIN)/python benchmarks/input_speed.py --images 16 --batch-size 8 --steps 3 --results-file bench/input.csv
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

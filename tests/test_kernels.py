@@ -76,6 +76,70 @@ def test_second_derivatives(attention, norms):
         lambda r, s, a, *_: fused_block_tail(r, s, a, attention, norm=norm), (*tensors, alpha, *parameters))
 
 
+def test_second_derivatives_of_a_shortcut_that_made_the_residual():
+    # as in a block without projection, with a parameter that two blocks share
+    shortcut, weight = (t.requires_grad_() for t in pair((2, 3, 4, 4), torch.float64))
+    alpha = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    norm = norm_layer(3, True)
+
+    def penalty(tail):
+        x = shortcut
+        for _ in range(2):
+            x = tail((x * weight).sin(), x, alpha, 'spatial', 'softmax', True, True, norm, None)
+        gradients = torch.autograd.grad(x.square().sum(), [shortcut, alpha, norm.weight], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradients), [shortcut, weight, alpha, norm.bias])
+        return [*gradients, *second]
+
+    for fused, plain in zip(penalty(fused_block_tail), penalty(plain_tail)):
+        assert torch.allclose(fused, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_a_batch_of_gradients():
+    inputs = [t.requires_grad_() for t in pair((1, 2, 3, 3), torch.float64)]
+    alpha, norm = torch.tensor([0.7], dtype=torch.float64), norm_layer(2, False)
+    jacobians = [
+        torch.autograd.functional.jacobian(
+            lambda r, s, tail=tail: tail(r, s, alpha, 'channel', 'mean1', True, True, norm, None), tuple(inputs),
+            vectorize=True)
+        for tail in (fused_block_tail, plain_tail)]
+    for fused, plain in zip(*jacobians):
+        assert torch.allclose(fused, plain)
+
+
+@pytest.mark.parametrize('gamma', [1., 100.])
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_half_precision_gradients_through_a_batch_norm(attention, gamma):
+    # F is rounded to bfloat16 on its way through the norm, and large: an F that is not rounded is another mask
+    residual, shortcut = pair((4, 16, 8, 8), torch.bfloat16, torch.channels_last)
+    results = []
+    for tail, dtype in ((plain_tail, torch.float64), (plain_tail, torch.bfloat16), (fused_block_tail, torch.bfloat16)):
+        norm = norm_layer(16, True, torch.float64 if dtype == torch.float64 else torch.float32)
+        nn.init.constant_(norm.weight, gamma)
+        alpha = torch.tensor([0.7], dtype=norm.weight.dtype, requires_grad=True)
+        inputs = [t.to(dtype).requires_grad_() for t in (residual, shortcut)]
+        y = tail(*inputs, alpha, attention, 'softmax', True, False, norm, None)
+        weights = torch.cos(torch.arange(y.numel())).view_as(y).to(dtype)
+        gradients = torch.autograd.grad(y, [*inputs, norm.weight], weights)
+        results.append([t.double() for t in gradients])
+    for exact, plain, fused in zip(*results):
+        assert (fused - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-3 * exact.norm()
+
+
+def test_the_default_device_is_not_ours():
+    residual, shortcut = pair((2, 3, 4, 4))
+
+    def work():
+        with torch.device('meta'):
+            results.append(fused_attention_residual(residual, shortcut, alpha))
+        results.append(fused_attention_residual(residual, shortcut, alpha))
+
+    results, alpha = [], torch.tensor([0.7])
+    thread = threading.Thread(target=work)  # one that has kept no memory yet
+    thread.start()
+    thread.join()
+    assert torch.equal(*results) and results[0].device.type == 'cpu'
+
+
 @for_every_gate
 @pytest.mark.parametrize('memory_format', FORMATS)
 @pytest.mark.parametrize('shape', [*SHAPES, (5, 16, 9, 9)])
@@ -170,12 +234,13 @@ def test_other_transforms_take_the_plain_gate(attention):
     inputs = (*pair((2, 3, 4, 4), torch.float64), torch.tensor([0.7], dtype=torch.float64))
     tangents = tuple(torch.ones_like(t) for t in inputs)
     for transform in (
-            lambda gate: torch.func.grad(lambda *a: gate(*a, attention).square().sum(), argnums=(0, 1, 2))(*inputs),
-            lambda gate: torch.func.jvp(lambda *a: gate(*a, attention), inputs, tangents),
+            lambda gate: torch.func.grad(lambda r, s, a: gate(r, s, a, attention).square().sum(), argnums=(0, 1, 2))(
+                *inputs),
+            lambda gate: torch.func.jvp(lambda r, s, a: gate(r, s, a, attention), inputs, tangents),
             lambda gate: (torch.func.vmap(lambda r, s: gate(r, s, inputs[2], attention))(
                 *(t[:, None] for t in inputs[:2])),)):
-        for a, b in zip(transform(fused_attention_residual), transform(attention_residual)):
-            assert torch.equal(a, b)
+        for found, expected in zip(transform(fused_attention_residual), transform(attention_residual)):
+            assert torch.equal(found, expected)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(inputs[0], tangents[0])
         assert torch.autograd.forward_ad.unpack_dual(
@@ -275,6 +340,35 @@ def test_folded_batch_norm(attention):
         block.downsample = nn.Sequential(nn.utils.fuse_conv_bn_eval(*block.downsample), nn.Identity())
     with torch.inference_mode():
         assert torch.allclose(folded(image()), model(image()), rtol=1e-4, atol=1e-5)
+
+
+def changed(model, change):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            change(module)
+    return model
+
+
+@pytest.mark.parametrize('change', [
+    lambda norm: setattr(norm, 'track_running_stats', False), lambda norm: setattr(norm, 'num_batches_tracked', None),
+    lambda norm: setattr(norm, 'momentum', 0.), lambda norm: norm.weight.requires_grad_(False)],
+    ids=['no tracking', 'no count', 'momentum 0', 'frozen weight'])
+def test_norms_that_were_changed(change):
+    model = changed(with_alpha(create(num_classes=2), 2.).double(), change).train()
+    results = []
+    for network in (model, without_fusion(model)):
+        y = network(image().double())
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in network.parameters() if p.grad is not None), *network.buffers()])
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(*results))
+
+
+def test_projection_without_layers():
+    model = create('arl_cnn26', num_classes=2).train()
+    model.layer1[1].downsample = nn.Sequential()
+    expected = copy.deepcopy(model)
+    expected.layer1[1].downsample = None
+    assert torch.equal(model(image()), expected(image()))
 
 
 def test_sync_batch_norm():

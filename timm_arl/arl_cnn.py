@@ -79,7 +79,9 @@ class ARLBottleneck(Bottleneck):
                 if torch.is_grad_enabled():
                     return self._fused_tail(x, shortcut)
                 relu = self.drop_path is None and _is_plain(self.act3, nn.ReLU)
-                inplace = self.se is None and _is_plain(self.bn3, nn.BatchNorm2d)
+                inplace = self.se is None and (
+                    _is_plain(self.bn3, nn.BatchNorm2d)
+                    or _is_plain(self.bn3, nn.Identity) and _is_plain(self.conv3, nn.Conv2d))  # folded
         x = self.bn3(x)
 
         if self.se is not None:
@@ -101,7 +103,7 @@ class ARLBottleneck(Bottleneck):
     def _fused_tail(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         """All that follows conv3; plain norm layers and a plain ReLU go into the gate's function, others around it."""
         norm, shortcut_norm = None, None
-        if self.se is None and _is_plain(self.bn3, nn.BatchNorm2d) and _has_statistics(self.bn3, x):
+        if self.se is None and _folds(self.bn3, x):
             norm = self.bn3
         else:
             x = self.bn3(x)
@@ -109,11 +111,11 @@ class ARLBottleneck(Bottleneck):
                 x = self.se(x)
 
         if self.downsample is not None:
-            if self.drop_path is None and _is_plain(self.downsample, nn.Sequential):
+            if self.drop_path is None and _is_plain(self.downsample, nn.Sequential) and len(self.downsample):
                 *layers, last = self.downsample
                 for layer in layers:
                     shortcut = layer(shortcut)
-                if _is_plain(last, nn.BatchNorm2d) and _has_statistics(last, shortcut):
+                if _folds(last, shortcut):
                     shortcut_norm = last
                 else:
                     shortcut = last(shortcut)
@@ -136,9 +138,12 @@ def _is_plain(module: nn.Module, cls: Type[nn.Module]) -> bool:
         or _has_any_global_hook())
 
 
-def _has_statistics(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
-    """Whether a batch norm is of the usual kind: affine, with running statistics and more than one value a channel."""
-    return norm.affine and norm.running_mean is not None and norm.momentum is not None and x.numel() > x.shape[1]
+def _folds(norm: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a norm is a batch norm of the usual kind, with running statistics, and x has values enough for it."""
+    return isinstance(norm, nn.BatchNorm2d) and bool(
+        _is_plain(norm, nn.BatchNorm2d) and norm.affine and norm.momentum is not None and norm.track_running_stats
+        and norm.running_mean is not None and norm.num_batches_tracked is not None and x.numel() > x.shape[1]
+        and can_fuse(norm.weight, norm.bias))
 
 
 class ARLCNN(ResNet):

@@ -116,7 +116,8 @@ def attention_residual(
 
 def can_fuse(*tensors: torch.Tensor) -> bool:
     """Whether the fused gate can take these: ordinary tensors, run eagerly, with backward as the only transform."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+            or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None):  # make_fx
         return False
     return all(
         type(t) in (torch.Tensor, nn.Parameter) and t.device.type != 'meta'
@@ -143,19 +144,16 @@ def fused_attention_residual(
         inplace: Whether the result may overwrite ``residual`` where no gradient is needed.
         residual, shortcut, alpha, attention, mask_scale, add_shortcut: See :func:`attention_residual`.
     """
-    if torch.jit.is_scripting():
-        y = attention_residual(residual, shortcut, alpha, attention, mask_scale, add_shortcut)
-        return y.relu() if relu else y
-    else:
-        if not can_fuse(residual, shortcut, alpha):
-            y = attention_residual(residual, shortcut, alpha, attention, mask_scale, add_shortcut)
-            return y.relu() if relu else y
-        if torch.is_grad_enabled():
-            return fused_block_tail(residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu)
-        _check(attention, mask_scale)
-        if _is_off(alpha):
-            return _without_gate(residual, shortcut, add_shortcut, relu)
-        return kernels.gate(residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu, inplace)[0]
+    if not torch.jit.is_scripting():
+        if can_fuse(residual, shortcut, alpha):
+            if torch.is_grad_enabled():
+                return fused_block_tail(residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu)
+            _check(attention, mask_scale)
+            if _is_off(alpha):
+                return _without_gate(residual, shortcut, add_shortcut, relu)
+            return kernels.gate(residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu, inplace)[0]
+    y = attention_residual(residual, shortcut, alpha, attention, mask_scale, add_shortcut)
+    return y.relu() if relu else y
 
 
 def fused_block_tail(
@@ -272,7 +270,8 @@ class FusedAttentionResidual(torch.autograd.Function):
             (*ctx.shortcut_norm, shortcut_weight, shortcut_bias, shortcut_mean, shortcut_spread))
         fmt, attention, mask_scale, add_shortcut = ctx.options
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # create_graph: a gradient that can itself be differentiated
+        if torch.is_grad_enabled() or not can_fuse(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
+            # create_graph, or a batch of gradients
             return _differentiable_backward(
                 grad, residual, shortcut, alpha, norm, shortcut_norm, attention, mask_scale, add_shortcut,
                 y is not None, needs)
@@ -302,16 +301,24 @@ def _differentiable_backward(
         needs: Tuple[bool, ...],
 ) -> Tuple[Optional[torch.Tensor], ...]:
     """The gradients by autograd through the plain gate, for a backward pass that is itself differentiated."""
-    inputs: List[Optional[torch.Tensor]] = [residual, shortcut, alpha]
-    values = []
-    for value, state in ((residual, norm), (shortcut, shortcut_norm)):
-        if state is not None:
-            mean, variance = (None, None) if state.training else (state.mean, state.spread)
-            value = F.batch_norm(value, mean, variance, state.weight, state.bias, state.training, 0., state.eps)
-        inputs += [state and state.weight, state and state.bias]
-        values.append(value)
-    y = attention_residual(values[0], values[1], alpha, attention, mask_scale, add_shortcut)
-    y = y.relu() if relu else y
-    wanted = {i: t for i, t in enumerate(inputs) if t is not None and needs[i]}
-    grads = dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), grad, create_graph=True)))
-    return tuple(grads.get(i) for i in range(len(needs)))
+    def normalize(z, state, weight, bias):
+        if state is None:
+            return z
+        mean, variance = (None, None) if state.training else (state.mean, state.spread)
+        return F.batch_norm(z, mean, variance, weight, bias, state.training, 0., state.eps)
+
+    def plain(tensors):
+        residual, shortcut, alpha, weight, bias, shortcut_weight, shortcut_bias = map(tensors.get, range(7))
+        f = normalize(residual, norm, weight, bias)
+        x = normalize(shortcut, shortcut_norm, shortcut_weight, shortcut_bias)
+        y = attention_residual(f, x, alpha, attention, mask_scale, add_shortcut)
+        return y.relu() if relu else y
+
+    inputs = {0: residual, 1: shortcut, 2: alpha}
+    if norm is not None:
+        inputs.update({3: norm.weight, 4: norm.bias})
+    if shortcut_norm is not None:
+        inputs.update({5: shortcut_norm.weight, 6: shortcut_norm.bias})
+    # func.vjp and not autograd.grad, which would follow the inputs into each other where one was made from another
+    grads, = torch.func.vjp(plain, inputs)[1](grad)
+    return tuple(grads.get(i) if needs[i] else None for i in range(len(needs)))

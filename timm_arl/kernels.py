@@ -9,10 +9,10 @@ from typing import List, NamedTuple, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 
-__all__ = ['NormState', 'gate', 'gate_backward', 'layout', 'normalize', 'normalize_backward']
+__all__ = ['NormState', 'gate', 'gate_backward', 'layout', 'normalize', 'normalize_backward', 'release_scratch']
 
 LOG2_E = 1.4426950408889634
-# elements per thread that a CPU works on at a time
+# elements per thread that a CPU works on at a time, for as many as 8 threads
 BLOCK_ELEMENTS = 2 ** 19
 _kept = threading.local()
 
@@ -83,7 +83,7 @@ def _blocks(t: torch.Tensor) -> Tuple[int, range]:
     batch, sample = len(t), t[:1].numel()
     size = batch
     if t.device.type == 'cpu':
-        size = min(batch, BLOCK_ELEMENTS * torch.get_num_threads() // max(sample, 1))
+        size = min(batch, BLOCK_ELEMENTS * min(torch.get_num_threads(), 8) // max(sample, 1))
     return max(size, 1), range(0, batch, max(size, 1))
 
 
@@ -99,8 +99,17 @@ def _scratch(count: int, size: int, t: torch.Tensor, dtype: torch.dtype) -> torc
     kept = getattr(_kept, 'memory', None)
     if kept is None or kept.numel() < need:
         with torch.inference_mode(False):  # else it could not be written to outside of inference mode
-            kept = _kept.memory = torch.empty(need, dtype=torch.uint8)
+            kept = _kept.memory = torch.empty(need, dtype=torch.uint8, device=t.device)
     return kept[:need].view(dtype).view(shape)
+
+
+def release_scratch() -> None:
+    """Give back the memory that a CPU's gate keeps for this thread between calls.
+
+    After training, that is 8 MB for each of at most 8 threads of PyTorch, or four float32 copies of one sample's
+    largest F where that is more.
+    """
+    vars(_kept).clear()
 
 
 def _work_dtype(t: torch.Tensor) -> torch.dtype:
@@ -196,10 +205,13 @@ def gate_backward(
             g.copy_(dyb)
         else:
             torch.ops.aten.threshold_backward.grad_input(dyb, out[i:i + size], 0, grad_input=g)
+        torch.addcmul(shift, zb, scale, out=mask)
+        if mask.dtype != zb.dtype:
+            mask.copy_(mask.to(zb.dtype))  # as rounded as the F whose sums these are
         if attention == 'mixed':
-            torch.addcmul(shift, zb, scale, out=mask).sigmoid_()
+            mask.sigmoid_()
         else:
-            torch.addcmul(shift - tops[i:i + size], zb, scale, out=mask).mul_(LOG2_E).exp2_()
+            mask.sub_(tops[i:i + size]).mul_(LOG2_E).exp2_()
         if shortcut_norm is not None:
             xb = torch.addcmul(shortcut_shift, xb, shortcut_scale, out=product)
         torch.mul(g, xb, out=u)

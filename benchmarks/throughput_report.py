@@ -1,0 +1,93 @@
+"""A table, the growth of time and memory, and a bar chart from the rows of throughput.py."""
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from timm_arl.isic.results import replacing
+
+__all__ = ['bar_chart', 'growth_table', 'markdown_table']
+
+
+def setting_of(row: Dict[str, Any]) -> Tuple[str, str, int, int]:
+    mode = row['mode']
+    return mode, row['precision'], row[f'{mode}_batch_size'], row[f'{mode}_img_size']
+
+
+def label_of(row: Dict[str, Any]) -> str:
+    return row['model'] + ('' if row['backend'] == 'eager' else f' ({row["backend"]})')
+
+
+def number(value: Any) -> str:
+    return '' if value is None else f'{value:,}'
+
+
+def markdown_table(rows: List[Dict[str, Any]]) -> str:
+    """A line a row: speed, ratio and memory."""
+    lines = [
+        '| model | mode | precision | batch x px | samples/s | ms/step | spread | ratio | peak MB '
+        '| kept for backward MB | GMACs |', '|---|---|---|---|---|---|---|---|---|---|---|']
+    for row in rows:
+        mode, precision, batch_size, img_size = setting_of(row)
+        ratio = f'{row["ratio"]:.3f} of {row["relative_to"]}'
+        lines.append(' | '.join(['| ' + label_of(row), mode, precision, f'{batch_size} x {img_size}',
+                                 number(row[f'{mode}_samples_per_sec']), number(row[f'{mode}_step_time']),
+                                 f'{row["spread"]:.1%}', ratio, number(row.get('peak_memory_mb')),
+                                 number(row.get('saved_memory_mb')), f'{row["infer_gmacs"]:.2f} |']))
+    devices = sorted({f'{row["device"]}, {row["threads"]} threads, {row["processes"]} process(es); {row["versions"]}; '
+                      f'compile {row["compile"]}, channels_last {row["channels_last"]}; commit {row["commit"]}'
+                      for row in rows})
+    return '\n'.join(lines) + '\n\n' + '\n'.join(devices) + '\n'
+
+
+def growth_table(rows: List[Dict[str, Any]]) -> str:
+    """Time and memory per pixel of a batch against those of the smallest batch; '' unless a sweep was run."""
+    series: Dict[Tuple[str, ...], List[Dict[str, Any]]] = {}
+    for row in rows:
+        series.setdefault((label_of(row), row['mode'], row['precision']), []).append(row)
+    if all(len(s) == 1 for s in series.values()):
+        return ''
+    lines = ['', 'Growth: 1.00 throughout would be linear in the pixels of a batch.', '',
+             '| model | mode | precision | batch x px | time per pixel | kept per pixel |', '|---|---|---|---|---|---|']
+    for (label, mode, precision), members in series.items():
+        members = sorted(members, key=pixels)
+        first = members[0]
+        for row in members:
+            time, kept = (
+                '' if not row.get(column) else f'{row[column] / pixels(row) / (first[column] / pixels(first)):.2f}'
+                for column in (f'{mode}_step_time', 'saved_memory_mb'))
+            lines.append(f'| {label} | {mode} | {precision} | {row[f"{mode}_batch_size"]} x {row[f"{mode}_img_size"]} '
+                         f'| {time} | {kept} |')
+    return '\n'.join(lines) + '\n'
+
+
+def pixels(row: Dict[str, Any]) -> int:
+    _, _, batch_size, img_size = setting_of(row)
+    return batch_size * img_size ** 2
+
+
+def bar_chart(rows: List[Dict[str, Any]], path: Path) -> None:
+    """Step time of each row relative to the first of its setting, bars grouped by setting, spread as whiskers."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    settings = list(dict.fromkeys(setting_of(r) for r in rows))
+    labels = list(dict.fromkeys(label_of(r) for r in rows))
+    figure, axes = plt.subplots(figsize=(max(5., 1.2 + 1.1 * len(settings) * max(2, len(labels)) / 2), 3.6))
+    width = 0.8 / len(labels)
+    colors = ['#b8bcc4', '#c2452d', '#6a7f9c', '#d99a3d', '#4f9d8b', '#8a6bb1']
+    for i, label in enumerate(labels):
+        members = [(k, r) for k, s in enumerate(settings) for r in rows if setting_of(r) == s and label_of(r) == label]
+        at = [k + (i - (len(labels) - 1) / 2) * width for k, _ in members]
+        heights = [r['ratio'] for _, r in members]
+        axes.bar(at, heights, width * 0.92, label=label, color=colors[i % len(colors)],
+                 yerr=[r['ratio'] * r['spread'] / 2 for _, r in members], error_kw=dict(lw=0.8, ecolor='#444'))
+        for x, height in zip(at, heights):
+            axes.text(x, 0.02, f'{height:.2f}', ha='center', va='bottom', fontsize=7)
+    axes.axhline(1., color='#444', lw=0.8, ls=':')
+    axes.set_xticks(range(len(settings)), [f'{m}, {p}\n{b} x {s} px' for m, p, b, s in settings], fontsize=8)
+    axes.set_ylabel('time of a step, relative', fontsize=8)
+    axes.set_title(f'{rows[0]["device"]}, {rows[0]["threads"]} threads', fontsize=8)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, ncols=len(labels), loc='lower center', bbox_to_anchor=(0.5, 1.08))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=160, bbox_inches='tight', format='png')
+    plt.close(figure)

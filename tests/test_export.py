@@ -1,0 +1,85 @@
+"""What is exported computes what the model computes, on ONNX Runtime, for every model of the family."""
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from test_arl_cnn import FAMILY, create, image, with_alpha
+from timm.models import save_for_hf
+
+from timm_arl.export import ExportError, OnnxModel, _in_channels, export_onnx, fold_batch_norm
+
+
+def randomise(model):
+    """Statistics and affine values that are not those of a new network: what images leave in them, and noise."""
+    generator = torch.Generator().manual_seed(0)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.
+        for t in (norm.weight.data, norm.bias.data):
+            t.copy_(torch.rand(t.shape, generator=generator) * 0.5 + 0.5)
+    with torch.no_grad():
+        model.train()(torch.randn(8, _in_channels(model), 64, 64, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(attention='channel'), dict(attention='mixed', mask_scale='mean1'),
+                                    dict(in_chans=1), dict(drop_path_rate=0.2), dict(block_args=dict(attn_layer='se')),
+                                    dict(stem_type='deep', stem_width=32, avg_down=True)], ids=str)
+def test_folded_batch_norm(kwargs):
+    model = randomise(with_alpha(create('arl_cnn26', num_classes=2, **kwargs), 2.))
+    x = image(96, chans=kwargs.get('in_chans', 3))
+    folded = fold_batch_norm(model)
+    assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]  # the model itself is left as it was
+    with torch.inference_mode():
+        assert torch.allclose(folded(x), model(x), rtol=1e-3, atol=1e-4 * model(x).abs().max())
+    assert torch.allclose(folded(x), model(x), rtol=1e-3, atol=1e-4 * model(x).abs().max())
+
+
+def test_folding_a_network_of_another_order_is_refused():
+    class Crossed(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[2](self[0](x)))
+
+    crossed = Crossed(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    nn.init.constant_(crossed[1].bias, -1.)
+    with pytest.raises(ExportError, match='differs from the model'):
+        fold_batch_norm(crossed)
+
+
+@pytest.mark.parametrize('name', FAMILY)
+def test_onnx(name, tmp_path):
+    model = randomise(with_alpha(create(name, num_classes=2), 2.))
+    path = export_onnx(model, tmp_path / 'm.onnx', img_size=64)
+    assert [p.name for p in tmp_path.iterdir()] == ['m.onnx']
+    network = OnnxModel(path)
+    for batch in (1, 3):
+        x = image(64, batch=batch)
+        with torch.inference_mode():
+            expected = model(x).numpy()
+        assert np.abs(network(x.numpy()) - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+    graph = onnx.load(path).graph
+    assert [i.name for i in graph.input] == ['images'] and [o.name for o in graph.output] == ['logits']
+    operators = {node.op_type for node in graph.node}
+    assert 'BatchNormalization' not in operators
+
+
+def test_command(tmp_path):
+    model = randomise(with_alpha(create(num_classes=2), 2.))
+    save_for_hf(model, tmp_path / 'run', safe_serialization=True)
+    command = [sys.executable, '-m', 'timm_arl.export', '--model', str(tmp_path / 'run'), '--img-size', '64']
+    done = subprocess.run([*command, '--output', str(tmp_path / 'deep' / 'm.onnx')], capture_output=True, text=True)
+    assert done.returncode == 0 and 'm.onnx' in done.stdout, done.stderr
+    with torch.inference_mode():
+        expected = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True).eval()(image())
+    assert np.allclose(OnnxModel(tmp_path / 'deep' / 'm.onnx')(image().numpy()), expected, atol=1e-4, rtol=1e-3)
+    for wrong, sentence in ((['--model', 'arl_cnn15'], 'Unknown model arl_cnn15'),
+                            (['--output', str(tmp_path)], 'is a folder'), (['--img-size', '3'], 'at least 32')):
+        done = subprocess.run([*command, '--output', str(tmp_path / 'x.onnx'), *wrong], capture_output=True, text=True)
+        assert done.returncode == 2 and sentence in done.stderr and 'Traceback' not in done.stderr
+    assert not (tmp_path / 'x.onnx').exists()

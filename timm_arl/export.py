@@ -1,0 +1,169 @@
+"""A model as an ONNX file, checked against what it was made from; and BatchNorm folded into the convolutions.
+
+    python -m timm_arl.export --model OUT --output arl_cnn50.onnx
+
+Needs the extra `export`. The file takes `images`, float32 (N, 3, H, W), normalised as the model's data config says, any
+N and the H and W it was exported for, and gives `logits`, (N, classes).
+"""
+import argparse
+import copy
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Optional, Sequence, Union, cast
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn.utils import fuse_conv_bn_eval
+
+__all__ = ['ExportError', 'OnnxModel', 'export_onnx', 'fold_batch_norm']
+
+
+class ExportError(Exception):
+    """A model could not be exported, or what was exported does not compute the same."""
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy for inference in which each BatchNorm that follows a convolution has become part of it.
+
+    Args:
+        model: A network whose blocks register layers in the order they run them, as timm's ResNets do.
+
+    Returns:
+        A copy in eval mode with `nn.Identity` where the norms were.
+
+    Raises:
+        ExportError: The copy does not compute the same, so that the order of its layers is another.
+    """
+    model = copy.deepcopy(model).eval()
+    folded = copy.deepcopy(model)
+    for parent in folded.modules():
+        previous = ''
+        for name, module in list(parent.named_children()):
+            before = getattr(parent, previous, None)
+            if (type(module) is nn.BatchNorm2d and type(before) is nn.Conv2d and module.track_running_stats
+                    and before.out_channels == module.num_features):
+                setattr(parent, previous, fuse_conv_bn_eval(before, module))
+                setattr(parent, name, nn.Identity())
+            previous = name
+    weight = next(model.parameters())
+    x = torch.randn(2, _in_channels(model), 64, 64, generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.inference_mode():
+        _compare(folded(x), model(x), 'the network with folded BatchNorm')
+    return folded
+
+
+def _in_channels(model: nn.Module) -> int:
+    return next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+
+
+def _compare(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    error = (found - expected).abs().max().item()
+    allowed = 1e-3 * max(1., expected.abs().max().item())
+    if not error <= allowed:
+        raise ExportError(f'{what} differs from the model by {error:.2g}, more than {allowed:.2g}.')
+
+
+class OnnxModel:
+    """An ONNX file on the CPU by ONNX Runtime."""
+
+    def __init__(self, path: Union[str, Path], threads: int = 0):
+        """
+        Args:
+            path: The file.
+            threads: Of one image or batch, 0 for as many as there are cores.
+        """
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+        self.input = self.session.get_inputs()[0].name
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Logits, shape (N, classes), of images, float32 of shape (N, 3, H, W)."""
+        return self.session.run(None, {self.input: images})[0]
+
+    @classmethod
+    def of(cls, model: nn.Module, img_size: Optional[int] = None, threads: int = 0) -> 'OnnxModel':
+        """Export a model and load the result, without a file that stays."""
+        with tempfile.TemporaryDirectory() as folder:
+            return cls(export_onnx(model, Path(folder) / 'model.onnx', img_size), threads)
+
+
+def export_onnx(
+        model: nn.Module,
+        path: Union[str, Path],
+        img_size: Optional[int] = None,
+        fold: bool = True,
+) -> Path:
+    """Write a model as ONNX by torch.export, any batch size, and check it against eager on ONNX Runtime.
+
+    Args:
+        model: A timm model.
+        path: File to write; it appears whole, and only when the check has passed.
+        img_size: Side of the images, by default that of the model's config.
+        fold: Whether to fold BatchNorm into the convolutions first.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: The extra `export` is missing, or the file does not compute what the model computes.
+    """
+    path = Path(path)
+    model = copy.deepcopy(model).cpu().float().eval()
+    side = img_size or cast(Any, model).pretrained_cfg['input_size'][-1]
+    source = fold_batch_norm(model) if fold else model
+    images = torch.randn(2, _in_channels(model), side, side, generator=torch.Generator().manual_seed(0))
+    for package in ('onnx', 'onnxruntime', 'onnxscript'):
+        if importlib.util.find_spec(package) is None:
+            raise ExportError(f"{package} is not installed: pip install 'timm-arl[export]'.")
+    program: Any = torch.onnx.export(
+        source.to(memory_format=torch.contiguous_format), (images,), dynamo=True, input_names=['images'],
+        output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch', min=1)},), verbose=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        program.save(temporary, external_data=False)
+        network = OnnxModel(temporary)
+        for batch in (images, images[:1], torch.cat([images, images[:1]])):
+            with torch.inference_mode():
+                _compare(torch.from_numpy(network(batch.numpy())), model(batch), f'{path.name} on ONNX Runtime')
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    from .pretrained import WeightsError, create_for_task
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_arl.export', description='A model as an ONNX file, checked against what it was made from.')
+    parser.add_argument('--model', required=True, metavar='NAME|DIR',
+                        help='a timm model, or the output folder of a training run')
+    parser.add_argument('--pretrained', action='store_true',
+                        help='load the weights of a NAME; those of a DIR always are')
+    parser.add_argument('--img-size', type=int, metavar='PX', help="side of the images (default: the model's own)")
+    parser.add_argument('--fold', action=argparse.BooleanOptionalAction, default=True,
+                        help='fold BatchNorm into the convolutions (default: yes)')
+    parser.add_argument('--output', required=True, metavar='FILE.onnx', help='file to write')
+    args = parser.parse_args(argv)
+    if args.img_size is not None and args.img_size < 32:
+        parser.error(f'--img-size must be at least 32, not {args.img_size}.')
+    if Path(args.output).is_dir():
+        parser.error(f'--output {args.output} is a folder: name a file in it.')
+    local = Path(args.model).is_dir()
+    try:
+        model = create_for_task(f'local-dir:{args.model}' if local else args.model, pretrained=local or args.pretrained)
+        path = export_onnx(model, args.output, args.img_size, args.fold)
+    except (ExportError, WeightsError, OSError) as error:
+        print(f'python -m timm_arl.export: error: {error}', file=sys.stderr)
+        return 2
+    print(f'written: {path} ({path.stat().st_size / 1e6:.1f} MB), same logits as the model in eager mode')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Patches of several scales from one picture, as the paper cuts them, decoded no larger than they need."""
+from typing import BinaryIO, Iterator, List, Tuple, Union
+
+import numpy as np
+from PIL import Image
+
+__all__ = ['SCALES', 'open_reduced', 'patch_boxes', 'patches', 'shorter_side_for']
+
+SCALES = (1 / 5, 2 / 5, 3 / 5, 4 / 5)  # side of a patch, as a share of the picture's shorter side
+
+Box = Tuple[float, float, float, float]
+
+
+def shorter_side_for(img_size: int) -> int:
+    """Shorter side in pixels that a picture needs so that no patch has to be enlarged to ``img_size``."""
+    return round(img_size / min(SCALES))
+
+
+def open_reduced(source: Union[str, BinaryIO], shorter_side: int) -> Image.Image:
+    """Decode a picture at the smallest size a JPEG gives cheaply, with at least the shorter side that is asked for.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size straight from its coefficients; other formats at full size.
+
+    Args:
+        source: File name or binary file.
+        shorter_side: Pixels that the shorter side should keep, where it has them.
+
+    Returns:
+        RGB picture, of the whole field of view.
+
+    Raises:
+        OSError: Not a picture, or a truncated one.
+    """
+    with Image.open(source) as picture:
+        # Pillow takes the largest reduction that leaves both sides at least this long
+        scale = shorter_side / min(picture.size)
+        picture.draft('RGB', (round(picture.width * scale), round(picture.height * scale)))
+        return picture.convert('RGB')
+
+
+def patch_boxes(size: Tuple[int, int], count: int, rng: np.random.Generator) -> List[Box]:
+    """Squares at the paper's four scales in turn, with centres in the central half of the picture.
+
+    Args:
+        size: Width and height of the picture.
+        count: Number of patches; the paper takes 60 of a training image, 9 of a test image.
+        rng: Source of the positions.
+
+    Returns:
+        (left, top, right, bottom) in pixels, inside the picture.
+    """
+    width, height = size
+    boxes = []
+    for i in range(count):
+        side = SCALES[i % len(SCALES)] * min(width, height)
+        left, top = (
+            min(max(rng.uniform(0.25, 0.75) * extent - side / 2, 0), extent - side) for extent in (width, height))
+        boxes.append((left, top, left + side, top + side))
+    return boxes
+
+
+def patches(picture: Image.Image, boxes: List[Box], img_size: int) -> Iterator[Image.Image]:
+    """Cut boxes from a picture and resize them to img_size x img_size, bilinear, antialiased."""
+    for box in boxes:
+        yield picture.resize((img_size, img_size), Image.Resampling.BILINEAR, box=box)
