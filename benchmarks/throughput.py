@@ -4,7 +4,8 @@
 
 Each row is a process of its own, so that none inherits the memory or the caches of another. The rows of one setting run
 side by side: one repetition of the first model, one of the second, and so on, then again, in an order that turns round
-each time. A row's `ratio` is the median, over the repetitions, of its time divided by that of the first model in the
+each time; and all of it again in `--restarts` fresh sets of processes, since where a process finds its memory is luck
+that can outweigh what is measured. A row's `ratio` is the median, over the repetitions, of its time divided by that of the first model in the
 same repetition; its `spread` is the distance between the quartiles of its own times, divided by their median.
 
 Autocast is used for bf16 and fp16. `infer_gmacs` are those of torch.utils.flop_counter: convolutions and matrix
@@ -100,7 +101,8 @@ def parse_args() -> argparse.Namespace:
                         help='mode of torch.compile; reduce-overhead uses CUDA graphs')
     parser.add_argument('--channels-last', action=argparse.BooleanOptionalAction, default=True,
                         help='memory format of weights and images')
-    parser.add_argument('--repetitions', type=int, default=11, help='measured rounds')
+    parser.add_argument('--repetitions', type=int, default=5, help='measured rounds of a set of processes')
+    parser.add_argument('--restarts', type=int, default=3, help='fresh sets of processes')
     parser.add_argument('--warmup', type=int, default=2, help='rounds before those')
     parser.add_argument('--threads', type=int, default=0, help='threads of PyTorch on a CPU, 0 for its default')
     parser.add_argument('--seed', type=int, default=0, help='of weights and images')
@@ -111,8 +113,8 @@ def parse_args() -> argparse.Namespace:
     for name in ('batch_size', 'img_size'):
         if min(getattr(args, name)) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1.')
-    if args.repetitions < 1 or args.warmup < 0 or args.threads < 0:
-        parser.error('--repetitions must be at least 1, --warmup and --threads at least 0.')
+    if min(args.repetitions, args.restarts) < 1 or args.warmup < 0 or args.threads < 0:
+        parser.error('--repetitions and --restarts must be at least 1, --warmup and --threads at least 0.')
     if Path(args.results_file).suffix != '.csv':
         parser.error(f'--results-file must end in .csv: {args.results_file}')
     if len(set(args.models)) < len(args.models):
@@ -145,17 +147,22 @@ def measure(specs: List[Dict[str, Any]], args: argparse.Namespace, bar: tqdm) ->
     """The rows of one setting, side by side; a smaller batch for all of them where memory is short."""
     from timm.utils import decay_batch_step
     rows: List[Row] = []
+    series: List[List[float]] = [[] for _ in specs]
     try:
-        bar.set_postfix_str('{mode} {precision} {batch_size} x {img_size}'.format(**specs[0]))
-        rows += [Row(spec, index) for index, spec in enumerate(specs)]
-        facts = [row.answer() for row in rows]
-        for repetition in range(args.warmup + args.repetitions):
-            for row in rows if repetition % 2 == 0 else rows[::-1]:
-                row.repeat()
-        for row, fact in zip(rows, facts):
-            row.process.stdin.write('memory\n')
-            row.process.stdin.flush()
-            fact.update(row.answer())
+        for restart in range(args.restarts):
+            bar.set_postfix_str('{mode} {precision} {batch_size} x {img_size}'.format(**specs[0]))
+            rows = [Row(spec, index) for index, spec in enumerate(specs)]
+            facts = [row.answer() for row in rows]
+            for repetition in range(args.warmup + args.repetitions):
+                for row in rows if (restart + repetition) % 2 == 0 else rows[::-1]:
+                    row.repeat()
+            for row, fact, times in zip(rows, facts, series):
+                times += row.times[args.warmup:]
+                if restart == args.restarts - 1:
+                    row.process.stdin.write('memory\n')
+                    row.process.stdin.flush()
+                    fact.update(row.answer())
+                row.close()
     except Failed as e:
         batch_size = decay_batch_step(specs[0]['batch_size'])
         if not e.out_of_memory or not batch_size or int(os.environ.get('WORLD_SIZE', 1)) > 1:
@@ -168,9 +175,8 @@ def measure(specs: List[Dict[str, Any]], args: argparse.Namespace, bar: tqdm) ->
         for row in rows:
             row.close()
     results = []
-    reference = rows[0].times[args.warmup:]
-    for row, fact in zip(rows, facts):
-        spec, times = row.spec, row.times[args.warmup:]
+    reference = series[0]
+    for spec, fact, times in zip(specs, facts, series):
         median = statistics.median(times)
         low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times * 3)
         mode = spec['mode']
@@ -179,10 +185,10 @@ def measure(specs: List[Dict[str, Any]], args: argparse.Namespace, bar: tqdm) ->
             f'{mode}_samples_per_sec': round(spec['batch_size'] * fact['processes'] / median, 2),
             f'{mode}_step_time': round(median * 1e3, 3), f'{mode}_batch_size': spec['batch_size'],
             f'{mode}_img_size': spec['img_size'], 'spread': round((high - low) / median, 4),
-            'relative_to': f'{rows[0].spec["model"]} {rows[0].spec["backend"]}',
+            'relative_to': f'{specs[0]["model"]} {specs[0]["backend"]}',
             'ratio': round(statistics.median(a / b for a, b in zip(times, reference)), 4),
             'precision': spec['precision'], 'backend': spec['backend'], 'compile': spec['compile'],
-            'channels_last': spec['channels_last'], 'repetitions': args.repetitions, **fact,
+            'channels_last': spec['channels_last'], 'repetitions': len(times), **fact,
         })
     return results
 
@@ -221,7 +227,7 @@ def main() -> int:
         ) for model in args.models for backend in args.backend]
         names = {(s['model'], s['backend']) for s in specs}
         key = {'mode': mode, 'precision': precision, 'device_type': args.device, 'compile': args.compile,
-               'channels_last': args.channels_last, 'repetitions': args.repetitions, 'requested_batch_size': batch_size,
+               'channels_last': args.channels_last, 'repetitions': args.repetitions, 'restarts': args.restarts, 'requested_batch_size': batch_size,
                f'{mode}_img_size': img_size}
         known = [r for r in results if all(r['setting'].get(k) == v for k, v in key.items())]
         if names <= {(r['model'], r['backend']) for r in known}:

@@ -443,9 +443,9 @@ def saved_bytes(model, x, dtype=None):
 
 
 @pytest.mark.parametrize('drop_path_rate', [0., 0.2])
-@pytest.mark.parametrize('attention', ATTENTIONS)
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
-@pytest.mark.parametrize('name, plain', [('arl_cnn14', 'resnet14'), ('arl_cnn50', 'resnet50')])
+@pytest.mark.parametrize('name, plain, attention', [
+    *(('arl_cnn14', 'resnet14', attention) for attention in ATTENTIONS), ('arl_cnn50', 'resnet50', 'spatial')])
 def test_memory_for_backward(name, plain, dtype, attention, drop_path_rate):
     x = image(96).to(memory_format=torch.channels_last)
     models = [timm.create_model(n, drop_path_rate=drop_path_rate, **kwargs).to(memory_format=torch.channels_last)

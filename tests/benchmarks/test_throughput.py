@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-SMALL = ['--models', 'resnet14', 'arl_cnn14', '--img-size', '32', '--repetitions', '2', '--warmup', '1']
+SMALL = ['--models', 'resnet14', 'arl_cnn14', '--img-size', '32', '--repetitions', '2', '--restarts', '1', '--warmup', '1']
 
 
 def run(repo, *arguments, program='throughput.py', launch=(), **kwargs):
@@ -22,26 +22,24 @@ def rows(path):
         return list(csv.DictReader(f))
 
 
-def test_infer_and_train(repo, tmp_path):
+def test_training_with_a_sweep(repo, tmp_path):
     path = tmp_path / 'deep' / 'r.csv'
-    arguments = [*SMALL, '--mode', 'infer', 'train', '--batch-size', '2', '4', '--results-file', path]
+    arguments = [*SMALL, '--mode', 'train', '--batch-size', '2', '4', '--results-file', path]
     done = run(repo, *arguments)
     assert done.returncode == 0, done.stderr
     table = rows(path)
-    assert [(r['model'], r['mode'], r[f'{r["mode"]}_batch_size']) for r in table] == [
-        (m, mode, b) for mode in ('infer', 'train') for b in ('2', '4') for m in ('resnet14', 'arl_cnn14')]
+    assert [(r['model'], r['mode'], r['train_batch_size']) for r in table] == [
+        (m, 'train', b) for b in ('2', '4') for m in ('resnet14', 'arl_cnn14')]
     for row in table:
-        mode = row['mode']
         # timm's benchmark.py: samples a second, milliseconds a step, millions of parameters, GMACs, millions of outputs
-        speed, time = float(row[f'{mode}_samples_per_sec']), float(row[f'{mode}_step_time'])
-        assert speed == pytest.approx(int(row[f'{mode}_batch_size']) / time * 1e3, rel=0.01)
+        speed, time = float(row['train_samples_per_sec']), float(row['train_step_time'])
+        assert speed == pytest.approx(int(row['train_batch_size']) / time * 1e3, rel=0.01)
         assert float(row['param_count']) == pytest.approx(8.02 + 2.04, abs=0.02)  # 1000 outputs
         assert float(row['peak_memory_mb']) > 40 and float(row['peak_rss_mb']) > float(row['peak_memory_mb'])
-        assert bool(row['saved_memory_mb']) == (mode == 'train')
         assert float(row['ratio']) > 0 and 'torch' in row['versions'] and row['device']
         if row['model'] == 'resnet14':
             assert float(row['ratio']) == 1
-    train = {(r['model'], r['train_batch_size']): float(r['saved_memory_mb']) for r in table if r['mode'] == 'train'}
+    train = {(r['model'], r['train_batch_size']): float(r['saved_memory_mb']) for r in table}
     assert train['arl_cnn14', '4'] <= 1.05 * train['resnet14', '4']  # nothing but the batch norms' own inputs
     assert train['arl_cnn14', '4'] == pytest.approx(2 * train['arl_cnn14', '2'], rel=0.1)
     assert {r['infer_gmacs'] for r in table} == {table[0]['infer_gmacs']}
@@ -57,14 +55,16 @@ def test_infer_and_train(repo, tmp_path):
 
 def test_backends(repo, tmp_path):
     done = run(repo, '--models', 'arl_cnn14', '--backend', 'eager', 'folded', 'onnx', '--img-size', '32',
-               '--batch-size', '2', '--repetitions', '2', '--warmup', '0', '--results-file', tmp_path / 'r.csv')
+               '--batch-size', '2', '--repetitions', '1', '--restarts', '2', '--warmup', '0', '--results-file', tmp_path / 'r.csv')
     assert done.returncode == 0, done.stderr
-    assert [r['backend'] for r in rows(tmp_path / 'r.csv')] == ['eager', 'folded', 'onnx']
+    table = rows(tmp_path / 'r.csv')
+    assert [r['backend'] for r in table] == ['eager', 'folded', 'onnx']
+    assert all(float(r['infer_samples_per_sec']) > 0 and not r['saved_memory_mb'] for r in table)
 
 
 def test_compile_and_autocast(repo, tmp_path):
     done = run(repo, '--models', 'arl_cnn14', '--precision', 'bf16', '--batch-size', '2', '--compile', '--img-size',
-               '32', '--repetitions', '1', '--results-file', tmp_path / 'r.csv')
+               '32', '--repetitions', '1', '--restarts', '1', '--results-file', tmp_path / 'r.csv')
     assert done.returncode == 0, done.stderr
     assert [(r['precision'], r['compile']) for r in rows(tmp_path / 'r.csv')] == [('bf16', 'True')]
 
@@ -81,11 +81,11 @@ def test_two_processes(repo, tmp_path):
 
 def test_smaller_batch_where_memory_is_short(repo, tmp_path):
     def limit():
-        resource.setrlimit(resource.RLIMIT_DATA, (3 * 2 ** 30, 3 * 2 ** 30))
+        resource.setrlimit(resource.RLIMIT_DATA, (2 ** 31, 2 ** 31))
 
-    batch_size = 2 ** 14  # 16384 x 64 channels x 16 x 16 positions x 4 bytes: 1.1 GB for one map of the stem
+    batch_size = 2 ** 13  # 8192 x 64 channels x 16 x 16 positions x 4 bytes: 0.5 GB for one map of the stem
     done = run(repo, '--models', 'resnet14', '--img-size', '32', '--batch-size', batch_size, '--repetitions', '1',
-               '--warmup', '0', '--results-file', tmp_path / 'r.csv', preexec_fn=limit)
+               '--restarts', '1', '--warmup', '0', '--results-file', tmp_path / 'r.csv', preexec_fn=limit)
     assert done.returncode == 0, done.stderr
     assert 'Trying all models of this setting with a batch of' in done.stderr + done.stdout
     assert int(rows(tmp_path / 'r.csv')[0]['infer_batch_size']) < batch_size
@@ -114,7 +114,5 @@ def test_input_speed(repo, tmp_path):
     assert [r['decoding'] for r in table] == ['full', 'reduced'] and '2500 x 1900' in table[0]['image']
     assert all(float(r['patches_per_sec']) > 0 and float(r['train_samples_per_sec']) > 0 for r in table)
     (tmp_path / 'no.jpg').write_bytes(b'no picture')
-    for arguments, sentence in ((['--image', tmp_path / 'no.jpg'], 'is not a picture'),
-                                (['--steps', '0'], 'at least 1'), (['--model', 'arl_cnn15'], 'no model named')):
-        done = run(repo, *arguments, program='input_speed.py', cwd=tmp_path)
-        assert done.returncode == 2 and sentence in done.stderr
+    done = run(repo, '--image', tmp_path / 'no.jpg', program='input_speed.py', cwd=tmp_path)
+    assert done.returncode == 2 and 'is not a picture' in done.stderr
