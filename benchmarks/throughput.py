@@ -5,8 +5,9 @@
 Each row is a process of its own, so that none inherits the memory or the caches of another. The rows of one setting run
 side by side: one repetition of the first model, one of the second, and so on, then again, in an order that turns round
 each time; and all of it again in `--restarts` fresh sets of processes, since where a process finds its memory is luck
-that can outweigh what is measured. A row's `ratio` is the median, over the repetitions, of its time divided by that of the first model in the
-same repetition; its `spread` is the distance between the quartiles of its own times, divided by their median.
+that can outweigh what is measured. A row's `ratio` is the median, over the repetitions, of its time divided by that of
+the first model in the same repetition; its `spread` is the distance between the quartiles of its own times, divided by
+their median.
 
 Autocast is used for bf16 and fp16. `infer_gmacs` are those of torch.utils.flop_counter: convolutions and matrix
 products; normalisations, activations, pooling and the gate's own arithmetic are not in it. `infer_macts` are the
@@ -52,9 +53,10 @@ class Row:
     """A model in a process of its own, which runs a repetition when told to."""
 
     def __init__(self, spec: Dict[str, Any], index: int):
+        port = int(os.environ.get('MASTER_PORT', 29500)) + 1 + index
         env = dict(  # the processes of a row meet at a port of their own; the profiler's messages are not ours
-            os.environ, TORCHELASTIC_USE_AGENT_STORE='False', MASTER_PORT=str(int(os.environ.get('MASTER_PORT', 29500)) + 1 + index),
-            KINETO_LOG_LEVEL='99', TORCH_CPP_LOG_LEVEL='ERROR')
+            os.environ, TORCHELASTIC_USE_AGENT_STORE='False', MASTER_PORT=str(port), KINETO_LOG_LEVEL='99',
+            TORCH_CPP_LOG_LEVEL='ERROR')
         self.spec = spec
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name('throughput_worker.py')), json.dumps(spec)],
@@ -227,8 +229,8 @@ def main() -> int:
         ) for model in args.models for backend in args.backend]
         names = {(s['model'], s['backend']) for s in specs}
         key = {'mode': mode, 'precision': precision, 'device_type': args.device, 'compile': args.compile,
-               'channels_last': args.channels_last, 'repetitions': args.repetitions, 'restarts': args.restarts, 'requested_batch_size': batch_size,
-               f'{mode}_img_size': img_size}
+               'channels_last': args.channels_last, 'repetitions': args.repetitions, 'restarts': args.restarts,
+               'requested_batch_size': batch_size, f'{mode}_img_size': img_size}
         known = [r for r in results if all(r['setting'].get(k) == v for k, v in key.items())]
         if names <= {(r['model'], r['backend']) for r in known}:
             continue

@@ -8,7 +8,8 @@ import sys
 import pytest
 from PIL import Image
 
-SMALL = ['--models', 'resnet14', 'arl_cnn14', '--img-size', '32', '--repetitions', '2', '--restarts', '1', '--warmup', '1']
+SMALL = ['--models', 'resnet14', 'arl_cnn14', '--img-size', '32', '--repetitions', '2', '--restarts', '1',
+         '--warmup', '1']
 
 
 def run(repo, *arguments, program='throughput.py', launch=(), **kwargs):
@@ -55,7 +56,8 @@ def test_training_with_a_sweep(repo, tmp_path):
 
 def test_backends(repo, tmp_path):
     done = run(repo, '--models', 'arl_cnn14', '--backend', 'eager', 'folded', 'onnx', '--img-size', '32',
-               '--batch-size', '2', '--repetitions', '1', '--restarts', '2', '--warmup', '0', '--results-file', tmp_path / 'r.csv')
+               '--batch-size', '2', '--repetitions', '1', '--restarts', '2', '--warmup', '0',
+               '--results-file', tmp_path / 'r.csv')
     assert done.returncode == 0, done.stderr
     table = rows(tmp_path / 'r.csv')
     assert [r['backend'] for r in table] == ['eager', 'folded', 'onnx']
