@@ -1,4 +1,11 @@
-"""A table, the growth of time and memory, and a bar chart from the rows of throughput.py."""
+"""A table, the growth of time and memory, and a bar chart from the rows of throughput.py.
+
+    python benchmarks/throughput_report.py benchmarks/results/arl_cnn50_infer.csv MORE.csv --chart docs/throughput.png
+"""
+import argparse
+import csv
+import json
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -91,3 +98,35 @@ def bar_chart(rows: List[Dict[str, Any]], path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=160, bbox_inches='tight', format='png')
     plt.close(figure)
+
+
+def read_csv(path: Path) -> List[Dict[str, Any]]:
+    """The rows of a results file, numbers as numbers and empty cells as None."""
+
+    def value(cell: str) -> Any:
+        try:
+            return json.loads(cell) if cell else None
+        except json.JSONDecodeError:
+            return cell
+
+    with open(path, newline='', encoding='utf-8') as file:
+        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description='The table and the chart of one or more results files.')
+    parser.add_argument('results', nargs='+', type=Path, help='CSV files of throughput.py')
+    parser.add_argument('--chart', type=Path, required=True, metavar='FILE.png', help='picture to write')
+    args = parser.parse_args()
+    try:
+        rows = [row for path in args.results for row in read_csv(path)]
+        table = markdown_table(rows) + growth_table(rows)
+        bar_chart(rows, args.chart)
+    except (OSError, KeyError, TypeError) as error:
+        parser.error(f'not readable as results of throughput.py: {error}')
+    print(f'{table}\nwritten: {args.chart}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

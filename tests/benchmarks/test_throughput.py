@@ -53,6 +53,11 @@ def test_training_with_a_sweep(repo, tmp_path):
     assert done.returncode == 0 and json.loads(path.with_suffix('.json').read_text())['rows'] == before
     assert sorted(p.suffix for p in path.parent.iterdir()) == ['.csv', '.json', '.md', '.png']
 
+    done = run(repo, path, '--chart', tmp_path / 'c.png', program='throughput_report.py')
+    assert done.returncode == 0 and done.stdout.startswith(path.with_suffix('.md').read_text()), done.stderr
+    with Image.open(tmp_path / 'c.png') as picture:
+        assert picture.width > 400
+
 
 def test_backends(repo, tmp_path):
     done = run(repo, '--models', 'arl_cnn14', '--backend', 'eager', 'folded', 'onnx', '--img-size', '32',
