@@ -42,10 +42,14 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     for parent in folded.modules():
         previous = ''
         for name, module in list(parent.named_children()):
-            before = getattr(parent, previous, None)
+            holder, key = parent, previous
+            while isinstance(getattr(holder, key, None), nn.Sequential):  # a deep stem ends in its convolution
+                holder = getattr(holder, key)
+                key = str(len(holder) - 1)
+            before = getattr(holder, key, None)
             if (type(module) is nn.BatchNorm2d and type(before) is nn.Conv2d and module.track_running_stats
                     and before.out_channels == module.num_features):
-                setattr(parent, previous, fuse_conv_bn_eval(before, module))
+                setattr(holder, key, fuse_conv_bn_eval(before, module))
                 setattr(parent, name, nn.Identity())
             previous = name
     weight = next(model.parameters())
