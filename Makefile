@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 		benchmarks/finetune_isic.py --data demo --model arl_cnn14 --img-size 128 --batch-size 16 --epochs 2
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/throughput.py --models resnet50 arl_cnn50 seresnet50 --mode infer train --batch-size 8 \

@@ -8,6 +8,9 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 
+if 'PYTEST_XDIST_WORKER' in os.environ:  # `make test` runs two workers, which would else wait for each other's threads
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope='session')
 def repo() -> Path:

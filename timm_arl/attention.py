@@ -59,26 +59,40 @@ def attention_mask(
     Raises:
         ValueError: An unknown ``attention`` or ``mask_scale`` (a ``torch.jit.Error`` once scripted).
     """
+    mask, total, share = _mask_parts(residual, attention, mask_scale)
+    return mask if total is None else mask * (share / total)
+
+
+def _mask_parts(
+        residual: torch.Tensor,
+        attention: str,
+        mask_scale: str,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor], float]:
+    """The mask as e, t and c, of which it is e * c / t, or e where t is None; t is one number a softmax."""
     if mask_scale != 'softmax' and mask_scale != 'mean1':
         raise ValueError(f"Unknown mask_scale '{mask_scale}': choose 'softmax' or 'mean1'.")
     # promotes half precision to float32 and leaves float64 alone; FX cannot trace torch.promote_types
     wide = residual.new_ones([1], dtype=torch.float32)
+    total: Optional[torch.Tensor] = None
+    # torch.softmax over flattened positions would copy channels_last data to NCHW; this keeps the format. One dimension
+    # after the other, since a compiler makes slow loops of both at once (inductor on a CPU: 13 ms for 11)
     if attention == 'mixed':
         mask = torch.sigmoid(residual * wide)
         if mask_scale == 'mean1':
-            mask = mask / mask.mean(dim=[1, 2, 3], keepdim=True)
-        return mask
+            total = mask.mean(dim=[1, 2, 3], keepdim=True)
+        return mask, total, 1.
     if attention == 'spatial':
-        dim = [2, 3]
+        top = residual.detach().amax(dim=2, keepdim=True).amax(dim=3, keepdim=True)
+        mask = (residual - top * wide).exp()
+        total = mask.sum(dim=2, keepdim=True).sum(dim=3, keepdim=True)
+        count = residual.shape[2] * residual.shape[3]
     elif attention == 'channel':
-        dim = [1]
+        mask = (residual - residual.detach().amax(dim=1, keepdim=True) * wide).exp()
+        total = mask.sum(dim=1, keepdim=True)
+        count = residual.shape[1]
     else:
         raise ValueError(f"Unknown attention '{attention}': choose 'spatial', 'channel' or 'mixed'.")
-    # torch.softmax over flattened positions would copy channels_last data to NCHW; this keeps the format
-    mask = (residual - residual.detach().amax(dim=dim, keepdim=True) * wide).exp()
-    if mask_scale == 'mean1':
-        return mask / mask.mean(dim=dim, keepdim=True)
-    return mask / mask.sum(dim=dim, keepdim=True)
+    return mask, total, float(count) if mask_scale == 'mean1' else 1.
 
 
 def attention_residual(
@@ -108,7 +122,8 @@ def attention_residual(
     Raises:
         ValueError: An unknown ``attention`` or ``mask_scale`` (a ``torch.jit.Error`` once scripted).
     """
-    gate = alpha * attention_mask(residual, attention, mask_scale)
+    mask, total, share = _mask_parts(residual, attention, mask_scale)
+    gate = mask * (alpha if total is None else alpha * share / total)  # a pass less than alpha times the mask
     if add_shortcut:
         gate = gate + 1.
     return torch.addcmul(residual.to(gate.dtype), gate, shortcut.to(gate.dtype)).to(residual.dtype)
@@ -172,11 +187,8 @@ def fused_block_tail(
     Args:
         residual: Input of ``norm``, or F itself, shape (B, C, H, W).
         shortcut: Input of ``shortcut_norm``, or x itself, shape (B, C, H, W).
-        alpha: Learnable weight, shape (1,).
-        attention: Normalisation n, see :func:`attention_residual`.
-        mask_scale: 'softmax' or 'mean1', see :func:`attention_mask`.
-        add_shortcut: False leaves out the leading ``x``.
         relu: Whether a ReLU follows the sum.
+        alpha, attention, mask_scale, add_shortcut: See :func:`attention_residual`.
         norm: Last norm layer of the residual branch, called on ``residual`` with all effects of its own forward.
         shortcut_norm: Last norm layer of the projection, called on ``shortcut``.
 
