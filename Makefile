@@ -15,7 +15,7 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/throughput.py --models resnet50 arl_cnn50 seresnet50 --mode infer train --batch-size 8 \
-		--repetitions 4 --restarts 2 --warmup 1 --results-file bench/throughput.csv
+		--repetitions 3 --restarts 2 --warmup 1 --results-file bench/throughput.csv
 	$(BIN)/python benchmarks/input_speed.py --images 16 --batch-size 8 --steps 3 --results-file bench/input.csv
 
 lint: $(VENV)/.installed

@@ -12,15 +12,16 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import timm_arl  # noqa: F401  registers the models
 
 LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--num_machines', '1', '--mixed_precision', 'no',
           '--dynamo_backend', 'no']
-SMALL = ['--img-size', '64', '--batch-size', '16', '--workers', '1']
+SMALL = ['--img-size', '64', '--batch-size', '16', '--workers', '1', '--crops', 'center']
 OUTPUTS = {'config.json', 'model.safetensors', 'summary.csv', 'metrics.json', 'run.json', 'last',
-           'predictions_validation.csv', 'predictions_test.csv'}
+           'predictions_validation.csv', 'predictions_test.csv', 'tensorboard', 'looks.csv'}
 
 
 def command(repo, *args, launch=()):
@@ -39,7 +40,7 @@ def read_csv(path):
 @pytest.fixture(scope='module')
 def finished(repo, isic_sample, tmp_path_factory):
     out = tmp_path_factory.mktemp('run') / 'out'
-    args = ['--data', isic_sample, *SMALL, '--epochs', 3, '--seed', 7]
+    args = ['--data', isic_sample, *SMALL, '--epochs', 3, '--seed', 7, '--mixup', 0.2, '--ema', 0.9]
     done = run(repo, *args, '--output-dir', out, launch=[*LAUNCH, '--num_processes', '1'])
     assert done.returncode == 0, done.stderr
     return out, done.stdout, args
@@ -54,6 +55,7 @@ def test_outputs(finished):
             'validation_mean_auc', 'lr', *(f'layer{n}.0.alpha' for n in (1, 2, 3, 4))} <= set(summary[0])
     assert summary[0]['layer3.0.alpha'] != summary[2]['layer3.0.alpha']
     record = json.loads((out / 'run.json').read_text())
+    assert record['arguments']['recipe'] == 'modern' and record['arguments']['mixup'] == 0.2
     assert record['arguments']['seed'] == 7 and record['versions']['timm'] == timm.__version__
     assert f'In {out}' in stdout and 'test ' in stdout
 
@@ -134,13 +136,110 @@ def test_resume_of_a_finished_run_looks_at_nothing_again(finished, repo):
     assert done.returncode == 2 and 'has --seed 7, not 8' in done.stderr
 
 
-def test_two_processes_share_the_images(repo, isic_sample, tmp_path):
-    done = run(repo, '--data', isic_sample, '--img-size', 64, '--batch-size', 7, '--workers', 0, '--epochs', 1,
-               '--output-dir', tmp_path / 'out', launch=[*LAUNCH, '--multi_gpu', '--num_processes', '2'])
+def test_two_processes_are_one(repo, isic_sample, tmp_path):
+    """Two processes at half the batch see the same images as one, once each; with frozen norms they learn the same."""
+    results = []
+    for processes, batch_size, launch in (
+            (2, 7, [*LAUNCH, '--multi_gpu', '--num_processes', '2']), (1, 14, [*LAUNCH, '--num_processes', '1'])):
+        out = tmp_path / str(processes)
+        done = run(repo, '--data', isic_sample, *SMALL[:2], '--batch-size', batch_size, '--workers', 0, '--epochs', 2,
+                   '--freeze-bn', '--optimizer', 'momentum', '--lr', 0.01, '--tracker', 'none', '--output-dir', out,
+                   launch=launch)
+        assert done.returncode == 0, done.stderr
+        assert f'{processes} process(es)' in done.stdout and done.stdout.count('Output folder') == 1
+        predictions = read_csv(out / 'predictions_test.csv')
+        assert len({p['image_id'] for p in predictions}) == len(predictions) == 48
+        results.append((json.loads((out / 'metrics.json').read_text()), read_csv(out / 'summary.csv'),
+                        safetensors.torch.load_file(out / 'model.safetensors')))
+    (metrics, summary, weights), (expected_metrics, expected_summary, expected) = results
+    for ours, theirs in zip(summary, expected_summary):
+        assert float(ours['train_loss']) == pytest.approx(float(theirs['train_loss']), rel=1e-4)
+    assert metrics['test']['mean_auc'] == pytest.approx(expected_metrics['test']['mean_auc'], abs=5e-3)
+    start = timm.create_model('arl_cnn14', num_classes=2).state_dict()
+    for key in expected:
+        assert torch.allclose(weights[key], expected[key], atol=2e-5, rtol=1e-3), key
+    assert not torch.allclose(expected['layer4.0.conv2.weight'], start['layer4.0.conv2.weight'], atol=1e-4)
+
+
+def test_folds_and_seeds(repo, isic_sample, tmp_path):
+    from timm_arl.isic.dataset import load_splits
+    out = tmp_path / 'cv'
+    ids = list(load_splits(isic_sample)['train']['image_id'])
+    (tmp_path / 'twins.csv').write_text('image_id_a,image_id_b\n' + f'{ids[0]},{ids[50]}\n{ids[50]},{ids[90]}\n')
+    args = ['--data', isic_sample, *SMALL[:4], '--workers', 0, '--crops', 'center', '--epochs', 1, '--tracker', 'none',
+            '--folds', 2, '--duplicates', tmp_path / 'twins.csv', '--output-dir', out]
+    done = run(repo, *args)
     assert done.returncode == 0, done.stderr
-    assert '2 process(es)' in done.stdout and done.stdout.count('Output folder') == 1
-    predictions = read_csv(tmp_path / 'out' / 'predictions_test.csv')
-    assert len({p['image_id'] for p in predictions}) == len(predictions) == 48
+    parts = [[p['image_id'] for p in read_csv(out / f'fold-{k}' / 'predictions_validation.csv')] for k in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == sorted(ids) and not (out / 'fold-0' / 'predictions_test.csv').exists()
+    assert len({ids[0] in parts[0], ids[50] in parts[0], ids[90] in parts[0]}) == 1  # twins of twins stay together
+    labels = {p['image_id']: p for p in load_splits(isic_sample)['train'].select_columns(
+        ['image_id', 'melanoma']).to_list()}
+    assert abs(sum(labels[i]['melanoma'] for i in parts[0]) - 16) <= 2  # stratified
+    metrics = json.loads((out / 'metrics.json').read_text())
+    assert metrics['cross_validation']['melanoma']['images'] == 96
+    assert metrics['runs']['validation_mean_auc']['runs'] == 2
+    before = (out / 'fold-0' / 'model.safetensors').stat().st_mtime_ns
+    (out / 'metrics.json').unlink()
+    (out / 'fold-1' / 'metrics.json').unlink()  # as if killed before its end
+    done = run(repo, '--resume', '--output-dir', out)
+    assert done.returncode == 0, done.stderr
+    assert (out / 'fold-0' / 'model.safetensors').stat().st_mtime_ns == before
+    assert json.loads((out / 'metrics.json').read_text()) == metrics
+
+
+def test_a_teacher_is_followed(finished, repo, isic_sample, tmp_path):
+    """A student that hears nothing but the teacher comes nearer to it than one that hears nothing but the labels."""
+    args = ['--data', isic_sample, *SMALL, '--epochs', 2, '--model', 'resnet14', '--tracker', 'none']
+    taught = run(repo, *args, '--teacher', finished[0], '--distill-weight', 1, '--output-dir', tmp_path / 'taught')
+    assert taught.returncode == 0 and 'probabilities and pooled features' in taught.stdout, taught.stderr
+    alone = run(repo, *args, '--output-dir', tmp_path / 'alone')
+    assert alone.returncode == 0, alone.stderr
+    teacher, *students = (
+        np.array([[float(p['melanoma']), float(p['seborrheic_keratosis'])] for p in read_csv(
+            folder / 'predictions_validation.csv')])
+        for folder in (finished[0], tmp_path / 'taught', tmp_path / 'alone'))
+    distances = [np.abs(student - teacher).mean() for student in students]
+    assert distances[0] < distances[1]
+    model = timm.create_model(f'local-dir:{tmp_path / "taught"}', pretrained=True)  # a plain network, no projection
+    assert not [name for name, _ in model.named_parameters() if 'projection' in name] and model.num_classes == 2
+
+
+def test_recipes_and_their_flags(repo, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(repo / 'benchmarks')
+    import finetune_options as options
+    parser = options.build_parser('About.\n\nMore.')
+    paper = options.parse_args(parser, ['--recipe', 'paper'])
+    # as printed: SGD, batch 32, 0.01 from scratch and 1e-4 fine-tuning, halved every 30 epochs, at most 100 epochs
+    assert (paper.optimizer, paper.batch_size, paper.lr) == ('momentum', 32, 0.01)
+    assert options.parse_args(parser, ['--recipe', 'paper', '--pretrained']).lr == 1e-4
+    assert (paper.schedule, paper.decay_epochs, paper.decay_rate, paper.epochs) == ('step', 30, 0.5, 100)
+    assert (paper.augmentation, paper.crops, paper.ema, paper.mixup) == ('paper', 'paper', 0, 0)
+    assert options.parse_args(parser, ['--recipe', 'paper', '--epochs', '7']).epochs == 7
+    (tmp_path / 'mine.yaml').write_text((repo / 'benchmarks' / 'recipes' / 'paper.yaml').read_text().replace(
+        'lr: 0.01', 'lr: 0.02').replace('epochs: 100', 'epochs: 3\ngrey-world: true'))
+    mine = options.parse_args(parser, ['--recipe', str(tmp_path / 'mine.yaml'), '--no-grey-world'])
+    assert (mine.epochs, mine.lr, mine.grey_world) == (3, 0.02, False)
+
+
+@pytest.mark.parametrize('content, message', [
+    ('epocs: 3', 'sets epocs: 3, but a recipe sets one value each of epochs,'),
+    ('data: x', 'sets data: x, but a recipe sets'), ('epochs: [1, 2]', 'sets epochs'),
+    ('from-scratch: 3', 'below from-scratch and from-weights'), ('epochs: 3', 'nor a flag sets --batch-size'),
+    ('grey-world: maybe', 'must be true or false'), ('- 3', 'must hold lines of the form'), ('a: [', 'cannot be read'),
+    ('epochs: many', "argument --epochs: invalid int value: 'many'"), ('schedule: cos', "invalid choice: 'cos'")])
+def test_bad_recipes(repo, tmp_path, content, message):
+    (tmp_path / 'r.yaml').write_text(content)
+    done = run(repo, '--recipe', 'r.yaml', cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_preview(repo, isic_sample, tmp_path):
+    done = run(repo, '--data', isic_sample, '--img-size', 64, '--preview', 'sheet.png', '--grey-world', cwd=tmp_path)
+    assert done.returncode == 0 and 'sheet.png' in done.stdout, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ['sheet.png']
+    with Image.open(tmp_path / 'sheet.png') as picture:
+        assert picture.size == (512, 3 * (64 + 18))
 
 
 def test_init_checkpoint_and_other_timm_models(finished, repo, isic_sample, tmp_path):
@@ -160,8 +259,12 @@ def test_init_checkpoint_and_other_timm_models(finished, repo, isic_sample, tmp_
     (['--data', 'no/such/folder'], 'No folder no/such/folder'),
     (['--init-checkpoint', 'nowhere'], 'No weights at nowhere'),
     (['--pretrained', '--init-checkpoint', 'x'], 'not allowed with argument --pretrained'),
+    (['--recipe', 'moden'], 'No recipe moden: choose modern, paper, or a YAML file'),
+    (['--tracker', 'wandbb'], 'Accelerate finds no tracker wandbb'),
+    (['--teacher', 'nowhere'], 'Unknown model nowhere'),
     (['--resume'], '--resume needs --output-dir'),
     (['--epochs', '0'], '0 is not between 1 and inf'),
+    (['--folds', '1'], '1 is not between 2 and inf'),
     (['--resume', '--output-dir', 'typo'], 'no run to resume in typo'),
     (['--model', 'vit_tiny_patch16_224', '--img-size', '96'], 'does not take images of 96 px'),
 ])

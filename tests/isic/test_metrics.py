@@ -1,15 +1,68 @@
-"""Scores, held against definitions and against published tables of the operating point."""
+"""Scores, held against definitions and against the challenge's official scorer."""
+import csv
+import json
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from timm_arl.isic.metrics import auc, auc_table, score_split, score_task
+from timm_arl.isic.metrics import (
+    auc,
+    auc_table,
+    operating_point,
+    score_split,
+    score_task,
+    threshold_for_sensitivity,
+    youden_threshold,
+)
 
 
 def pairs_auc(truth, scores):
     """The probability that a positive outranks a negative, ties counting half."""
     positive, negative = scores[truth == 1], scores[truth == 0]
     return np.mean([(p > n) + 0.5 * (p == n) for p in positive for n in negative])
+
+
+def test_figures_of_the_official_scorer(repo):
+    """tests/golden: generated labels and predictions, ties and exact 0.5s among them, and its scores (5.8.0)."""
+    folder = repo / 'tests' / 'golden'
+    official = json.loads((folder / 'official_scores.json').read_text())
+    tables = []
+    for name in ('truth', 'predictions'):
+        with open(folder / f'{name}.csv', newline='') as file:
+            rows = {row['image_id']: row for row in csv.DictReader(file)}
+        tables.append(rows)
+    truth, predictions = (
+        np.array([[float(rows[i][label]) for label in ('melanoma', 'seborrheic_keratosis')] for i in tables[0]])
+        for rows in tables)
+    scores = score_split(truth, predictions, resamples=10)
+    assert scores['mean_auc'] == pytest.approx(official['mean_auc'], abs=1e-9)
+    names = {'accuracy': 'accuracy', 'sensitivity': 'sensitivity', 'specificity': 'specificity', 'ppv': 'ppv',
+             'npv': 'npv', 'auc': 'auc', 'auc_sens_80': 'auc_sens_80', 'ap': 'average_precision'}
+    for label in ('melanoma', 'seborrheic_keratosis'):
+        for theirs, ours in names.items():
+            assert scores[label][ours] == pytest.approx(official[label][theirs], abs=1e-9), (label, ours)
+
+
+def test_thresholds_reach_what_they_promise():
+    rng = np.random.default_rng(5)
+    truth = (rng.random(300) < 0.3).astype(int)
+    probabilities = np.round(1 / (1 + np.exp(-rng.normal(size=300) - truth)), 2)  # with ties
+    values = np.unique(np.concatenate([[0., 1.], probabilities]))
+    points = [operating_point(truth, probabilities, t) for t in values]
+    best = max(p['sensitivity'] + p['specificity'] for p in points)
+    youden = operating_point(truth, probabilities, youden_threshold(truth, probabilities))
+    assert youden['sensitivity'] + youden['specificity'] == pytest.approx(best)
+    for wanted in (0.5, 0.8, 0.9, 1.0):
+        point = operating_point(truth, probabilities, threshold_for_sensitivity(truth, probabilities, wanted))
+        assert point['sensitivity'] >= wanted
+        assert point['specificity'] == max(p['specificity'] for p in points if p['sensitivity'] >= wanted)
+
+
+def test_constant_predictions():
+    truth, probabilities = np.array([0, 1, 1]), np.full(3, 0.4)
+    assert threshold_for_sensitivity(truth, probabilities) == pytest.approx(0.2)
+    assert score_task(truth, probabilities)['ppv'] is None and score_task(truth, probabilities)['auc'] == 0.5
 
 
 def test_auc_is_the_share_of_ordered_pairs():

@@ -1,10 +1,10 @@
 """Patches of several scales from one picture, as the paper cuts them, decoded no larger than they need."""
-from typing import BinaryIO, Iterator, List, Tuple, Union
+from typing import BinaryIO, Iterator, List, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
 
-__all__ = ['SCALES', 'open_reduced', 'patch_boxes', 'patches', 'shorter_side_for']
+__all__ = ['SCALES', 'multiscale_boxes', 'open_reduced', 'patch_boxes', 'patches', 'shorter_side_for']
 
 SCALES = (1 / 5, 2 / 5, 3 / 5, 4 / 5)  # side of a patch, as a share of the picture's shorter side
 
@@ -38,13 +38,19 @@ def open_reduced(source: Union[str, BinaryIO], shorter_side: int) -> Image.Image
         return picture.convert('RGB')
 
 
-def patch_boxes(size: Tuple[int, int], count: int, rng: np.random.Generator) -> List[Box]:
+def patch_boxes(
+        size: Tuple[int, int],
+        count: int,
+        rng: np.random.Generator,
+        scales: Sequence[float] = SCALES,
+) -> List[Box]:
     """Squares at the paper's four scales in turn, with centres in the central half of the picture.
 
     Args:
         size: Width and height of the picture.
         count: Number of patches; the paper takes 60 of a training image, 9 of a test image.
         rng: Source of the positions.
+        scales: Sides as shares of the shorter side.
 
     Returns:
         (left, top, right, bottom) in pixels, inside the picture.
@@ -52,11 +58,29 @@ def patch_boxes(size: Tuple[int, int], count: int, rng: np.random.Generator) -> 
     width, height = size
     boxes = []
     for i in range(count):
-        side = SCALES[i % len(SCALES)] * min(width, height)
+        side = scales[i % len(scales)] * min(width, height)
         left, top = (
             min(max(rng.uniform(0.25, 0.75) * extent - side / 2, 0), extent - side) for extent in (width, height))
         boxes.append((left, top, left + side, top + side))
     return boxes
+
+
+def multiscale_boxes(size: Tuple[int, int]) -> List[Box]:
+    """Five squares that see a whole picture: centred ones of 1, 4/5 and 3/5 of its shorter side, and its two ends.
+
+    Args:
+        size: Width and height of the picture.
+
+    Returns:
+        (left, top, right, bottom) in pixels, inside the picture.
+    """
+    width, height = size
+    shorter = min(size)
+    boxes = []
+    for share in (1., 4 / 5, 3 / 5):
+        half = share * shorter / 2
+        boxes.append((width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half))
+    return [*boxes, (0., 0., shorter, shorter), (width - shorter, height - shorter, width, height)]
 
 
 def patches(picture: Image.Image, boxes: List[Box], img_size: int) -> Iterator[Image.Image]:

@@ -1,13 +1,17 @@
-"""Scores of the ISIC 2017 Part 3 task, with intervals."""
-from typing import Any, Dict, Optional, Tuple
+"""Scores of the ISIC 2017 Part 3 task, as the challenge's official scorer counts them, and metrics.json."""
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 from scipy.stats import rankdata
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score, roc_curve
 
 from . import LABELS
+from .intervals import RESAMPLES, delong_test, percentile_interval, resampled_indices
 
-__all__ = ['OFFICIAL_THRESHOLD', 'auc', 'auc_table', 'score_split', 'score_task']
+__all__ = [
+    'OFFICIAL_THRESHOLD', 'auc', 'auc_above_sensitivity', 'auc_table', 'compare', 'operating_point', 'score_split',
+    'score_task', 'threshold_for_sensitivity', 'youden_threshold',
+]
 
 OFFICIAL_THRESHOLD = 0.5  # the challenge's scorer calls an image positive strictly above it
 
@@ -30,30 +34,107 @@ def auc(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
         return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
 
-def score_task(truth: np.ndarray, probabilities: np.ndarray, threshold: float = OFFICIAL_THRESHOLD) -> Dict[str, Any]:
-    """Scores of one binary task.
+def auc_above_sensitivity(truth: np.ndarray, probabilities: np.ndarray, sensitivity: float = 0.8) -> float:
+    """Area under the part of the ROC curve with at least that sensitivity, as the official scorer's auc_sens_80.
+
+    The curve is turned so that the sensitivity becomes one minus the false positive rate, and scikit-learn's
+    standardised partial AUC (McClish) taken: 0.5 by chance, 1 at best.
+
+    Args:
+        truth: 0 or 1, shape (N,), both present.
+        probabilities: Shape (N,).
+        sensitivity: Between 0 and 1.
+    """
+    return float(roc_auc_score(1 - np.asarray(truth), -np.asarray(probabilities), max_fpr=1 - sensitivity))
+
+
+def operating_point(truth: np.ndarray, probabilities: np.ndarray, threshold: float) -> Dict[str, Any]:
+    """Scores of one binary task at one threshold.
 
     Args:
         truth: 0 or 1, shape (N,).
         probabilities: In [0, 1], shape (N,).
-        threshold: Operating point; positive means strictly greater, as in the official scorer.
+        threshold: Positive means strictly greater, as in the official scorer.
 
     Returns:
-        auc, accuracy, sensitivity, specificity, threshold, positives and images. None where a score is undefined.
+        accuracy, sensitivity, specificity, ppv, npv and threshold. None where a score is undefined.
     """
-    (tn, fp), (fn, tp) = confusion_matrix(truth, probabilities > threshold, labels=[0, 1])
+    (tn, fp), (fn, tp) = confusion_matrix(truth, probabilities > threshold, labels=[0, 1]).tolist()
+
+    def share(part: int, rest: int) -> Optional[float]:
+        return part / (part + rest) if part + rest else None
+
     return {
-        'auc': _none_if_nan(float(auc(truth, probabilities))),
-        'accuracy': float((tp + tn) / len(truth)),
-        'sensitivity': float(tp / (tp + fn)) if tp + fn else None,
-        'specificity': float(tn / (tn + fp)) if tn + fp else None,
-        'threshold': float(threshold),
-        'positives': int(tp + fn),
+        'accuracy': share(tp + tn, fp + fn), 'sensitivity': share(tp, fn), 'specificity': share(tn, fp),
+        'ppv': share(tp, fp), 'npv': share(tn, fn), 'threshold': float(threshold),
+    }
+
+
+def youden_threshold(truth: np.ndarray, probabilities: np.ndarray) -> float:
+    """The threshold with the largest sensitivity + specificity (Youden's index); positive means strictly greater.
+
+    Args:
+        truth: 0 or 1, shape (N,), both present.
+        probabilities: Shape (N,).
+    """
+    fpr, tpr, thresholds = roc_curve(truth, probabilities, drop_intermediate=False)
+    return _just_below(probabilities, thresholds[np.argmax(tpr - fpr)])
+
+
+def threshold_for_sensitivity(truth: np.ndarray, probabilities: np.ndarray, sensitivity: float = 0.9) -> float:
+    """The highest threshold with at least that sensitivity; positive means strictly greater.
+
+    Args:
+        truth: 0 or 1, shape (N,), both present.
+        probabilities: Shape (N,).
+        sensitivity: Between 0 and 1.
+    """
+    _, tpr, thresholds = roc_curve(truth, probabilities, drop_intermediate=False)
+    return _just_below(probabilities, thresholds[np.argmax(tpr >= sensitivity)])
+
+
+def _just_below(probabilities: np.ndarray, lowest_positive: float) -> float:
+    """Half way between the lowest score that counts as positive and the next lower one.
+
+    scikit-learn calls a score positive from its threshold on, the official scorer strictly above.
+    """
+    lower = np.unique(probabilities)
+    lower = lower[lower < lowest_positive]
+    if not np.isfinite(lowest_positive):  # nothing is positive
+        return float(lower[-1])
+    return float((lowest_positive + (lower[-1] if len(lower) else 0.)) / 2)
+
+
+def score_task(truth: np.ndarray, probabilities: np.ndarray, threshold: float = OFFICIAL_THRESHOLD) -> Dict[str, Any]:
+    """Scores of one binary task: auc, average_precision, auc_sens_80, those of operating_point, positives and images.
+
+    Args:
+        truth: 0 or 1, shape (N,).
+        probabilities: In [0, 1], shape (N,).
+        threshold: Operating point; positive means strictly greater.
+
+    Returns:
+        The scores, None where one is undefined.
+    """
+    positives = int(np.sum(truth))
+    both = 0 < positives < len(truth)
+    return {
+        'auc': float(auc(truth, probabilities)) if both else None,
+        'average_precision': float(average_precision_score(truth, probabilities)) if both else None,
+        'auc_sens_80': auc_above_sensitivity(truth, probabilities) if both else None,
+        **operating_point(truth, probabilities, threshold),
+        'positives': positives,
         'images': len(truth),
     }
 
 
-def score_split(truth: np.ndarray, probabilities: np.ndarray, resamples: int = 1000, seed: int = 0) -> Dict[str, Any]:
+def score_split(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+        operating_points: Optional[Dict[str, Sequence[float]]] = None,
+) -> Dict[str, Any]:
     """Scores of both tasks, as metrics.json keeps them for one split.
 
     AUC intervals are 95 % percentile bootstrap intervals over images, both tasks resampled together. Resamples that
@@ -64,26 +145,66 @@ def score_split(truth: np.ndarray, probabilities: np.ndarray, resamples: int = 1
         probabilities: In [0, 1], shape (N, 2).
         resamples: Number of bootstrap resamples.
         seed: Seed of the resampling.
+        operating_points: By name, a threshold for each label, chosen elsewhere.
 
     Returns:
-        A dict of scores for each label (score_task's, and auc_ci95), mean_auc and mean_auc_ci95.
+        A dict of scores for each label (score_task's, auc_ci95, and a list operating_points), mean_auc and
+        mean_auc_ci95.
     """
-    index = np.random.default_rng(seed).integers(len(truth), size=(resamples, len(truth)))
+    index = resampled_indices(len(truth), resamples, seed)
     each = [auc(truth[:, k], probabilities[:, k]) for k in range(len(LABELS))]
     resampled = [auc(truth[index, k], probabilities[index, k]) for k in range(len(LABELS))]
     value = [*each, np.mean(each)]
     intervals = [
-        _percentile_interval(distribution) if np.isfinite(v) else None
+        percentile_interval(distribution) if np.isfinite(v) else None
         for v, distribution in zip(value, [*resampled, np.mean(resampled, axis=0)])
     ]
 
     scores: Dict[str, Any] = {}
     for k, label in enumerate(LABELS):
         task = score_task(truth[:, k], probabilities[:, k])
-        scores[label] = {'auc': task.pop('auc'), 'auc_ci95': intervals[k], **task}
-    scores['mean_auc'] = _none_if_nan(float(value[-1]))
+        points = [
+            {'name': name, **operating_point(truth[:, k], probabilities[:, k], thresholds[k])}
+            for name, thresholds in (operating_points or {}).items()]
+        scores[label] = {'auc': task.pop('auc'), 'auc_ci95': intervals[k], **task, 'operating_points': points}
+    scores['mean_auc'] = float(value[-1]) if np.isfinite(value[-1]) else None
     scores['mean_auc_ci95'] = intervals[-1]
     return scores
+
+
+def compare(
+        truth: np.ndarray,
+        first: np.ndarray,
+        second: np.ndarray,
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+) -> Dict[str, Any]:
+    """The AUC of the second network minus that of the first, paired on the same images.
+
+    Args:
+        truth: 0 or 1, shape (N, 2), columns in the order of LABELS.
+        first, second: Probabilities, shape (N, 2).
+        resamples: Number of bootstrap resamples, the same for both networks.
+        seed: Seed of the resampling.
+
+    Returns:
+        For each label, and for mean_auc: difference and difference_ci95 (bootstrap); for the labels also DeLong's z and
+        p_value.
+    """
+    index = resampled_indices(len(truth), resamples, seed)
+    result: Dict[str, Any] = {}
+    differences: List[np.ndarray] = []
+    for k, label in enumerate(LABELS):
+        t, a, b = truth[:, k], first[:, k], second[:, k]
+        z, p_value = delong_test(t, a, b)
+        differences.append(auc(t[index], b[index]) - auc(t[index], a[index]))
+        result[label] = {
+            'difference': float(auc(t, b) - auc(t, a)), 'difference_ci95': percentile_interval(differences[-1]), 'z': z,
+            'p_value': p_value}
+    result['mean_auc'] = {
+        'difference': float(np.mean([result[label]['difference'] for label in LABELS])),
+        'difference_ci95': percentile_interval(np.mean(differences, axis=0))}
+    return result
 
 
 def auc_table(metrics: Dict[str, Dict[str, Any]]) -> str:
@@ -95,12 +216,3 @@ def auc_table(metrics: Dict[str, Dict[str, Any]]) -> str:
         texts = ['undefined' if value is None else f'{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]' for value, ci in cells]
         lines.append(f'{split:12}' + ''.join(f'{text:24}' for text in texts).rstrip())
     return '\n'.join(lines)
-
-
-def _percentile_interval(distribution: np.ndarray) -> Tuple[float, float]:
-    low, high = np.nanpercentile(distribution, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _none_if_nan(value: float) -> Optional[float]:
-    return float(value) if np.isfinite(value) else None

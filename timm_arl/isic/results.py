@@ -3,13 +3,20 @@ import contextlib
 import csv
 import json
 import os
+import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
+import numpy as np
+
 from . import LABELS
 
-__all__ = ['git_commit', 'replacing', 'write_json', 'write_predictions', 'write_rows']
+__all__ = [
+    'git_commit', 'read_predictions', 'record_look', 'replacing', 'write_json', 'write_predictions', 'write_rows',
+]
 
 PathLike = Union[str, Path]
 
@@ -64,3 +71,61 @@ def git_commit(path: PathLike) -> Optional[str]:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
+
+
+def record_look(folder: PathLike, checkpoint: PathLike, scores: Dict[str, Any]) -> None:
+    """Add a row to looks.csv, which tells how often a checkpoint has met the test split, and by which command.
+
+    Args:
+        folder: Where looks.csv is, or is made.
+        checkpoint: What was scored.
+        scores: What score_split gave for the test split.
+    """
+    path = Path(folder, 'looks.csv')
+    rows: List[Dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline='', encoding='utf-8') as file:
+            rows = list(csv.DictReader(file))
+    write_rows(path, [*rows, {
+        'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'checkpoint': str(checkpoint), 'mean_auc': scores['mean_auc'],
+        'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]) or ''}])
+
+
+def read_predictions(path: PathLike, image_ids: Sequence[str]) -> np.ndarray:
+    """Read what write_predictions wrote, in the order of `image_ids`.
+
+    Args:
+        path: CSV with the columns image_id (or image) and those of LABELS; a byte order mark and CRLF are fine.
+        image_ids: N ids, each of which must be there; others are left out.
+
+    Returns:
+        Probabilities, shape (N, 2), float64.
+
+    Raises:
+        ValueError: No such file, a column or image missing, an image twice, or a value that is no probability.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} cannot be read as predictions: {error}') from error
+    key = 'image' if rows and 'image' in rows[0] else 'image_id'
+    absent = [column for column in (key, *LABELS) if not rows or column not in rows[0]]
+    if absent:
+        raise ValueError(f'{path} has no column {", ".join(absent)}: predictions have image_id, {", ".join(LABELS)}.')
+    found: Dict[str, List[float]] = {}
+    for row in rows:
+        try:
+            values = [float(row[label]) for label in LABELS]
+        except (TypeError, ValueError):
+            values = [float('nan')]
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError(f'{path}: the probabilities of image {row[key]} are not numbers between 0 and 1.')
+        if row[key] in found:
+            raise ValueError(f'{path}: image {row[key]} occurs twice.')
+        found[row[key]] = values
+    missing = [image_id for image_id in image_ids if image_id not in found]
+    if missing:
+        raise ValueError(f'{path} has no prediction for {len(missing)} of {len(image_ids)} images, {missing[0]} among '
+                         f'them.')
+    return np.array([found[image_id] for image_id in image_ids])

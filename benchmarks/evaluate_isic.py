@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""Score a checkpoint on ISIC 2017 Part 3: AUCs with intervals, operating points, calibration, groups, pictures.
+
+    python benchmarks/evaluate_isic.py --data path/to/isic2017 --checkpoint OUT --split test --output-dir R --report
+    python benchmarks/evaluate_isic.py --data path/to/isic2017 --checkpoint OUT --output-dir R \\
+        --compare OTHER/predictions_test.csv                                 # paired, on the same images
+
+Thresholds and the temperature of the calibration are chosen on the validation split, never on the split that is scored.
+The output folder receives
+    metrics.json              scores keyed by split; at the threshold 0.5, and a list of other operating points
+    predictions_SPLIT.csv     image_id,melanoma,seborrheic_keratosis
+    roc_SPLIT.png, reliability_SPLIT.png, alphas.png (where the checkpoint has a summary.csv)
+    report.md                 with --report: all of it on one page
+Each look at the test split is recorded in looks.csv, in the output folder and in that of the checkpoint.
+"""
+import argparse
+import csv
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+from accelerate.utils import set_seed
+from evaluate_report import markdown_report
+from isic_common import RunError, check_images, create_accelerator, image_loader, number, predict
+from timm.data import resolve_model_data_config
+
+import timm_arl
+from timm_arl.isic import LABELS
+from timm_arl.isic.calibration import (
+    apply_temperature,
+    expected_calibration_error,
+    fit_temperature,
+    subgroup_table,
+)
+from timm_arl.isic.dataset import DataError, load_splits
+from timm_arl.isic.metrics import auc_table, compare, score_split, threshold_for_sensitivity, youden_threshold
+from timm_arl.isic.plots import alpha_plot, reliability_plot, roc_plot
+from timm_arl.isic.results import git_commit, read_predictions, record_look, replacing, write_json, write_predictions
+from timm_arl.isic.transforms import CROPS
+from timm_arl.pretrained import WeightsError, create_for_task
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n\n')[0], epilog=__doc__.split('\n\n', 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--data', required=True, metavar='DIR|HUB_ID|demo', help='as for finetune_isic.py')
+    add('--checkpoint', required=True, metavar='OUT|NAME',
+        help='output folder of finetune_isic.py, or a timm name whose pretrained weights have two outputs')
+    add('--split', default='test', choices=['validation', 'test'], help='what is scored (default: %(default)s)')
+    add('--crops', default='multiscale', choices=CROPS,
+        help='crops of an image, whose probabilities are averaged (default: %(default)s)')
+    add('--output-dir', required=True)
+    add('--report', action='store_true', help='write report.md')
+    add('--alpha-zero', action='store_true', help='set every alpha to 0: the same network without its attention')
+    add('--compare', metavar='PREDICTIONS.csv', help='of another network on the same images: paired differences')
+    add('--drop-duplicates', metavar='LIST.csv',
+        help='leave out images that this list of pairs names as twins of training images')
+    add('--img-size', type=number(int, 64), help="side of the network's input (default: the checkpoint's)")
+    add('--aspect', choices=['keep', 'squash'], default='keep', help='shape of square copies with an aspect_ratio')
+    add('--grey-world', action=argparse.BooleanOptionalAction, default=False, help='colour constancy')
+    add('--lesion-crop', action=argparse.BooleanOptionalAction, default=False, help='cut to the lesion, given a mask')
+    add('--batch-size', type=number(int, 1), default=32, help='images a process and step (default: %(default)s)')
+    add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='of random crops and bootstrap (default: 0)')
+    add('--workers', type=number(int, 0), default=2, help='data loading processes (default: %(default)s)')
+    add('--cpu-threads', type=number(int, 1), help='threads a process')
+    add('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="(default: accelerate's configuration)")
+    add('--skip-bad-images', action='store_true', help='leave out images that do not decode instead of stopping')
+    parser.set_defaults(tracker='none')
+    return parser
+
+
+def load_network(args):
+    folder = Path(args.checkpoint)
+    if folder.is_dir() and not (folder / 'config.json').is_file():
+        raise WeightsError(f'{folder} holds no config.json and model.safetensors: pass the output folder of '
+                           f'finetune_isic.py, or the name of a model.')
+    model = create_for_task(f'local-dir:{folder}' if folder.is_dir() else args.checkpoint, pretrained=True)
+    if model.num_classes != len(LABELS):
+        raise WeightsError(f'{args.checkpoint} has {model.num_classes} outputs, not those of {" and ".join(LABELS)}: '
+                           f'fine-tune it first, with finetune_isic.py.')
+    alphas = [parameter for name, parameter in model.named_parameters() if name.endswith('.alpha')]
+    if args.alpha_zero and not alphas:
+        raise RunError(f'--alpha-zero: {args.checkpoint} has no alphas.')
+    with torch.no_grad():
+        for alpha in alphas if args.alpha_zero else []:
+            alpha.zero_()
+    return model.to(memory_format=torch.channels_last).eval()
+
+
+def without_duplicates(splits, args):
+    """The splits without the images that a list names as twins of training images."""
+    try:
+        with open(args.drop_duplicates, newline='', encoding='utf-8-sig') as file:
+            pairs = [(row['image_id_a'], row['image_id_b']) for row in csv.DictReader(file)]
+    except (OSError, KeyError, UnicodeDecodeError) as error:
+        raise DataError(f'{args.drop_duplicates} cannot be read as a list of pairs (columns image_id_a, image_id_b): '
+                        f'{error}') from error
+    train = set(splits['train']['image_id'])
+    twins = {a for pair in pairs for a, b in (pair, pair[::-1]) if b in train and a not in train}
+    return {name: split if name == 'train' else split.select(
+        [row for row, image_id in enumerate(split['image_id']) if image_id not in twins])
+        for name, split in splits.items()}
+
+
+def evaluate(args):
+    out, start_time = Path(args.output_dir), time.time()
+    accelerator = create_accelerator(args)
+    set_seed(args.seed)
+    model = load_network(args)
+    data_config = resolve_model_data_config(model)
+    if args.img_size:
+        data_config['input_size'] = (3, args.img_size, args.img_size)
+
+    splits = load_splits(args.data, seed=args.seed)
+    if args.drop_duplicates:
+        splits = without_duplicates(splits, args)
+    splits = {name: splits[name] for name in dict.fromkeys(('validation', args.split))}
+    if args.compare:  # told before the work, not after it
+        try:
+            read_predictions(args.compare, splits[args.split]['image_id'])
+        except ValueError as error:
+            raise RunError(f'--compare: {error}') from error
+    check_images(splits, args, accelerator)
+    loaders = {name: image_loader(args, split, data_config, accelerator) for name, split in splits.items()}
+    truth = {name: loader.dataset.labels.numpy() for name, loader in loaders.items()}
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    probabilities = {name: predict(accelerator, model, loader, name).numpy() for name, loader in loaders.items()}
+    if not accelerator.is_main_process:
+        return
+
+    # Chosen on validation
+    choosers = {'youden': youden_threshold, 'sensitivity 0.9': threshold_for_sensitivity}
+    points = {f'{name} on validation': [chooser(truth['validation'][:, k], probabilities['validation'][:, k])
+                                        for k in range(len(LABELS))] for name, chooser in choosers.items()}
+    temperatures = [fit_temperature(truth['validation'][:, k], probabilities['validation'][:, k].astype(float))
+                    for k in range(len(LABELS))]
+
+    metrics, calibrated = {}, {}
+    for name, p in probabilities.items():
+        t = truth[name]
+        metrics[name] = score_split(t, p, seed=args.seed, operating_points=points)
+        calibrated[name] = torch.tensor(
+            [apply_temperature(p[:, k], temperatures[k]) for k in range(len(LABELS))]).T.numpy()
+        for k, label in enumerate(LABELS):
+            metrics[name][label]['calibration'] = {
+                'ece': expected_calibration_error(t[:, k], p[:, k]), 'temperature': temperatures[k],
+                'ece_with_temperature': expected_calibration_error(t[:, k], calibrated[name][:, k])}
+        columns = {c: list(splits[name][c]) for c in ('sex', 'age_approximate') if c in splits[name].column_names}
+        metrics[name]['subgroups'] = subgroup_table(t, p, columns.get('sex'), columns.get('age_approximate'))
+    if args.compare:
+        other = read_predictions(args.compare, loaders[args.split].dataset.image_ids)
+        metrics[args.split]['comparison'] = {
+            'first': args.compare, 'second': args.checkpoint + ', alpha zero' * args.alpha_zero,
+            **compare(truth[args.split], other, probabilities[args.split], seed=args.seed)}
+
+    # Files
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f'Cannot make the output folder {out}: {error.strerror}.') from error
+    record = {
+        'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
+        'timm': timm.__version__, 'torch': torch.__version__, 'img_size': data_config['input_size'][-1],
+        'crops': args.crops, 'seed': args.seed}
+    write_json(out / 'metrics.json', metrics)
+    synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
+    for name in splits:
+        title = f'{args.checkpoint}{", alpha zero" * args.alpha_zero}, {name}, {len(truth[name])} images{synthetic}'
+        write_predictions(out / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities[name])
+        roc_plot(out / f'roc_{name}.png', truth[name], probabilities[name], metrics[name], title)
+        reliability_plot(out / f'reliability_{name}.png', truth[name], {
+            'as given': probabilities[name], 'with temperature': calibrated[name]}, title)
+    curves = Path(args.checkpoint) / 'summary.csv'
+    if curves.is_file():
+        with curves.open(newline='', encoding='utf-8') as file:
+            summary = list(csv.DictReader(file))
+        names = [column for column in summary[0] if column.endswith('.alpha')]
+        if names:
+            alpha_plot(out / 'alphas.png', summary, names, str(args.checkpoint))
+    if args.report:
+        with replacing(out / 'report.md') as temporary:
+            temporary.write_text(markdown_report(metrics, record, out, args), encoding='utf-8')
+    if args.split == 'test':
+        for folder in {out, Path(args.checkpoint)} if Path(args.checkpoint).is_dir() else {out}:
+            record_look(folder, args.checkpoint, metrics['test'])
+    print(f'AUC [95 % interval]{synthetic}\n' + auc_table(metrics))
+    print(f'{time.time() - start_time:.0f} s. In {out}: {", ".join(sorted(path.name for path in out.iterdir()))}')
+
+
+def main():
+    parser = build_parser()
+    try:
+        evaluate(parser.parse_args())
+    except (RunError, DataError, WeightsError) as error:
+        parser.exit(2, f'{parser.prog}: error: {error}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, '\nInterrupted.\n')
+
+
+if __name__ == '__main__':
+    main()

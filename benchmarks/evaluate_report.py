@@ -1,0 +1,74 @@
+"""The page that evaluate_isic.py --report writes."""
+from pathlib import Path
+from typing import Any, Dict
+
+from timm_arl.isic import LABELS
+
+COLUMNS = ('accuracy', 'sensitivity', 'specificity', 'ppv', 'npv')
+
+
+def number(value: Any, digits: int = 3) -> str:
+    return 'undefined' if value is None else f'{value:.{digits}f}'
+
+
+def interval(value: Any, ci: Any) -> str:
+    return 'undefined' if value is None else f'{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]'
+
+
+def markdown_report(metrics: Dict[str, Any], record: Dict[str, Any], out: Path, args: Any) -> str:
+    """Markdown of one evaluation.
+
+    Args:
+        metrics: Content of metrics.json.
+        record: Command, commit, versions, settings.
+        out: Folder with the pictures.
+        args: Arguments of evaluate_isic.py.
+    """
+    alpha_zero = ' with every alpha at 0' if args.alpha_zero else ''
+    lines = [f'# {args.checkpoint}{alpha_zero} on {args.data}', '']
+    if args.data == 'demo':
+        lines += ['The images are **synthetic**: these scores say nothing about skin lesions.', '']
+    lines += [
+        'Not a medical device. 95 % bootstrap intervals over images. Thresholds and temperature were chosen on the '
+        'validation split, so that its own figures at them are optimistic.', '']
+    for split, scores in metrics.items():
+        images = scores[LABELS[0]]['images']
+        lines += [
+            f'## {split}, {images} images', '',
+            '| | AUC | average precision | AUC above 80 % sensitivity | ECE | ECE with temperature |',
+            '|---|---|---|---|---|---|']
+        for label in LABELS:
+            task, calibration = scores[label], scores[label]['calibration']
+            lines.append(
+                f'| {label.replace("_", " ")} ({task["positives"]}) | {interval(task["auc"], task["auc_ci95"])} | '
+                f'{number(task["average_precision"])} | {number(task["auc_sens_80"])} | {number(calibration["ece"])} | '
+                f'{number(calibration["ece_with_temperature"])} (T = {calibration["temperature"]:.2f}) |')
+        lines += [f'| mean | {interval(scores["mean_auc"], scores["mean_auc_ci95"])} | | | | |', '',
+                  f'| task | threshold | {" | ".join(COLUMNS)} |', '|---' * (2 + len(COLUMNS)) + '|']
+        for label in LABELS:
+            for point in [{'name': 'official', **scores[label]}, *scores[label]['operating_points']]:
+                lines.append(f'| {label.replace("_", " ")} | {point["name"]}, {point["threshold"]:.3f} | '
+                             f'{" | ".join(number(point[column]) for column in COLUMNS)} |')
+        lines += ['', f'![ROC curves](roc_{split}.png)', '', f'![Reliability](reliability_{split}.png)', '']
+        if scores['subgroups']:
+            lines += ['| group | task | images | positives | AUC | sensitivity | specificity |',
+                      '|---|---|---|---|---|---|---|']
+            lines += [f'| {row["group"]} | {row["label"].replace("_", " ")} | {row["images"]} | {row["positives"]} | '
+                      f'{number(row["auc"])} | {number(row["sensitivity"])} | {number(row["specificity"])} |'
+                      for row in scores['subgroups']]
+            lines.append('')
+        else:
+            lines += ['Sex and age are not known for these images.', '']
+        if 'comparison' in scores:
+            pair = scores['comparison']
+            lines += [f'Paired differences, {pair["second"]} minus {pair["first"]}:', '',
+                      "| | AUC difference | DeLong's p |", '|---|---|---|']
+            for name in (*LABELS, 'mean_auc'):
+                p_value = f'{pair[name]["p_value"]:.3g}' if 'p_value' in pair[name] else ''
+                lines.append(f'| {name.replace("_", " ")} | '
+                             f'{interval(pair[name]["difference"], pair[name]["difference_ci95"])} | {p_value} |')
+            lines.append('')
+    if (out / 'alphas.png').exists():
+        lines += ['![The alphas over the epochs](alphas.png)', '']
+    lines += ['| | |', '|---|---|', *(f'| {key} | `{value}` |' for key, value in record.items())]
+    return '\n'.join(lines) + '\n'

@@ -1,0 +1,119 @@
+"""The output folder of finetune_isic.py: what is in it after every epoch, and how a killed run finds its way back."""
+import copy
+import json
+import platform
+import shlex
+import shutil
+import sys
+
+import accelerate
+import datasets
+import timm
+import torch
+from isic_common import RunError
+from PIL import Image, ImageDraw
+from timm.models import save_for_hf
+from torchvision.transforms.v2.functional import to_pil_image
+
+import timm_arl
+from timm_arl.isic import LABELS
+from timm_arl.isic.results import git_commit, replacing, write_json, write_rows
+
+NOT_OF_THE_RUN = ('output_dir', 'resume', 'workers', 'tracker', 'preview')  # may differ on --resume
+
+
+def prepare_output_dir(args, accelerator, out):
+    """Make the output folder, or find the summary of the epochs that are finished in it."""
+    launch = {
+        'processes': accelerator.num_processes,
+        'mixed_precision': accelerator.mixed_precision,
+        'gradient_accumulation_steps': accelerator.gradient_accumulation_steps,
+        'device': accelerator.device.type,
+    }
+    traces = ('run.json', 'summary.csv', 'metrics.json', 'config.json', 'model.safetensors', 'last', 'last.previous')
+    if not args.resume and any((out / trace).exists() for trace in traces):
+        raise RunError(f'{out} already holds a run: go on with it by --resume, or choose another --output-dir.')
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f'Cannot make the output folder {out}: {error.strerror}.') from error
+        if not (out / 'last').exists() and (out / 'last.previous').exists():
+            (out / 'last.previous').rename(out / 'last')
+        for leftover in ('last.previous', 'last.saving'):
+            shutil.rmtree(out / leftover, ignore_errors=True)
+        if not args.resume:
+            write_json(out / 'run.json', {
+                'command': shlex.join(sys.argv),
+                'arguments': {k: v for k, v in vars(args).items() if k not in NOT_OF_THE_RUN},
+                'launch': launch,
+                'commit': git_commit(__file__),
+                'versions': {m.__name__: m.__version__ for m in (timm_arl, timm, torch, accelerate, datasets)},
+                'python': platform.python_version(),
+            })
+    accelerator.wait_for_everyone()
+    if not args.resume:
+        return []
+    saved = json.loads((out / 'run.json').read_text())['launch']
+    if launch != saved:
+        raise RunError(f'The run in {out} was launched with {saved}, not {launch}: resume it in the same way.')
+    progress = out / 'last' / 'progress.json'
+    if not progress.exists():
+        accelerator.print(f'No finished epoch to resume in {out}: starting with the first.')
+        return []
+    if accelerator.is_main_process:
+        publish(out)
+    return json.loads(progress.read_text())['summary']
+
+
+def save_progress(accelerator, network, out, summary, best, data_config):
+    """Replace last/ by the state after this epoch and the kept network; killed at any moment, one of them survives."""
+    saving, last, previous = out / 'last.saving', out / 'last', out / 'last.previous'
+    accelerator.save_state(saving)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if best:
+            save_for_hf(
+                copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format), saving / 'kept',
+                safe_serialization=True, model_config=dict(label_names=list(LABELS)), data_config=data_config)
+        else:
+            shutil.copytree(last / 'kept', saving / 'kept')
+        write_json(saving / 'progress.json', {'summary': summary})
+        if last.exists():
+            last.rename(previous)
+        saving.rename(last)
+        shutil.rmtree(previous, ignore_errors=True)
+        publish(out)
+    accelerator.wait_for_everyone()
+
+
+def publish(out):
+    """Bring the summary and the kept network, which last/ holds, into the output folder."""
+    write_rows(out / 'summary.csv', json.loads((out / 'last' / 'progress.json').read_text())['summary'])
+    for file in ('model.safetensors', 'config.json'):
+        with replacing(out / file) as temporary:
+            shutil.copyfile(out / 'last' / 'kept' / file, temporary)
+
+
+def preview(args, images, data_config):
+    """Draw a contact sheet: a row of training images, changed as in the first epoch, and one of each other split's."""
+    columns, side = 8, data_config['input_size'][-1]
+    mean, std = (torch.tensor(data_config[name]).view(3, 1, 1) for name in ('mean', 'std'))
+    rows = []
+    for split in images.values():
+        tensors = [split[row][0].reshape(-1, 3, side, side) for row in range(min(columns, len(split)))]
+        rows.append((torch.cat(tensors)[:columns] * std + mean).clamp(0, 1))
+    title = 18
+    sheet = Image.new('RGB', (columns * side, len(rows) * (side + title)), 'white')
+    draw = ImageDraw.Draw(sheet)
+    synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
+    for number, (name, row) in enumerate(zip(images, rows)):
+        top = number * (side + title)
+        crops = args.augmentation if name == 'train' else f'crops {args.crops}'
+        draw.text((4, top + 3), f'{name}, {crops}, {side} px{synthetic}', fill='black')
+        for column, image in enumerate(row):
+            sheet.paste(to_pil_image(image), (column * side, top + title))
+    with replacing(args.preview) as temporary:
+        sheet.save(temporary, format='PNG')
+    print(f'Contact sheet of what the network sees: {args.preview}')

@@ -1,0 +1,151 @@
+"""The evaluation program on a checkpoint of known quality, on real images."""
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+
+import timm_arl  # noqa: F401  registers the models
+from timm_arl.isic.dataset import label_array, load_splits
+from timm_arl.isic.metrics import auc
+
+
+def run(repo, *args, cwd=None):
+    return subprocess.run([sys.executable, str(repo / 'benchmarks' / 'evaluate_isic.py'), *map(str, args)],
+                          capture_output=True, text=True, timeout=280, cwd=cwd)
+
+
+def rows(path):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('checkpoint') / 'out'
+    torch.manual_seed(0)
+    model = timm.create_model('arl_cnn14', num_classes=2, alpha_init=2., zero_init_last=False)
+    with torch.no_grad():  # statistics of images, or an untrained network answers the same to all of them
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None
+        model.train()(torch.randn(8, 3, 64, 64))
+    save_for_hf(model.eval(), folder, safe_serialization=True, model_config=dict(
+        label_names=['melanoma', 'seborrheic_keratosis']), data_config=dict(
+            timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
+    names = [name for name, _ in model.named_parameters() if name.endswith('.alpha')]
+    (folder / 'summary.csv').write_text(
+        ','.join(['epoch', *names]) + '\n' + ''.join(f'{e}{f",{e / 10}" * len(names)}\n' for e in (1, 2)))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def evaluated(repo, isic_sample, checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp('evaluation') / 'deep' / 'r'
+    done = run(repo, '--data', isic_sample, '--checkpoint', checkpoint, '--output-dir', out, '--report', '--workers', 1)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_files(evaluated, checkpoint):
+    out, stdout = evaluated
+    assert {p.name for p in out.iterdir()} == {
+        'metrics.json', 'predictions_test.csv', 'predictions_validation.csv', 'roc_test.png', 'roc_validation.png',
+        'reliability_test.png', 'reliability_validation.png', 'alphas.png', 'report.md', 'looks.csv'}
+    for path in out.glob('*.png'):
+        with Image.open(path) as picture:
+            assert picture.width > 600 and len(np.unique(np.asarray(picture.convert('L')))) > 10
+    assert str(out) in stdout and 'SYNTHETIC' not in stdout
+    report = (out / 'report.md').read_text()
+    assert 'Not a medical device' in report and '![ROC curves](roc_test.png)' in report
+    assert f'| img_size | `{64}` |' in report and 'evaluate_isic.py' in report
+    for folder in (out, checkpoint):  # each look at the test split is recorded
+        looks = rows(folder / 'looks.csv')
+        assert len(looks) == 1 and 'evaluate_isic.py' in looks[0]['command'] and float(looks[0]['mean_auc']) > 0
+
+
+def test_figures_follow_from_the_predictions(evaluated, isic_sample):
+    out, _ = evaluated
+    metrics = json.loads((out / 'metrics.json').read_text())
+    splits = load_splits(isic_sample)
+    for name in ('validation', 'test'):
+        truth = label_array(splits[name])
+        table = rows(out / f'predictions_{name}.csv')
+        assert [r['image_id'] for r in table] == list(splits[name]['image_id'])
+        for k, label in enumerate(('melanoma', 'seborrheic_keratosis')):
+            p, scores = np.array([float(r[label]) for r in table]), metrics[name][label]
+            assert scores['auc'] == pytest.approx(float(auc(truth[:, k], p)), abs=1e-6)
+            assert scores['threshold'] == 0.5
+            for point in scores['operating_points']:
+                positive = p > point['threshold']
+                assert point['sensitivity'] == pytest.approx(positive[truth[:, k] == 1].mean())
+                assert point['specificity'] == pytest.approx(1 - positive[truth[:, k] == 0].mean())
+                # one threshold for both splits: validation chose it
+                assert point['threshold'] in [q['threshold'] for q in metrics['validation'][label]['operating_points']]
+            if name == 'validation':
+                assert [q for q in scores['operating_points'] if '0.9' in q['name']][0]['sensitivity'] >= 0.9
+            assert scores['calibration']['temperature'] > 0
+    assert metrics['validation']['subgroups'] and not metrics['test']['subgroups']  # the test split has no age and sex
+
+
+def test_alpha_zero_compared_on_the_same_images(evaluated, repo, isic_sample, checkpoint, tmp_path):
+    copy = tmp_path / 'copy'
+    shutil.copytree(checkpoint, copy)
+    done = run(repo, '--data', isic_sample, '--checkpoint', copy, '--output-dir', tmp_path / 'r', '--alpha-zero',
+               '--report', '--crops', 'center', '--compare', evaluated[0] / 'predictions_test.csv', '--workers', 0)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / 'r' / 'metrics.json').read_text())['test']
+    before = json.loads((evaluated[0] / 'metrics.json').read_text())['test']
+    pair = metrics['comparison']
+    for label in ('melanoma', 'seborrheic_keratosis'):
+        assert pair[label]['difference'] == pytest.approx(metrics[label]['auc'] - before[label]['auc'], abs=1e-6)
+        assert 0 <= pair[label]['p_value'] <= 1
+    assert 'alpha zero' in pair['second'] and 'Paired differences' in (tmp_path / 'r' / 'report.md').read_text()
+
+    # with every alpha at 0 the network is timm's ResNet, so its file gives the same probabilities
+    resnet = timm.create_model('resnet14', num_classes=2)
+    import safetensors.torch
+    state = safetensors.torch.load_file(checkpoint / 'model.safetensors')
+    resnet.load_state_dict({k: v for k, v in state.items() if not k.endswith('.alpha')})
+    save_for_hf(resnet, tmp_path / 'resnet', safe_serialization=True, data_config=dict(
+        timm.data.resolve_model_data_config(resnet), input_size=(3, 64, 64)))
+    done = run(repo, '--data', isic_sample, '--checkpoint', tmp_path / 'resnet', '--output-dir', tmp_path / 's',
+               '--crops', 'center', '--workers', 0)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (np.array([[float(r['melanoma']), float(r['seborrheic_keratosis'])] for r in rows(
+        tmp_path / folder / 'predictions_test.csv')]) for folder in ('r', 's'))
+    assert np.allclose(ours, theirs, atol=1e-6)
+
+
+def test_twins_are_left_out(evaluated, repo, isic_sample, checkpoint, tmp_path):
+    splits = load_splits(isic_sample)
+    train, test = splits['train']['image_id'][0], splits['test']['image_id'][5]
+    (tmp_path / 'twins.csv').write_text(f'image_id_a,image_id_b\n{train},{test}\n')
+    copy = tmp_path / 'copy'
+    shutil.copytree(checkpoint, copy)
+    done = run(repo, '--data', isic_sample, '--checkpoint', copy, '--output-dir', tmp_path / 'r', '--workers', 0,
+               '--drop-duplicates', tmp_path / 'twins.csv')
+    assert done.returncode == 0, done.stderr
+    ids = [r['image_id'] for r in rows(tmp_path / 'r' / 'predictions_test.csv')]
+    assert test not in ids and len(ids) == len(splits['test']) - 1
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--checkpoint', 'nowhere'], 'Unknown model nowhere'),
+    (['--checkpoint', '.'], 'holds no config.json'),
+    (['--checkpoint', 'CHECKPOINT', '--compare', 'no.csv'], '--compare: no.csv cannot be read'),
+    (['--checkpoint', 'CHECKPOINT', '--drop-duplicates', 'no.csv'], 'no.csv cannot be read as a list of pairs'),
+    (['--checkpoint', 'CHECKPOINT', '--data', 'no/such/folder'], 'No folder no/such/folder'),
+])
+def test_bad_arguments(repo, isic_sample, checkpoint, tmp_path, args, message):
+    args = [str(checkpoint) if a == 'CHECKPOINT' else a for a in args]
+    done = run(repo, '--data', isic_sample, *args, '--output-dir', 'r', cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []

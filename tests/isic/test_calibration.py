@@ -1,0 +1,50 @@
+"""Calibration and groups, held against numbers that are known by construction."""
+import numpy as np
+import pytest
+from scipy.special import expit, logit
+
+from timm_arl.isic.calibration import (
+    apply_temperature,
+    expected_calibration_error,
+    fit_temperature,
+    reliability,
+    subgroup_table,
+)
+
+
+def test_error_of_bins_by_hand():
+    truth = np.array([0, 1, 1, 1])
+    probabilities = np.array([0.11, 0.19, 0.9, 1.0])
+    rows = reliability(truth, probabilities)
+    assert [r['images'] for r in rows] == [2, 2]
+    assert rows[0]['probability'] == pytest.approx(0.15) and rows[0]['positives'] == 0.5
+    assert expected_calibration_error(truth, probabilities) == pytest.approx((2 * 0.35 + 2 * 0.05) / 4)
+
+
+def test_temperature_is_found_again():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-1, 1.5, 200_000)
+    truth = (rng.random(logits.size) < expit(logits)).astype(float)
+    for temperature in (0.4, 1., 3.):
+        overconfident = expit(logits * temperature)
+        assert fit_temperature(truth, overconfident) == pytest.approx(temperature, rel=0.03)
+        mended = apply_temperature(overconfident, temperature)
+        assert np.allclose(logit(mended), logits, atol=1e-6)
+        assert expected_calibration_error(truth, mended) < 0.005
+    assert expected_calibration_error(truth, expit(logits * 3)) > 0.05
+    assert np.isfinite(apply_temperature(np.array([0., 1.]), 2.)).all()
+
+
+def test_groups():
+    truth = np.array([[1, 0], [0, 1], [1, 0], [0, 0], [0, 0]])
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.2], [0.1, 0.7], [0.6, 0.1]])
+    rows = subgroup_table(
+        truth, probabilities, ['male', 'Male', None, 'female', 'female'], [29, 30, 70, float('nan'), None])
+    table = {(r['group'], r['label']): r for r in rows}
+    assert {g for g, _ in table} == {'sex male', 'sex female', 'sex unknown', 'age 0 to 29', 'age 30 to 49',
+                                     'age 70 and above', 'age unknown'}
+    assert table['sex male', 'melanoma']['auc'] == 1 and table['sex male', 'melanoma']['images'] == 2
+    assert table['sex female', 'melanoma']['auc'] is None and table['sex female', 'melanoma']['specificity'] == 0.5
+    assert table['age 70 and above', 'melanoma']['sensitivity'] == 0
+    assert sum(table[g, 'melanoma']['images'] for g, label in table if g.startswith('age') and label == 'melanoma') == 5
+    assert subgroup_table(truth, probabilities, [None] * 5, [None] * 5) == []

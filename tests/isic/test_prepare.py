@@ -1,0 +1,145 @@
+"""`python -m timm_arl.isic.dataset`, run as its users run it: prepare and check."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from test_sources import challenge, edit, picture, truth, write_csv
+
+from timm_arl.isic.dataset import decode, load_splits
+
+
+def run(*args, **kwargs):
+    return subprocess.run(
+        [sys.executable, '-m', 'timm_arl.isic.dataset', *map(str, args)], capture_output=True, text=True, timeout=120,
+        **kwargs)
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = challenge(tmp_path / 'isic', count=6)
+    picture(9, (1200, 800)).save(folder / 'ISIC-2017_Training_Data' / 'ISIC_0000000.jpg')
+    return folder
+
+
+def test_prepared_data_are_the_originals_made_small(source, tmp_path):
+    target = tmp_path / 'deep' / 'parquet'
+    done = run('prepare', source, target, '--longest-side', 300, '--workers', 2)
+    assert done.returncode == 0 and str(target) in done.stdout, done.stderr
+    before, after = load_splits(str(source)), load_splits(str(target))
+    for name in before:
+        for column in ('image_id', 'melanoma', 'seborrheic_keratosis', 'age_approximate', 'sex'):
+            assert list(before[name][column]) == list(after[name][column])
+    first = after['train'][0]
+    assert decode(first['image']).size == (300, 200)
+    assert (first['width'], first['height'], first['aspect_ratio']) == (1200, 800, 1.5)
+    assert decode(after['train'][1]['image']).size == (60, 40)  # never enlarged
+    mask = after['train'].cast_column('mask', datasets.Image())[0]['mask']
+    assert mask.getpixel((15, 15)) and not mask.getpixel((45, 30))
+    card = (target / 'README.md').read_text()
+    assert yaml.safe_load(card.split('---')[1])['configs'][0]['data_files'][0]['split'] == 'train'
+    assert '| train | 6 | 2 | 2 | 2 | 1 | 1 | 5 |' in card  # images, M, SK, neither, masks, age, sex
+
+    done = run('prepare', source, target, '--longest-side', 300)
+    assert done.returncode == 0 and 'Going on: 3 of 3 shards are there' in done.stdout
+    done = run('prepare', source, target, '--longest-side', 200)
+    assert done.returncode == 2 and 'was prepared with another longest_side' in done.stderr
+
+
+def test_killed_and_run_again(tmp_path):
+    source = tmp_path / 'isic'
+    challenge(source, count=3)
+    for i in range(3, 520):  # three shards
+        picture(i, (500, 400)).save(source / 'ISIC-2017_Training_Data' / f'ISIC_0{i:06d}.jpg')
+    edit(truth(source), lambda t: t + ''.join(f'ISIC_0{i:06d},0.0,0.0\n' for i in range(3, 520)))
+    target = tmp_path / 'parquet'
+    command = [sys.executable, '-m', 'timm_arl.isic.dataset', 'prepare', str(source), str(target), '--workers', '1']
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not list(target.glob('data/train-*.parquet')) and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    there = {path: path.stat().st_mtime_ns for path in target.glob('data/*.parquet')}
+    assert 0 < len(there) < 5
+    (target / 'data' / '.train-00002-of-00003.parquet.tmp').write_bytes(b'half')
+    done = run(*command[3:])
+    assert done.returncode == 0 and f'{len(there)} of 5 shards are there' in done.stdout, done.stderr
+    assert all(path.stat().st_mtime_ns == t for path, t in there.items())
+    assert len(load_splits(str(target))['train']) == 520
+    assert not list((target / 'data').glob('.*'))
+
+
+def test_external_images_and_twins(source, tmp_path):
+    extra = tmp_path / 'extra'
+    extra.mkdir()
+    for i in range(3):
+        picture(100 + i).save(extra / f'ISIC_00000{50 + i}.jpg')
+    write_csv(tmp_path / 'list.csv', [
+        {'image_id': f'ISIC_00000{50 + i}', 'melanoma': i % 2, 'seborrheic_keratosis': 0} for i in range(2)])
+    write_csv(tmp_path / 'twins.csv', [
+        {'image_id_a': 'ISIC_0000001', 'image_id_b': 'ISIC_2000001'},   # test
+        {'image_id_a': 'ISIC_0000002', 'image_id_b': 'ISIC_0000003'}])  # both in train
+    arguments = ['prepare', source, tmp_path / 'out', '--extra-ids', tmp_path / 'list.csv', '--drop-duplicates',
+                 tmp_path / 'twins.csv']
+    done = run(*arguments)
+    assert done.returncode == 2 and 'lacks 2 of the 2 images' in done.stderr and 'ISIC_0000050' in done.stderr
+    assert not (tmp_path / 'out').exists()
+    done = run(*arguments, '--extra-images', extra)
+    assert done.returncode == 0, done.stderr
+    splits = load_splits(str(tmp_path / 'out'))
+    assert list(splits['train']['image_id']) == [f'ISIC_00000{i}' for i in ('00', '02', '04', '05', '50', '51')]
+    assert splits['train']['melanoma'][5] == 1 and len(splits['test']) == 6
+    assert 'twins of other images: ISIC_0000001, ISIC_0000003' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_faults(source, tmp_path):
+    image = source / 'ISIC-2017_Validation_Data' / 'ISIC_1000002.jpg'
+    whole = image.read_bytes()
+    image.write_bytes(whole[:400])
+    done = run('prepare', source, tmp_path / 'out')
+    assert done.returncode == 2 and 'The image of ISIC_1000002 does not decode' in done.stderr
+    assert 'Traceback' not in done.stderr
+    done = run('prepare', source, tmp_path / 'other', '--skip-bad-images')
+    assert done.returncode == 0 and 'Left out' in done.stdout and 'ISIC_1000002' in done.stdout, done.stderr
+    assert len(load_splits(str(tmp_path / 'other'))['validation']) == 5
+    image.write_bytes(whole)
+
+    (source / 'ISIC-2017_Training_Data.zip').write_bytes(b'not the zip')
+    done = run('prepare', source, tmp_path / 'zip')
+    assert done.returncode == 2 and re.search('has the md5 [0-9a-f]{32}, not a14a7e62', done.stderr)
+    (source / 'ISIC-2017_Training_Data.zip').unlink()
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'x').write_text('mine')
+    done = run('prepare', source, tmp_path / 'full')
+    assert done.returncode == 2 and 'was not made by this command' in done.stderr
+    done = run('prepare', tmp_path / 'nowhere', tmp_path / 'n')
+    assert done.returncode == 2 and 'No folder' in done.stderr and not (tmp_path / 'n').exists()
+
+
+def test_check_finds_copies_that_were_turned_and_stored_anew(source, tmp_path):
+    data = source / 'ISIC-2017_Training_Data'
+    y, x = np.mgrid[0:40, 0:60]
+    smooth = Image.fromarray(np.stack([x * 4, y * 6, (x + y) * 2], -1).astype(np.uint8))
+    smooth.save(data / 'ISIC_0000003.jpg')
+    smooth.transpose(Image.Transpose.ROTATE_90).resize((50, 75)).save(
+        source / 'ISIC-2017_Test_v2_Data' / 'ISIC_2000004.jpg', quality=60)
+    (source / 'ISIC-2017_Validation_Data' / 'ISIC_1000005.jpg').write_bytes((data / 'ISIC_0000005.jpg').read_bytes())
+    for word, number in (('Validation', 1), ('Test_v2', 2)):  # the helper's splits are copies of each other
+        for i in range(6):
+            path = source / f'ISIC-2017_{word}_Data' / f'ISIC_{number}{i:06d}.jpg'
+            if (number, i) not in ((2, 4), (1, 5)):
+                picture(1000 * number + i).save(path)
+    done = run('check', source, '--output', tmp_path / 'pairs.csv')
+    assert done.returncode == 0 and '2 pairs, 2 of them across splits' in done.stdout, done.stdout + done.stderr
+    assert 'train ISIC_0000003  test ISIC_2000004  near_identical' in done.stdout
+    assert 'train ISIC_0000005  validation ISIC_1000005  byte_identical' in done.stdout
+    assert (tmp_path / 'pairs.csv').read_text().startswith('image_id_a,split_a,image_id_b,split_b')

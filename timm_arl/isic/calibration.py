@@ -1,0 +1,96 @@
+"""Whether a probability of 30 % means three in ten, and how scores differ between groups of patients."""
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, logit
+
+from . import LABELS
+from .metrics import OFFICIAL_THRESHOLD, score_task
+
+__all__ = [
+    'AGE_BANDS', 'apply_temperature', 'expected_calibration_error', 'fit_temperature', 'reliability', 'subgroup_table',
+]
+
+AGE_BANDS = ((0, 30), (30, 50), (50, 70), (70, 200))  # years, from the first up to but without the second
+
+
+def reliability(truth: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> List[Dict[str, float]]:
+    """Mean probability and share of positives in bins of equal width; empty bins are left out.
+
+    Args:
+        truth: 0 or 1, shape (N,).
+        probabilities: In [0, 1], shape (N,).
+        bins: Number of bins between 0 and 1.
+
+    Returns:
+        A dict of images, probability and positives (shares) for each bin.
+    """
+    which = np.clip((np.asarray(probabilities) * bins).astype(int), 0, bins - 1)
+    return [
+        {'images': int((which == b).sum()), 'probability': float(probabilities[which == b].mean()),
+         'positives': float(truth[which == b].mean())}
+        for b in range(bins) if (which == b).any()
+    ]
+
+
+def expected_calibration_error(truth: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:
+    """Mean distance between probability and share of positives, over the bins of reliability, weighted by images."""
+    rows = reliability(truth, probabilities, bins)
+    return sum(r['images'] * abs(r['probability'] - r['positives']) for r in rows) / len(truth)
+
+
+def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
+    """The temperature T that gives sigmoid(logit / T) the smallest cross-entropy, between 0.05 and 20.
+
+    Guo et al., `On Calibration of Modern Neural Networks` - https://arxiv.org/abs/1706.04599
+
+    Args:
+        truth: 0 or 1, shape (N,), or (N, 2) for one temperature of both tasks.
+        probabilities: Shape of truth.
+    """
+    def cross_entropy(log_temperature: float) -> float:
+        p = np.clip(apply_temperature(probabilities, float(np.exp(log_temperature))), 1e-12, 1 - 1e-12)
+        return -float(np.mean(truth * np.log(p) + (1 - truth) * np.log1p(-p)))
+    found = minimize_scalar(cross_entropy, bounds=(np.log(0.05), np.log(20)), method='bounded')
+    return float(np.exp(found.x))
+
+
+def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """sigmoid(logit(p) / T)."""
+    return expit(logit(np.clip(np.asarray(probabilities, np.float64), 1e-12, 1 - 1e-12)) / temperature)
+
+
+def subgroup_table(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        sex: Optional[Sequence[Optional[str]]] = None,
+        age: Optional[Sequence[Optional[float]]] = None,
+        thresholds: Sequence[float] = (OFFICIAL_THRESHOLD,) * len(LABELS),
+) -> List[Dict[str, Any]]:
+    """Scores by sex and by age band; patients of unknown sex or age are a group too.
+
+    Args:
+        truth: 0 or 1, shape (N, 2), columns in the order of LABELS.
+        probabilities: Shape (N, 2).
+        sex: N words, or None for unknown.
+        age: N ages in years, or None for unknown.
+        thresholds: Operating point of each label.
+
+    Returns:
+        A row for each group and label: group, label, and score_task's scores. Empty where nothing is known of anyone.
+    """
+    groups: List[Tuple[str, np.ndarray]] = []
+    if sex is not None and any(s for s in sex):
+        words = np.array([(s or 'unknown').lower() for s in sex])
+        groups += [(f'sex {word}', words == word) for word in sorted(set(words))]
+    if age is not None:
+        years = np.array([np.nan if a is None else a for a in age], dtype=float)
+        if np.isfinite(years).any():
+            groups += [(f'age {low} to {high - 1}' if high < 200 else f'age {low} and above',
+                        (years >= low) & (years < high)) for low, high in AGE_BANDS]
+            groups.append(('age unknown', np.isnan(years)))
+    return [
+        {'group': name, 'label': label, **score_task(truth[which, k], probabilities[which, k], thresholds[k])}
+        for name, which in groups if which.any() for k, label in enumerate(LABELS)
+    ]
