@@ -1,5 +1,6 @@
 """Data as users have them, and as they should not be."""
 import io
+import shutil
 
 import datasets
 import numpy as np
@@ -8,7 +9,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from timm_arl.isic.dataset import DataError, IsicSplit, load_splits, unreadable_images
+from timm_arl.isic.dataset import (
+    DataError,
+    EpochBatches,
+    IsicSplit,
+    label_array,
+    load_splits,
+    unreadable_images,
+)
 from timm_arl.isic.transforms import eval_transform, train_transform
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -49,7 +57,7 @@ def test_parquet_folder(tmp_path):
     splits = load_splits(write(tmp_path / 'isic'))
     assert {name: len(split) for name, split in splits.items()} == {'train': 8, 'validation': 4, 'test': 4}
     item = IsicSplit(splits['train'], eval_transform(16, MEAN, STD))[1]
-    assert item[0].shape == (3, 16, 16) and item[1].tolist() == [1.0, 0.0] and item[2] == 1
+    assert item[0].shape == (1, 3, 16, 16) and item[1].tolist() == [1.0, 0.0] and item[2] == 1
 
 
 def test_real_sample(isic_sample):
@@ -93,6 +101,19 @@ def test_unusable_data_are_refused_in_one_sentence(tmp_path, make, message):
     assert '\n' not in str(raised.value)
 
 
+def test_a_folder_that_changed_is_read_anew(tmp_path):
+    """With a card, the datasets library would give what it read the first time, or from another folder of that name."""
+    card = '---\nconfigs:\n- config_name: default\n  data_files:\n' + ''.join(
+        f'  - split: {name}\n    path: data/{name}-*.parquet\n' for name in ('train', 'validation', 'test')) + '---\n'
+    lengths = []
+    for folder, count in (('a', 8), ('b', 12), ('a', 16)):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+        write(tmp_path / folder / 'isic', train=rows(count))
+        (tmp_path / folder / 'isic' / 'README.md').write_text(card)
+        lengths.append(len(load_splits(str(tmp_path / folder / 'isic'))['train']))
+    assert lengths == [8, 12, 16]
+
+
 def test_image_column_of_another_type_is_refused(tmp_path):
     features = datasets.Features({**FEATURES, 'image': datasets.Value('int32')})
     content = [dict(row, image=1) for row in rows()]
@@ -118,7 +139,7 @@ def test_images_that_do_not_decode_are_found(tmp_path):
     split = load_splits(write(tmp_path / 'd', train=content))['train']
     assert unreadable_images(split) == sorted([*bad, 6])
     dataset = IsicSplit(split, eval_transform(16, MEAN, STD))
-    assert all(dataset[row][0].shape == (3, 16, 16) for row in good)
+    assert all(dataset[row][0].shape == (1, 3, 16, 16) for row in good)
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone(tmp_path):
@@ -137,3 +158,60 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(tmp_path):
     state = torch.get_rng_state()
     dataset[0]
     assert torch.equal(torch.get_rng_state(), state)  # the caller's own randomness is left alone
+
+
+def test_augmentation_does_not_depend_on_the_order_of_rows(tmp_path):
+    content = rows(8, image={i: {'bytes': jpeg((20 * i, 90, 200 - 20 * i)), 'path': None} for i in range(8)})
+    tensors = []
+    for order in (content, content[::-1]):
+        split = load_splits(write(tmp_path / str(len(tensors)), train=order))['train']
+        dataset = IsicSplit(split, train_transform(16, MEAN, STD), seed=3)
+        tensors.append({dataset.image_ids[i]: dataset[i][0] for i in range(8)})
+        assert not torch.equal(dataset[0][0], dataset[8][0])  # shown a second time, it is changed in another way
+        assert torch.equal(dataset[0][1], dataset[8][1]) and dataset[8][2] == 0
+    assert all(torch.equal(tensors[0][i], tensors[1][i]) for i in tensors[0])
+
+
+@pytest.mark.parametrize('images, batch_size, processes', [(20, 4, 1), (21, 4, 1), (20, 3, 2), (25, 4, 3), (3, 4, 2)])
+def test_every_image_once_an_epoch(images, batch_size, processes):
+    labels = torch.zeros(images, 2)
+    ranks = [EpochBatches(labels, batch_size, 5, processes=processes, rank=rank) for rank in range(processes)]
+    for sampler in ranks:
+        sampler.set_epoch(2)
+    batches = [list(sampler) for sampler in ranks]
+    assert all(len(each) == len(sampler) == len(batches[0]) for each, sampler in zip(batches, ranks))
+    assert all(batch for each in batches for batch in each)  # none waits for a batch that never comes
+    assert sorted(row for each in batches for batch in each for row in batch) == list(range(images))
+    # a step of all processes is a step of one
+    alone = EpochBatches(labels, batch_size * processes, 5)
+    alone.set_epoch(2)
+    for step, whole in enumerate(list(alone)[:len(batches[0]) - 1]):
+        assert sorted(whole) == sorted(row for each in batches for row in each[step])
+    alone.set_epoch(3)
+    assert images < 5 or alone.order() != ranks[0].order()
+
+
+def test_patches_and_balance(tmp_path):
+    labels = torch.tensor([[0., 0]] * 80 + [[1., 0]] * 15 + [[0., 1]] * 5)
+    shown = EpochBatches(labels, 10, patches_per_image=3).order()
+    assert sorted(shown) == list(range(300))  # row, row + 100, row + 200
+    balanced = EpochBatches(labels, 10, patches_per_image=30, balanced=True).order()
+    assert len(balanced) == len(set(balanced)) == 3000
+    rows_shown = np.array(balanced) % 100
+    shares = [np.mean(rows_shown < 80), np.mean((rows_shown >= 80) & (rows_shown < 95)), np.mean(rows_shown >= 95)]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.03)
+
+
+def test_masks_colour_and_squash(isic_sample):
+    split = load_splits(isic_sample)['train'].select(range(12))
+    plain = IsicSplit(split, None)
+    cropped = IsicSplit(split, None, crop_to_lesion=True)
+    grey = IsicSplit(split, None, colour_constancy=True)
+    squashed = IsicSplit(split, None, keep_aspect=False)
+    assert label_array(split).shape == (12, 2)
+    for row in range(12):
+        assert squashed.picture(row).size == (256, 256)
+        assert cropped.picture(row).width <= plain.picture(row).width
+        before, after = (np.ptp(np.asarray(each.picture(row), float).mean((0, 1))) for each in (plain, grey))
+        assert after < 0.4 * before  # the rest was clipped
+    assert any(cropped.picture(row).size != plain.picture(row).size for row in range(12))

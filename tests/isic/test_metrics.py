@@ -8,6 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from timm_arl.isic.metrics import (
     auc,
+    auc_above_sensitivity,
     auc_table,
     operating_point,
     score_split,
@@ -57,6 +58,13 @@ def test_thresholds_reach_what_they_promise():
         point = operating_point(truth, probabilities, threshold_for_sensitivity(truth, probabilities, wanted))
         assert point['sensitivity'] >= wanted
         assert point['specificity'] == max(p['specificity'] for p in points if p['sensitivity'] >= wanted)
+
+
+def test_auc_above_sensitivity_by_chance_and_at_best():
+    truth = np.tile([0, 1], 5000)
+    assert auc_above_sensitivity(truth, np.repeat(np.arange(5000), 2)) == pytest.approx((1 - 0.8 ** 2) / 2, abs=1e-3)
+    assert auc_above_sensitivity(truth, truth) == 1
+    assert auc_above_sensitivity(truth, np.zeros(10000)) == pytest.approx((1 - 0.8 ** 2) / 2)  # one straight line
 
 
 def test_constant_predictions():

@@ -101,7 +101,7 @@ def edit(path, change):
     (lambda f: truth(f).unlink(), r'There is no .*Training_Part3_GroundTruth.csv: download it'),
     (lambda f: edit(truth(f), lambda t: t.replace('ISIC_0000002,', 'ISIC_0000009,')),
      'there is no image for ISIC_0000009 .1 such of 4 rows and 4 images'),
-    (lambda f: edit(truth(f), lambda t: t.rsplit('ISIC', 1)[0]), 'there is no labels for ISIC_0000003'),
+    (lambda f: edit(truth(f), lambda t: t.rsplit('ISIC', 1)[0]), 'there is no row of labels for ISIC_0000003'),
     (lambda f: (f / 'ISIC-2017_Validation_Data' / 'ISIC_1000001.jpg').unlink(), 'there is no image for ISIC_1000001'),
     (lambda f: edit(truth(f), lambda t: t + 'ISIC_0000001,0.0,0.0\n'), 'line 6: ISIC_0000001 occurs twice'),
     (lambda f: edit(truth(f), lambda t: t.replace('ISIC_0000001', '../ISIC_0000001')),

@@ -1,7 +1,9 @@
 """Dermoscopic images with two binary labels: from Parquet, image files, a Hub dataset, or the demo generator."""
 import argparse
+import hashlib
 import io
 import math
+import os
 import sys
 import warnings
 import zlib
@@ -82,7 +84,7 @@ def _load_folder_or_hub(data: str) -> datasets.DatasetDict:
     if files is not None:
         return files
     try:
-        return datasets.load_dataset(data)
+        return datasets.load_dataset(data, cache_dir=_cache_of(Path(data)) if is_folder else None)
     except (OSError, ValueError, RuntimeError, YAMLError, DatasetsError, DatasetGenerationError) as error:
         reason = ' '.join(str(error).split())
         if is_folder:
@@ -90,6 +92,19 @@ def _load_folder_or_hub(data: str) -> datasets.DatasetDict:
                             f'{reason}') from error
         raise DataError(f'No folder {data}, and no dataset of that id could be loaded from the Hugging Face Hub: '
                         f'{reason}') from error
+
+
+def _cache_of(folder: Path) -> str:
+    """A cache for this folder as it is now.
+
+    The datasets library takes two folders of one name, or one folder before and after a change, for the same dataset
+    where their cards list the same files.
+    """
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for path in sorted(folder.rglob('*')):
+        status = path.stat()
+        digest.update(f'{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0'.encode())
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, f'timm_arl-{digest.hexdigest()[:24]}')
 
 
 def _check_labels(split: datasets.Dataset, where: str) -> None:

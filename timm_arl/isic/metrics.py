@@ -3,7 +3,8 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 from scipy.stats import rankdata
-from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score, roc_curve
+from sklearn.metrics import auc as area_under
+from sklearn.metrics import average_precision_score, confusion_matrix, roc_curve
 
 from . import LABELS
 from .intervals import RESAMPLES, delong_test, percentile_interval, resampled_indices
@@ -37,15 +38,17 @@ def auc(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 def auc_above_sensitivity(truth: np.ndarray, probabilities: np.ndarray, sensitivity: float = 0.8) -> float:
     """Area under the part of the ROC curve with at least that sensitivity, as the official scorer's auc_sens_80.
 
-    The curve is turned so that the sensitivity becomes one minus the false positive rate, and scikit-learn's
-    standardised partial AUC (McClish) taken: 0.5 by chance, 1 at best.
+    The area reaches down to a sensitivity of 0 and is not rescaled: at 0.8 it is 1 at best and 0.18 by chance.
 
     Args:
         truth: 0 or 1, shape (N,), both present.
         probabilities: Shape (N,).
         sensitivity: Between 0 and 1.
     """
-    return float(roc_auc_score(1 - np.asarray(truth), -np.asarray(probabilities), max_fpr=1 - sensitivity))
+    fpr, tpr, _ = roc_curve(truth, probabilities, drop_intermediate=False)
+    first = int(np.searchsorted(tpr, sensitivity))
+    start = np.interp(sensitivity, tpr[first - 1:first + 1], fpr[first - 1:first + 1])
+    return float(area_under(np.r_[start, fpr[first:]], np.r_[sensitivity, tpr[first:]]))
 
 
 def operating_point(truth: np.ndarray, probabilities: np.ndarray, threshold: float) -> Dict[str, Any]:

@@ -70,9 +70,9 @@ def _split(
         masks: Dict[str, Path],
 ) -> datasets.Dataset:
     files = image_files(folder)
-    for what, ids in (('no image', labels.keys() - files.keys()), ('no labels', files.keys() - labels.keys())):
-        if ids:
-            raise DataError(f'{folder}: there is {what} for {min(ids)} ({len(ids)} such of {len(labels)} rows and '
+    for what, alone in (('no image', labels.keys() - files.keys()), ('no row of labels', files.keys() - labels.keys())):
+        if alone:
+            raise DataError(f'{folder}: there is {what} for {min(alone)} ({len(alone)} such of {len(labels)} rows and '
                             f'{len(files)} images): add what is missing, or take out what is too much.')
     ids = sorted(files)
     about = [metadata.get(image_id, {}) for image_id in ids]
@@ -157,7 +157,7 @@ def _labels_of_table(path: Path) -> Dict[str, Tuple[float, ...]]:
 
 
 def _labels_of_diagnoses(path: Path, metadata: Dict[str, Dict[str, str]]) -> Dict[str, Tuple[float, ...]]:
-    labels = {}
+    labels: Dict[str, Tuple[float, ...]] = {}
     for image_id, row in metadata.items():
         words = ' '.join(value.lower() for key, value in row.items() if key.startswith('diagnosis'))
         found = [name for name in ('melanoma', 'seborrheic keratosis', 'nevus') if name in words]

@@ -106,7 +106,7 @@ def train_transform(
     """
     flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
     bilinear = InterpolationMode.BILINEAR
-    margin = math.ceil(img_size / 4)  # mirrored, so that no corner turns black
+    margin = math.ceil(img_size / 2)  # mirrored, so that no corner turns black
     if augmentation == 'paper':
         steps = [
             RandomPatch(img_size), v2.Pad(margin, padding_mode='reflect'), v2.RandomRotation(10, bilinear),
@@ -114,7 +114,7 @@ def train_transform(
     elif augmentation == 'modern':
         steps = [
             v2.Resize(math.floor(img_size / CROP_PCT), bilinear), v2.Pad(margin, padding_mode='reflect'),
-            v2.RandomAffine(180, (0.08, 0.08), (0.8, 1.5), 10, bilinear), v2.CenterCrop(img_size), *flips,
+            v2.RandomAffine(180, (0.05, 0.05), (0.8, 1.5), 10, bilinear), v2.CenterCrop(img_size), *flips,
             v2.ColorJitter(brightness=0.25, contrast=0.25, saturation=0.25, hue=0.03)]
     elif augmentation == 'plain':
         steps = [
