@@ -196,7 +196,7 @@ def main():
     parser = build_parser()
     try:
         evaluate(parser.parse_args())
-    except (RunError, DataError, WeightsError) as error:
+    except (RunError, DataError, WeightsError, OSError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     except KeyboardInterrupt:
         parser.exit(130, '\nInterrupted.\n')

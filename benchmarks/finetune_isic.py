@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from finetune_folds import run_each
 from finetune_options import build_parser, parse_args
-from finetune_output import prepare_output_dir, preview, save_progress
+from finetune_output import EMA_FILE, prepare_output_dir, preview, save_progress
 from finetune_teacher import Teacher, WithFeatures
 from isic_common import RunError, check_images, create_accelerator, image_loader, predict
 from timm.data import resolve_model_data_config
@@ -135,10 +135,7 @@ def train(args, accelerator, splits, out):
         optimizer, args.schedule, args.epochs, min_lr=lr * 1e-2, warmup_lr=lr * 1e-2, decay_epochs=args.decay_epochs,
         decay_rate=args.decay_rate, warmup_epochs=min(args.warmup_epochs, args.epochs / 5), step_on_epochs=False,
         updates_per_epoch=steps)
-    ema = None
-    if args.ema:
-        ema = ModelEmaV3(network, args.ema, use_warmup=True)
-        accelerator.register_for_checkpointing(ema)
+    ema = ModelEmaV3(network, args.ema, use_warmup=True) if args.ema else None
     scored = ema.module if ema else network if teacher else model
     kept_network = ema.module if ema else network
 
@@ -146,6 +143,8 @@ def train(args, accelerator, splits, out):
     summary = prepare_output_dir(args, accelerator, out)
     if summary:
         accelerator.load_state(out / 'last')
+        if ema:
+            load_weights_file(kept_network, out / 'last' / EMA_FILE)
         accelerator.print(f'Resuming after epoch {len(summary)} of {args.epochs}.')
     counts = ', '.join(f'{len(splits[name])} {name}' for name in splits)
     accelerator.print(
@@ -165,13 +164,12 @@ def train(args, accelerator, splits, out):
             for module in model.modules():
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                     module.eval()
-        train_set.set_epoch(epoch)
         side = img_size
         if args.start_size:
             grown = (img_size - args.start_size) * epoch / max(args.epochs - 1, 1)
             side = min(args.start_size + 32 * round(grown / 32), img_size)
             train_set.transform = train_transform(side, data_config['mean'], data_config['std'], args.augmentation)
-        loaders['train'].batch_sampler.set_epoch(epoch)
+        loaders['train'].set_epoch(epoch)  # of its batches and its images
         total_loss = torch.zeros((), device=accelerator.device)
         bar = tqdm(loaders['train'], desc=f'epoch {epoch + 1}/{args.epochs}', leave=False,
                    disable=not accelerator.is_local_main_process)
@@ -207,10 +205,10 @@ def train(args, accelerator, splits, out):
 
         # Validation chooses the epoch that is kept
         probabilities = predict(accelerator, scored, loaders['validation'], 'validation')
+        if not torch.isfinite(probabilities).all():
+            raise RunError(f'Probabilities of validation images are not numbers after epoch {epoch + 1}: lower --lr.')
         validation_loss = binary_cross_entropy(probabilities, truth['validation']).item()
         aucs = auc(truth['validation'].T.numpy(), probabilities.T.numpy()).tolist()
-        if not np.isfinite([validation_loss, *aucs]).all():
-            raise RunError(f'The validation loss is {validation_loss} after epoch {epoch + 1}: lower --lr.')
         row = {
             'epoch': epoch + 1,
             'train_loss': accelerator.reduce(total_loss, 'mean').item() / steps,
@@ -224,7 +222,7 @@ def train(args, accelerator, splits, out):
         accelerator.log(row, step=epoch + 1)
         summary.append(row)
         keep = kept_epoch(summary, args.keep) == epoch
-        save_progress(accelerator, kept_network, out, summary, keep, data_config)
+        save_progress(accelerator, kept_network, ema is not None, out, summary, keep, data_config)
         values = [row[name] for name in alphas]
         accelerator.print(
             f'epoch {epoch + 1}/{args.epochs}  loss {row["train_loss"]:.4f} train, {validation_loss:.4f} validation  '
@@ -288,7 +286,7 @@ def main():
         else:
             train(args, accelerator, splits, out)
         accelerator.end_training()
-    except (RunError, DataError, WeightsError) as error:
+    except (RunError, DataError, WeightsError, OSError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     except KeyboardInterrupt:
         parser.exit(130, '\nInterrupted: --output-dir with --resume goes on after the last finished epoch.\n')

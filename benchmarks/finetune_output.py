@@ -8,10 +8,12 @@ import sys
 
 import accelerate
 import datasets
+import safetensors.torch
 import timm
 import torch
 from isic_common import RunError
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -19,6 +21,7 @@ import timm_arl
 from timm_arl.isic import LABELS
 from timm_arl.isic.results import git_commit, replacing, write_json, write_rows
 
+EMA_FILE = 'average.safetensors'
 NOT_OF_THE_RUN = ('output_dir', 'resume', 'workers', 'tracker', 'preview')  # may differ on --resume
 
 
@@ -67,24 +70,34 @@ def prepare_output_dir(args, accelerator, out):
     return json.loads(progress.read_text())['summary']
 
 
-def save_progress(accelerator, network, out, summary, best, data_config):
+def save_progress(accelerator, network, averaged, out, summary, keep, data_config):
     """Replace last/ by the state after this epoch and the kept network; killed at any moment, one of them survives."""
     saving, last, previous = out / 'last.saving', out / 'last', out / 'last.previous'
-    accelerator.save_state(saving)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if best:
-            save_for_hf(
-                copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format), saving / 'kept',
-                safe_serialization=True, model_config=dict(label_names=list(LABELS)), data_config=data_config)
-        else:
-            shutil.copytree(last / 'kept', saving / 'kept')
-        write_json(saving / 'progress.json', {'summary': summary})
-        if last.exists():
-            last.rename(previous)
-        saving.rename(last)
-        shutil.rmtree(previous, ignore_errors=True)
-        publish(out)
+    try:
+        accelerator.save_state(saving)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if averaged:  # network is the moving average, which Accelerate does not know
+                safetensors.torch.save_file(
+                    {k: v.cpu().contiguous() for k, v in network.state_dict().items()}, saving / EMA_FILE)
+            if keep:
+                save_for_hf(
+                    copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format), saving / 'kept',
+                    safe_serialization=True, model_config=dict(label_names=list(LABELS)), data_config=data_config)
+            else:
+                shutil.copytree(last / 'kept', saving / 'kept')
+            write_json(saving / 'progress.json', {'summary': summary})
+            if last.exists():
+                last.rename(previous)
+            saving.rename(last)
+            shutil.rmtree(previous, ignore_errors=True)
+            publish(out)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these
+        shutil.rmtree(saving, ignore_errors=True)
+        done = len(summary) - 1
+        raise RunError(
+            f'What epoch {done + 1} left could not be written to {out} ({" ".join(str(error).split())}): make room, '
+            f'then --resume; ' + (f'epoch {done} is there, whole.' if done else 'nothing was saved yet.')) from error
     accelerator.wait_for_everyone()
 
 

@@ -1,6 +1,8 @@
 """The training program, run as its users run it."""
 import csv
 import json
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +30,8 @@ def command(repo, *args, launch=()):
     return [*(launch or [sys.executable]), str(repo / 'benchmarks' / 'finetune_isic.py'), *map(str, args)]
 
 
-def run(repo, *args, launch=(), cwd=None):
-    return subprocess.run(command(repo, *args, launch=launch), capture_output=True, text=True, timeout=280, cwd=cwd)
+def run(repo, *args, launch=(), **kwargs):
+    return subprocess.run(command(repo, *args, launch=launch), capture_output=True, text=True, timeout=280, **kwargs)
 
 
 def read_csv(path):
@@ -125,6 +127,27 @@ def test_killed_and_resumed_is_as_undisturbed(finished, repo, tmp_path):
         assert (out / name).read_text() == (finished[0] / name).read_text(), name
     ours, reference = (safetensors.torch.load_file(folder / 'model.safetensors') for folder in (out, finished[0]))
     assert all(torch.equal(ours[k], reference[k]) for k in reference)
+
+
+def test_a_full_disk_leaves_the_epoch_before(finished, repo, tmp_path):
+    def full():  # room for the network's 32 MB, not for the optimizer's 64: a disk that fills up in a checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40 * 2 ** 20, 40 * 2 ** 20))
+
+    out = tmp_path / 'out'
+    shutil.copytree(finished[0], out)
+    for name in ('metrics.json', 'predictions_test.csv', 'predictions_validation.csv', 'looks.csv'):
+        (out / name).unlink()
+    progress = json.loads((out / 'last' / 'progress.json').read_text())
+    record = json.loads((out / 'run.json').read_text())
+    record['arguments']['epochs'] = 4  # so that an epoch is left to do
+    (out / 'run.json').write_text(json.dumps(record))
+    done = run(repo, '--output-dir', out, '--resume', preexec_fn=full)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert 'What epoch 4 left could not be written' in done.stderr and 'epoch 3 is there, whole' in done.stderr
+    assert json.loads((out / 'last' / 'progress.json').read_text()) == progress
+    assert not (out / 'last.saving').exists()
+    done = run(repo, '--output-dir', out, '--resume')
+    assert done.returncode == 0 and 'Resuming after epoch 3 of 4' in done.stdout, done.stderr
 
 
 def test_resume_of_a_finished_run_looks_at_nothing_again(finished, repo):
@@ -223,7 +246,7 @@ def test_recipes_and_their_flags(repo, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('content, message', [
-    ('epocs: 3', 'sets epocs: 3, but a recipe sets one value each of epochs,'),
+    ('epocs: 3', 'sets epocs: 3, but a recipe sets one value each of img-size,'),
     ('data: x', 'sets data: x, but a recipe sets'), ('epochs: [1, 2]', 'sets epochs'),
     ('from-scratch: 3', 'below from-scratch and from-weights'), ('epochs: 3', 'nor a flag sets --batch-size'),
     ('grey-world: maybe', 'must be true or false'), ('- 3', 'must hold lines of the form'), ('a: [', 'cannot be read'),
@@ -279,7 +302,7 @@ def test_divergence_is_named_and_keeps_nothing(repo, isic_sample, tmp_path):
     done = run(repo, '--data', isic_sample, *SMALL[:2], '--batch-size', 96, '--epochs', 2, '--lr', 1e30,
                '--output-dir', tmp_path / 'out')
     assert done.returncode == 2 and 'lower --lr' in done.stderr and 'Traceback' not in done.stderr
-    assert {p.name for p in (tmp_path / 'out').iterdir()} == {'run.json'}
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == {'run.json', 'tensorboard'}
 
 
 def test_bad_images_stop_the_run_unless_skipped(repo, isic_sample, tmp_path):

@@ -67,9 +67,18 @@ def test_auc_above_sensitivity_by_chance_and_at_best():
     assert auc_above_sensitivity(truth, np.zeros(10000)) == pytest.approx((1 - 0.8 ** 2) / 2)  # one straight line
 
 
+def test_threshold_between_neighbouring_floats():
+    low = np.float32(0.3)
+    probabilities = np.array([low, np.nextafter(low, np.float32(1))])
+    threshold = threshold_for_sensitivity(np.array([0, 1]), probabilities)
+    point = operating_point(np.array([0, 1]), probabilities, threshold)
+    assert (point['sensitivity'], point['specificity']) == (1, 1)
+
+
 def test_constant_predictions():
     truth, probabilities = np.array([0, 1, 1]), np.full(3, 0.4)
     assert threshold_for_sensitivity(truth, probabilities) == pytest.approx(0.2)
+    assert youden_threshold(np.array([0, 1]), np.array([0.8, 0.4])) == pytest.approx(0.9)  # better nothing than that
     assert score_task(truth, probabilities)['ppv'] is None and score_task(truth, probabilities)['auc'] == 0.5
 
 

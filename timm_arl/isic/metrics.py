@@ -62,7 +62,9 @@ def operating_point(truth: np.ndarray, probabilities: np.ndarray, threshold: flo
     Returns:
         accuracy, sensitivity, specificity, ppv, npv and threshold. None where a score is undefined.
     """
-    (tn, fp), (fn, tp) = confusion_matrix(truth, probabilities > threshold, labels=[0, 1]).tolist()
+    # float64: a float32 array would round the threshold to its own precision
+    positive = np.asarray(probabilities, np.float64) > threshold
+    (tn, fp), (fn, tp) = confusion_matrix(truth, positive, labels=[0, 1]).tolist()
 
     def share(part: int, rest: int) -> Optional[float]:
         return part / (part + rest) if part + rest else None
@@ -97,15 +99,14 @@ def threshold_for_sensitivity(truth: np.ndarray, probabilities: np.ndarray, sens
 
 
 def _just_below(probabilities: np.ndarray, lowest_positive: float) -> float:
-    """Half way between the lowest score that counts as positive and the next lower one.
+    """Half way between the lowest score that counts as positive, or 1, and the next lower one, or 0.
 
     scikit-learn calls a score positive from its threshold on, the official scorer strictly above.
     """
-    lower = np.unique(probabilities)
+    lower = np.unique(np.asarray(probabilities, np.float64))
     lower = lower[lower < lowest_positive]
-    if not np.isfinite(lowest_positive):  # nothing is positive
-        return float(lower[-1])
-    return float((lowest_positive + (lower[-1] if len(lower) else 0.)) / 2)
+    lowest_positive = min(lowest_positive, 1.)  # infinite where nothing is positive
+    return (float(lowest_positive) + (float(lower[-1]) if len(lower) else 0.)) / 2
 
 
 def score_task(truth: np.ndarray, probabilities: np.ndarray, threshold: float = OFFICIAL_THRESHOLD) -> Dict[str, Any]:
