@@ -99,7 +99,8 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
     copy = tmp_path / 'copy'
     shutil.copytree(checkpoint, copy)
     done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', copy, '--output-dir', tmp_path / 'r',
-                '--alpha-zero', '--report', '--crops', 'center', '--compare', evaluated[0] / 'predictions_test.csv', '--workers', 0)
+                '--alpha-zero', '--report', '--crops', 'center', '--workers', 0, '--compare',
+                evaluated[0] / 'predictions_test.csv')
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / 'r' / 'metrics.json').read_text())['test']
     before = json.loads((evaluated[0] / 'metrics.json').read_text())['test']

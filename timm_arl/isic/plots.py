@@ -38,13 +38,14 @@ def roc_plot(
         title: Above the picture.
         resamples: Number of bootstrap resamples of the bands.
     """
-    figure = _figure(9, 4.6, title)
+    figure = _figure(9, 5, title)
     index = resampled_indices(len(truth), resamples)
     for k, label in enumerate(LABELS):
         axes = figure.add_subplot(1, 2, k + 1)
         t, p, task = truth[:, k], probabilities[:, k], scores[label]
         axes.plot([0, 1], [0, 1], color='0.7', linewidth=1, linestyle=':')
-        axes.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect='equal')
+        axes.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=(-0.01, 1.01), ylim=(-0.01, 1.01),
+                 box_aspect=1)
         if task['auc'] is None:
             axes.set_title(f'{label.replace("_", " ")}: one class only', fontsize=10)
             continue
@@ -72,7 +73,7 @@ def reliability_plot(path: PathLike, truth: np.ndarray, probabilities: Dict[str,
         probabilities: By name, shape (N, 2) each.
         title: Above the picture.
     """
-    figure = _figure(9, 4.6, title)
+    figure = _figure(9, 5, title)
     for k, label in enumerate(LABELS):
         axes = figure.add_subplot(1, 2, k + 1)
         axes.plot([0, 1], [0, 1], color='0.7', linewidth=1, linestyle=':')
@@ -82,7 +83,7 @@ def reliability_plot(path: PathLike, truth: np.ndarray, probabilities: Dict[str,
             axes.plot(x, y, style, color=colour, linewidth=1.2, label=name)
             axes.scatter(x, y, [12 + 400 * r['images'] / len(truth) for r in rows], color=colour, alpha=0.5)
         axes.set(xlabel='mean probability', ylabel='share of positives', xlim=(-0.03, 1.03), ylim=(-0.03, 1.03),
-                 aspect='equal')
+                 box_aspect=1)
         axes.legend(loc='upper left', fontsize=8, frameon=False)
         axes.set_title(label.replace('_', ' '), fontsize=10)
     _save(figure, path)
@@ -106,6 +107,7 @@ def alpha_plot(path: PathLike, summary: List[Dict[str, Any]], alphas: Sequence[s
                   marker='.' if len(epochs) < 3 else '')
     axes.axhline(0, color='0.7', linewidth=1, linestyle=':')
     axes.set(xlabel='epoch', ylabel='alpha')
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=7, frameon=False, ncols=1 + len(alphas) // 18, loc='center left', bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import datasets
+import pyarrow.parquet
 from PIL import Image
 from tqdm import tqdm
 
 from . import LABELS
-from .dataset import DataError, decode, load_splits
+from .dataset import SPLITS, DataError, decode, load_splits
 from .duplicates import read_pairs
 from .results import replacing, write_json
 from .sources import CHALLENGE_ZIPS, image_files, read_table
@@ -102,9 +103,8 @@ def prepare(args: argparse.Namespace) -> int:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    _write_card(target, args, dropped)
-    print(f'Written: {target} ({", ".join(f"{n} {name}" for name, n in plan["images"].items())}); '
-          f'use it with --data {target}')
+    counts = _write_card(target, args, dropped)
+    print(f'Written: {target} ({", ".join(f"{n} {name}" for name, n in counts.items())}); use it with --data {target}')
     return 0
 
 
@@ -221,14 +221,17 @@ def _write_shard(path: Path, rows: datasets.Dataset, longest_side: int, skip_bad
     return len(rows), bad
 
 
-def _write_card(target: Path, args: argparse.Namespace, dropped: List[str]) -> None:
+def _write_card(target: Path, args: argparse.Namespace, dropped: List[str]) -> Dict[str, int]:
+    """Write README.md and return how many images each split has."""
     lines = ['---', 'pretty_name: ISIC 2017 Part 3, prepared by timm-arl', 'task_categories:', '- image-classification',
              'configs:', '- config_name: default', '  data_files:']
     table = ['| split | images | melanoma | seborrheic keratosis | neither | masks | age known | sex known |',
              '|---|---|---|---|---|---|---|---|']
-    for name in ('train', 'validation', 'test'):
+    written = {}
+    for name in SPLITS:
         lines += [f'  - split: {name}', f'    path: data/{name}-*.parquet']
         counts = _counts(sorted((target / 'data').glob(f'{name}-*.parquet')))
+        written[name] = counts[0]
         table.append(f'| {name} | ' + ' | '.join(map(str, counts)) + ' |')
     command = shlex.join(['python', '-m', 'timm_arl.isic.dataset', *sys.argv[1:]])
     lines += ['---', '', '# ISIC 2017 Part 3', '',
@@ -239,10 +242,10 @@ def _write_card(target: Path, args: argparse.Namespace, dropped: List[str]) -> N
     lines += ['', 'The licence is that of the source: the 2017 challenge data are CC0; external images have their own.']
     with replacing(target / 'README.md') as temporary:
         temporary.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    return written
 
 
 def _counts(paths: List[Path]) -> Tuple[int, ...]:
-    import pyarrow.parquet
     columns = [*LABELS, 'age_approximate', 'sex', 'mask']
     table = pyarrow.parquet.read_table([str(p) for p in paths], columns=columns)
     melanoma, keratosis = (sum(table[label].to_pylist()) for label in LABELS)
