@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Fine-tune a timm model on ISIC 2017 Part 3 (melanoma, seborrheic keratosis) with Accelerate.
 
-    accelerate launch benchmarks/finetune_isic.py --data path/to/isic2017 --model arl_cnn14 --epochs 15
+    accelerate launch benchmarks/finetune_isic.py --data path/to/isic2017 --model arl_cnn14
+    accelerate launch benchmarks/finetune_isic.py --data path/to/isic2017 --model arl_cnn50 --pretrained --img-size 224
     accelerate launch benchmarks/finetune_isic.py                            # on synthetic images, no download
 
-Two sigmoid outputs, binary cross-entropy, AdamW, one epoch of warm-up, cosine decay. The epoch with the best mean AUC
+Two sigmoid outputs, binary cross-entropy; the rest is the recipe's (benchmarks/recipes). The epoch with the best mean AUC
 on the validation split is kept, and alone meets the test split, once. The output folder receives
     config.json, model.safetensors   the kept epoch: timm.create_model('local-dir:OUT', pretrained=True)
-    summary.csv                      a row an epoch: losses, AUCs, learning rate, every alpha
+    summary.csv, tensorboard/        a row an epoch: losses, AUCs, learning rate, every alpha
     metrics.json                     scores with 95 % intervals, keyed by split
     predictions_validation.csv, predictions_test.csv
-    run.json                         command, arguments, versions, commit
+    run.json, looks.csv              command, arguments, versions, commit; each look at the test split
     last/                            what --resume goes on from
 """
 import time
