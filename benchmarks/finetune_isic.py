@@ -5,8 +5,8 @@
     accelerate launch benchmarks/finetune_isic.py --data path/to/isic2017 --model arl_cnn50 --pretrained --img-size 224
     accelerate launch benchmarks/finetune_isic.py                            # on synthetic images, no download
 
-Two sigmoid outputs, binary cross-entropy; the rest is the recipe's (benchmarks/recipes). The epoch with the best mean AUC
-on the validation split is kept, and alone meets the test split, once. The output folder receives
+Two sigmoid outputs, binary cross-entropy; the rest is the recipe's (benchmarks/recipes). The epoch with the best mean
+AUC on the validation split is kept, and alone meets the test split, once. The output folder receives
     config.json, model.safetensors   the kept epoch: timm.create_model('local-dir:OUT', pretrained=True)
     summary.csv, tensorboard/        a row an epoch: losses, AUCs, learning rate, every alpha
     metrics.json                     scores with 95 % intervals, keyed by split
