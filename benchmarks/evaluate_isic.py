@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from accelerate.utils import set_seed
@@ -57,7 +58,8 @@ def build_parser():
     add('--output-dir', required=True)
     add('--report', action='store_true', help='write report.md')
     add('--alpha-zero', action='store_true', help='set every alpha to 0: the same network without its attention')
-    add('--compare', metavar='PREDICTIONS.csv', help='of another network on the same images: paired differences')
+    add('--compare', metavar='PREDICTIONS.csv',
+        help="of another network on the same images: paired differences, this checkpoint's minus the other's")
     add('--drop-duplicates', metavar='LIST.csv',
         help='leave out images that this list of pairs names as twins of training images')
     add('--img-size', type=number(int, 64), help="side of the network's input (default: the checkpoint's)")
@@ -76,6 +78,8 @@ def build_parser():
 
 def load_network(args):
     folder = Path(args.checkpoint)
+    if (folder / 'runs.csv').is_file():
+        raise WeightsError(f'{folder} holds several runs: choose one of the folders in it that runs.csv names.')
     if folder.is_dir() and not (folder / 'config.json').is_file():
         raise WeightsError(f'{folder} holds no config.json and model.safetensors: pass the output folder of '
                            f'finetune_isic.py, or the name of a model.')
@@ -144,18 +148,19 @@ def evaluate(args):
     for name, p in probabilities.items():
         t = truth[name]
         metrics[name] = score_split(t, p, seed=args.seed, operating_points=points)
-        calibrated[name] = torch.tensor(
-            [apply_temperature(p[:, k], temperatures[k]) for k in range(len(LABELS))]).T.numpy()
+        calibrated[name] = np.stack(
+            [apply_temperature(p[:, k], temperatures[k]) for k in range(len(LABELS))], axis=1)
         for k, label in enumerate(LABELS):
             metrics[name][label]['calibration'] = {
                 'ece': expected_calibration_error(t[:, k], p[:, k]), 'temperature': temperatures[k],
                 'ece_with_temperature': expected_calibration_error(t[:, k], calibrated[name][:, k])}
         columns = {c: list(splits[name][c]) for c in ('sex', 'age_approximate') if c in splits[name].column_names}
         metrics[name]['subgroups'] = subgroup_table(t, p, columns.get('sex'), columns.get('age_approximate'))
+    shown = args.checkpoint + ', alpha zero' * args.alpha_zero
     if args.compare:
         other = read_predictions(args.compare, loaders[args.split].dataset.image_ids)
         metrics[args.split]['comparison'] = {
-            'first': args.compare, 'second': args.checkpoint + ', alpha zero' * args.alpha_zero,
+            'first': args.compare, 'second': shown,
             **compare(truth[args.split], other, probabilities[args.split], seed=args.seed)}
 
     # Files
@@ -170,13 +175,13 @@ def evaluate(args):
     write_json(out / 'metrics.json', metrics)
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
     for name in splits:
-        title = f'{args.checkpoint}{", alpha zero" * args.alpha_zero}, {name}, {len(truth[name])} images{synthetic}'
+        title = f'{shown}, {name}, {len(truth[name])} images{synthetic}'
         write_predictions(out / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities[name])
         roc_plot(out / f'roc_{name}.png', truth[name], probabilities[name], metrics[name], title)
         reliability_plot(out / f'reliability_{name}.png', truth[name], {
             'as given': probabilities[name], 'with temperature': calibrated[name]}, title)
     curves = Path(args.checkpoint) / 'summary.csv'
-    if curves.is_file():
+    if curves.is_file() and not args.alpha_zero:
         with curves.open(newline='', encoding='utf-8') as file:
             summary = list(csv.DictReader(file))
         names = [column for column in summary[0] if column.endswith('.alpha')]
@@ -187,8 +192,15 @@ def evaluate(args):
             temporary.write_text(markdown_report(metrics, record, out, args), encoding='utf-8')
     if args.split == 'test':
         for folder in {out, Path(args.checkpoint)} if Path(args.checkpoint).is_dir() else {out}:
-            record_look(folder, args.checkpoint, metrics['test'])
-    print(f'AUC [95 % interval]{synthetic}\n' + auc_table(metrics))
+            record_look(folder, shown, metrics['test'])
+    print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics))
+    if args.compare:
+        print(f'AUC of {shown} minus that of {args.compare}, on the same images:')
+        for name in (*LABELS, 'mean_auc'):
+            pair = metrics[args.split]['comparison'][name]
+            print('  {:22}{:+.3f} [{:+.3f}, {:+.3f}]'.format(
+                name.replace('_', ' '), pair['difference'], *pair['difference_ci95'])
+                + (f", DeLong's p {pair['p_value']:.3g}" if 'p_value' in pair else ''))
     print(f'{time.time() - start_time:.0f} s. In {out}: {", ".join(sorted(path.name for path in out.iterdir()))}')
 
 

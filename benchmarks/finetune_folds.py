@@ -84,13 +84,14 @@ def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, tra
         probabilities = np.array([np.mean(held_out[image_id], axis=0) for image_id in ids])
         metrics['cross_validation'] = score_split(label_array(splits['train']), probabilities, seed=args.seed)
         write_predictions(out / 'predictions_cross_validation.csv', ids, probabilities)
-        print('AUC [95 % interval] of images held out' + ', means over seeds' * (len(seeds) > 1))
+        print('AUC [95 % interval] of all held-out images together, each scored by the networks that did not see it')
         print(auc_table(metrics))
     columns = [column for column in rows[0] if column.endswith(('auc', *LABELS))]
     metrics['runs'] = {
         column: {'mean': float(np.mean([row[column] for row in rows])),
                  'sd': float(np.std([row[column] for row in rows], ddof=1)) if len(rows) > 1 else None,
                  'runs': len(rows)} for column in columns}
+    print('Means of the runs, each by itself:')
     for column, value in metrics['runs'].items():
         spread = f' (sd {value["sd"]:.3f} of {len(rows)} runs)' if len(rows) > 1 else ''
         print(f'{column:36} {value["mean"]:.3f}{spread}')

@@ -148,8 +148,9 @@ def train(args, accelerator, splits, out):
             load_weights_file(kept_network, out / 'last' / EMA_FILE)
         accelerator.print(f'Resuming after epoch {len(summary)} of {args.epochs}.')
     counts = ', '.join(f'{len(splits[name])} {name}' for name in splits)
+    sizes = f'{args.start_size} to {img_size}' if args.start_size else img_size
     accelerator.print(
-        f'{args.model}, {img_size} px, {counts} images, {accelerator.num_processes} process(es) on '
+        f'{args.model}, {args.epochs} epochs, {sizes} px, {counts} images, {accelerator.num_processes} process(es) on '
         f'{accelerator.device.type}, mixed precision {accelerator.mixed_precision}, recipe {args.recipe}, lr {lr:g}, '
         f'seed {args.seed}\nOutput folder: {out}')
     if args.tracker != 'none':
@@ -228,7 +229,7 @@ def train(args, accelerator, splits, out):
         accelerator.print(
             f'epoch {epoch + 1}/{args.epochs}  loss {row["train_loss"]:.4f} train, {validation_loss:.4f} validation  '
             f'AUC {aucs[0]:.3f} melanoma, {aucs[1]:.3f} seborrheic keratosis, {row["validation_mean_auc"]:.3f} mean'
-            + ('*' if keep else ' ')
+            + (' (best)' if keep and args.keep == 'best' else '')
             + (f'  alpha {min(values):.2g} to {max(values):.2g}' if values else '')
             + f'  {time.time() - epoch_start:.0f} s')
 

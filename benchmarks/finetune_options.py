@@ -23,8 +23,8 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--data', default='demo', metavar='DIR|HUB_ID|demo',
-        help="datasets folder or Hub id with the splits train, validation, test, or 'demo', generated synthetic images "
-             '(default: %(default)s)')
+        help="the challenge's folders, what `isic image download` wrote, a folder or Hub id of the datasets library "
+             "with the splits train, validation, test, or 'demo', generated synthetic images (default: %(default)s)")
     add('--model', default='arl_cnn14', help='any timm model (default: %(default)s)')
     start = parser.add_mutually_exclusive_group()
     start.add_argument('--pretrained', action='store_true', help="start from the model's pretrained weights")
@@ -32,7 +32,8 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
         '--init-checkpoint', metavar='PATH', help='start from a .safetensors file or a folder of this program')
     add('--recipe', default='modern', metavar='modern|paper|FILE.yaml',
         help='where the values of the flags below marked * come from, unless given (default: %(default)s)')
-    add('--img-size', type=number(int, 64), help="* side of the network's input in pixels (default: the model's own)")
+    add('--img-size', type=number(int, 64),
+        help="* side of the network's input in pixels; the model's own where the recipe sets none")
     add('--start-size', type=number(int, 32), help='* train on images that grow from this size to --img-size, by 32 px')
     add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0,
         help='seed of weights, order and augmentation (default: %(default)s)')
@@ -42,7 +43,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add('--skip-bad-images', action='store_true', help='leave out images that do not decode instead of stopping')
     add('--preview', metavar='FILE.png', help='draw what the network will see, and stop')
 
-    group = parser.add_argument_group('training')
+    group = parser.add_argument_group('training', 'what is marked * is the recipe\'s unless given')
     add = group.add_argument
     add('--epochs', type=number(int, 1), help='* passes over the training images')
     add('--batch-size', type=number(int, 1), help='* images a process and step')
@@ -54,7 +55,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add('--schedule', choices=['cosine', 'step', 'constant'], help='* of the learning rate, after the warm-up')
     add('--decay-epochs', type=number(int, 1), default=30, help='* epochs of a step of the step schedule')
     add('--decay-rate', type=number(float, 0, 1), default=0.5, help='* its factor (default: %(default)s)')
-    add('--warmup-epochs', type=number(float, 0), default=0, help='* linear warm-up (default: %(default)s)')
+    add('--warmup-epochs', type=number(float, 0), default=0, help='* linear warm-up, a fifth of the epochs at most')
     add('--clip-grad', type=number(float, 0), default=0., help='* largest norm of the gradient, 0: any')
     add('--ema', type=number(float, 0, 0.99999), default=0.,
         help='* decay of the moving average of weights, which is then what is scored and kept; 0: none')

@@ -78,8 +78,9 @@ def load_splits(data: str, seed: int = 0) -> Dict[str, datasets.Dataset]:
 def _load_folder_or_hub(data: str) -> datasets.DatasetDict:
     is_folder = bool(data) and Path(data).is_dir()
     if not is_folder and (data.count('/') != 1 or data.startswith(('.', '/', '~'))):
-        raise DataError(f'No folder {data}: pass a folder with train, validation and test splits in Parquet, '
-                        f"a dataset id on the Hugging Face Hub (user/name), or 'demo'.")
+        raise DataError(f"No folder {data}: pass a folder (the challenge's, what `isic image download` wrote, or one "
+                        f'with train, validation and test splits in Parquet), a dataset id on the Hugging Face Hub '
+                        f"(user/name), or 'demo'.")
     files = read_folder(Path(data)) if is_folder else None
     if files is not None:
         return files
@@ -88,7 +89,8 @@ def _load_folder_or_hub(data: str) -> datasets.DatasetDict:
     except (OSError, ValueError, RuntimeError, YAMLError, DatasetsError, DatasetGenerationError) as error:
         reason = ' '.join(str(error).split())
         if is_folder:
-            raise DataError(f'{data} is not a dataset that can be read (data/train-*.parquet and so on): '
+            raise DataError(f'{data} is not a dataset that can be read (ISIC-2017_Training_Data/ and so on, or '
+                            f'data/train-*.parquet and so on): '
                             f'{reason}') from error
         raise DataError(f'No folder {data}, and no dataset of that id could be loaded from the Hugging Face Hub: '
                         f'{reason}') from error

@@ -34,7 +34,7 @@ def check(args: argparse.Namespace) -> int:
         print('{split_a} {image_id_a}  {split_b} {image_id_b}  {kind}  {correlation:.4f}'.format(**p))
     print(f'{len(pairs)} pairs, {len(across)} of them across splits.')
     if args.output:
-        write_rows(args.output, pairs or [dict.fromkeys(COLUMNS, '')])
+        write_rows(args.output, pairs, COLUMNS)
         print(f'Written: {args.output}')
     return 0
 

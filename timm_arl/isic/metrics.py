@@ -213,10 +213,11 @@ def compare(
 
 def auc_table(metrics: Dict[str, Dict[str, Any]]) -> str:
     """A line of AUCs with their intervals for each split of metrics.json, under a heading."""
-    lines = ['            ' + ''.join(f'{label.replace("_", " "):24}' for label in LABELS) + 'mean']
+    width = max(12, *(len(split) + 1 for split in metrics))
+    lines = [' ' * width + ''.join(f'{label.replace("_", " "):24}' for label in LABELS) + 'mean']
     for split, scores in metrics.items():
         cells = [(scores[label]['auc'], scores[label]['auc_ci95']) for label in LABELS]
         cells.append((scores['mean_auc'], scores['mean_auc_ci95']))
         texts = ['undefined' if value is None else f'{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]' for value, ci in cells]
-        lines.append(f'{split:12}' + ''.join(f'{text:24}' for text in texts).rstrip())
+        lines.append(f'{split:{width}}' + ''.join(f'{text:24}' for text in texts).rstrip())
     return '\n'.join(lines)

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Sequence, Union
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_curve
 
 from . import LABELS
@@ -107,7 +108,7 @@ def alpha_plot(path: PathLike, summary: List[Dict[str, Any]], alphas: Sequence[s
                   marker='.' if len(epochs) < 3 else '')
     axes.axhline(0, color='0.7', linewidth=1, linestyle=':')
     axes.set(xlabel='epoch', ylabel='alpha')
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=7, frameon=False, ncols=1 + len(alphas) // 18, loc='center left', bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 

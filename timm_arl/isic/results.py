@@ -39,10 +39,10 @@ def write_json(path: PathLike, content: Dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + '\n', encoding='utf-8')
 
 
-def write_rows(path: PathLike, rows: Sequence[Dict[str, Any]]) -> None:
-    """Write a CSV with a header from the first row's keys."""
+def write_rows(path: PathLike, rows: Sequence[Dict[str, Any]], columns: Optional[Sequence[str]] = None) -> None:
+    """Write a CSV with a header, from the first row's keys unless columns are given."""
     with replacing(path) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(columns or rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
