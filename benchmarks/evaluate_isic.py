@@ -87,7 +87,8 @@ def load_network(args):
     if model.num_classes != len(LABELS):
         raise WeightsError(f'{args.checkpoint} has {model.num_classes} outputs, not those of {" and ".join(LABELS)}: '
                            f'fine-tune it first, with finetune_isic.py.')
-    alphas = [parameter for name, parameter in model.named_parameters() if name.endswith('.alpha')]
+    alphas = [parameter for name, parameter in model.named_parameters()
+              if name.endswith('.alpha') and parameter.numel() == 1]
     if args.alpha_zero and not alphas:
         raise RunError(f'--alpha-zero: {args.checkpoint} has no alphas.')
     with torch.no_grad():

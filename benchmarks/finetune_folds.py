@@ -61,7 +61,8 @@ def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, tra
             folder = out / name
             run = copy.copy(args)
             run.seed, run.seeds, run.folds, run.output_dir = seed, None, 0, str(folder)
-            run.keep = 'last' if args.folds else args.keep
+            if args.folds:  # the held-out images choose nothing
+                run.keep, run.patience = 'last', 0
             run.resume = (folder / 'run.json').exists()
             if not (folder / 'metrics.json').exists():
                 accelerator.print(f'--- {name}')

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from finetune_folds import run_each
 from finetune_options import build_parser, parse_args
 from finetune_output import EMA_FILE, prepare_output_dir, preview, save_progress
@@ -56,17 +56,19 @@ def create_network(args):
     data_config.update(
         input_size=(3, img_size, img_size), interpolation='bilinear', crop_pct=CROP_PCT, crop_mode='center')
     model = model.to(memory_format=torch.channels_last)
-    try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, img_size, img_size).contiguous(memory_format=torch.channels_last))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise RunError(f'{args.model} does not take images of {img_size} px: {error}') from error
+    for side in dict.fromkeys((img_size, min(args.start_size or img_size, img_size))):
+        try:
+            with torch.inference_mode():
+                model.eval()(torch.zeros(1, 3, side, side).contiguous(memory_format=torch.channels_last))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise RunError(
+                f'{args.model} does not take images of {side} px (--img-size, --start-size): {error}') from error
     return model, start, data_config
 
 
 def parameter_groups(model, args, lr):
     """Weights with decay; biases and norms without; alphas without, at their own learning rate."""
-    alphas = [p for name, p in model.named_parameters() if name.endswith('.alpha')]
+    alphas = [p for name, p in model.named_parameters() if name.endswith('.alpha') and p.numel() == 1]
     own = {id(p) for p in alphas}
     groups = param_groups_weight_decay(model, args.weight_decay)
     for group in groups:
@@ -103,7 +105,7 @@ def train(args, accelerator, splits, out):
 
     model, start, data_config = create_network(args)
     accelerator.print(start, end='\n' * bool(start))
-    alphas = [name for name, _ in model.named_parameters() if name.endswith('.alpha')]
+    alphas = [name for name, p in model.named_parameters() if name.endswith('.alpha') and p.numel() == 1]
     img_size = data_config['input_size'][-1]
     lr = args.lr
 
@@ -169,7 +171,8 @@ def train(args, accelerator, splits, out):
         side = img_size
         if args.start_size:
             grown = (img_size - args.start_size) * epoch / max(args.epochs - 1, 1)
-            side = min(args.start_size + 32 * round(grown / 32), img_size)
+            side = args.start_size + 32 * round(grown / 32)
+            side = img_size if img_size - side < 32 or epoch == args.epochs - 1 else side
             train_set.transform = train_transform(side, data_config['mean'], data_config['std'], args.augmentation)
         loaders['train'].set_epoch(epoch)  # of its batches and its images
         total_loss = torch.zeros((), device=accelerator.device)
@@ -206,6 +209,9 @@ def train(args, accelerator, splits, out):
             bar.set_postfix(loss=f'{loss.item():.3f}')
 
         # Validation chooses the epoch that is kept
+        if accelerator.num_processes > 1:  # batch statistics are each process's own, but one network is scored and kept
+            for buffer in kept_network.buffers():
+                buffer.copy_(broadcast(buffer))
         probabilities = predict(accelerator, scored, loaders['validation'], 'validation')
         if not torch.isfinite(probabilities).all():
             raise RunError(f'Probabilities of validation images are not numbers after epoch {epoch + 1}: lower --lr.')
@@ -259,6 +265,7 @@ def train(args, accelerator, splits, out):
         f'{time.time() - start_time:.0f} s. In {out}: model.safetensors and config.json (epoch {kept["epoch"]}), '
         f'summary.csv, metrics.json, predictions, run.json, last/\n'
         f"Use it: import timm, timm_arl; timm.create_model('local-dir:{out}', pretrained=True)")
+    accelerator.wait_for_everyone()  # or another process reads metrics.json before it is there
 
 
 def main():
@@ -282,7 +289,7 @@ def main():
         name = f'{args.model}-{Path(args.data).name}-{time.strftime("%Y%m%d-%H%M%S")}'
         name = name.replace('/', '-').replace(':', '-')
         out = Path(broadcast_object_list([args.output_dir or f'runs/{name}'])[0])
-        if args.folds or args.seeds:
+        if (args.folds or args.seeds) and not args.preview:
             prepare_output_dir(args, accelerator, out)
             run_each(args, accelerator, splits, out, train)
         else:

@@ -160,6 +160,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
         given = sys.argv[1:] if argv is None else list(argv)
         from_weights = args.pretrained or args.init_checkpoint is not None
         args = parser.parse_args([*recipe_flags(args.recipe, parser, from_weights), *given])
+        if args.seeds and len(set(args.seeds)) < len(args.seeds):
+            raise RunError('--seeds names a seed twice.')
         absent = [flag for flag in REQUIRED if getattr(args, flag.replace('-', '_')) is None]
         if absent:
             raise RunError(f'Neither the recipe {args.recipe} nor a flag sets --{absent[0]}.')

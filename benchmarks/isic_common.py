@@ -78,7 +78,7 @@ def image_loader(args, split, data_config, accelerator, training=False):
     images = IsicSplit(
         split, train_transform(img_size, *mean_std, args.augmentation) if training
         else eval_transform(img_size, *mean_std, args.crops), args.seed, keep_aspect=args.aspect == 'keep',
-        colour_constancy=args.grey_world, crop_to_lesion=args.lesion_crop)
+        colour_constancy=args.grey_world, crop_to_lesion=args.lesion_crop, every_epoch=training)
     options = dict(num_workers=args.workers, pin_memory=torch.cuda.is_available())
     if not training:
         return accelerator.prepare(DataLoader(images, args.batch_size, **options))

@@ -215,3 +215,31 @@ def test_masks_colour_and_squash(isic_sample):
         before, after = (np.ptp(np.asarray(each.picture(row), float).mean((0, 1))) for each in (plain, grey))
         assert after < 0.4 * before  # the rest was clipped
     assert any(cropped.picture(row).size != plain.picture(row).size for row in range(12))
+
+
+def test_a_crop_to_the_lesion_is_not_taken_for_a_squashed_copy(tmp_path):
+    features = datasets.Features({**WITH_ASPECT, 'mask': datasets.Image()})
+    mask = Image.new('L', (400, 300))
+    mask.paste(255, (150, 100, 250, 200))
+    buffer = io.BytesIO()
+    mask.save(buffer, 'PNG')
+    cells = {0: {'bytes': jpeg(size=(400, 300)), 'path': None}}
+    content = rows(8, image=cells, aspect_ratio={0: 400 / 300}, mask={0: {'bytes': buffer.getvalue(), 'path': None}})
+    split = load_splits(write(tmp_path / 'd', features=features, train=content))['train']
+    assert IsicSplit(split, None, crop_to_lesion=True).picture(0).size == (150, 150)
+
+
+def test_crops_of_a_test_image_stay_the_same_all_epochs(isic_sample):
+    split = load_splits(isic_sample)['test'].select(range(2))
+    dataset = IsicSplit(split, eval_transform(16, MEAN, STD, 'paper'), every_epoch=False)
+    first = dataset[1][0]
+    dataset.set_epoch(3)  # as Accelerate does at every pass
+    assert torch.equal(dataset[1][0], first)
+
+
+def test_numbers_as_ids(tmp_path):
+    features = datasets.Features({**FEATURES, 'image_id': datasets.Value('int64')})
+    splits = {name: [dict(row, image_id=k * 100 + i) for i, row in enumerate(rows(4))] for k, name in enumerate(
+        ('train', 'validation', 'test'))}
+    assert list(load_splits(write(tmp_path / 'd', features=features, **splits))['test']['image_id']) == [
+        '200', '201', '202', '203']

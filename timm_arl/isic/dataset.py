@@ -59,6 +59,8 @@ def load_splits(data: str, seed: int = 0) -> Dict[str, datasets.Dataset]:
                             f'(it has {", ".join(split.column_names)}): rename or add it.')
         if not len(split):
             raise DataError(f'{data}, split {name}, has no images.')
+        if split.features['image_id'].dtype != 'string':
+            split = split.cast_column('image_id', datasets.Value('string'))
         _check_labels(split, f'{data}, split {name}')
         _check_aspect_ratios(split, f'{data}, split {name}')
         try:
@@ -207,6 +209,7 @@ class IsicSplit(torch.utils.data.Dataset):
             keep_aspect: bool = True,
             colour_constancy: bool = False,
             crop_to_lesion: bool = False,
+            every_epoch: bool = True,
     ) -> None:
         """
         Args:
@@ -216,6 +219,7 @@ class IsicSplit(torch.utils.data.Dataset):
             keep_aspect: Undo the squash of square copies.
             colour_constancy: Grey-world.
             crop_to_lesion: Cut to the lesion, where the split has a mask of it.
+            every_epoch: Whether what is random changes with the epoch; test crops should not.
         """
         # only what an item needs: a mask, say, would be decoded at every access
         columns = ['image', *['aspect_ratio'] * keep_aspect, *['mask'] * crop_to_lesion]
@@ -223,13 +227,14 @@ class IsicSplit(torch.utils.data.Dataset):
         self.transform = transform
         self.seed = seed
         self.colour_constancy = colour_constancy
+        self.every_epoch = every_epoch
         self.epoch = 0
         self.image_ids = [str(image_id) for image_id in split['image_id']]
         self.labels = torch.from_numpy(label_array(split))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentation of another epoch."""
-        self.epoch = epoch
+        self.epoch = epoch if self.every_epoch else 0
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -238,10 +243,10 @@ class IsicSplit(torch.utils.data.Dataset):
         """The RGB picture that is handed to the transform."""
         cells = self.cells[row]
         image = decode(cells['image'])
+        if 'aspect_ratio' in cells:  # first, since a square crop is no squashed copy
+            image = restore_aspect(image, cells['aspect_ratio'])
         if 'mask' in cells:
             image = lesion_crop(image, cells['mask'])
-        if 'aspect_ratio' in cells:
-            image = restore_aspect(image, cells['aspect_ratio'])
         return grey_world(image) if self.colour_constancy else image
 
     def __getitem__(self, index: int) -> Tuple[torch.Tensor, torch.Tensor, int]:
@@ -298,7 +303,7 @@ class EpochBatches(torch.utils.data.Sampler):
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.diagnoses) * self.patches_per_image, self.global_batch)
-        return max(whole + (rest >= self.processes), 1)
+        return max(whole + (rest >= 2 * self.processes), 1)  # one image alone has no batch statistics
 
     def order(self) -> List[int]:
         """Row numbers of the epoch, plus the number of rows for each time that an image was shown before."""

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -136,6 +137,11 @@ def _select(split: datasets.Dataset) -> datasets.Dataset:
 
 def _extra(args: argparse.Namespace, splits: Dict[str, datasets.Dataset]) -> datasets.Dataset:
     table = read_table(Path(args.extra_ids), ('image_id', *LABELS))
+    for image_id, row in table.items():
+        if [row[label] for label in LABELS] not in [[a, b] for a, b in product(('0', '1', '0.0', '1.0'), repeat=2)
+                                                    if float(a) + float(b) < 2]:
+            raise DataError(f'{args.extra_ids}: the labels of {image_id} must be 0 or 1, and not both 1, but are '
+                            f'{" and ".join(row[label] for label in LABELS)}.')
     files = image_files(Path(args.extra_images or args.source))
     missing = [i for i in table if i not in files]
     if missing:
