@@ -37,6 +37,7 @@ from timm_arl.isic.calibration import (
     subgroup_table,
 )
 from timm_arl.isic.dataset import DataError, load_splits
+from timm_arl.isic.duplicates import read_pairs
 from timm_arl.isic.metrics import auc_table, compare, score_split, threshold_for_sensitivity, youden_threshold
 from timm_arl.isic.plots import alpha_plot, reliability_plot, roc_plot
 from timm_arl.isic.results import git_commit, read_predictions, record_look, replacing, write_json, write_predictions
@@ -99,12 +100,7 @@ def load_network(args):
 
 def without_duplicates(splits, args):
     """The splits without the images that a list names as twins of training images."""
-    try:
-        with open(args.drop_duplicates, newline='', encoding='utf-8-sig') as file:
-            pairs = [(row['image_id_a'], row['image_id_b']) for row in csv.DictReader(file)]
-    except (OSError, KeyError, UnicodeDecodeError) as error:
-        raise DataError(f'{args.drop_duplicates} cannot be read as a list of pairs (columns image_id_a, image_id_b): '
-                        f'{error}') from error
+    pairs = read_pairs(args.drop_duplicates)
     train = set(splits['train']['image_id'])
     twins = {a for pair in pairs for a, b in (pair, pair[::-1]) if b in train and a not in train}
     return {name: split if name == 'train' else split.select(

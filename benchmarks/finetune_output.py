@@ -110,7 +110,7 @@ def publish(out):
 
 
 def preview(args, images, data_config):
-    """Draw a contact sheet: a row of training images, changed as in the first epoch, and one of each other split's."""
+    """Draw a contact sheet: a row of training images, augmented, at the final size, and crops of each other split."""
     columns, side = 8, data_config['input_size'][-1]
     mean, std = (torch.tensor(data_config[name]).view(3, 1, 1) for name in ('mean', 'std'))
     rows = []

@@ -170,10 +170,11 @@ def decode(image: Optional[Dict]) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # 100 megapixels are a photograph here
             with Image.open(source) as picture:
+                picture = ImageOps.exif_transpose(picture)
                 if picture.mode.startswith('I'):  # 16 bits of grey, which convert would cut off at 255
                     values = np.asarray(picture, np.float32)
                     picture = Image.fromarray((values / 257 if values.max() > 255 else values).round().astype(np.uint8))
-                return ImageOps.exif_transpose(picture).convert('RGB')
+                return picture.convert('RGB')
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises beside OSError
         raise OSError(str(error)) from error
 
