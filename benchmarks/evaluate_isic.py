@@ -15,6 +15,7 @@ Each look at the test split is recorded in looks.csv, in the output folder and i
 """
 import argparse
 import csv
+import json
 import shlex
 import sys
 import time
@@ -39,6 +40,7 @@ from timm_arl.isic.calibration import (
 from timm_arl.isic.dataset import DataError, load_splits
 from timm_arl.isic.duplicates import read_pairs
 from timm_arl.isic.metrics import auc_table, compare, score_split, threshold_for_sensitivity, youden_threshold
+from timm_arl.isic.outputs import has_isic_outputs
 from timm_arl.isic.plots import alpha_plot, reliability_plot, roc_plot
 from timm_arl.isic.results import git_commit, read_predictions, record_look, replacing, write_json, write_predictions
 from timm_arl.isic.transforms import CROPS
@@ -54,8 +56,8 @@ def build_parser():
     add('--checkpoint', required=True, metavar='OUT|NAME',
         help='output folder of finetune_isic.py, or a timm name whose pretrained weights have two outputs')
     add('--split', default='test', choices=['validation', 'test'], help='what is scored (default: %(default)s)')
-    add('--crops', default='multiscale', choices=CROPS,
-        help='crops of an image, whose probabilities are averaged (default: %(default)s)')
+    add('--crops', choices=CROPS,
+        help="crops of an image, whose probabilities are averaged (default: as the checkpoint's run, else multiscale)")
     add('--output-dir', required=True)
     add('--report', action='store_true', help='write report.md')
     add('--alpha-zero', action='store_true', help='set every alpha to 0: the same network without its attention')
@@ -64,17 +66,29 @@ def build_parser():
     add('--drop-duplicates', metavar='LIST.csv',
         help='leave out images that this list of pairs names as twins of training images')
     add('--img-size', type=number(int, 64), help="side of the network's input (default: the checkpoint's)")
-    add('--aspect', choices=['keep', 'squash'], default='keep', help='shape of square copies with an aspect_ratio')
-    add('--grey-world', action=argparse.BooleanOptionalAction, default=False, help='colour constancy')
-    add('--lesion-crop', action=argparse.BooleanOptionalAction, default=False, help='cut to the lesion, given a mask')
+    add('--aspect', choices=['keep', 'squash'],
+        help="shape of square copies with an aspect_ratio (default: as the checkpoint's run, else keep)")
+    add('--grey-world', action=argparse.BooleanOptionalAction,
+        help="colour constancy (default: as the checkpoint's run)")
+    add('--lesion-crop', action=argparse.BooleanOptionalAction,
+        help="cut to the lesion, given a mask (default: as the checkpoint's run)")
     add('--batch-size', type=number(int, 1), default=32, help='images a process and step (default: %(default)s)')
     add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='of random crops and bootstrap (default: 0)')
     add('--workers', type=number(int, 0), default=2, help='data loading processes (default: %(default)s)')
     add('--cpu-threads', type=number(int, 1), help='threads a process')
     add('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="(default: accelerate's configuration)")
     add('--skip-bad-images', action='store_true', help='leave out images that do not decode instead of stopping')
-    parser.set_defaults(tracker='none')
+    parser.set_defaults(tracker='none', gradient_accumulation_steps=None)
     return parser
+
+
+def images_of_the_run(args):
+    """Give the images of the checkpoint's own run to what the command line leaves open."""
+    record = Path(args.checkpoint, 'run.json')
+    saved = json.loads(record.read_text())['arguments'] if record.is_file() else {}
+    for name, usual in (('crops', 'multiscale'), ('aspect', 'keep'), ('grey_world', False), ('lesion_crop', False)):
+        if getattr(args, name) is None:
+            setattr(args, name, saved.get(name, usual))
 
 
 def load_network(args):
@@ -85,7 +99,7 @@ def load_network(args):
         raise WeightsError(f'{folder} holds no config.json and model.safetensors: pass the output folder of '
                            f'finetune_isic.py, or the name of a model.')
     model = create_for_task(f'local-dir:{folder}' if folder.is_dir() else args.checkpoint, pretrained=True)
-    if model.num_classes != len(LABELS):
+    if not has_isic_outputs(model):
         raise WeightsError(f'{args.checkpoint} has {model.num_classes} outputs, not those of {" and ".join(LABELS)}: '
                            f'fine-tune it first, with finetune_isic.py.')
     alphas = [parameter for name, parameter in model.named_parameters()
@@ -110,6 +124,7 @@ def without_duplicates(splits, args):
 
 def evaluate(args):
     out, start_time = Path(args.output_dir), time.time()
+    images_of_the_run(args)
     accelerator = create_accelerator(args)
     set_seed(args.seed)
     model = load_network(args)
@@ -168,7 +183,8 @@ def evaluate(args):
     record = {
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
         'timm': timm.__version__, 'torch': torch.__version__, 'img_size': data_config['input_size'][-1],
-        'crops': args.crops, 'seed': args.seed}
+        'crops': args.crops, 'aspect': args.aspect, 'grey_world': args.grey_world, 'lesion_crop': args.lesion_crop,
+        'seed': args.seed}
     write_json(out / 'metrics.json', metrics)
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
     for name in splits:
@@ -195,9 +211,12 @@ def evaluate(args):
         print(f'AUC of {shown} minus that of {args.compare}, on the same images:')
         for name in (*LABELS, 'mean_auc'):
             pair = metrics[args.split]['comparison'][name]
+            if pair['difference'] is None:
+                print(f'  {name.replace("_", " "):22}undefined')
+                continue
             print('  {:22}{:+.3f} [{:+.3f}, {:+.3f}]'.format(
                 name.replace('_', ' '), pair['difference'], *pair['difference_ci95'])
-                + (f", DeLong's p {pair['p_value']:.3g}" if 'p_value' in pair else ''))
+                + (f", DeLong's p {pair['p_value']:.3g}" if pair.get('p_value') is not None else ''))
     print(f'{time.time() - start_time:.0f} s. In {out}: {", ".join(sorted(path.name for path in out.iterdir()))}')
 
 

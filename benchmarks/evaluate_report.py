@@ -12,7 +12,9 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def interval(value: Any, ci: Any) -> str:
-    return 'undefined' if value is None else f'{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]'
+    if value is None:
+        return 'undefined'
+    return f'{value:.3f}' + (f' [{ci[0]:.3f}, {ci[1]:.3f}]' if ci else '')
 
 
 def markdown_report(metrics: Dict[str, Any], record: Dict[str, Any], out: Path, args: Any) -> str:
@@ -51,11 +53,12 @@ def markdown_report(metrics: Dict[str, Any], record: Dict[str, Any], out: Path, 
                              f'{" | ".join(number(point[column]) for column in COLUMNS)} |')
         lines += ['', f'![ROC curves](roc_{split}.png)', '', f'![Reliability](reliability_{split}.png)', '']
         if scores['subgroups']:
-            lines += ['| group | task | images | positives | AUC | sensitivity | specificity |',
+            lines += ["Intervals of groups are DeLong's.", '',
+                      '| group | task | images | positives | AUC | sensitivity | specificity |',
                       '|---|---|---|---|---|---|---|']
             lines += [f'| {row["group"]} | {row["label"].replace("_", " ")} | {row["images"]} | {row["positives"]} | '
-                      f'{number(row["auc"])} | {number(row["sensitivity"])} | {number(row["specificity"])} |'
-                      for row in scores['subgroups']]
+                      f'{interval(row["auc"], row["auc_ci95"])} | {number(row["sensitivity"])} | '
+                      f'{number(row["specificity"])} |' for row in scores['subgroups']]
             lines.append('')
         else:
             lines += ['Sex and age are not known for these images.', '']
@@ -64,9 +67,10 @@ def markdown_report(metrics: Dict[str, Any], record: Dict[str, Any], out: Path, 
             lines += [f'Paired differences, {pair["second"]} minus {pair["first"]}:', '',
                       "| | AUC difference | DeLong's p |", '|---|---|---|']
             for name in (*LABELS, 'mean_auc'):
-                p_value = f'{pair[name]["p_value"]:.3g}' if 'p_value' in pair[name] else ''
-                lines.append(f'| {name.replace("_", " ")} | '
-                             f'{interval(pair[name]["difference"], pair[name]["difference_ci95"])} | {p_value} |')
+                p_value = pair[name].get('p_value')
+                cells = (name.replace('_', ' '), interval(pair[name]['difference'], pair[name]['difference_ci95']),
+                         '' if p_value is None else f'{p_value:.3g}')
+                lines.append(f'| {" | ".join(cells)} |')
             lines.append('')
     if (out / 'alphas.png').exists():
         lines += ['![The alphas over the epochs](alphas.png)', '']

@@ -2,17 +2,21 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple
 
 import numpy as np
+import timm
+from isic_common import RunError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
 from timm_arl.isic import LABELS
-from timm_arl.isic.dataset import DataError, diagnosis_array, label_array
+from timm_arl.isic.dataset import DataError, label_array
 from timm_arl.isic.duplicates import read_pairs
+from timm_arl.isic.loading import diagnosis_array
 from timm_arl.isic.metrics import auc_table, score_split
+from timm_arl.isic.outputs import HEADS
 from timm_arl.isic.results import read_predictions, write_json, write_predictions, write_rows
 
 
@@ -26,9 +30,10 @@ def fold_rows(split, folds: int, seed: int, duplicates: str = '') -> Iterator[Tu
         duplicates: List of pairs of images (image_id_a, image_id_b) that must not be parted, or ''.
 
     Raises:
-        DataError: A list that cannot be read, or a diagnosis with fewer images than folds.
+        DataError: A list that cannot be read, or too few images of a diagnosis for so many folds.
     """
-    diagnoses = diagnosis_array(label_array(split))
+    labels = label_array(split)
+    diagnoses = diagnosis_array(labels)
     rarest = np.bincount(diagnoses.astype(int))
     if rarest[rarest > 0].min() < folds:
         raise DataError(
@@ -39,7 +44,36 @@ def fold_rows(split, folds: int, seed: int, duplicates: str = '') -> Iterator[Tu
     first, second = np.array(pairs, dtype=int).reshape(-1, 2).T
     _, groups = connected_components(coo_array(
         (np.ones(len(pairs)), (first, second)), shape=(len(row_of), len(row_of))), directed=False)
-    yield from StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(groups, diagnoses, groups)
+    for kept, rest in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(groups, diagnoses, groups):
+        if not all(0 < labels[rows, k].sum() < len(rows) for rows in (kept, rest) for k in range(len(LABELS))):
+            raise DataError(f'--folds {folds} leaves a fold without images of {" or of ".join(LABELS)}: choose fewer.')
+        yield kept, rest
+
+
+def check_start(args: Any) -> None:
+    """Refuse to cross-validate from a network that has seen the images of every fold.
+
+    Args:
+        args: Arguments of finetune_isic.py.
+
+    Raises:
+        RunError: --init-checkpoint, --teacher or --pretrained name one that learned from the same data.
+    """
+    for flag, name in (('--init-checkpoint', args.init_checkpoint), ('--teacher', args.teacher),
+                       ('--pretrained', args.model if args.pretrained else None)):
+        if not name:
+            continue
+        path = Path(name)
+        record = (path if path.is_dir() else path.parent) / 'run.json'
+        if path.exists():
+            seen = record.is_file() and Path(
+                json.loads(record.read_text())['arguments']['data']).resolve() == Path(args.data).resolve()
+        else:
+            config = timm.get_pretrained_cfg(name)
+            seen = config is not None and tuple(config.label_names or ()) in HEADS.values()
+        if seen:
+            raise RunError(f'{flag} {name} was trained on images that --folds would hold out, which would flatter the '
+                           f'scores: start from other weights.')
 
 
 def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, train: Callable) -> None:
@@ -48,9 +82,10 @@ def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, tra
     Finished ones are left alone, so that a killed cross-validation goes on where it was.
     """
     seeds = args.seeds or [args.seed]
-    held_out: Dict[str, List[np.ndarray]] = {}
+    scores: Dict[str, Any] = {}
     rows = []
     for seed in seeds:
+        held_out: Dict[str, np.ndarray] = {}
         parts = [('', splits)]
         if args.folds:
             divided = fold_rows(splits['train'], args.folds, args.seed, args.duplicates)
@@ -62,40 +97,44 @@ def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, tra
             run = copy.copy(args)
             run.seed, run.seeds, run.folds, run.output_dir = seed, None, 0, str(folder)
             if args.folds:  # the held-out images choose nothing
-                run.keep, run.patience = 'last', 0
+                run.fold, run.keep, run.patience = fold, 'last', 0
             run.resume = (folder / 'run.json').exists()
             if not (folder / 'metrics.json').exists():
                 accelerator.print(f'--- {name}')
                 train(run, accelerator, part, folder)
+                for tracker in accelerator.trackers:  # or the next run is logged as more of this one
+                    tracker.finish()
+                accelerator.trackers = []
                 accelerator.free_memory()
             metrics = json.loads((folder / 'metrics.json').read_text())
             rows.append({'run': name, 'seed': seed, **{
-                f'{split}_{key}': scores[key] if key == 'mean_auc' else scores[key]['auc']
-                for split, scores in metrics.items() for key in (*LABELS, 'mean_auc')}})
+                f'{split}_{key}': values[key] if key == 'mean_auc' else values[key]['auc']
+                for split, values in metrics.items() for key in (*LABELS, 'mean_auc')}})
             if args.folds:
                 ids = list(part['validation']['image_id'])
-                for image_id, p in zip(ids, read_predictions(folder / 'predictions_validation.csv', ids)):
-                    held_out.setdefault(image_id, []).append(p)
+                held_out.update(zip(ids, read_predictions(folder / 'predictions_validation.csv', ids)))
+        if args.folds:
+            name = 'cross_validation' + f'_seed-{seed}' * bool(args.seeds)
+            ids = list(splits['train']['image_id'])
+            probabilities = np.array([held_out[image_id] for image_id in ids])
+            scores[name] = score_split(label_array(splits['train']), probabilities, seed=args.seed)
+            if accelerator.is_main_process:
+                write_predictions(out / f'predictions_{name}.csv', ids, probabilities)
     if not accelerator.is_main_process:
         return
     write_rows(out / 'runs.csv', rows)
-    metrics = {}
-    if args.folds:
-        ids = list(splits['train']['image_id'])
-        probabilities = np.array([np.mean(held_out[image_id], axis=0) for image_id in ids])
-        metrics['cross_validation'] = score_split(label_array(splits['train']), probabilities, seed=args.seed)
-        write_predictions(out / 'predictions_cross_validation.csv', ids, probabilities)
-        print('AUC [95 % interval] of all held-out images together, each scored by the networks that did not see it')
-        print(auc_table(metrics))
-    columns = [column for column in rows[0] if column.endswith(('auc', *LABELS))]
-    metrics['runs'] = {
-        column: {'mean': float(np.mean([row[column] for row in rows])),
-                 'sd': float(np.std([row[column] for row in rows], ddof=1)) if len(rows) > 1 else None,
-                 'runs': len(rows)} for column in columns}
+    if scores:
+        print('AUC [95 % interval] of all held-out images together, each scored by the network that did not see it')
+        print(auc_table(scores))
+    scores['runs'] = {}
     print('Means of the runs, each by itself:')
-    for column, value in metrics['runs'].items():
-        spread = f' (sd {value["sd"]:.3f} of {len(rows)} runs)' if len(rows) > 1 else ''
-        print(f'{column:36} {value["mean"]:.3f}{spread}')
-    write_json(out / 'metrics.json', metrics)
+    for column in [column for column in rows[0] if column.endswith(('auc', *LABELS))]:
+        values = [row[column] for row in rows if row[column] is not None]  # undefined where a split lacks a class
+        mean = float(np.mean(values)) if values else None
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        scores['runs'][column] = {'mean': mean, 'sd': sd, 'runs': len(values)}
+        print(f'{column:36} ' + ('undefined' if mean is None else f'{mean:.3f}')
+              + ('' if sd is None else f' (sd {sd:.3f} of {len(values)} runs)'))
+    write_json(out / 'metrics.json', scores)
     print(f'In {out}: runs.csv, metrics.json, and a folder for each run')
 

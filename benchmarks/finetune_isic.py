@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
-from finetune_folds import run_each
+from finetune_folds import check_start, run_each
 from finetune_options import build_parser, parse_args
 from finetune_output import EMA_FILE, prepare_output_dir, preview, save_progress
 from finetune_teacher import Teacher, WithFeatures
@@ -29,16 +29,14 @@ from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy
 from tqdm import tqdm
 
 from timm_arl.isic import LABELS
-from timm_arl.isic.dataset import (
-    DataError,
-    diagnosis_array,
-    load_splits,
-)
+from timm_arl.isic.dataset import DataError, load_splits
+from timm_arl.isic.loading import diagnosis_array
 from timm_arl.isic.metrics import auc, auc_table, score_split
+from timm_arl.isic.outputs import HEADS
 from timm_arl.isic.results import record_look, write_json, write_predictions
 from timm_arl.isic.transforms import CROP_PCT, train_transform
 from timm_arl.pretrained import WeightsError, create_for_task, load_weights_file
@@ -46,7 +44,7 @@ from timm_arl.pretrained import WeightsError, create_for_task, load_weights_file
 
 def create_network(args):
     """The network in its starting state, the sentence that says so, and timm's data config for its images."""
-    model = create_for_task(args.model, pretrained=args.pretrained, num_classes=len(LABELS))
+    model = create_for_task(args.model, pretrained=args.pretrained, num_classes=len(HEADS[args.head]))
     start = ''
     if args.init_checkpoint:
         left = load_weights_file(model, args.init_checkpoint)
@@ -91,11 +89,14 @@ def stopped_early(summary, patience):
 
 
 def batch_loss(logits, labels, smoothing, weights):
-    """Binary cross-entropy, mean over the two outputs, of each image weighted by its diagnosis."""
-    targets = labels * (1 - smoothing) + 0.5 * smoothing
-    loss = binary_cross_entropy_with_logits(logits, targets, reduction='none').mean(1)
-    diagnoses = labels @ torch.arange(1., 3., device=labels.device)
-    return (loss * weights[diagnoses.long()]).mean()
+    """Cross-entropy of each image, weighted by its diagnosis: the mean of the two sigmoids', or that of the softmax."""
+    diagnoses = (labels @ torch.arange(1., 3., device=labels.device)).long()
+    if logits.shape[1] == 3:
+        loss = cross_entropy(logits, diagnoses, reduction='none', label_smoothing=smoothing)
+    else:
+        targets = labels * (1 - smoothing) + 0.5 * smoothing
+        loss = binary_cross_entropy_with_logits(logits, targets, reduction='none').mean(1)
+    return (loss * weights[diagnoses]).mean()
 
 
 def train(args, accelerator, splits, out):
@@ -104,7 +105,8 @@ def train(args, accelerator, splits, out):
     start_time = time.time()
 
     model, start, data_config = create_network(args)
-    accelerator.print(start, end='\n' * bool(start))
+    if start:
+        accelerator.print(start)
     alphas = [name for name, p in model.named_parameters() if name.endswith('.alpha') and p.numel() == 1]
     img_size = data_config['input_size'][-1]
     lr = args.lr
@@ -120,9 +122,11 @@ def train(args, accelerator, splits, out):
     weights = counts.sum() / np.maximum(counts, 1) / (counts > 0).sum() if args.balance == 'weights' else np.ones(3)
     teacher = None
     if args.teacher:
-        teacher = Teacher(args.teacher, data_config, args.distill_weight, args.distill_features).to(accelerator.device)
-        model = WithFeatures(model, teacher.width)
-        accelerator.print(f'Teacher {args.teacher}: ' + 'probabilities and ' * teacher.knows_labels + 'pooled features')
+        teacher = Teacher(args.teacher, data_config, model.num_classes, args.distill_weight, args.distill_features)
+        teacher = teacher.to(accelerator.device)
+        model = WithFeatures(model, img_size, teacher.width)
+        accelerator.print(f'Teacher {args.teacher}: ' + ' and '.join(
+            ['probabilities'] * bool(teacher.weight) + ['pooled features'] * bool(teacher.feature_weight)))
     weights = torch.tensor(weights, dtype=torch.float32, device=accelerator.device)
 
     # Optimizer, schedule, moving average
@@ -149,7 +153,7 @@ def train(args, accelerator, splits, out):
         if ema:
             load_weights_file(kept_network, out / 'last' / EMA_FILE)
         accelerator.print(f'Resuming after epoch {len(summary)} of {args.epochs}.')
-    counts = ', '.join(f'{len(splits[name])} {name}' for name in splits)
+    counts = ', '.join(f'{len(truth[name])} {name}' for name in splits)
     sizes = f'{args.start_size} to {img_size}' if args.start_size else img_size
     accelerator.print(
         f'{args.model}, {args.epochs} epochs, {sizes} px, {counts} images, {accelerator.num_processes} process(es) on '
@@ -178,7 +182,7 @@ def train(args, accelerator, splits, out):
         total_loss = torch.zeros((), device=accelerator.device)
         bar = tqdm(loaders['train'], desc=f'epoch {epoch + 1}/{args.epochs}', leave=False,
                    disable=not accelerator.is_local_main_process)
-        for step, (images, labels, rows) in enumerate(bar):
+        for step, (images, labels, which) in enumerate(bar):
             update = epoch * steps + step
             scheduler.step_update(update)
             with accelerator.accumulate(model):
@@ -195,7 +199,7 @@ def train(args, accelerator, splits, out):
                 if teacher:
                     loss = teacher.loss(loss, logits, features, images)
                 if not torch.isfinite(loss):
-                    ids = ', '.join(train_set.image_ids[row] for row in rows.tolist())
+                    ids = ', '.join(which if args.streaming else [train_set.image_ids[row] for row in which.tolist()])
                     raise RunError(f'The loss is {loss.item()} at epoch {epoch + 1}, step {step + 1}; lower --lr, or '
                                    f'look at the images of this batch: {ids}')
                 accelerator.backward(loss)
@@ -269,19 +273,22 @@ def train(args, accelerator, splits, out):
 
 
 def main():
-    parser = build_parser(__doc__)
+    parser, out = build_parser(__doc__), None
     try:
         args = parse_args(parser)
         if args.resume and Path(args.output_dir, 'metrics.json').exists():
             print(f'This run is finished: {args.output_dir} holds its results.')
             return
         accelerator = create_accelerator(args)
-        _, _, data_config = create_network(args)  # what is wrong with it is told before any image is read
+        model, _, data_config = create_network(args)  # what is wrong with it is told before any image is read
+        if args.folds:
+            check_start(args)
         if args.teacher:
-            Teacher(args.teacher, data_config, args.distill_weight, args.distill_features)
+            teacher = Teacher(args.teacher, data_config, model.num_classes, args.distill_weight, args.distill_features)
+            WithFeatures(model, data_config['input_size'][-1], teacher.width)
         if args.data == 'demo':
             accelerator.print('Data: demo, generated SYNTHETIC images; scores on them say nothing about skin lesions.')
-        splits = load_splits(args.data, seed=args.seed)
+        splits = load_splits(args.data, seed=args.seed, streaming=args.streaming)
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))
             accelerator.print(f'No fold parts the pairs of {args.duplicates}.')
@@ -296,9 +303,11 @@ def main():
             train(args, accelerator, splits, out)
         accelerator.end_training()
     except (RunError, DataError, WeightsError, OSError) as error:
-        parser.exit(2, f'{parser.prog}: error: {error}\n')
+        message = str(error).rpartition('DataError: ')[2].strip()  # of a worker's error, without its traceback
+        parser.exit(2, f'{parser.prog}: error: {message}\n')
     except KeyboardInterrupt:
-        parser.exit(130, '\nInterrupted: --output-dir with --resume goes on after the last finished epoch.\n')
+        parser.exit(130, '\nInterrupted' + (
+            f': --resume --output-dir {out} goes on after the last finished epoch' if out else '') + '.\n')
 
 
 if __name__ == '__main__':

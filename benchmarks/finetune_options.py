@@ -8,6 +8,7 @@ from typing import List, Optional, Sequence
 import yaml
 from isic_common import RunError, number
 
+from timm_arl.isic.outputs import HEADS
 from timm_arl.isic.transforms import AUGMENTATIONS, CROPS
 
 RECIPES = Path(__file__).with_name('recipes')
@@ -41,6 +42,9 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add('--resume', action='store_true',
         help='go on with the run in --output-dir, with the arguments it was started with')
     add('--skip-bad-images', action='store_true', help='leave out images that do not decode instead of stopping')
+    add('--streaming', action='store_true',
+        help='leave the training images in their Parquet shards, in a folder or on the Hub, until they are needed; '
+             'processes and workers read shards of their own')
     add('--preview', metavar='FILE.png', help='draw what the network will see, and stop')
 
     group = parser.add_argument_group('training', 'what is marked * is the recipe\'s unless given')
@@ -61,6 +65,8 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
         help='* decay of the moving average of weights, which is then what is scored and kept; 0: none')
     add('--balance', choices=['none', 'weights', 'sampler'], default='none',
         help='* against rare diagnoses: weights in the loss, or drawing each diagnosis as often as another')
+    add('--head', choices=list(HEADS), default='sigmoid',
+        help='* two outputs, one a label, or three, a softmax over the diagnoses (default: %(default)s)')
     add('--mixup', type=number(float, 0), default=0., help='* alpha of mixup, 0: none')
     add('--label-smoothing', type=number(float, 0, 0.5), default=0., help='* towards one half')
     add('--keep', choices=['best', 'last'], default='best', help='* the epoch best by mean validation AUC, or the last')
@@ -98,10 +104,12 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add('--cpu-threads', type=number(int, 1),
         help='threads a process (default: what is set; all cores where accelerate launch set one for a lone process)')
     add('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="(default: accelerate's configuration)")
+    add('--gradient-accumulation-steps', type=number(int, 1), help="batches an update (default: accelerate's, 1)")
     add('--freeze-bn', action='store_true', help='keep the batch norms at the statistics they start with')
     add('--sync-bn', action='store_true', help='batch statistics of all processes together (CUDA)')
     add('--tracker', default='tensorboard',
         help="a tracker of Accelerate's: tensorboard, wandb, mlflow, ..., or none (default: %(default)s)")
+    parser.set_defaults(fold='')  # which part of a cross-validation a run is
     return parser
 
 
@@ -165,6 +173,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
         absent = [flag for flag in REQUIRED if getattr(args, flag.replace('-', '_')) is None]
         if absent:
             raise RunError(f'Neither the recipe {args.recipe} nor a flag sets --{absent[0]}.')
+        if args.streaming and args.folds:
+            raise RunError('--folds divides images that are at hand: leave out --streaming.')
         return args
     if not args.output_dir:
         raise RunError('--resume needs --output-dir, the folder of the run to go on with.')
@@ -172,6 +182,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     if not record.exists():
         raise RunError(f'There is no run to resume in {args.output_dir} (no run.json): start it without --resume.')
     saved = json.loads(record.read_text())['arguments']
+    if saved.get('fold'):
+        raise RunError(f'{args.output_dir} is {saved["fold"]} of a cross-validation: resume that as a whole, with its '
+                       f'own --output-dir.')
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for name, value in saved.items():

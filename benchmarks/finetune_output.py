@@ -5,6 +5,7 @@ import platform
 import shlex
 import shutil
 import sys
+from itertools import islice
 
 import accelerate
 import datasets
@@ -18,11 +19,13 @@ from timm.models import save_for_hf
 from torchvision.transforms.v2.functional import to_pil_image
 
 import timm_arl
-from timm_arl.isic import LABELS
+from timm_arl.isic.loading import IsicStream
+from timm_arl.isic.outputs import HEADS
 from timm_arl.isic.results import git_commit, replacing, write_json, write_rows
 
 EMA_FILE = 'average.safetensors'
-NOT_OF_THE_RUN = ('output_dir', 'resume', 'workers', 'tracker', 'preview')  # may differ on --resume
+# may differ on --resume; but each worker that reads a stream has an order of its own
+NOT_OF_THE_RUN = ('output_dir', 'resume', 'workers', 'tracker', 'preview')
 
 
 def prepare_output_dir(args, accelerator, out):
@@ -49,7 +52,8 @@ def prepare_output_dir(args, accelerator, out):
         if not args.resume:
             write_json(out / 'run.json', {
                 'command': shlex.join(sys.argv),
-                'arguments': {k: v for k, v in vars(args).items() if k not in NOT_OF_THE_RUN},
+                'arguments': {k: v for k, v in vars(args).items()
+                              if k not in NOT_OF_THE_RUN or (k == 'workers' and args.streaming)},
                 'launch': launch,
                 'commit': git_commit(__file__),
                 'versions': {m.__name__: m.__version__ for m in (timm_arl, timm, torch, accelerate, datasets)},
@@ -63,7 +67,8 @@ def prepare_output_dir(args, accelerator, out):
         raise RunError(f'The run in {out} was launched with {saved}, not {launch}: resume it in the same way.')
     progress = out / 'last' / 'progress.json'
     if not progress.exists():
-        accelerator.print(f'No finished epoch to resume in {out}: starting with the first.')
+        if not (args.folds or args.seeds):
+            accelerator.print(f'No finished epoch to resume in {out}: starting with the first.')
         return []
     if accelerator.is_main_process:
         publish(out)
@@ -83,7 +88,8 @@ def save_progress(accelerator, network, averaged, out, summary, keep, data_confi
             if keep:
                 save_for_hf(
                     copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format), saving / 'kept',
-                    safe_serialization=True, model_config=dict(label_names=list(LABELS)), data_config=data_config)
+                    safe_serialization=True, data_config=data_config, model_config=dict(
+                        label_names=next(list(names) for names in HEADS.values() if len(names) == network.num_classes)))
             else:
                 shutil.copytree(last / 'kept', saving / 'kept')
             write_json(saving / 'progress.json', {'summary': summary})
@@ -111,22 +117,34 @@ def publish(out):
 
 def preview(args, images, data_config):
     """Draw a contact sheet: a row of training images, augmented, at the final size, and crops of each other split."""
-    columns, side = 8, data_config['input_size'][-1]
+    columns, side, title, caption = 8, data_config['input_size'][-1], 18, 14
+    cell = max(side, 108)  # room for the caption
     mean, std = (torch.tensor(data_config[name]).view(3, 1, 1) for name in ('mean', 'std'))
-    rows = []
-    for split in images.values():
-        tensors = [split[row][0].reshape(-1, 3, side, side) for row in range(min(columns, len(split)))]
-        rows.append((torch.cat(tensors)[:columns] * std + mean).clamp(0, 1))
-    title = 18
-    sheet = Image.new('RGB', (columns * side, len(rows) * (side + title)), 'white')
+    sheet = Image.new('RGB', (columns * cell, len(images) * (title + side + caption)), 'white')
     draw = ImageDraw.Draw(sheet)
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
-    for number, (name, row) in enumerate(zip(images, rows)):
-        top = number * (side + title)
-        crops = args.augmentation if name == 'train' else f'crops {args.crops}'
-        draw.text((4, top + 3), f'{name}, {crops}, {side} px{synthetic}', fill='black')
-        for column, image in enumerate(row):
-            sheet.paste(to_pil_image(image), (column * side, top + title))
+    grown = f', the last epochs (the first have {args.start_size} px)' * bool(args.start_size)
+    for number, (name, split) in enumerate(images.items()):
+        top = number * (title + side + caption)
+        what = f'augmentation {args.augmentation}{grown}' if name == 'train' else f'crops {args.crops}'
+        draw.text((4, top + 3), f'{name}, {what}, {side} px{synthetic}', fill='black')
+        for column, (image, text) in enumerate(islice(_tiles(split), columns)):
+            sheet.paste(to_pil_image((image * std + mean).clamp(0, 1)), (column * cell, top + title))
+            draw.text((column * cell, top + title + side), text, fill='black')
     with replacing(args.preview) as temporary:
         sheet.save(temporary, format='PNG')
     print(f'Contact sheet of what the network sees: {args.preview}')
+
+
+def _tiles(split):
+    """Tensors (3, H, W) of a split and their captions: the image_id, and which crop of how many."""
+    if isinstance(split, IsicStream):
+        for images, _, image_ids in split:
+            yield from zip(images, image_ids)
+        return
+    for row, image_id in enumerate(split.image_ids):
+        crops = split[row][0]
+        if crops.ndim == 3:
+            yield crops, image_id
+        else:
+            yield from ((crop, f'{image_id} {k}/{len(crops)}') for k, crop in enumerate(crops, 1))

@@ -3,76 +3,115 @@
 Hinton et al., `Distilling the Knowledge in a Neural Network` - https://arxiv.org/abs/1503.02531
 """
 from pathlib import Path
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
 from isic_common import RunError
 from timm.data import resolve_model_data_config
-from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity
+from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy
 
-from timm_arl.isic import LABELS
+from timm_arl.isic.outputs import DIAGNOSES, has_isic_outputs, probabilities_of
 from timm_arl.pretrained import create_for_task
+
+
+def pooled_and_logits(model: nn.Module, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Pooled features (B, C) of a timm model and the logits that its classifier makes of them."""
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    return pooled, model.get_classifier()(pooled)
+
+
+def feature_width(model: nn.Module, img_size: int, what: str) -> int:
+    """Width of a timm model's pooled features.
+
+    Raises:
+        RunError: A network that does not take such images, or whose logits do not follow from pooled features.
+    """
+    training = model.training
+    images = torch.zeros(1, 3, img_size, img_size)
+    try:
+        with torch.inference_mode():
+            expected = model.eval()(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise RunError(f'{what} does not take images of {img_size} px: {error}') from error
+    try:
+        with torch.inference_mode():
+            pooled, logits = pooled_and_logits(model, images)
+        fits = pooled.ndim == 2 and torch.allclose(logits, expected, atol=1e-4)
+    except (AttributeError, TypeError, RuntimeError):
+        fits = False
+    model.train(training)
+    if not fits:
+        raise RunError(f'{what} cannot take part in a distillation, for which the logits must be what the classifier '
+                       f'makes of one vector of pooled features: choose another.')
+    return pooled.shape[1]
 
 
 class WithFeatures(nn.Module):
     """A timm model that returns its logits and its pooled features, projected to the width of another's."""
 
-    def __init__(self, model: nn.Module, width: int) -> None:
+    def __init__(self, model: nn.Module, img_size: int, width: Optional[int]) -> None:
+        """
+        Args:
+            model: The student.
+            img_size: Side of its images.
+            width: Of the teacher's features; None for no projection, where they are not learned.
+
+        Raises:
+            RunError: A student without pooled features of one vector an image.
+        """
         super().__init__()
+        own = feature_width(model, img_size, 'The model')
         self.model = model
-        self.projection = nn.Linear(model.num_features, width)
+        self.projection = nn.Identity() if width is None else nn.Linear(own, width)
 
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, 2) and projected features (B, width) of images (B, 3, H, W)."""
-        pooled = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
-        return self.model.get_classifier()(pooled), self.projection(pooled)
+        """Logits (B, outputs) and projected features (B, width) of images (B, 3, H, W)."""
+        pooled, logits = pooled_and_logits(self.model, images)
+        return logits, self.projection(pooled)
 
 
 class Teacher(nn.Module):
     """A frozen network and the loss that pulls a student towards it."""
 
-    def __init__(self, name: str, data_config: dict, weight: float, feature_weight: float) -> None:
+    def __init__(self, name: str, data_config: dict, outputs: int, weight: float, feature_weight: float) -> None:
         """
         Args:
             name: Output folder of finetune_isic.py, or a timm name with pretrained weights. Where those have other
-                outputs than LABELS, as ImageNet's have, only the features are distilled.
+                outputs than LABELS or DIAGNOSES, as ImageNet's have, only the features are distilled.
             data_config: The student's, whose normalisation the images carry.
+            outputs: How many the student has.
             weight: Share of the loss that the teacher's probabilities take from the labels.
             feature_weight: Weight of one minus the cosine of the features.
 
         Raises:
-            RunError: A network without pooled features of one vector an image.
+            RunError: A network without pooled features of one vector an image, or nothing to learn from it.
         """
         super().__init__()
         folder = Path(name)
         self.network = create_for_task(f'local-dir:{folder}' if folder.is_dir() else name, pretrained=True)
         self.network.eval().requires_grad_(False)
-        self.knows_labels = self.network.num_classes == len(LABELS)
+        self.knows_labels = has_isic_outputs(self.network)
+        if self.knows_labels and outputs == len(DIAGNOSES) != self.network.num_classes:
+            raise RunError(f'The teacher {name} has two sigmoid outputs, of which a softmax over three diagnoses '
+                           f'cannot learn: choose a teacher with --head softmax, or leave that out.')
         self.weight = weight if self.knows_labels else 0.
+        if not self.weight and not feature_weight:
+            raise RunError(f'Nothing would be learned from the teacher {name}: raise --distill-weight (for one that '
+                           f'knows the diagnoses) or --distill-features.')
         self.feature_weight = feature_weight
         own = resolve_model_data_config(self.network)
         mean, std, own_mean, own_std = (
             torch.tensor(config[key]).view(1, 3, 1, 1) for config in (data_config, own) for key in ('mean', 'std'))
         self.register_buffer('scale', std / own_std)
         self.register_buffer('shift', (mean - own_mean) / own_std)
-        side = data_config['input_size'][-1]
-        try:
-            with torch.inference_mode():
-                pooled = self.network.forward_head(
-                    self.network.forward_features(torch.zeros(1, 3, side, side)), pre_logits=True)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise RunError(f'The teacher {name} does not take images of {side} px: {error}') from error
-        if pooled.ndim != 2:
-            raise RunError(f'The teacher {name} has no pooled features: choose another.')
-        self.width = pooled.shape[1]
+        width = feature_width(self.network, data_config['input_size'][-1], f'The teacher {name}')
+        self.width = width if feature_weight else None
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Logits and pooled features (B, width) of the student's images (B, 3, H, W)."""
-        pooled = self.network.forward_head(
-            self.network.forward_features(images * self.scale + self.shift), pre_logits=True)
-        return self.network.get_classifier()(pooled), pooled
+        """Pooled features (B, width) and logits of the student's images (B, 3, H, W)."""
+        return pooled_and_logits(self.network, images * self.scale + self.shift)
 
     def loss(
             self,
@@ -81,11 +120,13 @@ class Teacher(nn.Module):
             features: torch.Tensor,
             images: torch.Tensor,
     ) -> torch.Tensor:
-        """(1 - w) * label_loss + w * BCE(student, teacher's probabilities) + v * (1 - cos(features, teacher's))."""
-        teacher_logits, teacher_features = self(images)
+        """(1 - w) * label_loss + w * H(teacher's probabilities, student's) + v * (1 - cos(features, teacher's))."""
+        teacher_features, teacher_logits = self(images)
         loss = (1 - self.weight) * label_loss
-        if self.weight:
-            loss = loss + self.weight * binary_cross_entropy_with_logits(logits, teacher_logits.sigmoid())
+        if self.weight and logits.shape[1] == len(DIAGNOSES):
+            loss = loss + self.weight * cross_entropy(logits, teacher_logits.softmax(1))
+        elif self.weight:
+            loss = loss + self.weight * binary_cross_entropy_with_logits(logits, probabilities_of(teacher_logits))
         if self.feature_weight:
             loss = loss + self.feature_weight * (1 - cosine_similarity(features, teacher_features)).mean()
         return loss

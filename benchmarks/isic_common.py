@@ -8,10 +8,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from timm_arl.isic.dataset import DataError, EpochBatches, IsicSplit, unreadable_images
+from timm_arl.isic.dataset import DataError, StreamedSplit, label_array, unreadable_images
+from timm_arl.isic.loading import EpochBatches, IsicSplit, IsicStream
+from timm_arl.isic.outputs import probabilities_of
 from timm_arl.isic.transforms import eval_transform, train_transform
 
 
@@ -35,8 +38,10 @@ def create_accelerator(args):
     if args.tracker not in ('none', *trackers):
         raise RunError(f'Accelerate finds no tracker {args.tracker} here (it finds {", ".join(trackers)}): install its '
                        f'package, or pass --tracker none.')
+    steps = args.gradient_accumulation_steps
     try:
         accelerator = Accelerator(
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps) if steps else None,
             mixed_precision=args.mixed_precision, cpu=on_cpu and int(os.environ.get('WORLD_SIZE', 1)) > 1,
             log_with=None if args.tracker == 'none' else args.tracker, project_dir='.')  # until out is known
     except ValueError as error:  # fp16 on mps, for one
@@ -59,15 +64,19 @@ def create_accelerator(args):
 def check_images(splits, args, accelerator):
     """Decode every image once, so that a bad one stops the run now and not in an hour."""
     for name in splits:
+        if isinstance(splits[name], StreamedSplit):  # told when they arrive
+            continue
         bad = unreadable_images(splits[name], partial(
-            tqdm, desc=f'checking {name} images', leave=False, disable=not accelerator.is_local_main_process))
+            tqdm, desc=f'checking {name} images', leave=False, disable=not accelerator.is_local_main_process),
+            masks=args.lesion_crop)
         if not bad:
             continue
         ids = [splits[name][row]['image_id'] for row in bad[:10]]
         named = ', '.join(map(str, ids)) + (f' and {len(bad) - 10} more' if len(bad) > 10 else '')
         if not args.skip_bad_images:
-            raise DataError(f'{len(bad)} of {len(splits[name])} {name} images do not decode: {named}; mend them or '
-                            f'leave them out with --skip-bad-images.')
+            masks = ', or their masks,' * args.lesion_crop
+            raise DataError(f'{len(bad)} of {len(splits[name])} {name} images{masks} do not decode: {named}; mend them '
+                            f'or leave them out with --skip-bad-images.')
         accelerator.print(f'Leaving out {len(bad)} of {len(splits[name])} {name} images that do not decode: {named}')
         splits[name] = splits[name].select(sorted(set(range(len(splits[name]))) - set(bad)))
 
@@ -75,20 +84,26 @@ def check_images(splits, args, accelerator):
 def image_loader(args, split, data_config, accelerator, training=False):
     """A prepared DataLoader of one split, in the order of its rows; when training, in that of the epoch, augmented."""
     img_size, mean_std = data_config['input_size'][-1], (data_config['mean'], data_config['std'])
-    images = IsicSplit(
-        split, train_transform(img_size, *mean_std, args.augmentation) if training
-        else eval_transform(img_size, *mean_std, args.crops), args.seed, keep_aspect=args.aspect == 'keep',
+    shown = dict(
+        transform=train_transform(img_size, *mean_std, args.augmentation) if training
+        else eval_transform(img_size, *mean_std, args.crops), seed=args.seed, keep_aspect=args.aspect == 'keep',
         colour_constancy=args.grey_world, crop_to_lesion=args.lesion_crop, every_epoch=training)
     options = dict(num_workers=args.workers, pin_memory=torch.cuda.is_available())
     if not training:
-        return accelerator.prepare(DataLoader(images, args.batch_size, **options))
+        return accelerator.prepare(DataLoader(IsicSplit(split, **shown), args.batch_size, **options))
+    streamed = isinstance(split, StreamedSplit)
     batches = EpochBatches(
-        images.labels, args.batch_size, args.seed, args.patches_per_image, args.balance == 'sampler',
-        accelerator.num_processes, accelerator.process_index)
+        torch.from_numpy(label_array(split.table if streamed else split)), args.batch_size, args.seed,
+        args.patches_per_image, args.balance == 'sampler', accelerator.num_processes, accelerator.process_index)
+    if streamed:
+        images = IsicStream(split, batches, skip_bad_images=args.skip_bad_images, **shown)
+        options['num_workers'] = min(args.workers, images.max_workers)
+        loader = DataLoader(images, batch_size=None, **options)
+    else:
+        loader = DataLoader(IsicSplit(split, **shown), batch_sampler=batches, **options)
     # the batches know the processes; Accelerate would show some images twice to make them even
-    return prepare_data_loader(
-        DataLoader(images, batch_sampler=batches, **options), accelerator.device, num_processes=1, process_index=0,
-        put_on_device=True)
+    return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True,
+                               dispatch_batches=False)
 
 
 @torch.inference_mode()
@@ -97,8 +112,8 @@ def predict(accelerator, model, loader, description):
     model.eval()
     probabilities, rows = [], []
     for crops, _, row in tqdm(loader, desc=description, leave=False, disable=not accelerator.is_local_main_process):
-        logits = model(crops.flatten(0, 1).contiguous(memory_format=torch.channels_last)).float()
-        mean = logits.sigmoid().unflatten(0, crops.shape[:2]).mean(1)
+        logits = model(crops.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        mean = probabilities_of(logits).unflatten(0, crops.shape[:2]).mean(1)
         gathered = accelerator.gather_for_metrics((mean, row))
         probabilities.append(gathered[0].cpu())
         rows.append(gathered[1].cpu())

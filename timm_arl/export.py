@@ -3,11 +3,13 @@
     python -m timm_arl.export --model OUT --output arl_cnn50.onnx
 
 Needs the extra `export`. The file takes `images`, float32 (N, 3, H, W), normalised as the model's data config says, any
-N and the H and W it was exported for, and gives `logits`, (N, classes).
+N and the H and W it was exported for, and gives `logits`, (N, classes). Its metadata hold mean, std, input_size and,
+where the model knows them, label_names, as JSON.
 """
 import argparse
 import copy
 import importlib.util
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -127,6 +129,10 @@ def export_onnx(
     program: Any = torch.onnx.export(
         source.to(memory_format=torch.contiguous_format), (images,), dynamo=True, input_names=['images'],
         output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch', min=1)},), verbose=False)
+    config = cast(Any, model).pretrained_cfg
+    about = dict(mean=config['mean'], std=config['std'], input_size=[images.shape[1], side, side],
+                 label_names=config.get('label_names'))
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items() if value is not None})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.tmp')
     try:

@@ -1,12 +1,13 @@
 """The training program, run as its users run it."""
 import csv
 import json
+import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import datasets
 import numpy as np
@@ -42,8 +43,10 @@ def read_csv(path):
 @pytest.fixture(scope='module')
 def finished(repo, isic_sample, tmp_path_factory):
     out = tmp_path_factory.mktemp('run') / 'out'
-    args = ['--data', isic_sample, *SMALL, '--epochs', 3, '--seed', 7, '--mixup', 0.2, '--ema', 0.9]
-    done = run(repo, *args, '--output-dir', out, launch=[*LAUNCH, '--num_processes', '1'])
+    args = ['--data', isic_sample, *SMALL, '--epochs', 3, '--seed', 7, '--mixup', 0.2, '--ema', 0.9,
+            '--gradient-accumulation-steps', 2]
+    done = run(repo, *args, '--output-dir', out,
+               launch=[*LAUNCH, '--num_processes', '1'])
     assert done.returncode == 0, done.stderr
     return out, done.stdout, args
 
@@ -103,10 +106,12 @@ def test_output_is_a_model_repo_of_timm(finished, isic_sample):
 def test_killed_and_resumed_is_as_undisturbed(finished, repo, tmp_path):
     out, args = tmp_path / 'killed', finished[2]
     process = subprocess.Popen(
-        command(repo, *args, '--output-dir', out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 250
-    while not (out / 'last' / 'progress.json').exists() and time.time() < deadline:
-        time.sleep(0.05)
+        command(repo, *args, '--output-dir', out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    bar = b''
+    while not re.search(rb'epoch 2/3: +[1-9]', bar):  # its progress bar: gradients are gathered, averages half made
+        some = os.read(process.stderr.fileno(), 4096)
+        assert some, bar[-2000:]
+        bar += some
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / 'metrics.json').exists()
@@ -121,6 +126,7 @@ def test_killed_and_resumed_is_as_undisturbed(finished, repo, tmp_path):
     refused = run(repo, '--output-dir', out, '--resume', launch=[*LAUNCH, '--mixed_precision', 'bf16'])
     assert 'resume it in the same way' in refused.stderr
     done = run(repo, '--output-dir', out, '--resume')  # the arguments are remembered
+    assert epochs == 1
     assert done.returncode == 0 and f'Resuming after epoch {epochs} of 3' in done.stdout, done.stderr
     assert {p.name for p in out.iterdir()} == OUTPUTS
     for name in ('summary.csv', 'predictions_test.csv', 'metrics.json'):
@@ -202,6 +208,8 @@ def test_folds_and_seeds(repo, isic_sample, tmp_path):
     metrics = json.loads((out / 'metrics.json').read_text())
     assert metrics['cross_validation']['melanoma']['images'] == 96
     assert metrics['runs']['validation_mean_auc']['runs'] == 2
+    done = run(repo, '--resume', '--output-dir', out / 'fold-1')  # which would else train on all images
+    assert done.returncode == 2 and 'is fold-1 of a cross-validation: resume that as a whole' in done.stderr
     before = (out / 'fold-0' / 'model.safetensors').stat().st_mtime_ns
     (out / 'metrics.json').unlink()
     (out / 'fold-1' / 'metrics.json').unlink()  # as if killed before its end
@@ -209,6 +217,35 @@ def test_folds_and_seeds(repo, isic_sample, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (out / 'fold-0' / 'model.safetensors').stat().st_mtime_ns == before
     assert json.loads((out / 'metrics.json').read_text()) == metrics
+
+
+def test_folds_do_not_start_from_what_saw_the_held_out_images(finished, call, isic_sample, tmp_path):
+    args = ['--data', isic_sample, *SMALL, '--folds', 2, '--output-dir', tmp_path / 'cv']
+    for start in (['--teacher', finished[0]], ['--init-checkpoint', finished[0] / 'model.safetensors']):
+        done = call('finetune_isic', *args, *start)
+        assert done.returncode == 2 and 'was trained on images that --folds would hold out' in done.stderr
+    done = call('finetune_isic', *args, '--streaming')
+    assert done.returncode == 2 and 'leave out --streaming' in done.stderr
+
+
+def test_streaming_by_two_processes_and_a_softmax(repo, isic_sample, tmp_path):
+    out = tmp_path / 'out'
+    done = run(repo, '--data', isic_sample, *SMALL[:2], '--batch-size', 8, '--workers', 0, '--crops', 'center',
+               '--epochs', 2, '--streaming', '--head', 'softmax', '--tracker', 'none', '--output-dir', out,
+               launch=[*LAUNCH, '--multi_gpu', '--num_processes', '2'])
+    assert done.returncode == 0 and '96 train' in done.stdout, done.stderr
+    model = timm.create_model(f'local-dir:{out}', pretrained=True)
+    assert model.num_classes == 3
+    assert model.pretrained_cfg['label_names'] == ['nevus', 'melanoma', 'seborrheic_keratosis']
+    values = [[float(p[label]) for label in ('melanoma', 'seborrheic_keratosis')]
+              for p in read_csv(out / 'predictions_test.csv')]
+    assert len(values) == 48 and all(sum(pair) < 1 for pair in values)
+    done = subprocess.run(
+        [sys.executable, repo / 'benchmarks' / 'evaluate_isic.py', '--data', isic_sample, '--checkpoint', out,
+         '--output-dir', tmp_path / 'r', '--workers', '0'], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr  # the crops are those of the run
+    assert json.loads((tmp_path / 'r' / 'metrics.json').read_text())['test']['mean_auc'] == pytest.approx(
+        json.loads((out / 'metrics.json').read_text())['test']['mean_auc'], abs=1e-9)
 
 
 def test_a_teacher_is_followed(finished, repo, isic_sample, tmp_path):
@@ -263,7 +300,7 @@ def test_preview(call, isic_sample, tmp_path):
     assert done.returncode == 0 and 'sheet.png' in done.stdout, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ['sheet.png']
     with Image.open(tmp_path / 'sheet.png') as picture:
-        assert picture.size == (512, 3 * (64 + 18))
+        assert picture.size == (8 * 108, 3 * (18 + 64 + 14))
 
 
 def test_init_checkpoint_and_other_timm_models(finished, repo, isic_sample, tmp_path):

@@ -10,6 +10,7 @@ from timm_arl.isic.calibration import (
     reliability,
     subgroup_table,
 )
+from timm_arl.isic.intervals import delong_interval
 
 
 def test_error_of_bins_by_hand():
@@ -48,3 +49,13 @@ def test_groups():
     assert table['age 70 and above', 'melanoma']['sensitivity'] == 0
     assert sum(table[g, 'melanoma']['images'] for g, label in table if g.startswith('age') and label == 'melanoma') == 5
     assert subgroup_table(truth, probabilities, [None] * 5, [None] * 5) == []
+    assert table['sex female', 'melanoma']['auc_ci95'] is None
+    coded = subgroup_table(truth, probabilities, [0, 1, 1, 0, None], ['unknown', '31', 'n/a', 30, None])
+    assert {r['group'] for r in coded} == {'sex 0', 'sex 1', 'sex unknown', 'age 30 to 49', 'age unknown'}
+
+
+def test_groups_have_the_interval_of_the_whole_where_they_are_the_whole():
+    rng = np.random.default_rng(0)
+    truth, probabilities = rng.integers(0, 2, (200, 2)), rng.random((200, 2))
+    row, _ = subgroup_table(truth, probabilities, ['female'] * 200)
+    assert row['auc_ci95'] == pytest.approx(delong_interval(truth[:, 0], probabilities[:, 0]))

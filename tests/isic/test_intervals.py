@@ -1,4 +1,6 @@
 """Intervals and paired tests, held against the definition in DeLong's paper, resampling and simulation."""
+import json
+
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -78,3 +80,18 @@ def test_comparison_of_two_files():
     assert result['mean_auc']['difference'] == pytest.approx(
         (result['melanoma']['difference'] + result['seborrheic_keratosis']['difference']) / 2)
     assert compare(truth, first, first)['mean_auc'] == {'difference': 0., 'difference_ci95': (0., 0.)}
+
+
+@pytest.mark.parametrize('positives', [0, 1])
+def test_what_a_comparison_cannot_say(positives):
+    truth = np.zeros((30, 2), int)
+    truth[:positives, 0] = truth[:9, 1] = 1
+    first, second = np.random.default_rng(0).random((2, 30, 2))
+    result = json.loads(json.dumps(compare(truth, first, second), allow_nan=False))
+    assert result['melanoma']['p_value'] is result['melanoma']['z'] is None
+    assert (result['melanoma']['difference'] is None) == (result['mean_auc']['difference'] is None) == (not positives)
+    assert 0 <= result['seborrheic_keratosis']['p_value'] <= 1
+    # ranks that differ without any variance: z is infinite, which JSON does not know
+    second[:, 1] = truth[:, 1]
+    first[:, 1] = 1 - second[:, 1]
+    assert compare(truth, first, second)['seborrheic_keratosis']['z'] is None

@@ -51,6 +51,11 @@ def test_prepared_data_are_the_originals_made_small(run, source, tmp_path):
     assert done.returncode == 0 and 'Going on: 3 of 3 shards are there' in done.stdout
     done = run('prepare', source, target, '--longest-side', 200)
     assert done.returncode == 2 and 'was prepared with another longest_side' in done.stderr
+    table = source / 'ISIC-2017_Training_Part3_GroundTruth.csv'  # a label that was mended must not stay in a shard
+    table.write_text(re.sub(r'(ISIC_0000000),\S+', r'\1,0.0,1.0', table.read_text()))
+    assert load_splits(str(source))['train'][0]['seborrheic_keratosis'] == 1
+    done = run('prepare', source, target, '--longest-side', 300)
+    assert done.returncode == 2 and 'was prepared with another labels_or_metadata' in done.stderr
 
 
 def test_killed_and_run_again(run, tmp_path):

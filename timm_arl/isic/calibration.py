@@ -6,6 +6,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 
 from . import LABELS
+from .intervals import delong_interval
 from .metrics import OFFICIAL_THRESHOLD, score_task
 
 __all__ = [
@@ -73,24 +74,40 @@ def subgroup_table(
     Args:
         truth: 0 or 1, shape (N, 2), columns in the order of LABELS.
         probabilities: Shape (N, 2).
-        sex: N words, or None for unknown.
-        age: N ages in years, or None for unknown.
+        sex: N words or codes, or None for unknown.
+        age: N ages in years; None, and what is no number, for unknown.
         thresholds: Operating point of each label.
 
     Returns:
-        A row for each group and label: group, label, and score_task's scores. Empty where nothing is known of anyone.
+        A row for each group and label: group, label, score_task's scores, and auc_ci95 by DeLong (None with fewer than
+        two images of a class). Empty where nothing is known of anyone.
     """
     groups: List[Tuple[str, np.ndarray]] = []
-    if sex is not None and any(s for s in sex):
-        words = np.array([(s or 'unknown').lower() for s in sex])
+    if sex is not None and any(s is not None for s in sex):
+        words = np.array(['unknown' if s in (None, '') else str(s).lower() for s in sex])
         groups += [(f'sex {word}', words == word) for word in sorted(set(words))]
     if age is not None:
-        years = np.array([np.nan if a is None else a for a in age], dtype=float)
+        years = np.array([_years(a) for a in age])
         if np.isfinite(years).any():
             groups += [(f'age {low} to {high - 1}' if high < 200 else f'age {low} and above',
                         (years >= low) & (years < high)) for low, high in AGE_BANDS]
             groups.append(('age unknown', np.isnan(years)))
     return [
-        {'group': name, 'label': label, **score_task(truth[which, k], probabilities[which, k], thresholds[k])}
+        {'group': name, 'label': label, **score_task(truth[which, k], probabilities[which, k], thresholds[k]),
+         'auc_ci95': _interval(truth[which, k], probabilities[which, k])}
         for name, which in groups if which.any() for k, label in enumerate(LABELS)
     ]
+
+
+def _years(age: Any) -> float:
+    try:
+        return float(age)
+    except (TypeError, ValueError):  # None, or a word
+        return np.nan
+
+
+def _interval(truth: np.ndarray, probabilities: np.ndarray) -> Optional[Tuple[float, float]]:
+    try:
+        return delong_interval(truth, probabilities)
+    except ValueError:  # too few images
+        return None

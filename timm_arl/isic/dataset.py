@@ -6,14 +6,12 @@ import math
 import os
 import sys
 import warnings
-import zlib
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, TypeVar
 
 import datasets
 import numpy as np
 import pyarrow
-import torch
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from PIL import Image, ImageOps
 from yaml import YAMLError
@@ -21,31 +19,58 @@ from yaml import YAMLError
 from . import LABELS
 from .demo import demo_dataset
 from .sources import DataError, check_image_id, read_folder
-from .transforms import grey_world, lesion_crop, restore_aspect
 
-__all__ = ['DataError', 'EpochBatches', 'IsicSplit', 'SPLITS', 'diagnosis_array', 'load_splits', 'unreadable_images']
+__all__ = ['DataError', 'SPLITS', 'StreamedSplit', 'decode', 'label_array', 'load_splits', 'unreadable_images']
 
 SPLITS = ('train', 'validation', 'test')
 
 
-def load_splits(data: str, seed: int = 0) -> Dict[str, datasets.Dataset]:
+class StreamedSplit(NamedTuple):
+    """A split whose images arrive as they are needed, from Parquet shards.
+
+    Attributes:
+        stream: Undecoded images, and what else an image needs.
+        table: image_id and labels of all of them.
+    """
+    stream: datasets.IterableDataset
+    table: datasets.Dataset
+
+
+def load_splits(data: str, seed: int = 0, streaming: bool = False) -> Dict[str, Any]:
     """Load and check the three splits.
 
     Args:
         data: ``'demo'`` for generated (synthetic) images; a folder that ``datasets.load_dataset`` or
             :func:`~timm_arl.isic.sources.read_folder` reads; or a Hub id.
         seed: Seed of the generated images.
+        streaming: Leave the images of train where they are, in Parquet shards, until they are needed.
 
     Returns:
         The splits train, validation and test, each with the columns image (undecoded), image_id, melanoma and
-        seborrheic_keratosis, and whatever else the source has.
+        seborrheic_keratosis, and whatever else the source has. When streaming, train is a StreamedSplit.
 
     Raises:
         DataError: No such data, a split or column missing, a label that is not 0 or 1, both labels 1, an impossible
             aspect_ratio, an image_id that occurs twice, or a validation split that lacks a class (no AUC could choose
             an epoch).
     """
-    source = demo_dataset(seed=seed) if data == 'demo' else _load_folder_or_hub(data)
+    if streaming:
+        return _load_streaming(data)
+    return check_splits(demo_dataset(seed=seed) if data == 'demo' else _load_folder_or_hub(data), data)
+
+
+def check_splits(
+        source: Mapping[str, datasets.Dataset],
+        data: str,
+        streamed: Sequence[str] = (),
+) -> Dict[str, datasets.Dataset]:
+    """Check what load_splits promises; images and masks become undecoded cells.
+
+    Args:
+        source: Splits by name.
+        data: What messages call it.
+        streamed: Splits whose images are elsewhere.
+    """
     missing = [name for name in SPLITS if name not in source]
     if missing:
         raise DataError(f'{data} has no split {", ".join(missing)} (it has {", ".join(source)}): '
@@ -53,7 +78,8 @@ def load_splits(data: str, seed: int = 0) -> Dict[str, datasets.Dataset]:
     splits = {}
     for name in SPLITS:
         split = source[name]
-        absent = [column for column in ('image', 'image_id', *LABELS) if column not in split.column_names]
+        required = ('image_id', *LABELS) if name in streamed else ('image', 'image_id', *LABELS)
+        absent = [column for column in required if column not in split.column_names]
         if absent:
             raise DataError(f'{data}, split {name}, has no column {", ".join(absent)} '
                             f'(it has {", ".join(split.column_names)}): rename or add it.')
@@ -63,11 +89,10 @@ def load_splits(data: str, seed: int = 0) -> Dict[str, datasets.Dataset]:
             split = split.cast_column('image_id', datasets.Value('string'))
         _check_labels(split, f'{data}, split {name}')
         _check_aspect_ratios(split, f'{data}, split {name}')
-        try:
-            splits[name] = split.cast_column('image', datasets.Image(decode=False))
-        except (TypeError, ValueError, pyarrow.ArrowException) as error:
-            raise DataError(f'{data}, split {name}: column image holds no images; it must have the feature type Image '
-                            f'of the datasets library.') from error
+        for column in ('image', 'mask'):
+            if column in split.column_names:
+                split = undecoded(split, column, f'{data}, split {name}')
+        splits[name] = split
     _check_ids(splits, data)
     labels = label_array(splits['validation'])
     for k, label in enumerate(LABELS):
@@ -77,17 +102,35 @@ def load_splits(data: str, seed: int = 0) -> Dict[str, datasets.Dataset]:
     return splits
 
 
+AnySplit = TypeVar('AnySplit', datasets.Dataset, datasets.IterableDataset)
+
+
+def undecoded(split: AnySplit, column: str, where: str) -> AnySplit:
+    """The split with a column of images left as bytes or paths.
+
+    Raises:
+        DataError: A column of something else.
+    """
+    try:
+        return split.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(f'{where}: column {column} holds no images; it must have the feature type Image '
+                        f'of the datasets library.') from error
+
+
 def _load_folder_or_hub(data: str) -> datasets.DatasetDict:
+    files = read_folder(Path(data)) if data and Path(data).is_dir() else None
+    return _load_dataset(data) if files is None else files
+
+
+def _load_dataset(data: str, **kwargs) -> Any:
     is_folder = bool(data) and Path(data).is_dir()
     if not is_folder and (data.count('/') != 1 or data.startswith(('.', '/', '~'))):
         raise DataError(f"No folder {data}: pass a folder (the challenge's, what `isic image download` wrote, or one "
                         f'with train, validation and test splits in Parquet), a dataset id on the Hugging Face Hub '
                         f"(user/name), or 'demo'.")
-    files = read_folder(Path(data)) if is_folder else None
-    if files is not None:
-        return files
     try:
-        return datasets.load_dataset(data, cache_dir=_cache_of(Path(data)) if is_folder else None)
+        return datasets.load_dataset(data, cache_dir=_cache_of(Path(data)) if is_folder else None, **kwargs)
     except (OSError, ValueError, RuntimeError, YAMLError, DatasetsError, DatasetGenerationError) as error:
         reason = ' '.join(str(error).split())
         if is_folder:
@@ -96,6 +139,43 @@ def _load_folder_or_hub(data: str) -> datasets.DatasetDict:
                             f'{reason}') from error
         raise DataError(f'No folder {data}, and no dataset of that id could be loaded from the Hugging Face Hub: '
                         f'{reason}') from error
+
+
+def _load_streaming(data: str) -> Dict[str, Any]:
+    if data == 'demo' or (Path(data).is_dir() and read_folder(Path(data)) is not None):
+        raise DataError(f'--streaming reads Parquet shards, and {data} is none: leave it out, or make some with '
+                        f'python -m timm_arl.isic.dataset prepare.')
+    source = _load_dataset(data, streaming=True)
+    tables = {}
+    try:
+        for name, stream in source.items():
+            if name == 'train':  # the images of the others are all needed at once
+                about = [c for c in ('image_id', *LABELS, 'aspect_ratio') if c in stream.features]
+                stream = _load_dataset(data, split=name, streaming=True, columns=about)
+                features = stream.features
+            else:
+                for column in ('image', 'mask'):
+                    if column in stream.features:
+                        stream = undecoded(stream, column, f'{data}, split {name}')
+                features = stream.features
+            tables[name] = datasets.Dataset.from_list(list(stream), features=features)
+    except (TypeError, OSError, ValueError, pyarrow.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f'{data} cannot be streamed, which needs Parquet shards with columns of one type: '
+                        f'{" ".join(str(error).split())}') from error
+    splits: Dict[str, Any] = check_splits(tables, data, streamed=['train'])
+    stream = source['train']
+    if 'image' not in stream.features:
+        raise DataError(f'{data}, split train, has no column image (it has {", ".join(stream.features)}): rename or '
+                        f'add it.')
+    for column in ('image', 'mask'):
+        if column in stream.features:
+            stream = undecoded(stream, column, f'{data}, split train')
+    if stream.features['image_id'].dtype != 'string':
+        stream = stream.cast_column('image_id', datasets.Value('string'))
+    splits['train'] = StreamedSplit(stream, splits['train'])
+    return splits
 
 
 def _cache_of(folder: Path) -> str:
@@ -150,11 +230,6 @@ def label_array(split: datasets.Dataset) -> np.ndarray:
     return np.stack([np.asarray(list(split[label]), dtype=np.float32) for label in LABELS], axis=1)
 
 
-def diagnosis_array(labels: Union[np.ndarray, torch.Tensor]) -> np.ndarray:
-    """0 nevus, 1 melanoma, 2 seborrheic keratosis, shape (N,), from labels of shape (N, 2)."""
-    return np.asarray(labels) @ np.arange(1, 3)
-
-
 def decode(image: Optional[Dict]) -> Image.Image:
     """Decode an undecoded image cell to an RGB picture, turned as its EXIF orientation says.
 
@@ -179,153 +254,24 @@ def decode(image: Optional[Dict]) -> Image.Image:
         raise OSError(str(error)) from error
 
 
-def unreadable_images(split: datasets.Dataset, progress: Callable = iter) -> List[int]:
+def unreadable_images(split: datasets.Dataset, progress: Callable = iter, masks: bool = False) -> List[int]:
     """Row numbers of the images that do not decode.
 
     Args:
         split: A split of load_splits.
         progress: Wraps the iteration, for a progress bar.
+        masks: Whether those whose mask does not decode are named too.
     """
-    images, bad = split.select_columns(['image']), []
-    for row in progress(range(len(images))):
+    columns = ['image', *['mask'] * (masks and 'mask' in split.column_names)]
+    cells, bad = split.select_columns(columns), []
+    for row in progress(range(len(cells))):
         try:
-            decode(images[row]['image'])
+            for column, cell in cells[row].items():
+                if column == 'image' or cell is not None:
+                    decode(cell)
         except OSError:
             bad.append(row)
     return bad
-
-
-class IsicSplit(torch.utils.data.Dataset):
-    """One split for a DataLoader.
-
-    What is random about an image depends on seed, epoch, image_id and how often the epoch has shown it alone: not on
-    workers, processes, the order of rows or resumption.
-    """
-
-    def __init__(
-            self,
-            split: datasets.Dataset,
-            transform: Callable,
-            seed: int = 0,
-            keep_aspect: bool = True,
-            colour_constancy: bool = False,
-            crop_to_lesion: bool = False,
-            every_epoch: bool = True,
-    ) -> None:
-        """
-        Args:
-            split: A split of load_splits.
-            transform: RGB picture to tensor.
-            seed: Seed of the random transforms.
-            keep_aspect: Undo the squash of square copies.
-            colour_constancy: Grey-world.
-            crop_to_lesion: Cut to the lesion, where the split has a mask of it.
-            every_epoch: Whether what is random changes with the epoch; test crops should not.
-        """
-        # only what an item needs: a mask, say, would be decoded at every access
-        columns = ['image', *['aspect_ratio'] * keep_aspect, *['mask'] * crop_to_lesion]
-        self.cells = split.select_columns([c for c in columns if c in split.column_names])
-        self.transform = transform
-        self.seed = seed
-        self.colour_constancy = colour_constancy
-        self.every_epoch = every_epoch
-        self.epoch = 0
-        self.image_ids = [str(image_id) for image_id in split['image_id']]
-        self.labels = torch.from_numpy(label_array(split))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation of another epoch."""
-        self.epoch = epoch if self.every_epoch else 0
-
-    def __len__(self) -> int:
-        return len(self.cells)
-
-    def picture(self, row: int) -> Image.Image:
-        """The RGB picture that is handed to the transform."""
-        cells = self.cells[row]
-        image = decode(cells['image'])
-        if 'aspect_ratio' in cells:  # first, since a square crop is no squashed copy
-            image = restore_aspect(image, cells['aspect_ratio'])
-        if 'mask' in cells:
-            image = lesion_crop(image, cells['mask'])
-        return grey_world(image) if self.colour_constancy else image
-
-    def __getitem__(self, index: int) -> Tuple[torch.Tensor, torch.Tensor, int]:
-        """What the transform makes of an image, labels (2,) as float32, and the row number.
-
-        Args:
-            index: Row number, plus the number of rows for each time that the epoch has shown the image before.
-        """
-        occurrence, row = divmod(index, len(self))
-        entropy = (self.seed, self.epoch, occurrence, zlib.crc32(self.image_ids[row].encode()))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-            return self.transform(self.picture(row)), self.labels[row], row
-
-
-class EpochBatches(torch.utils.data.Sampler):
-    """The batches of a training epoch: drawn from seed and epoch alone, and each image once, however many processes.
-
-    A last batch that is not full is divided among the processes; one too small for that joins the batch before it.
-    """
-
-    def __init__(
-            self,
-            labels: torch.Tensor,
-            batch_size: int,
-            seed: int = 0,
-            patches_per_image: int = 1,
-            balanced: bool = False,
-            processes: int = 1,
-            rank: int = 0,
-    ) -> None:
-        """
-        Args:
-            labels: Shape (N, 2).
-            batch_size: Images a process.
-            seed: Seed of the order.
-            patches_per_image: How often an epoch shows each image.
-            balanced: Draw N * patches_per_image images with replacement instead, each diagnosis as often as another.
-            processes: How many share the images.
-            rank: Which of them this is.
-        """
-        self.diagnoses = diagnosis_array(labels)
-        self.global_batch = batch_size * processes
-        self.seed = seed
-        self.patches_per_image = patches_per_image
-        self.balanced = balanced
-        self.processes = processes
-        self.rank = rank
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of another epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.diagnoses) * self.patches_per_image, self.global_batch)
-        return max(whole + (rest >= 2 * self.processes), 1)  # one image alone has no batch statistics
-
-    def order(self) -> List[int]:
-        """Row numbers of the epoch, plus the number of rows for each time that an image was shown before."""
-        rng = np.random.default_rng((self.seed, self.epoch))
-        images = len(self.diagnoses)
-        if not self.balanced:
-            return rng.permutation(images * self.patches_per_image).tolist()
-        _, which, counts = np.unique(self.diagnoses, return_inverse=True, return_counts=True)
-        weights = 1 / counts[which]
-        rows = rng.choice(images, images * self.patches_per_image, p=weights / weights.sum()).tolist()
-        shown: Dict[int, int] = {}
-        for i, row in enumerate(rows):
-            shown[row] = shown.get(row, -1) + 1
-            rows[i] = row + images * shown[row]
-        return rows
-
-    def __iter__(self) -> Iterator[List[int]]:
-        order, batches = self.order(), len(self)
-        for i in range(batches):
-            end = (i + 1) * self.global_batch if i < batches - 1 else len(order)
-            yield order[i * self.global_batch:end][self.rank::self.processes]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

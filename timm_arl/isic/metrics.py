@@ -193,22 +193,28 @@ def compare(
 
     Returns:
         For each label, and for mean_auc: difference and difference_ci95 (bootstrap); for the labels also DeLong's z and
-        p_value.
+        p_value. None where one is undefined, as z and p_value are with fewer than two images of a class, and z alone
+        where one network ranks all images as the other but for a difference without variance.
     """
     index = resampled_indices(len(truth), resamples, seed)
     result: Dict[str, Any] = {}
     differences: List[np.ndarray] = []
     for k, label in enumerate(LABELS):
         t, a, b = truth[:, k], first[:, k], second[:, k]
-        z, p_value = delong_test(t, a, b)
+        z, p_value = delong_test(t, a, b) if 2 <= np.sum(t) <= len(t) - 2 else (None, None)
         differences.append(auc(t[index], b[index]) - auc(t[index], a[index]))
         result[label] = {
-            'difference': float(auc(t, b) - auc(t, a)), 'difference_ci95': percentile_interval(differences[-1]), 'z': z,
-            'p_value': p_value}
-    result['mean_auc'] = {
-        'difference': float(np.mean([result[label]['difference'] for label in LABELS])),
-        'difference_ci95': percentile_interval(np.mean(differences, axis=0))}
+            **_difference(auc(t, b) - auc(t, a), differences[-1]),
+            'z': z if z is not None and np.isfinite(z) else None, 'p_value': p_value}
+    each = [result[label]['difference'] for label in LABELS]
+    result['mean_auc'] = _difference(np.nan if None in each else np.mean(each), np.mean(differences, axis=0))
     return result
+
+
+def _difference(value: Any, distribution: np.ndarray) -> Dict[str, Any]:
+    if not np.isfinite(value):
+        return {'difference': None, 'difference_ci95': None}
+    return {'difference': float(value), 'difference_ci95': percentile_interval(distribution)}
 
 
 def auc_table(metrics: Dict[str, Dict[str, Any]]) -> str:

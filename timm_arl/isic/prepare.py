@@ -70,11 +70,12 @@ def prepare(args: argparse.Namespace) -> int:
         splits['train'] = splits['train'].select(
             [i for i, image_id in enumerate(splits['train']['image_id']) if image_id not in set(dropped)])
 
-    ids = '\n'.join(image_id for split in splits.values() for image_id in split['image_id'])
+    tables = [str(split.remove_columns([c for c in ('image', 'mask') if c in split.column_names]).to_dict())
+              for split in splits.values()]
     plan = {
         'longest_side': args.longest_side, 'shard': SHARD, 'skip_bad_images': args.skip_bad_images,
         'images': {name: len(split) for name, split in splits.items()},
-        'ids': hashlib.sha256(ids.encode()).hexdigest(),
+        'labels_or_metadata': hashlib.sha256('\n'.join(tables).encode()).hexdigest(),
     }
     _check_target(target, plan)
     (target / 'data').mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,221 @@
+"""What the network is shown of an image, and in which order."""
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_data import FEATURES, WITH_ASPECT, jpeg, rows, write
+from torch.utils.data import DataLoader
+
+from timm_arl.isic.dataset import DataError, label_array, load_splits, unreadable_images
+from timm_arl.isic.loading import EpochBatches, IsicSplit, IsicStream
+from timm_arl.isic.transforms import eval_transform, train_transform
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 255, (8, 3)).tolist()
+    cells = {row: {'bytes': jpeg(tuple(c)), 'path': None} for row, c in enumerate(colours)}
+    split = load_splits(write(tmp_path / 'd', train=rows(8, image=cells)))['train']
+    dataset = IsicSplit(split, train_transform(16, MEAN, STD), seed=3)
+
+    def batch(workers, epoch):
+        dataset.set_epoch(epoch)
+        torch.manual_seed(workers)
+        return next(iter(DataLoader(dataset, batch_size=8, num_workers=workers)))[0]
+
+    assert torch.equal(batch(0, 0), batch(2, 0))
+    assert not torch.equal(batch(0, 0), batch(0, 1))
+    state = torch.get_rng_state()
+    dataset[0]
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's own randomness is left alone
+
+
+def test_augmentation_does_not_depend_on_the_order_of_rows(tmp_path):
+    content = rows(8, image={i: {'bytes': jpeg((20 * i, 90, 200 - 20 * i)), 'path': None} for i in range(8)})
+    tensors = []
+    for order in (content, content[::-1]):
+        split = load_splits(write(tmp_path / str(len(tensors)), train=order))['train']
+        dataset = IsicSplit(split, train_transform(16, MEAN, STD), seed=3)
+        tensors.append({dataset.image_ids[i]: dataset[i][0] for i in range(8)})
+        assert not torch.equal(dataset[0][0], dataset[8][0])  # shown a second time, it is changed in another way
+        assert torch.equal(dataset[0][1], dataset[8][1]) and dataset[8][2] == 0
+    assert all(torch.equal(tensors[0][i], tensors[1][i]) for i in tensors[0])
+
+
+@pytest.mark.parametrize('images, batch_size, processes', [(20, 4, 1), (21, 4, 1), (20, 3, 2), (25, 4, 3), (3, 4, 2)])
+def test_every_image_once_an_epoch(images, batch_size, processes):
+    labels = torch.zeros(images, 2)
+    ranks = [EpochBatches(labels, batch_size, 5, processes=processes, rank=rank) for rank in range(processes)]
+    for sampler in ranks:
+        sampler.set_epoch(2)
+    batches = [list(sampler) for sampler in ranks]
+    assert all(len(each) == len(sampler) == len(batches[0]) for each, sampler in zip(batches, ranks))
+    assert all(batch for each in batches for batch in each)  # none waits for a batch that never comes
+    assert sorted(row for each in batches for batch in each for row in batch) == list(range(images))
+    # a step of all processes is a step of one
+    alone = EpochBatches(labels, batch_size * processes, 5)
+    alone.set_epoch(2)
+    for step, whole in enumerate(list(alone)[:len(batches[0]) - 1]):
+        assert sorted(whole) == sorted(row for each in batches for row in each[step])
+    alone.set_epoch(3)
+    assert images < 5 or alone.order() != ranks[0].order()
+
+
+def test_patches_and_balance(tmp_path):
+    labels = torch.tensor([[0., 0]] * 80 + [[1., 0]] * 15 + [[0., 1]] * 5)
+    shown = EpochBatches(labels, 10, patches_per_image=3).order()
+    assert sorted(shown) == list(range(300))  # row, row + 100, row + 200
+    balanced = EpochBatches(labels, 10, patches_per_image=30, balanced=True).order()
+    assert len(balanced) == len(set(balanced)) == 3000
+    rows_shown = np.array(balanced) % 100
+    shares = [np.mean(rows_shown < 80), np.mean((rows_shown >= 80) & (rows_shown < 95)), np.mean(rows_shown >= 95)]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.03)
+
+
+def test_masks_colour_and_squash(isic_sample):
+    split = load_splits(isic_sample)['train'].select(range(12))
+    plain = IsicSplit(split, None)
+    cropped = IsicSplit(split, None, crop_to_lesion=True)
+    grey = IsicSplit(split, None, colour_constancy=True)
+    squashed = IsicSplit(split, None, keep_aspect=False)
+    assert label_array(split).shape == (12, 2)
+    for row in range(12):
+        assert squashed.picture(row).size == (256, 256)
+        assert cropped.picture(row).width <= plain.picture(row).width
+        before, after = (np.ptp(np.asarray(each.picture(row), float).mean((0, 1))) for each in (plain, grey))
+        assert after < 0.4 * before  # the rest was clipped
+    assert any(cropped.picture(row).size != plain.picture(row).size for row in range(12))
+
+
+def test_a_crop_to_the_lesion_is_not_taken_for_a_squashed_copy(tmp_path):
+    features = datasets.Features({**WITH_ASPECT, 'mask': datasets.Image()})
+    mask = Image.new('L', (400, 300))
+    mask.paste(255, (150, 100, 250, 200))
+    buffer = io.BytesIO()
+    mask.save(buffer, 'PNG')
+    cells = {0: {'bytes': jpeg(size=(400, 300)), 'path': None}}
+    content = rows(8, image=cells, aspect_ratio={0: 400 / 300}, mask={0: {'bytes': buffer.getvalue(), 'path': None}})
+    split = load_splits(write(tmp_path / 'd', features=features, train=content))['train']
+    assert IsicSplit(split, None, crop_to_lesion=True).picture(0).size == (150, 150)
+    content[0]['mask']['bytes'] = buffer.getvalue()[:60]  # a mask that does not decode is found, where it is needed
+    split = load_splits(write(tmp_path / 'e', features=features, train=content))['train']
+    assert unreadable_images(split, masks=True) == [0] and unreadable_images(split) == []
+
+
+def test_crops_of_a_test_image_stay_the_same_all_epochs(isic_sample):
+    split = load_splits(isic_sample)['test'].select(range(2))
+    dataset = IsicSplit(split, eval_transform(16, MEAN, STD, 'paper'), every_epoch=False)
+    first = dataset[1][0]
+    dataset.set_epoch(3)  # as Accelerate does at every pass
+    assert torch.equal(dataset[1][0], first)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """The datasets library rests for five seconds at the end of each stream (apache/arrow 45214)."""
+    monkeypatch.setattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', 0, raising=False)
+
+
+def in_shards(folder, counts, **changes):
+    """A dataset whose train images come in shards of so many; changes are of the first."""
+    data = write(folder, train=None)
+    for k, count in enumerate(counts):
+        cells = {i: {'bytes': jpeg((20 * i, 30 * k, 90)), 'path': None} for i in range(count)}
+        content = rows(count, first=1000 + sum(counts[:k]), **{'image': cells, **({} if k else changes)})
+        datasets.Dataset.from_list(content, features=FEATURES).to_parquet(
+            folder / 'data' / f'train-{k:05d}-of-{len(counts):05d}.parquet')
+    return data
+
+
+def stream(data, batch_size=4, patches=1, balanced=False, processes=1, rank=0, seed=3, epoch=0, workers=0, **kwargs):
+    """The batches of an epoch."""
+    split = load_splits(data, streaming=True)['train']
+    batches = EpochBatches(
+        torch.from_numpy(label_array(split.table)), batch_size, seed, patches, balanced, processes, rank)
+    images = IsicStream(split, batches, train_transform(16, MEAN, STD), seed, **kwargs)
+    images.set_epoch(epoch)
+    loader = DataLoader(images, batch_size=None, num_workers=workers)
+    shown = list(loader)
+    assert len(shown) == len(loader) == len(batches)
+    assert [len(ids) for _, _, ids in shown] == [len(b) for b in batches]
+    return shown
+
+
+def ids_of(batches):
+    return [image_id for _, _, ids in batches for image_id in ids]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_stream_shows_each_image_once_as_a_split_does(tmp_path, workers):
+    data = in_shards(tmp_path / 'd', [7, 8, 6])
+    split = load_splits(data)['train']
+    reference = IsicSplit(split, train_transform(16, MEAN, STD), seed=3)
+    reference.set_epoch(1)
+    shown = stream(data, epoch=1, workers=workers)
+    assert sorted(ids_of(shown)) == sorted(reference.image_ids)
+    for images, labels, ids in shown:
+        for image, label, image_id in zip(images, labels, ids):
+            row = reference.image_ids.index(image_id)
+            assert torch.equal(image, reference[row][0]) and torch.equal(label, reference.labels[row])
+    assert ids_of(stream(data, epoch=1, workers=workers)) == ids_of(shown)  # as a resumed run sees it
+    assert ids_of(stream(data, epoch=2, workers=workers)) != ids_of(shown)
+
+
+def test_processes_stream_shards_of_their_own(tmp_path):
+    data = in_shards(tmp_path / 'd', [6, 6, 6, 6])
+    ranks = [stream(data, processes=2, rank=rank, workers=rank) for rank in (0, 1)]
+    first, second = (ids_of(rank) for rank in ranks)
+    assert len(set(first)) == len(first) == len(second) == 12 and not set(first) & set(second)
+    of_shards = {(int(image_id[5:]) - 1000) // 6 for image_id in first}
+    assert len(of_shards) == 2
+    # shards that are not as many as the processes are shared image by image
+    data = in_shards(tmp_path / 'e', [9])
+    first, second = (ids_of(stream(data, processes=2, rank=rank)) for rank in (0, 1))
+    assert len(first + second) == 9 and set(first + second) == set(load_splits(data)['train']['image_id'])
+
+
+def test_a_stream_balances_and_repeats(tmp_path):
+    data = in_shards(tmp_path / 'd', [40, 40])  # half of them nevi, a quarter of each other diagnosis
+    assert len(ids_of(stream(data, patches=3))) == 240
+    labels = torch.cat([labels for epoch in range(4) for _, labels, _ in stream(data, balanced=True, epoch=epoch)])
+    assert len(labels) == 4 * 80
+    assert labels.mean(0).tolist() == pytest.approx([1 / 3] * 2, abs=0.06)
+
+
+def test_a_bad_image_in_a_stream_is_named_or_left_out_aloud(tmp_path, capfd):
+    data = in_shards(tmp_path / 'd', [6, 6], image={2: {'bytes': b'none', 'path': None}})
+    with pytest.raises(DataError, match='train image ISIC_0001002 does not decode'):
+        stream(data, workers=1)
+    shown = stream(data, workers=1, skip_bad_images=True)
+    assert len(ids_of(shown)) == 12 and 'ISIC_0001002' not in ids_of(shown)
+    assert capfd.readouterr().out.count('Leaving out the train image ISIC_0001002') == 1
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda f: 'demo', '--streaming reads Parquet shards, and demo is none'),
+    (lambda f: str(f), 'No folder|is not a dataset'),
+    (lambda f: in_shards(f / 'd', [4, 4], melanoma={1: 3.}), 'melanoma must be 0 or 1, but is 3.0 for image'),
+    (lambda f: in_shards(f / 'd', [4], image_id={1: 'a/b'}), "'a/b' is no usable image_id"),
+    (lambda f: write(f / 'd', drop=['image']), 'has no column image'),
+    (lambda f: write(f / 'd', train=None), 'has no split train'),
+])
+def test_what_cannot_be_streamed(tmp_path, make, message):
+    with pytest.raises(DataError, match=message) as raised:
+        load_splits(make(tmp_path), streaming=True)
+    assert '\n' not in str(raised.value)
+
+
+def test_images_in_other_files_are_not_streamed(tmp_path):
+    for name, first in (('train', 0), ('validation', 100), ('test', 200)):
+        (tmp_path / name).mkdir()
+        lines = ['file_name,image_id,melanoma,seborrheic_keratosis']
+        for i in range(4):
+            (tmp_path / name / f'{first + i}.jpg').write_bytes(jpeg())
+            lines.append(f'{first + i}.jpg,I{first + i},{int(i == 1)},{int(i == 2)}')
+        (tmp_path / name / 'metadata.csv').write_text('\n'.join(lines) + '\n')
+    with pytest.raises(DataError, match='--streaming|cannot be streamed|is not a dataset|no column isic_id'):
+        load_splits(str(tmp_path), streaming=True)

@@ -1,0 +1,274 @@
+"""What a DataLoader is given: images as the network is shown them, the batches of an epoch, and streams."""
+import itertools
+import zlib
+from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from PIL import Image
+from torch.utils.data import default_collate, get_worker_info
+
+from . import LABELS
+from .dataset import DataError, StreamedSplit, decode, label_array
+from .transforms import grey_world, lesion_crop, restore_aspect
+
+__all__ = ['EpochBatches', 'IsicImages', 'IsicSplit', 'IsicStream', 'diagnosis_array']
+
+SHUFFLE_BUFFER = 1000  # images that a stream holds, undecoded, to draw from
+
+
+def diagnosis_array(labels: Union[np.ndarray, torch.Tensor]) -> np.ndarray:
+    """0 nevus, 1 melanoma, 2 seborrheic keratosis, shape (N,), from labels of shape (N, 2)."""
+    return np.asarray(labels) @ np.arange(1, 3)
+
+
+class IsicImages:
+    """What the network is shown of an image, for :class:`IsicSplit` and for streams.
+
+    What is random about it depends on seed, epoch, image_id and how often the epoch has shown it alone: not on workers,
+    processes, the order of rows or resumption.
+    """
+
+    def __init__(
+            self,
+            transform: Callable,
+            seed: int = 0,
+            keep_aspect: bool = True,
+            colour_constancy: bool = False,
+            crop_to_lesion: bool = False,
+            every_epoch: bool = True,
+    ) -> None:
+        """
+        Args:
+            transform: RGB picture to tensor.
+            seed: Seed of the random transforms.
+            keep_aspect: Undo the squash of square copies.
+            colour_constancy: Grey-world.
+            crop_to_lesion: Cut to the lesion, where there is a mask of it.
+            every_epoch: Whether what is random changes with the epoch; test crops should not.
+        """
+        self.transform = transform
+        self.seed = seed
+        self.columns = ['image', *['aspect_ratio'] * keep_aspect, *['mask'] * crop_to_lesion]
+        self.colour_constancy = colour_constancy
+        self.every_epoch = every_epoch
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the augmentation of another epoch."""
+        self.epoch = epoch if self.every_epoch else 0
+
+    def prepared(self, cells: Dict[str, Any]) -> Image.Image:
+        """The RGB picture that is handed to the transform.
+
+        Raises:
+            OSError: An image or mask that does not decode.
+        """
+        image = decode(cells['image'])
+        if 'aspect_ratio' in cells:  # first, since a square crop is no squashed copy
+            image = restore_aspect(image, cells['aspect_ratio'])
+        if cells.get('mask') is not None:
+            image = lesion_crop(image, decode(cells['mask']))
+        return grey_world(image) if self.colour_constancy else image
+
+    def transformed(self, image: Image.Image, image_id: str, occurrence: int = 0) -> torch.Tensor:
+        """What the transform makes of a picture, when the epoch has shown it `occurrence` times before."""
+        entropy = (self.seed, self.epoch, occurrence, zlib.crc32(image_id.encode()))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+            return self.transform(image)
+
+
+class IsicSplit(IsicImages, torch.utils.data.Dataset):
+    """One split for a DataLoader."""
+
+    def __init__(self, split: datasets.Dataset, transform: Callable, seed: int = 0, **kwargs) -> None:
+        """
+        Args:
+            split: A split of load_splits.
+            transform, seed, **kwargs: Of :class:`IsicImages`.
+        """
+        super().__init__(transform, seed, **kwargs)
+        # only what an item needs
+        self.cells = split.select_columns([c for c in self.columns if c in split.column_names])
+        self.image_ids = [str(image_id) for image_id in split['image_id']]
+        self.labels = torch.from_numpy(label_array(split))
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def picture(self, row: int) -> Image.Image:
+        """The RGB picture that is handed to the transform."""
+        return self.prepared(self.cells[row])
+
+    def __getitem__(self, index: int) -> Tuple[torch.Tensor, torch.Tensor, int]:
+        """What the transform makes of an image, labels (2,) as float32, and the row number.
+
+        Args:
+            index: Row number, plus the number of rows for each time that the epoch has shown the image before.
+        """
+        occurrence, row = divmod(index, len(self))
+        return self.transformed(self.picture(row), self.image_ids[row], occurrence), self.labels[row], row
+
+
+class EpochBatches(torch.utils.data.Sampler):
+    """The batches of a training epoch: drawn from seed and epoch alone, and each image once, however many processes.
+
+    A last batch that is not full is divided among the processes; one too small for that joins the batch before it.
+    """
+
+    def __init__(
+            self,
+            labels: torch.Tensor,
+            batch_size: int,
+            seed: int = 0,
+            patches_per_image: int = 1,
+            balanced: bool = False,
+            processes: int = 1,
+            rank: int = 0,
+    ) -> None:
+        """
+        Args:
+            labels: Shape (N, 2).
+            batch_size: Images a process.
+            seed: Seed of the order.
+            patches_per_image: How often an epoch shows each image.
+            balanced: Draw N * patches_per_image images with replacement instead, each diagnosis as often as another.
+            processes: How many share the images.
+            rank: Which of them this is.
+        """
+        self.diagnoses = diagnosis_array(labels)
+        self.global_batch = batch_size * processes
+        self.seed = seed
+        self.patches_per_image = patches_per_image
+        self.balanced = balanced
+        self.processes = processes
+        self.rank = rank
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of another epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.diagnoses) * self.patches_per_image, self.global_batch)
+        return max(whole + (rest >= 2 * self.processes), 1)  # one image alone has no batch statistics
+
+    def sizes(self) -> Iterator[int]:
+        """How many images each batch of this process has."""
+        images, batches = len(self.diagnoses) * self.patches_per_image, len(self)
+        own = self.global_batch // self.processes
+        yield from [own] * (batches - 1)
+        rest = images - (batches - 1) * self.global_batch
+        yield len(range(self.rank, rest, self.processes))
+
+    def order(self) -> List[int]:
+        """Row numbers of the epoch, plus the number of rows for each time that an image was shown before."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        images = len(self.diagnoses)
+        if not self.balanced:
+            return rng.permutation(images * self.patches_per_image).tolist()
+        _, which, counts = np.unique(self.diagnoses, return_inverse=True, return_counts=True)
+        weights = 1 / counts[which]
+        rows = rng.choice(images, images * self.patches_per_image, p=weights / weights.sum()).tolist()
+        shown: Dict[int, int] = {}
+        for i, row in enumerate(rows):
+            shown[row] = shown.get(row, -1) + 1
+            rows[i] = row + images * shown[row]
+        return rows
+
+    def __iter__(self) -> Iterator[List[int]]:
+        order, batches = self.order(), len(self)
+        for i in range(batches):
+            end = (i + 1) * self.global_batch if i < batches - 1 else len(order)
+            yield order[i * self.global_batch:end][self.rank::self.processes]
+
+
+class IsicStream(IsicImages, torch.utils.data.IterableDataset):
+    """The batches of a training epoch from Parquet shards, for a DataLoader of ``batch_size=None``.
+
+    There are as many as EpochBatches gives, of the same sizes. Each process, and each worker of its loader, reads
+    shards of its own, in the order of the epoch; one that has none left begins again, until the epoch is full.
+    """
+
+    def __init__(
+            self,
+            split: StreamedSplit,
+            batches: EpochBatches,
+            transform: Callable,
+            seed: int = 0,
+            skip_bad_images: bool = False,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            split: The split train of load_splits.
+            batches: How many images a process and step, and how often an epoch shows an image: where they are
+                balanced, one of a rare diagnosis comes several times, and one of a frequent diagnosis not always.
+            transform, seed, **kwargs: Of :class:`IsicImages`.
+            skip_bad_images: Leave out an image that does not decode, with a line that names it.
+        """
+        super().__init__(transform, seed, **kwargs)
+        self.batches = batches
+        self.skip_bad_images = skip_bad_images
+        self.labels = torch.from_numpy(label_array(split.table))
+        columns = [c for c in ('image_id', *LABELS, *self.columns) if c in split.stream.features]
+        self.stream = split_dataset_by_node(
+            split.stream.select_columns(columns), rank=batches.rank, world_size=batches.processes)
+        counts = np.bincount(batches.diagnoses.astype(int), minlength=3)
+        present = np.maximum(counts, 1)
+        self.copies = batches.patches_per_image * (
+            counts.sum() / present / (counts > 0).sum() if batches.balanced else np.ones(3))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def max_workers(self) -> int:
+        """Workers that find shards of their own."""
+        return max(self.stream.num_shards, 1)
+
+    def __iter__(self) -> Iterator[List]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        examples = self._examples()
+        for size in itertools.islice(self.batches.sizes(), first, None, step):
+            yield default_collate(list(itertools.islice(examples, size)))
+
+    def _examples(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor, str]]:
+        stream = self.stream.map(self._repeat, batched=True).shuffle(self.seed, buffer_size=SHUFFLE_BUFFER)
+        stream.set_epoch(self.epoch)
+        bad = set()
+        while True:
+            shown = 0
+            for cells in stream:
+                image_id = str(cells['image_id'])
+                try:
+                    picture = self.prepared(cells)
+                except OSError as error:
+                    if not self.skip_bad_images:
+                        raise DataError(f'The train image {image_id} does not decode: mend it, or leave such images '
+                                        f'out with --skip-bad-images.') from error
+                    if image_id not in bad:
+                        print(f'Leaving out the train image {image_id}, which does not decode.', flush=True)
+                        bad.add(image_id)
+                    continue
+                shown += 1
+                labels = torch.tensor([cells[label] for label in LABELS], dtype=torch.float32)
+                yield self.transformed(picture, image_id, cells['occurrence']), labels, image_id
+            if not shown:
+                raise DataError('No train image was left to stream: give fewer processes, or more shards.')
+
+    def _repeat(self, rows: Dict[str, List]) -> Dict[str, List]:
+        """Each row as often as the epoch shows it; what is left of a whole number is drawn by lot."""
+        which: List[int] = []
+        occurrence: List[int] = []
+        for i, image_id in enumerate(rows['image_id']):
+            expected = self.copies[int(diagnosis_array(np.array([rows[label][i] for label in LABELS])))]
+            lot = np.random.default_rng((self.seed, self.epoch, zlib.crc32(str(image_id).encode()))).random()
+            copies = int(expected) + (lot < expected % 1)
+            which += [i] * copies
+            occurrence += range(copies)
+        return {**{key: [column[i] for i in which] for key, column in rows.items()}, 'occurrence': occurrence}
