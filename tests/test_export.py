@@ -1,4 +1,5 @@
 """What is exported computes what the model computes, on ONNX Runtime."""
+import json
 import subprocess
 import sys
 
@@ -64,6 +65,10 @@ def test_onnx(name, tmp_path):
         with torch.inference_mode():
             expected = model(x).numpy()
         assert np.abs(network(x.numpy()) - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+    about = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}  # what a reader without timm must know
+    config = model.pretrained_cfg
+    assert (tuple(about['mean']), tuple(about['std'])) == (config['mean'], config['std'])
+    assert about['input_size'] == [3, 64, 64] and 'label_names' not in about
     graph = onnx.load(path).graph
     assert [i.name for i in graph.input] == ['images'] and [o.name for o in graph.output] == ['logits']
     operators = {node.op_type for node in graph.node}
