@@ -23,8 +23,8 @@ from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from finetune_folds import check_start, run_each
 from finetune_options import build_parser, parse_args
 from finetune_output import EMA_FILE, prepare_output_dir, preview, save_progress
-from finetune_teacher import Teacher, WithFeatures
-from isic_common import RunError, check_images, create_accelerator, image_loader, predict
+from finetune_teacher import Student, Teacher, mask_loss
+from isic_common import RunError, check_images, create_accelerator, image_loader, learns_masks, predict
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -124,9 +124,15 @@ def train(args, accelerator, splits, out):
     if args.teacher:
         teacher = Teacher(args.teacher, data_config, model.num_classes, args.distill_weight, args.distill_features)
         teacher = teacher.to(accelerator.device)
-        model = WithFeatures(model, img_size, teacher.width)
         accelerator.print(f'Teacher {args.teacher}: ' + ' and '.join(
             ['probabilities'] * bool(teacher.weight) + ['pooled features'] * bool(teacher.feature_weight)))
+    with_masks = learns_masks(args, splits['train'])
+    if args.mask_weight:
+        accelerator.print("The lesions' masks are learned too." if with_masks else
+                          'The training images have no masks: --mask-weight is without effect.')
+    student = teacher is not None or with_masks
+    if student:
+        model = Student(model, img_size, teacher.width if teacher else None, with_masks)
     weights = torch.tensor(weights, dtype=torch.float32, device=accelerator.device)
 
     # Optimizer, schedule, moving average
@@ -136,14 +142,14 @@ def train(args, accelerator, splits, out):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     network = accelerator.unwrap_model(model, keep_torch_compile=False)
-    network = network.model if teacher else network
+    network = network.model if student else network
     steps = len(loaders['train'])
     scheduler, _ = create_scheduler_v2(
         optimizer, args.schedule, args.epochs, min_lr=lr * 1e-2, warmup_lr=lr * 1e-2, decay_epochs=args.decay_epochs,
         decay_rate=args.decay_rate, warmup_epochs=min(args.warmup_epochs, args.epochs / 5), step_on_epochs=False,
         updates_per_epoch=steps)
     ema = ModelEmaV3(network, args.ema, use_warmup=True) if args.ema else None
-    scored = ema.module if ema else network if teacher else model
+    scored = ema.module if ema else network if student else model
     kept_network = ema.module if ema else network
 
     # Output folder, resuming
@@ -179,10 +185,10 @@ def train(args, accelerator, splits, out):
             side = img_size if img_size - side < 32 or epoch == args.epochs - 1 else side
             train_set.transform = train_transform(side, data_config['mean'], data_config['std'], args.augmentation)
         loaders['train'].set_epoch(epoch)  # of its batches and its images
-        total_loss = torch.zeros((), device=accelerator.device)
+        total_loss, total_mask_loss = torch.zeros(2, device=accelerator.device)
         bar = tqdm(loaders['train'], desc=f'epoch {epoch + 1}/{args.epochs}', leave=False,
                    disable=not accelerator.is_local_main_process)
-        for step, (images, labels, which) in enumerate(bar):
+        for step, (images, labels, which, *masks) in enumerate(bar):
             update = epoch * steps + step
             scheduler.step_update(update)
             with accelerator.accumulate(model):
@@ -192,12 +198,17 @@ def train(args, accelerator, splits, out):
                         args.mixup, args.mixup)
                     images = images.lerp(images.flip(0), 1 - share)
                 images = images.contiguous(memory_format=torch.channels_last)
-                logits, features = model(images) if teacher else (model(images), None)
+                logits, features, mask_logits = model(images) if student else (model(images), None, None)
                 loss = share * batch_loss(logits, labels, args.label_smoothing, weights)
                 if args.mixup:
                     loss = loss + (1 - share) * batch_loss(logits, labels.flip(0), args.label_smoothing, weights)
                 if teacher:
                     loss = teacher.loss(loss, logits, features, images)
+                if with_masks:
+                    mask = masks[0].lerp(masks[0].flip(0), 1 - share) if args.mixup else masks[0]
+                    of_masks = mask_loss(mask_logits, mask)
+                    total_mask_loss += of_masks.detach()
+                    loss = loss + args.mask_weight * of_masks
                 if not torch.isfinite(loss):
                     ids = ', '.join(which if args.streaming else [train_set.image_ids[row] for row in which.tolist()])
                     raise RunError(f'The loss is {loss.item()} at epoch {epoch + 1}, step {step + 1}; lower --lr, or '
@@ -224,6 +235,7 @@ def train(args, accelerator, splits, out):
         row = {
             'epoch': epoch + 1,
             'train_loss': accelerator.reduce(total_loss, 'mean').item() / steps,
+            **({'train_mask_loss': accelerator.reduce(total_mask_loss, 'mean').item() / steps} if with_masks else {}),
             'validation_loss': validation_loss,
             **{f'validation_auc_{label}': value for label, value in zip(LABELS, aucs)},
             'validation_mean_auc': float(np.mean(aucs)),
@@ -283,9 +295,12 @@ def main():
         model, _, data_config = create_network(args)  # what is wrong with it is told before any image is read
         if args.folds:
             check_start(args)
+        side = data_config['input_size'][-1]
         if args.teacher:
             teacher = Teacher(args.teacher, data_config, model.num_classes, args.distill_weight, args.distill_features)
-            WithFeatures(model, data_config['input_size'][-1], teacher.width)
+            Student(model, side, teacher.width)
+        if args.mask_weight:
+            Student(model, side, masks=True)
         if args.data == 'demo':
             accelerator.print('Data: demo, generated SYNTHETIC images; scores on them say nothing about skin lesions.')
         splits = load_splits(args.data, seed=args.seed, streaming=args.streaming)

@@ -67,6 +67,8 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
         help='* against rare diagnoses: weights in the loss, or drawing each diagnosis as often as another')
     add('--head', choices=list(HEADS), default='sigmoid',
         help='* two outputs, one a label, or three, a softmax over the diagnoses (default: %(default)s)')
+    add('--mask-weight', type=number(float, 0), default=0.,
+        help="* weight of learning the lesion's mask beside the diagnosis, where training images have one")
     add('--mixup', type=number(float, 0), default=0., help='* alpha of mixup, 0: none')
     add('--label-smoothing', type=number(float, 0, 0.5), default=0., help='* towards one half')
     add('--keep', choices=['best', 'last'], default='best', help='* the epoch best by mean validation AUC, or the last')
@@ -173,6 +175,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
         absent = [flag for flag in REQUIRED if getattr(args, flag.replace('-', '_')) is None]
         if absent:
             raise RunError(f'Neither the recipe {args.recipe} nor a flag sets --{absent[0]}.')
+        if args.mask_weight and args.augmentation == 'paper':
+            raise RunError('--augmentation paper changes no masks: leave out --mask-weight, or choose modern or plain.')
         if args.streaming and args.folds:
             raise RunError('--folds divides images that are at hand: leave out --streaming.')
         return args

@@ -139,7 +139,7 @@ def preview(args, images, data_config):
 def _tiles(split):
     """Tensors (3, H, W) of a split and their captions: the image_id, and which crop of how many."""
     if isinstance(split, IsicStream):
-        for images, _, image_ids in split:
+        for images, _, image_ids, *_ in split:
             yield from zip(images, image_ids)
         return
     for row, image_id in enumerate(split.image_ids):

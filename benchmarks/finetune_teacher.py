@@ -1,4 +1,4 @@
-"""Distillation: a student that also learns the probabilities and the pooled features of a trained network.
+"""What a network learns beside the labels: the probabilities and features of a teacher, and the lesion's mask.
 
 Hinton et al., `Distilling the Knowledge in a Neural Network` - https://arxiv.org/abs/1503.02531
 """
@@ -9,7 +9,12 @@ import torch
 import torch.nn as nn
 from isic_common import RunError
 from timm.data import resolve_model_data_config
-from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy
+from torch.nn.functional import (
+    adaptive_avg_pool2d,
+    binary_cross_entropy_with_logits,
+    cosine_similarity,
+    cross_entropy,
+)
 
 from timm_arl.isic.outputs import DIAGNOSES, has_isic_outputs, probabilities_of
 from timm_arl.pretrained import create_for_task
@@ -47,28 +52,59 @@ def feature_width(model: nn.Module, img_size: int, what: str) -> int:
     return pooled.shape[1]
 
 
-class WithFeatures(nn.Module):
-    """A timm model that returns its logits and its pooled features, projected to the width of another's."""
+class Student(nn.Module):
+    """A timm model that returns, beside its logits, what else it learns from: pooled features and the lesion's mask."""
 
-    def __init__(self, model: nn.Module, img_size: int, width: Optional[int]) -> None:
+    def __init__(self, model: nn.Module, img_size: int, width: Optional[int] = None, masks: bool = False) -> None:
         """
         Args:
-            model: The student.
+            model: The network that is trained, and alone is kept.
             img_size: Side of its images.
-            width: Of the teacher's features; None for no projection, where they are not learned.
+            width: Of the teacher's features, to which its own are projected; None where they are not learned.
+            masks: Whether it predicts the mask, from the feature maps before its last stage.
 
         Raises:
-            RunError: A student without pooled features of one vector an image.
+            RunError: A network without pooled features of one vector an image, or, for masks, without feature maps.
         """
         super().__init__()
         own = feature_width(model, img_size, 'The model')
         self.model = model
-        self.projection = nn.Identity() if width is None else nn.Linear(own, width)
+        self.projection = None if width is None else nn.Linear(own, width)
+        self.mask_head = None
+        if masks:
+            try:
+                with torch.inference_mode():
+                    _, (maps,) = model.eval().forward_intermediates(torch.zeros(1, 3, img_size, img_size), indices=[-2])
+                self.mask_head = nn.Conv2d(maps.shape[1], 1, 1)
+            except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+                raise RunError(f'The model gives no feature maps to learn masks with: leave out --mask-weight '
+                               f'({" ".join(str(error).split())}).') from error
 
-    def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, outputs) and projected features (B, width) of images (B, 3, H, W)."""
-        pooled, logits = pooled_and_logits(self.model, images)
-        return logits, self.projection(pooled)
+    def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """Logits (B, outputs), projected features (B, width) and mask logits (B, 1, H', W') of images (B, 3, H, W)."""
+        mask_logits = None
+        if self.mask_head is None:
+            features = self.model.forward_features(images)
+        else:
+            features, (maps,) = self.model.forward_intermediates(images, indices=[-2])
+            mask_logits = self.mask_head(maps)
+        pooled = self.model.forward_head(features, pre_logits=True)
+        return (self.model.get_classifier()(pooled), None if self.projection is None else self.projection(pooled),
+                mask_logits)
+
+
+def mask_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of predicted masks with the share of lesion in each of their positions.
+
+    Args:
+        logits: (B, 1, H', W').
+        masks: (B, 1, H, W) in [0, 1]; an image whose mask is NaN does not count.
+    """
+    known = ~masks.isnan().flatten(1).any(1)
+    if not known.any():
+        return logits.sum() * 0.
+    targets = adaptive_avg_pool2d(masks[known], logits.shape[-2:])
+    return binary_cross_entropy_with_logits(logits[known], targets)
 
 
 class Teacher(nn.Module):
@@ -117,7 +153,7 @@ class Teacher(nn.Module):
             self,
             label_loss: torch.Tensor,
             logits: torch.Tensor,
-            features: torch.Tensor,
+            features: Optional[torch.Tensor],
             images: torch.Tensor,
     ) -> torch.Tensor:
         """(1 - w) * label_loss + w * H(teacher's probabilities, student's) + v * (1 - cos(features, teacher's))."""
@@ -127,6 +163,6 @@ class Teacher(nn.Module):
             loss = loss + self.weight * cross_entropy(logits, teacher_logits.softmax(1))
         elif self.weight:
             loss = loss + self.weight * binary_cross_entropy_with_logits(logits, probabilities_of(teacher_logits))
-        if self.feature_weight:
+        if features is not None:
             loss = loss + self.feature_weight * (1 - cosine_similarity(features, teacher_features)).mean()
         return loss

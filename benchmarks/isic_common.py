@@ -68,17 +68,23 @@ def check_images(splits, args, accelerator):
             continue
         bad = unreadable_images(splits[name], partial(
             tqdm, desc=f'checking {name} images', leave=False, disable=not accelerator.is_local_main_process),
-            masks=args.lesion_crop)
+            masks=args.lesion_crop or (name == 'train' and learns_masks(args, splits[name])))
         if not bad:
             continue
         ids = [splits[name][row]['image_id'] for row in bad[:10]]
         named = ', '.join(map(str, ids)) + (f' and {len(bad) - 10} more' if len(bad) > 10 else '')
         if not args.skip_bad_images:
-            masks = ', or their masks,' * args.lesion_crop
+            masks = ', or their masks,' * (args.lesion_crop or learns_masks(args, splits[name]))
             raise DataError(f'{len(bad)} of {len(splits[name])} {name} images{masks} do not decode: {named}; mend them '
                             f'or leave them out with --skip-bad-images.')
         accelerator.print(f'Leaving out {len(bad)} of {len(splits[name])} {name} images that do not decode: {named}')
         splits[name] = splits[name].select(sorted(set(range(len(splits[name]))) - set(bad)))
+
+
+def learns_masks(args, split):
+    """Whether masks of the lesions are learned beside the diagnoses: where they are asked for, and there are any."""
+    columns = split.stream.features if isinstance(split, StreamedSplit) else split.column_names
+    return bool(getattr(args, 'mask_weight', 0)) and 'mask' in columns
 
 
 def image_loader(args, split, data_config, accelerator, training=False):
@@ -87,7 +93,8 @@ def image_loader(args, split, data_config, accelerator, training=False):
     shown = dict(
         transform=train_transform(img_size, *mean_std, args.augmentation) if training
         else eval_transform(img_size, *mean_std, args.crops), seed=args.seed, keep_aspect=args.aspect == 'keep',
-        colour_constancy=args.grey_world, crop_to_lesion=args.lesion_crop, every_epoch=training)
+        colour_constancy=args.grey_world, crop_to_lesion=args.lesion_crop, every_epoch=training,
+        with_masks=training and learns_masks(args, split))
     options = dict(num_workers=args.workers, pin_memory=torch.cuda.is_available())
     if not training:
         return accelerator.prepare(DataLoader(IsicSplit(split, **shown), args.batch_size, **options))

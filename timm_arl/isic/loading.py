@@ -1,7 +1,7 @@
 """What a DataLoader is given: images as the network is shown them, the batches of an epoch, and streams."""
 import itertools
 import zlib
-from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import datasets
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import default_collate, get_worker_info
+from torchvision import tv_tensors
 
 from . import LABELS
 from .dataset import DataError, StreamedSplit, decode, label_array
@@ -38,21 +39,27 @@ class IsicImages:
             keep_aspect: bool = True,
             colour_constancy: bool = False,
             crop_to_lesion: bool = False,
+            with_masks: bool = False,
             every_epoch: bool = True,
     ) -> None:
         """
         Args:
-            transform: RGB picture to tensor.
+            transform: RGB picture to tensor; with_masks, picture and mask to two tensors, as those of
+                torchvision.transforms.v2 do.
             seed: Seed of the random transforms.
             keep_aspect: Undo the squash of square copies.
             colour_constancy: Grey-world.
             crop_to_lesion: Cut to the lesion, where there is a mask of it.
+            with_masks: Give the mask of the lesion too, changed as the picture is: float32 (1, H, W) between 0 and 1,
+                NaN throughout where there is none.
             every_epoch: Whether what is random changes with the epoch; test crops should not.
         """
         self.transform = transform
         self.seed = seed
-        self.columns = ['image', *['aspect_ratio'] * keep_aspect, *['mask'] * crop_to_lesion]
+        self.columns = ['image', *['aspect_ratio'] * keep_aspect, *['mask'] * (crop_to_lesion or with_masks)]
         self.colour_constancy = colour_constancy
+        self.crop_to_lesion = crop_to_lesion
+        self.with_masks = with_masks
         self.every_epoch = every_epoch
         self.epoch = 0
 
@@ -60,8 +67,8 @@ class IsicImages:
         """Choose the augmentation of another epoch."""
         self.epoch = epoch if self.every_epoch else 0
 
-    def prepared(self, cells: Dict[str, Any]) -> Image.Image:
-        """The RGB picture that is handed to the transform.
+    def prepared(self, cells: Dict[str, Any]) -> Tuple[Image.Image, Optional[Image.Image]]:
+        """The RGB picture that is handed to the transform, and the lesion's mask, of its size, where one is wanted.
 
         Raises:
             OSError: An image or mask that does not decode.
@@ -69,16 +76,36 @@ class IsicImages:
         image = decode(cells['image'])
         if 'aspect_ratio' in cells:  # first, since a square crop is no squashed copy
             image = restore_aspect(image, cells['aspect_ratio'])
+        mask = None
         if cells.get('mask') is not None:
-            image = lesion_crop(image, decode(cells['mask']))
-        return grey_world(image) if self.colour_constancy else image
+            mask = decode(cells['mask']).convert('L').resize(image.size, Image.Resampling.BILINEAR)
+            if self.crop_to_lesion:
+                image, mask = lesion_crop(image, mask), lesion_crop(mask, mask)
+        return (grey_world(image) if self.colour_constancy else image), mask
 
-    def transformed(self, image: Image.Image, image_id: str, occurrence: int = 0) -> torch.Tensor:
-        """What the transform makes of a picture, when the epoch has shown it `occurrence` times before."""
+    def transformed(
+            self,
+            image: Image.Image,
+            mask: Optional[Image.Image],
+            image_id: str,
+            occurrence: int = 0,
+    ) -> Tuple[torch.Tensor, ...]:
+        """What the transform makes of a picture, and of its mask where one is wanted.
+
+        Args:
+            image, mask: From prepared.
+            image_id: Of the image.
+            occurrence: How often the epoch has shown it before.
+        """
         entropy = (self.seed, self.epoch, occurrence, zlib.crc32(image_id.encode()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-            return self.transform(image)
+            if not self.with_masks:
+                return self.transform(image),
+            known = mask is not None
+            pixels = torch.from_numpy(np.array(mask if known else Image.new('L', image.size)))[None]
+            tensor, pixels = self.transform(image, tv_tensors.Mask(pixels))
+            return tensor, pixels.as_subclass(torch.Tensor) / 255. if known else torch.full(pixels.shape, torch.nan)
 
 
 class IsicSplit(IsicImages, torch.utils.data.Dataset):
@@ -101,16 +128,17 @@ class IsicSplit(IsicImages, torch.utils.data.Dataset):
 
     def picture(self, row: int) -> Image.Image:
         """The RGB picture that is handed to the transform."""
-        return self.prepared(self.cells[row])
+        return self.prepared(self.cells[row])[0]
 
-    def __getitem__(self, index: int) -> Tuple[torch.Tensor, torch.Tensor, int]:
-        """What the transform makes of an image, labels (2,) as float32, and the row number.
+    def __getitem__(self, index: int) -> Tuple:
+        """What the transform makes of an image, labels (2,) as float32, the row number, and, with_masks, the mask.
 
         Args:
             index: Row number, plus the number of rows for each time that the epoch has shown the image before.
         """
         occurrence, row = divmod(index, len(self))
-        return self.transformed(self.picture(row), self.image_ids[row], occurrence), self.labels[row], row
+        image, *mask = self.transformed(*self.prepared(self.cells[row]), self.image_ids[row], occurrence)
+        return image, self.labels[row], row, *mask
 
 
 class EpochBatches(torch.utils.data.Sampler):
@@ -237,7 +265,7 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
         for size in itertools.islice(self.batches.sizes(), first, None, step):
             yield default_collate(list(itertools.islice(examples, size)))
 
-    def _examples(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor, str]]:
+    def _examples(self) -> Iterator[Tuple]:
         stream = self.stream.map(self._repeat, batched=True).shuffle(self.seed, buffer_size=SHUFFLE_BUFFER)
         stream.set_epoch(self.epoch)
         bad = set()
@@ -246,7 +274,7 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
             for cells in stream:
                 image_id = str(cells['image_id'])
                 try:
-                    picture = self.prepared(cells)
+                    prepared = self.prepared(cells)
                 except OSError as error:
                     if not self.skip_bad_images:
                         raise DataError(f'The train image {image_id} does not decode: mend it, or leave such images '
@@ -257,7 +285,8 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
                     continue
                 shown += 1
                 labels = torch.tensor([cells[label] for label in LABELS], dtype=torch.float32)
-                yield self.transformed(picture, image_id, cells['occurrence']), labels, image_id
+                image, *mask = self.transformed(*prepared, image_id, cells['occurrence'])
+                yield image, labels, image_id, *mask
             if not shown:
                 raise DataError('No train image was left to stream: give fewer processes, or more shards.')
 

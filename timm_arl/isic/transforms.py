@@ -52,7 +52,7 @@ def lesion_crop(image: Image.Image, mask: Optional[Image.Image], margin: float =
     """Cut a square around the lesion, its bounding box and a margin of that share of the box's longer side all round.
 
     Args:
-        image: RGB picture.
+        image: RGB picture, or a mask.
         mask: Lesion mask of the same field of view, any size, lesion above 127; the picture is left whole where it is
             None or empty.
         margin: Share of the longer side of the bounding box.
