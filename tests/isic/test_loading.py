@@ -106,6 +106,33 @@ def test_a_crop_to_the_lesion_is_not_taken_for_a_squashed_copy(tmp_path):
     assert unreadable_images(split, masks=True) == [0] and unreadable_images(split) == []
 
 
+@pytest.mark.parametrize('augmentation', ['modern', 'plain'])
+def test_a_mask_is_changed_as_its_image_is(tmp_path, augmentation):
+    """The image is white where the mask is, and stays so."""
+    features = datasets.Features({**WITH_ASPECT, 'mask': datasets.Image()})
+    mask = Image.new('L', (90, 90))
+    mask.paste(255, (30, 20, 60, 80))
+    cells = []
+    for picture in (mask.resize((300, 300)).convert('RGB'), mask):
+        buffer = io.BytesIO()
+        picture.save(buffer, 'PNG')
+        cells.append({'bytes': buffer.getvalue(), 'path': None})
+    content = rows(8, image={0: cells[0]}, aspect_ratio={0: 1.4}, mask={0: cells[1]})
+    split = load_splits(write(tmp_path / 'd', features=features, train=content))['train']
+    dataset = IsicSplit(split, train_transform(64, (0.,) * 3, (1.,) * 3, augmentation), with_masks=True)
+    alone = IsicSplit(split, train_transform(64, (0.,) * 3, (1.,) * 3, augmentation))
+    shown = set()
+    for epoch in range(5):
+        dataset.set_epoch(epoch)
+        alone.set_epoch(epoch)
+        image, _, _, found = dataset[0]
+        assert torch.equal(image, alone[0][0])  # what the network sees does not depend on the mask
+        white = image.mean(0, keepdim=True) > 0.5 * image.mean(0).max()
+        assert ((found > 0.5) & white).sum() / ((found > 0.5) | white).sum() > 0.9
+        shown.add(round(found.sum().item()))
+    assert len(shown) > 2 and dataset[1][3].isnan().all()  # the second image has no mask
+
+
 def test_crops_of_a_test_image_stay_the_same_all_epochs(isic_sample):
     split = load_splits(isic_sample)['test'].select(range(2))
     dataset = IsicSplit(split, eval_transform(16, MEAN, STD, 'paper'), every_epoch=False)
