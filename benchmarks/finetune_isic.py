@@ -129,7 +129,7 @@ def train(args, accelerator, splits, out):
     with_masks = learns_masks(args, splits['train'])
     if args.mask_weight:
         accelerator.print("The lesions' masks are learned too." if with_masks else
-                          'The training images have no masks: --mask-weight is without effect.')
+                          'The training images have no masks: --mask-weight has no effect.')
     student = teacher is not None or with_masks
     if student:
         model = Student(model, img_size, teacher.width if teacher else None, with_masks)
@@ -299,11 +299,11 @@ def main():
         if args.teacher:
             teacher = Teacher(args.teacher, data_config, model.num_classes, args.distill_weight, args.distill_features)
             Student(model, side, teacher.width)
-        if args.mask_weight:
-            Student(model, side, masks=True)
         if args.data == 'demo':
             accelerator.print('Data: demo, generated SYNTHETIC images; scores on them say nothing about skin lesions.')
         splits = load_splits(args.data, seed=args.seed, streaming=args.streaming)
+        if learns_masks(args, splits['train']):
+            Student(model, side, masks=True)
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))
             accelerator.print(f'No fold parts the pairs of {args.duplicates}.')

@@ -176,7 +176,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
         if absent:
             raise RunError(f'Neither the recipe {args.recipe} nor a flag sets --{absent[0]}.')
         if args.mask_weight and args.augmentation == 'paper':
-            raise RunError('--augmentation paper changes no masks: leave out --mask-weight, or choose modern or plain.')
+            raise RunError('--augmentation paper changes no masks: pass --mask-weight 0, or choose modern or plain.')
         if args.streaming and args.folds:
             raise RunError('--folds divides images that are at hand: leave out --streaming.')
         return args

@@ -64,12 +64,12 @@ class Student(nn.Module):
             masks: Whether it predicts the mask, from the feature maps before its last stage.
 
         Raises:
-            RunError: A network without pooled features of one vector an image, or, for masks, without feature maps.
+            RunError: For a teacher's features, a network without pooled ones of one vector an image; for masks, one
+                without feature maps.
         """
         super().__init__()
-        own = feature_width(model, img_size, 'The model')
         self.model = model
-        self.projection = None if width is None else nn.Linear(own, width)
+        self.projection = None if width is None else nn.Linear(feature_width(model, img_size, 'The model'), width)
         self.mask_head = None
         if masks:
             try:
@@ -77,8 +77,8 @@ class Student(nn.Module):
                     _, (maps,) = model.eval().forward_intermediates(torch.zeros(1, 3, img_size, img_size), indices=[-2])
                 self.mask_head = nn.Conv2d(maps.shape[1], 1, 1)
             except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
-                raise RunError(f'The model gives no feature maps to learn masks with: leave out --mask-weight '
-                               f'({" ".join(str(error).split())}).') from error
+                raise RunError(f'The model gives no feature maps to learn masks with, pass --mask-weight 0: '
+                               f'{" ".join(str(error).split())}') from error
 
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
         """Logits (B, outputs), projected features (B, width) and mask logits (B, 1, H', W') of images (B, 3, H, W)."""
@@ -88,9 +88,10 @@ class Student(nn.Module):
         else:
             features, (maps,) = self.model.forward_intermediates(images, indices=[-2])
             mask_logits = self.mask_head(maps)
+        if self.projection is None:
+            return self.model.forward_head(features), None, mask_logits
         pooled = self.model.forward_head(features, pre_logits=True)
-        return (self.model.get_classifier()(pooled), None if self.projection is None else self.projection(pooled),
-                mask_logits)
+        return self.model.get_classifier()(pooled), self.projection(pooled), mask_logits
 
 
 def mask_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
