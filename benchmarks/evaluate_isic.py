@@ -15,7 +15,6 @@ Each look at the test split is recorded in looks.csv, in the output folder and i
 """
 import argparse
 import csv
-import json
 import shlex
 import sys
 import time
@@ -26,7 +25,7 @@ import timm
 import torch
 from accelerate.utils import set_seed
 from evaluate_report import markdown_report
-from isic_common import RunError, check_images, create_accelerator, image_loader, number, predict
+from isic_common import RunError, arguments_of, check_images, create_accelerator, image_loader, number, predict
 from timm.data import resolve_model_data_config
 
 import timm_arl
@@ -37,7 +36,7 @@ from timm_arl.isic.calibration import (
     fit_temperature,
     subgroup_table,
 )
-from timm_arl.isic.dataset import DataError, load_splits
+from timm_arl.isic.dataset import DataError, check_usable, load_splits
 from timm_arl.isic.duplicates import read_pairs
 from timm_arl.isic.metrics import auc_table, compare, score_split, threshold_for_sensitivity, youden_threshold
 from timm_arl.isic.outputs import has_isic_outputs
@@ -54,7 +53,7 @@ def build_parser():
     add = parser.add_argument
     add('--data', required=True, metavar='DIR|HUB_ID|demo', help='as for finetune_isic.py')
     add('--checkpoint', required=True, metavar='OUT|NAME',
-        help='output folder of finetune_isic.py, or a timm name whose pretrained weights have two outputs')
+        help='output folder of finetune_isic.py, or a timm name whose pretrained weights have its outputs')
     add('--split', default='test', choices=['validation', 'test'], help='what is scored (default: %(default)s)')
     add('--crops', choices=CROPS,
         help="crops of an image, whose probabilities are averaged (default: as the checkpoint's run, else multiscale)")
@@ -84,11 +83,13 @@ def build_parser():
 
 def images_of_the_run(args):
     """Give the images of the checkpoint's own run to what the command line leaves open."""
-    record = Path(args.checkpoint, 'run.json')
-    saved = json.loads(record.read_text())['arguments'] if record.is_file() else {}
-    for name, usual in (('crops', 'multiscale'), ('aspect', 'keep'), ('grey_world', False), ('lesion_crop', False)):
+    saved = arguments_of(args.checkpoint)
+    usual = {'crops': 'multiscale', 'aspect': 'keep', 'grey_world': False, 'lesion_crop': False}
+    for name, value in usual.items():
         if getattr(args, name) is None:
-            setattr(args, name, saved.get(name, usual))
+            setattr(args, name, saved.get(name, value))
+    return 'Images: ' + ', '.join(f'{name.replace("_", "-")} {getattr(args, name)}' for name in usual) + (
+        ' (where not given, as in training)' if saved else '')
 
 
 def load_network(args):
@@ -124,8 +125,9 @@ def without_duplicates(splits, args):
 
 def evaluate(args):
     out, start_time = Path(args.output_dir), time.time()
-    images_of_the_run(args)
+    images = images_of_the_run(args)
     accelerator = create_accelerator(args)
+    accelerator.print(images)
     set_seed(args.seed)
     model = load_network(args)
     data_config = resolve_model_data_config(model)
@@ -135,6 +137,7 @@ def evaluate(args):
     splits = load_splits(args.data, seed=args.seed)
     if args.drop_duplicates:
         splits = without_duplicates(splits, args)
+        check_usable(splits, f'{args.data} without duplicates')
     splits = {name: splits[name] for name in dict.fromkeys(('validation', args.split))}
     if args.compare:  # told before the work, not after it
         try:

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 
 import numpy as np
 import timm
-from isic_common import RunError
+from isic_common import RunError, arguments_of
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
@@ -63,15 +63,9 @@ def check_start(args: Any) -> None:
                        ('--pretrained', args.model if args.pretrained else None)):
         if not name:
             continue
-        path = Path(name)
-        record = (path if path.is_dir() else path.parent) / 'run.json'
-        if path.exists():
-            seen = record.is_file() and Path(
-                json.loads(record.read_text())['arguments']['data']).resolve() == Path(args.data).resolve()
-        else:
-            config = timm.get_pretrained_cfg(name)
-            seen = config is not None and tuple(config.label_names or ()) in HEADS.values()
-        if seen:
+        config = None if ':' in name or Path(name).exists() else timm.get_pretrained_cfg(name)
+        if arguments_of(name).get('train_ids') == args.train_ids or (
+                config is not None and tuple(config.label_names or ()) in HEADS.values()):
             raise RunError(f'{flag} {name} was trained on images that --folds would hold out, which would flatter the '
                            f'scores: start from other weights.')
 

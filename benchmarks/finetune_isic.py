@@ -5,8 +5,9 @@
     accelerate launch benchmarks/finetune_isic.py --data path/to/isic2017 --model arl_cnn50 --pretrained --img-size 224
     accelerate launch benchmarks/finetune_isic.py                            # on synthetic images, no download
 
-Two sigmoid outputs, binary cross-entropy; the rest is the recipe's (benchmarks/recipes). The epoch with the best mean
-AUC on the validation split is kept, and alone meets the test split, once. The output folder receives
+Two sigmoid outputs and binary cross-entropy, or --head softmax; the rest is the recipe's (benchmarks/recipes). The
+epoch with the best mean AUC on the validation split is kept, and alone meets the test split, once. The output folder
+receives
     config.json, model.safetensors   the kept epoch: timm.create_model('local-dir:OUT', pretrained=True)
     summary.csv, tensorboard/        a row an epoch: losses, AUCs, learning rate, every alpha
     metrics.json                     scores with 95 % intervals, keyed by split
@@ -14,6 +15,7 @@ AUC on the validation split is kept, and alone meets the test split, once. The o
     run.json, looks.csv              command, arguments, versions, commit; each look at the test split
     last/                            what --resume goes on from
 """
+import hashlib
 import time
 from pathlib import Path
 
@@ -219,7 +221,7 @@ def train(args, accelerator, splits, out):
                 optimizer.step()
                 optimizer.zero_grad()
             if ema and accelerator.sync_gradients:
-                ema.update(network, step=update)
+                ema.update(network, step=update // accelerator.gradient_accumulation_steps)
             total_loss += loss.detach()
             bar.set_postfix(loss=f'{loss.item():.3f}')
 
@@ -293,8 +295,6 @@ def main():
             return
         accelerator = create_accelerator(args)
         model, _, data_config = create_network(args)  # what is wrong with it is told before any image is read
-        if args.folds:
-            check_start(args)
         side = data_config['input_size'][-1]
         if args.teacher:
             teacher = Teacher(args.teacher, data_config, model.num_classes, args.distill_weight, args.distill_features)
@@ -302,6 +302,14 @@ def main():
         if args.data == 'demo':
             accelerator.print('Data: demo, generated SYNTHETIC images; scores on them say nothing about skin lesions.')
         splits = load_splits(args.data, seed=args.seed, streaming=args.streaming)
+        ids = splits['train'].table['image_id'] if args.streaming else splits['train']['image_id']
+        digest = hashlib.sha256('\n'.join(sorted(ids)).encode()).hexdigest()
+        if args.resume and args.train_ids != digest:
+            raise RunError(f'The run in {args.output_dir} had other training images than {args.data} has now: start '
+                           f'another in another --output-dir.')
+        args.train_ids = digest
+        if args.folds:
+            check_start(args)
         if learns_masks(args, splits['train']):
             Student(model, side, masks=True)
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():

@@ -70,7 +70,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add('--mask-weight', type=number(float, 0), default=0.,
         help="* weight of learning the lesion's mask beside the diagnosis, where training images have one")
     add('--mixup', type=number(float, 0), default=0., help='* alpha of mixup, 0: none')
-    add('--label-smoothing', type=number(float, 0, 0.5), default=0., help='* towards one half')
+    add('--label-smoothing', type=number(float, 0, 0.5), default=0., help='* towards chance')
     add('--keep', choices=['best', 'last'], default='best', help='* the epoch best by mean validation AUC, or the last')
     add('--patience', type=number(int, 0), default=0,
         help='* stop after so many epochs without a better mean validation AUC, 0: never')
@@ -111,7 +111,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add('--sync-bn', action='store_true', help='batch statistics of all processes together (CUDA)')
     add('--tracker', default='tensorboard',
         help="a tracker of Accelerate's: tensorboard, wandb, mlflow, ..., or none (default: %(default)s)")
-    parser.set_defaults(fold='')  # which part of a cross-validation a run is
+    parser.set_defaults(fold='', train_ids='')  # which part of a cross-validation a run is; digest of its images
     return parser
 
 
@@ -185,7 +185,10 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     record = Path(args.output_dir, 'run.json')
     if not record.exists():
         raise RunError(f'There is no run to resume in {args.output_dir} (no run.json): start it without --resume.')
-    saved = json.loads(record.read_text())['arguments']
+    try:
+        saved = json.loads(record.read_text(encoding='utf-8'))['arguments']
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f'{record} is not the run.json of a run of this program.') from error
     if saved.get('fold'):
         raise RunError(f'{args.output_dir} is {saved["fold"]} of a cross-validation: resume that as a whole, with its '
                        f'own --output-dir.')

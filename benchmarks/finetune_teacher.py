@@ -128,11 +128,10 @@ class Teacher(nn.Module):
         folder = Path(name)
         self.network = create_for_task(f'local-dir:{folder}' if folder.is_dir() else name, pretrained=True)
         self.network.eval().requires_grad_(False)
-        self.knows_labels = has_isic_outputs(self.network)
-        if self.knows_labels and outputs == len(DIAGNOSES) != self.network.num_classes:
+        self.weight = weight if has_isic_outputs(self.network) else 0.
+        if self.weight and outputs == len(DIAGNOSES) != self.network.num_classes:
             raise RunError(f'The teacher {name} has two sigmoid outputs, of which a softmax over three diagnoses '
-                           f'cannot learn: choose a teacher with --head softmax, or leave that out.')
-        self.weight = weight if self.knows_labels else 0.
+                           f'cannot learn: pass --distill-weight 0, or a teacher that was trained with --head softmax.')
         if not self.weight and not feature_weight:
             raise RunError(f'Nothing would be learned from the teacher {name}: raise --distill-weight (for one that '
                            f'knows the diagnoses) or --distill-features.')

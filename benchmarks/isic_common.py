@@ -1,8 +1,10 @@
 """What finetune_isic.py and evaluate_isic.py share: the accelerator, the images, the probabilities."""
 import argparse
+import json
 import math
 import os
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from timm_arl.isic.dataset import DataError, StreamedSplit, label_array, unreadable_images
+from timm_arl.isic.dataset import DataError, StreamedSplit, check_usable, label_array, unreadable_images
 from timm_arl.isic.loading import EpochBatches, IsicSplit, IsicStream
 from timm_arl.isic.outputs import probabilities_of
 from timm_arl.isic.transforms import eval_transform, train_transform
@@ -79,6 +81,20 @@ def check_images(splits, args, accelerator):
                             f'or leave them out with --skip-bad-images.')
         accelerator.print(f'Leaving out {len(bad)} of {len(splits[name])} {name} images that do not decode: {named}')
         splits[name] = splits[name].select(sorted(set(range(len(splits[name]))) - set(bad)))
+    check_usable(splits, args.data)
+
+
+def arguments_of(checkpoint):
+    """The arguments of the run that a checkpoint is from, by the run.json of finetune_isic.py beside or above it."""
+    path = Path(checkpoint.removeprefix('local-dir:')).absolute()
+    for folder in (path, *path.parents[:3]) if path.exists() else ():  # OUT, OUT/model.safetensors, OUT/last/kept
+        try:
+            saved = json.loads((folder / 'run.json').read_text(encoding='utf-8'))['arguments']
+        except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
+            continue
+        if isinstance(saved, dict) and 'train_ids' in saved:
+            return saved
+    return {}
 
 
 def learns_masks(args, split):
@@ -104,7 +120,7 @@ def image_loader(args, split, data_config, accelerator, training=False):
         args.patches_per_image, args.balance == 'sampler', accelerator.num_processes, accelerator.process_index)
     if streamed:
         images = IsicStream(split, batches, skip_bad_images=args.skip_bad_images, **shown)
-        options['num_workers'] = min(args.workers, images.max_workers)
+        options['num_workers'] = images.workers(args.workers)
         loader = DataLoader(images, batch_size=None, **options)
     else:
         loader = DataLoader(IsicSplit(split, **shown), batch_sampler=batches, **options)

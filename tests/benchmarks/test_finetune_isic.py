@@ -221,7 +221,13 @@ def test_folds_and_seeds(repo, isic_sample, tmp_path):
 
 def test_folds_do_not_start_from_what_saw_the_held_out_images(finished, call, isic_sample, tmp_path):
     args = ['--data', isic_sample, *SMALL, '--folds', 2, '--output-dir', tmp_path / 'cv']
-    for start in (['--teacher', finished[0]], ['--init-checkpoint', finished[0] / 'model.safetensors']):
+    (tmp_path / 'run.json').write_text('{"learning_rate": 1}')  # another program's is no reason to stop
+    (tmp_path / 'other.safetensors').write_bytes((finished[0] / 'model.safetensors').read_bytes())
+    done = call('finetune_isic', *args, '--init-checkpoint', tmp_path / 'other.safetensors', '--preview',
+                tmp_path / 'sheet.png')
+    assert done.returncode == 0, done.stderr
+    for start in (['--teacher', finished[0]], ['--init-checkpoint', finished[0] / 'model.safetensors'],
+                  ['--init-checkpoint', finished[0] / 'last' / 'kept'], ['--teacher', f'local-dir:{finished[0]}']):
         done = call('finetune_isic', *args, *start)
         assert done.returncode == 2 and 'was trained on images that --folds would hold out' in done.stderr
     done = call('finetune_isic', *args, '--streaming')
@@ -390,3 +396,12 @@ def test_bad_images_stop_the_run_unless_skipped(repo, isic_sample, tmp_path):
     done = run(repo, *args, '--skip-bad-images')
     assert done.returncode == 0 and f'Leaving out 2 of 96 train images that do not decode: {bad[0]}' in done.stdout
     assert '94 train' in done.stdout
+
+
+def test_a_run_does_not_go_on_with_other_images(finished, call, isic_sample, tmp_path):
+    out = tmp_path / 'out'
+    shutil.copytree(finished[0], out)
+    (out / 'metrics.json').unlink()
+    (out / 'run.json').write_text((out / 'run.json').read_text().replace(json.dumps(isic_sample), '"demo"'))
+    done = call('finetune_isic', '--output-dir', out, '--resume')
+    assert done.returncode == 2 and 'had other training images than demo has now' in done.stderr

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_data import FEATURES, WITH_ASPECT, jpeg, rows, write
 
-from timm_arl.isic.dataset import DataError, load_splits, unreadable_images
+from timm_arl.isic.dataset import DataError, check_usable, load_splits, unreadable_images
 from timm_arl.isic.loading import IsicSplit
 from timm_arl.isic.transforms import eval_transform
 
@@ -59,6 +59,15 @@ def test_unusable_data_are_refused_in_one_sentence(tmp_path, make, message):
     with pytest.raises(DataError, match=message) as raised:
         load_splits(make(tmp_path))
     assert '\n' not in str(raised.value)
+
+
+def test_what_is_left_must_be_usable(tmp_path):
+    splits = load_splits(write(tmp_path / 'd'))
+    check_usable(splits, 'it')
+    with pytest.raises(DataError, match='validation, has 0 images of melanoma out of 1'):
+        check_usable({'validation': splits['validation'].select([0])}, 'it')
+    with pytest.raises(DataError, match='it, split test, has no images'):
+        check_usable({**splits, 'test': splits['test'].select([])}, 'it')
 
 
 def test_a_folder_that_changed_is_read_anew(tmp_path):

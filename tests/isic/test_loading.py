@@ -1,5 +1,6 @@
 """What the network is shown of an image, and in which order."""
 import io
+import json
 
 import datasets
 import numpy as np
@@ -151,7 +152,11 @@ def in_shards(folder, counts, **changes):
     """A dataset whose train images come in shards of so many; changes are of the first."""
     data = write(folder, train=None)
     for k, count in enumerate(counts):
-        cells = {i: {'bytes': jpeg((20 * i, 30 * k, 90)), 'path': None} for i in range(count)}
+        cells = {}
+        for i, pixels in enumerate(np.random.default_rng(k).integers(0, 255, (count, 24, 24, 3), np.uint8)):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, 'PNG')
+            cells[i] = {'bytes': buffer.getvalue(), 'path': None}
         content = rows(count, first=1000 + sum(counts[:k]), **{'image': cells, **({} if k else changes)})
         datasets.Dataset.from_list(content, features=FEATURES).to_parquet(
             folder / 'data' / f'train-{k:05d}-of-{len(counts):05d}.parquet')
@@ -165,7 +170,7 @@ def stream(data, batch_size=4, patches=1, balanced=False, processes=1, rank=0, s
         torch.from_numpy(label_array(split.table)), batch_size, seed, patches, balanced, processes, rank)
     images = IsicStream(split, batches, train_transform(16, MEAN, STD), seed, **kwargs)
     images.set_epoch(epoch)
-    loader = DataLoader(images, batch_size=None, num_workers=workers)
+    loader = DataLoader(images, batch_size=None, num_workers=images.workers(workers))
     shown = list(loader)
     assert len(shown) == len(loader) == len(batches)
     assert [len(ids) for _, _, ids in shown] == [len(b) for b in batches]
@@ -213,6 +218,26 @@ def test_a_stream_balances_and_repeats(tmp_path):
     assert labels.mean(0).tolist() == pytest.approx([1 / 3] * 2, abs=0.06)
 
 
+def test_readers_of_unequal_shards_begin_again_with_other_changes(tmp_path):
+    data = in_shards(tmp_path / 'd', [3, 21])
+    shown = stream(data, processes=2, rank=0, epoch=1) + stream(data, processes=2, rank=1, epoch=1)
+    ids, images = ids_of(shown), torch.cat([images for images, _, _ in shown])
+    assert len(ids) == 24 and {'ISIC_0001000', 'ISIC_0001001', 'ISIC_0001002'} <= set(ids) and len(set(ids)) < 24
+    assert len({image.numpy().tobytes() for image in images}) == 24
+    # balanced, an epoch may by lot show none of a small shard's images at once: the next draw counts
+    data = in_shards(tmp_path / 'e', [4, 40])
+    for epoch in range(8):
+        assert len(ids_of(stream(data, processes=2, rank=0, balanced=True, epoch=epoch))) == 22
+
+
+def test_shards_sorted_by_diagnosis_are_not_balanced_by_several_readers(tmp_path):
+    nevi = {label: dict.fromkeys(range(8), 0.) for label in ('melanoma', 'seborrheic_keratosis')}
+    data = in_shards(tmp_path / 'd', [8, 8], **nevi)
+    with pytest.raises(DataError, match='do not all have every diagnosis, so that 2 readers .* --workers 1'):
+        stream(data, balanced=True, workers=2)
+    assert len(ids_of(stream(data, balanced=True, workers=1))) == len(ids_of(stream(data, workers=2))) == 16
+
+
 def test_a_bad_image_in_a_stream_is_named_or_left_out_aloud(tmp_path, capfd):
     data = in_shards(tmp_path / 'd', [6, 6], image={2: {'bytes': b'none', 'path': None}})
     with pytest.raises(DataError, match='train image ISIC_0001002 does not decode'):
@@ -220,6 +245,9 @@ def test_a_bad_image_in_a_stream_is_named_or_left_out_aloud(tmp_path, capfd):
     shown = stream(data, workers=1, skip_bad_images=True)
     assert len(ids_of(shown)) == 12 and 'ISIC_0001002' not in ids_of(shown)
     assert capfd.readouterr().out.count('Leaving out the train image ISIC_0001002') == 1
+    data = in_shards(tmp_path / 'e', [2, 6], image={i: {'bytes': b'none', 'path': None} for i in range(2)})
+    with pytest.raises(DataError, match='one reader streams none decodes .ISIC_000100[01], ISIC_000100[01]'):
+        stream(data, workers=2, skip_bad_images=True)
 
 
 @pytest.mark.parametrize('make, message', [
@@ -227,7 +255,7 @@ def test_a_bad_image_in_a_stream_is_named_or_left_out_aloud(tmp_path, capfd):
     (lambda f: str(f), 'No folder|is not a dataset'),
     (lambda f: in_shards(f / 'd', [4, 4], melanoma={1: 3.}), 'melanoma must be 0 or 1, but is 3.0 for image'),
     (lambda f: in_shards(f / 'd', [4], image_id={1: 'a/b'}), "'a/b' is no usable image_id"),
-    (lambda f: write(f / 'd', drop=['image']), 'has no column image'),
+    (lambda f: write(f / 'd', drop=['image']), 'train, has no column image .it has image_id, melanoma, seborrheic'),
     (lambda f: write(f / 'd', train=None), 'has no split train'),
 ])
 def test_what_cannot_be_streamed(tmp_path, make, message):
@@ -244,5 +272,15 @@ def test_images_in_other_files_are_not_streamed(tmp_path):
             (tmp_path / name / f'{first + i}.jpg').write_bytes(jpeg())
             lines.append(f'{first + i}.jpg,I{first + i},{int(i == 1)},{int(i == 2)}')
         (tmp_path / name / 'metadata.csv').write_text('\n'.join(lines) + '\n')
-    with pytest.raises(DataError, match='--streaming|cannot be streamed|is not a dataset|no column isic_id'):
+    with pytest.raises(DataError, match='no column isic_id'):  # metadata.csv is what the archive's client writes
         load_splits(str(tmp_path), streaming=True)
+    for folder in tmp_path.iterdir():
+        table = (folder / 'metadata.csv').read_text().splitlines()
+        lines = [dict(zip(table[0].split(','), line.split(','))) for line in table[1:]]
+        (folder / 'metadata.jsonl').write_text('\n'.join(json.dumps(
+            {k: int(v) if v in '01' else v for k, v in line.items()}) for line in lines))
+        (folder / 'metadata.csv').unlink()
+    assert len(load_splits(str(tmp_path))['train']) == 4
+    with pytest.raises(DataError, match='--streaming reads Parquet shards, and .* is none') as raised:
+        load_splits(str(tmp_path), streaming=True)
+    assert len(str(raised.value)) < 300

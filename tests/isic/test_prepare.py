@@ -55,7 +55,7 @@ def test_prepared_data_are_the_originals_made_small(run, source, tmp_path):
     table.write_text(re.sub(r'(ISIC_0000000),\S+', r'\1,0.0,1.0', table.read_text()))
     assert load_splits(str(source))['train'][0]['seborrheic_keratosis'] == 1
     done = run('prepare', source, target, '--longest-side', 300)
-    assert done.returncode == 2 and 'was prepared with another labels_or_metadata' in done.stderr
+    assert done.returncode == 2 and 'was prepared with another table of ids, labels, age and sex' in done.stderr
 
 
 def test_killed_and_run_again(run, tmp_path):

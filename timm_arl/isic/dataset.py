@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, TypeVar, Union
 
 import datasets
 import numpy as np
@@ -20,9 +20,13 @@ from . import LABELS
 from .demo import demo_dataset
 from .sources import DataError, check_image_id, read_folder
 
-__all__ = ['DataError', 'SPLITS', 'StreamedSplit', 'decode', 'label_array', 'load_splits', 'unreadable_images']
+__all__ = [
+    'DataError', 'SPLITS', 'StreamedSplit', 'check_usable', 'decode', 'label_array', 'load_splits', 'unreadable_images',
+]
 
 SPLITS = ('train', 'validation', 'test')
+NO_SHARDS = ('--streaming reads Parquet shards, and {} is none: leave it out, or make some with python -m '
+             'timm_arl.isic.dataset prepare.')
 
 
 class StreamedSplit(NamedTuple):
@@ -30,10 +34,12 @@ class StreamedSplit(NamedTuple):
 
     Attributes:
         stream: Undecoded images, and what else an image needs.
-        table: image_id and labels of all of them.
+        table: image_id and labels of all of them, shard after shard.
+        shards: How many each shard has.
     """
     stream: datasets.IterableDataset
     table: datasets.Dataset
+    shards: Sequence[int]
 
 
 def load_splits(data: str, seed: int = 0, streaming: bool = False) -> Dict[str, Any]:
@@ -78,13 +84,8 @@ def check_splits(
     splits = {}
     for name in SPLITS:
         split = source[name]
-        required = ('image_id', *LABELS) if name in streamed else ('image', 'image_id', *LABELS)
-        absent = [column for column in required if column not in split.column_names]
-        if absent:
-            raise DataError(f'{data}, split {name}, has no column {", ".join(absent)} '
-                            f'(it has {", ".join(split.column_names)}): rename or add it.')
-        if not len(split):
-            raise DataError(f'{data}, split {name}, has no images.')
+        if name not in streamed:
+            _check_columns(split, f'{data}, split {name}')
         if split.features['image_id'].dtype != 'string':
             split = split.cast_column('image_id', datasets.Value('string'))
         _check_labels(split, f'{data}, split {name}')
@@ -94,12 +95,33 @@ def check_splits(
                 split = undecoded(split, column, f'{data}, split {name}')
         splits[name] = split
     _check_ids(splits, data)
+    check_usable(splits, data)
+    return splits
+
+
+def check_usable(splits: Mapping[str, Any], data: str) -> None:
+    """Refuse a split without images, and a validation split without one of the classes, before and after some are left.
+
+    Raises:
+        DataError: Such a split.
+    """
+    for name, split in splits.items():
+        if not len(split.table if isinstance(split, StreamedSplit) else split):
+            raise DataError(f'{data}, split {name}, has no images.')
+    if 'validation' not in splits:
+        return
     labels = label_array(splits['validation'])
     for k, label in enumerate(LABELS):
         if labels[:, k].min() == labels[:, k].max():
             raise DataError(f'{data}, split validation, has {int(labels[:, k].sum())} images of {label} out of '
-                            f'{len(labels)}: the AUC that chooses the epoch needs both classes.')
-    return splits
+                            f'{len(labels)}: the AUC that chooses epochs and thresholds needs both classes.')
+
+
+def _check_columns(split: Union[datasets.Dataset, datasets.IterableDataset], where: str) -> None:
+    columns = list(split.features)
+    absent = [column for column in ('image', 'image_id', *LABELS) if column not in columns]
+    if absent:
+        raise DataError(f'{where}, has no column {", ".join(absent)} (it has {", ".join(columns)}): rename or add it.')
 
 
 AnySplit = TypeVar('AnySplit', datasets.Dataset, datasets.IterableDataset)
@@ -143,38 +165,37 @@ def _load_dataset(data: str, **kwargs) -> Any:
 
 def _load_streaming(data: str) -> Dict[str, Any]:
     if data == 'demo' or (Path(data).is_dir() and read_folder(Path(data)) is not None):
-        raise DataError(f'--streaming reads Parquet shards, and {data} is none: leave it out, or make some with '
-                        f'python -m timm_arl.isic.dataset prepare.')
+        raise DataError(NO_SHARDS.format(data))
     source = _load_dataset(data, streaming=True)
-    tables = {}
+    tables: Dict[str, datasets.Dataset] = {}
+    shards: List[int] = []
     try:
-        for name, stream in source.items():
+        for name in [name for name in SPLITS if name in source]:
+            stream = source[name]
+            if stream.features is None:  # only of Parquet are they known before it is read
+                raise DataError(NO_SHARDS.format(data))
+            _check_columns(stream, f'{data}, split {name}')
+            for column in ('image', 'mask'):
+                if column in stream.features:
+                    stream = undecoded(stream, column, f'{data}, split {name}')
+            if stream.features['image_id'].dtype != 'string':
+                stream = stream.cast_column('image_id', datasets.Value('string'))
+            source[name] = stream
             if name == 'train':  # the images of the others are all needed at once
                 about = [c for c in ('image_id', *LABELS, 'aspect_ratio') if c in stream.features]
-                stream = _load_dataset(data, split=name, streaming=True, columns=about)
-                features = stream.features
-            else:
-                for column in ('image', 'mask'):
-                    if column in stream.features:
-                        stream = undecoded(stream, column, f'{data}, split {name}')
-                features = stream.features
-            tables[name] = datasets.Dataset.from_list(list(stream), features=features)
+                try:
+                    stream = _load_dataset(data, split=name, streaming=True, columns=about)
+                except DataError as error:  # images in files, say, whose reader knows no columns
+                    raise DataError(NO_SHARDS.format(data)) from error
+            parts = [list(stream.shard(stream.num_shards, i)) for i in range(stream.num_shards)]
+            tables[name] = datasets.Dataset.from_list(sum(parts, []), features=stream.features)
+            shards = [len(part) for part in parts] if name == 'train' else shards
     except (TypeError, OSError, ValueError, pyarrow.ArrowException) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f'{data} cannot be streamed, which needs Parquet shards with columns of one type: '
-                        f'{" ".join(str(error).split())}') from error
+        raise DataError(f'{data} cannot be streamed: {" ".join(str(error).split())}') from error
     splits: Dict[str, Any] = check_splits(tables, data, streamed=['train'])
-    stream = source['train']
-    if 'image' not in stream.features:
-        raise DataError(f'{data}, split train, has no column image (it has {", ".join(stream.features)}): rename or '
-                        f'add it.')
-    for column in ('image', 'mask'):
-        if column in stream.features:
-            stream = undecoded(stream, column, f'{data}, split train')
-    if stream.features['image_id'].dtype != 'string':
-        stream = stream.cast_column('image_id', datasets.Value('string'))
-    splits['train'] = StreamedSplit(stream, splits['train'])
+    splits['train'] = StreamedSplit(source['train'], splits['train'], shards)
     return splits
 
 

@@ -1,4 +1,5 @@
 """What a DataLoader is given: images as the network is shown them, the batches of an epoch, and streams."""
+import collections
 import itertools
 import zlib
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
@@ -18,6 +19,7 @@ from .transforms import grey_world, lesion_crop, restore_aspect
 __all__ = ['EpochBatches', 'IsicImages', 'IsicSplit', 'IsicStream', 'diagnosis_array']
 
 SHUFFLE_BUFFER = 1000  # images that a stream holds, undecoded, to draw from
+MANY_EPOCHS = 10 ** 6  # so that a second pass within an epoch has an order and changes of its own
 
 
 def diagnosis_array(labels: Union[np.ndarray, torch.Tensor]) -> np.ndarray:
@@ -218,7 +220,9 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
     """The batches of a training epoch from Parquet shards, for a DataLoader of ``batch_size=None``.
 
     There are as many as EpochBatches gives, of the same sizes. Each process, and each worker of its loader, reads
-    shards of its own, in the order of the epoch; one that has none left begins again, until the epoch is full.
+    shards of its own, in an order of the epoch, where there are enough for all; processes that find a number of shards
+    that they cannot share evenly read all of them and show every so-manieth image. A reader that has none left begins
+    again, until the epoch is full.
     """
 
     def __init__(
@@ -246,17 +250,32 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
         self.stream = split_dataset_by_node(
             split.stream.select_columns(columns), rank=batches.rank, world_size=batches.processes)
         counts = np.bincount(batches.diagnoses.astype(int), minlength=3)
-        present = np.maximum(counts, 1)
         self.copies = batches.patches_per_image * (
-            counts.sum() / present / (counts > 0).sum() if batches.balanced else np.ones(3))
+            counts.sum() / np.maximum(counts, 1) / (counts > 0).sum() if batches.balanced else np.ones(3))
+        self.shards, self.kinds = split.shards, (counts > 0).sum()
+        self.passes = self.rows = 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    @property
-    def max_workers(self) -> int:
-        """Workers that find shards of their own."""
-        return max(self.stream.num_shards, 1)
+    def workers(self, wanted: int) -> int:
+        """How many workers of a loader find shards of their own.
+
+        Args:
+            wanted: No more than so many.
+
+        Raises:
+            DataError: Several readers of shards that lack a diagnosis could not balance them.
+        """
+        workers = min(wanted, self.stream.num_shards)
+        readers = max(workers, 1) * self.batches.processes
+        kinds = [len(set(shard)) for shard in np.split(self.batches.diagnoses, np.cumsum(self.shards)[:-1])]
+        if self.batches.balanced and readers > 1 and min(kinds) < self.kinds:
+            raise DataError(
+                f'The shards of train do not all have every diagnosis, so that {readers} readers (processes times '
+                f'--workers) could not balance them: mix the images before they are written, pass --workers 1 to a '
+                f'single process, or choose --balance weights.')
+        return workers
 
     def __iter__(self) -> Iterator[List]:
         worker = get_worker_info()
@@ -267,10 +286,11 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
 
     def _examples(self) -> Iterator[Tuple]:
         stream = self.stream.map(self._repeat, batched=True).shuffle(self.seed, buffer_size=SHUFFLE_BUFFER)
-        stream.set_epoch(self.epoch)
-        bad = set()
-        while True:
-            shown = 0
+        any_shown, bad = False, []
+        for self.passes in itertools.count():
+            self.rows = 0
+            shown: Dict[str, int] = collections.Counter()  # what a reader has in a pass, no other has in it
+            stream.set_epoch(self.epoch + self.passes * MANY_EPOCHS)
             for cells in stream:
                 image_id = str(cells['image_id'])
                 try:
@@ -281,23 +301,26 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
                                         f'out with --skip-bad-images.') from error
                     if image_id not in bad:
                         print(f'Leaving out the train image {image_id}, which does not decode.', flush=True)
-                        bad.add(image_id)
+                        bad.append(image_id)
                     continue
-                shown += 1
+                occurrence = shown[image_id] + self.passes * MANY_EPOCHS
+                shown[image_id] += 1
+                any_shown = True
                 labels = torch.tensor([cells[label] for label in LABELS], dtype=torch.float32)
-                image, *mask = self.transformed(*prepared, image_id, cells['occurrence'])
+                image, *mask = self.transformed(*prepared, image_id, occurrence)
                 yield image, labels, image_id, *mask
-            if not shown:
-                raise DataError('No train image was left to stream: give fewer processes, or more shards.')
+            if not self.rows:
+                raise DataError('There are more processes than train images to stream: start fewer.')
+            if bad and not any_shown:
+                raise DataError(f'Of the images that one reader streams none decodes ({", ".join(bad[:10])}): '
+                                f'mend them, or read with fewer processes and --workers 1.')
 
     def _repeat(self, rows: Dict[str, List]) -> Dict[str, List]:
         """Each row as often as the epoch shows it; what is left of a whole number is drawn by lot."""
         which: List[int] = []
-        occurrence: List[int] = []
         for i, image_id in enumerate(rows['image_id']):
             expected = self.copies[int(diagnosis_array(np.array([rows[label][i] for label in LABELS])))]
-            lot = np.random.default_rng((self.seed, self.epoch, zlib.crc32(str(image_id).encode()))).random()
-            copies = int(expected) + (lot < expected % 1)
-            which += [i] * copies
-            occurrence += range(copies)
-        return {**{key: [column[i] for i in which] for key, column in rows.items()}, 'occurrence': occurrence}
+            entropy = (self.seed, self.epoch, self.passes, zlib.crc32(str(image_id).encode()))
+            which += [i] * (int(expected) + (np.random.default_rng(entropy).random() < expected % 1))
+        self.rows += len(rows['image_id'])
+        return {key: [column[i] for i in which] for key, column in rows.items()}

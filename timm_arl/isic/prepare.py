@@ -75,7 +75,7 @@ def prepare(args: argparse.Namespace) -> int:
     plan = {
         'longest_side': args.longest_side, 'shard': SHARD, 'skip_bad_images': args.skip_bad_images,
         'images': {name: len(split) for name, split in splits.items()},
-        'labels_or_metadata': hashlib.sha256('\n'.join(tables).encode()).hexdigest(),
+        'table': hashlib.sha256('\n'.join(tables).encode()).hexdigest(),
     }
     _check_target(target, plan)
     (target / 'data').mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,8 @@ def _check_target(target: Path, plan: Dict[str, Any]) -> None:
     record = target / 'prepare.json'
     if record.is_file():
         saved = json.loads(record.read_text())
-        changed = [key for key in plan if saved.get(key) != plan[key]]
+        changed = ['table of ids, labels, age and sex' if key == 'table' else key for key in plan
+                   if saved.get(key) != plan[key]]
         if changed:
             raise DataError(f'{target} was prepared with another {" and ".join(changed)}: choose another folder, or '
                             f'remove this one.')
