@@ -1,45 +1,146 @@
-"""A loopback Hub that serves one repo's files to the real huggingface_hub client."""
-import contextlib
+"""A small loopback Hub that the real huggingface_hub client and timm talk to, with faults on demand."""
 import hashlib
+import json
+import re
+import socket
+import struct
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Any, Dict, List, Union
+
+LFS = ('.safetensors', '.bin', '.parquet')
+COMMIT = 'c0ffee' + '0' * 34
 
 
-@contextlib.contextmanager
-def serve_repo(repo_id: str, files: Dict[str, Path]) -> Iterator[Tuple[str, List[str]]]:
-    """Serve files under /REPO_ID/resolve/main/. Yields the endpoint's url and the list of request lines seen."""
-    requests: List[str] = []
+class Hub:
+    """Repos of one commit, by id: {path: content}. `private` and `gated` name those that want a token of `tokens`."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = 'HTTP/1.1'
+    def __init__(self, repos: Dict[str, Dict[str, Union[bytes, Path]]], tokens=('hf_test',), private=(), gated=()):
+        self.repos = {repo: {path: content if isinstance(content, bytes) else content.read_bytes()
+                             for path, content in files.items()} for repo, files in repos.items()}
+        self.tokens, self.private, self.gated = set(tokens), set(private), set(gated)
+        self.requests: List[str] = []
+        self.faults: List[Dict[str, Any]] = []
+        self.lock = threading.Lock()
+        self.server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
+        self.server.daemon_threads = True
+        self.url = f'http://127.0.0.1:{self.server.server_port}'
 
-        def log_message(self, *args):
-            pass
+    def fault(self, match: str, kind: str, times: int = 1, **options) -> None:
+        """Spoil the next requests whose "METHOD /path" matches.
 
-        def answer(self):
-            requests.append(f'{self.command} {self.path}')
-            prefix = f'/{repo_id}/resolve/main/'
-            path = files.get(self.path[len(prefix):]) if self.path.startswith(prefix) else None
-            body = b'' if path is None else path.read_bytes()
-            self.send_response(200 if path else 404)
-            if path:
-                self.send_header('ETag', f'"{hashlib.sha256(body).hexdigest()}"')
-                self.send_header('X-Repo-Commit', '0' * 40)
-            else:
-                self.send_header('X-Error-Code', 'EntryNotFound')
-            self.send_header('Content-Length', str(len(body)))
-            self.end_headers()
-            if self.command == 'GET':
-                self.wfile.write(body)
+        Args:
+            match: Regular expression.
+            kind: 'status' (code), 'reset' and 'close' (after so many bytes), 'short' (announced and sent), 'corrupt'
+                (the byte at), 'stall' (seconds).
+            times: How many; -1 for all.
+            **options: Of the kind, in brackets above.
+        """
+        self.faults.append(dict(options, match=re.compile(match), kind=kind, times=times))
 
-        do_GET = do_HEAD = answer
+    def env(self, home: Path, **extra: str) -> Dict[str, str]:
+        """What a client process needs to find this Hub instead of the real one."""
+        return {'HF_ENDPOINT': self.url, 'HF_HOME': str(home), 'NO_PROXY': '127.0.0.1,localhost',
+                'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
+                'HF_HUB_ETAG_TIMEOUT': '1', 'HF_HUB_DOWNLOAD_TIMEOUT': '1', **extra}
 
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f'http://127.0.0.1:{server.server_port}', requests
-    finally:
-        server.shutdown()
-        server.server_close()
+    def __enter__(self) -> 'Hub':
+        threading.Thread(target=self.server.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    hub: Hub
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        hub, line = self.hub, f'{self.command} {self.path}'
+        with hub.lock:
+            hub.requests.append(line)
+            fault = next((f for f in hub.faults if f['times'] and f['match'].search(line)), {'kind': None})
+            if fault['kind']:
+                fault['times'] -= 1
+        if fault['kind'] == 'status':
+            return self.answer(fault['code'], b'{"error": "a fault"}')
+        if fault['kind'] == 'stall':
+            time.sleep(fault['seconds'])
+        if fault['kind'] == 'reset' and 'after' not in fault:
+            return self.reset()
+        return self.answer(*self.found(), fault)
+
+    do_HEAD = do_GET
+
+    def found(self):
+        if self.path.startswith('/_cdn/'):
+            digest = self.path.split('/')[2]
+            content = next(c for files in self.hub.repos.values() for c in files.values()
+                           if hashlib.sha256(c).hexdigest() == digest)
+            return 200, content, {'ETag': f'"{digest}"'}
+        token = self.headers.get('Authorization', '').removeprefix('Bearer ')
+        if token and token not in self.hub.tokens:
+            return 401, b'{"error": "bad"}', {'X-Error-Message': 'Invalid credentials in Authorization header'}
+        match = re.fullmatch(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', self.path)
+        api = re.fullmatch(r'/api/models/([^/]+/[^/]+)(/revision/[^/]+)?', self.path)
+        repo, revision, path = match.groups() if match else (api.group(1) if api else '', 'main', None)
+        if repo not in self.hub.repos or (repo in self.hub.private and not token):
+            return 401 if not token else 404, b'{}', {'X-Error-Code': 'RepoNotFound'}
+        if repo in self.hub.gated and not token:
+            return 401, b'{}', {'X-Error-Code': 'GatedRepo'}
+        if api:
+            siblings = [{'rfilename': name} for name in self.hub.repos[repo]]
+            return 200, json.dumps({'id': repo, 'sha': COMMIT, 'siblings': siblings, 'private': False}).encode(), {}
+        if revision not in ('main', COMMIT):
+            return 404, b'{}', {'X-Error-Code': 'RevisionNotFound'}
+        content = self.hub.repos[repo].get(path)
+        if content is None:
+            return 404, b'{}', {'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': COMMIT}
+        if path.endswith(LFS):
+            digest = hashlib.sha256(content).hexdigest()
+            return 302, b'', {
+                'X-Repo-Commit': COMMIT, 'X-Linked-Etag': f'"{digest}"', 'X-Linked-Size': str(len(content)),
+                'Location': f'{self.hub.url}/_cdn/{digest}/{repo}'.replace('127.0.0.1', 'localhost')}  # another host's
+        digest = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+        return 200, content, {'X-Repo-Commit': COMMIT, 'ETag': f'"{digest}"'}
+
+    def answer(self, status, content, headers=None, fault=None):
+        fault = fault or {'kind': None}
+        headers = {'Accept-Ranges': 'bytes', **(headers or {})}
+        wanted = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range') or '')
+        if wanted and status == 200:
+            first, last = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
+            headers['Content-Range'] = f'bytes {first}-{last}/{len(content)}'
+            status, content = 206, content[first:last + 1]
+        if fault['kind'] == 'corrupt' and content:
+            at = fault.get('at', len(content) // 2)
+            content = content[:at] + bytes([content[at] ^ 0xff]) + content[at + 1:]
+        if fault['kind'] == 'short':
+            content = content[:fault['after']]
+        self.send_response(status)
+        for name, value in {'Content-Length': str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == 'HEAD':
+            return
+        if fault['kind'] in ('reset', 'close'):
+            self.wfile.write(content[:fault['after']])
+            self.wfile.flush()
+            self.close_connection = True
+            if fault['kind'] == 'reset':
+                time.sleep(0.2)  # a reset throws away what was sent and not yet read
+                self.reset()
+            return
+        self.wfile.write(content)
+
+    def reset(self):
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        self.connection.close()

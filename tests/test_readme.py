@@ -7,7 +7,7 @@ import sys
 import pytest
 import safetensors.torch
 import timm
-from hub import serve_repo
+from hub import Hub
 from PIL import Image
 
 import timm_arl  # noqa: F401  registers the models
@@ -22,9 +22,8 @@ print('ALPHAS', len(alphas), *set(alphas.values()))
 def test_python_example_with_weights_from_timms_repo_on_the_hub(repo, resnet50_file, tmp_path):
     (example,) = re.findall(r'```python\n(.*?)```', (repo / 'README.md').read_text(), re.DOTALL)
     Image.new('RGB', (600, 450), (200, 150, 130)).save(tmp_path / 'lesion.jpg')
-    with serve_repo('timm/resnet50.a1_in1k', {'model.safetensors': resnet50_file}) as (endpoint, requests):
-        env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / 'hf'), HF_HUB_DISABLE_XET='1',
-                   HF_HUB_OFFLINE='0', HF_HUB_DISABLE_TELEMETRY='1')
+    with Hub({'timm/resnet50.a1_in1k': {'model.safetensors': resnet50_file}}) as hub:
+        env = dict(os.environ, **hub.env(tmp_path / 'hf', HF_HUB_OFFLINE='0'))
         done = subprocess.run(
             [sys.executable, '-c', example + SHOW], env=env, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -34,8 +33,8 @@ def test_python_example_with_weights_from_timms_repo_on_the_hub(repo, resnet50_f
     expected = safetensors.torch.load_file(resnet50_file)['conv1.weight'].double().sum().item()
     assert shown['SUM'] == [pytest.approx(expected, abs=1e-9)]
     # the safetensors file, once, and never a pickle
-    assert [r for r in requests if r.startswith('GET')] == ['GET /timm/resnet50.a1_in1k/resolve/main/model.safetensors']
-    assert not [r for r in requests if '.bin' in r]
+    resolved = {r.partition('/resolve/')[2].partition('/')[2] for r in hub.requests if '/resolve/' in r}
+    assert resolved == {'model.safetensors'} and len([r for r in hub.requests if 'GET /_cdn' in r]) == 1
 
 
 def test_model_table(repo):

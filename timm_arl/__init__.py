@@ -2,6 +2,9 @@
 from . import arl_cnn, baselines
 from .arl_cnn import ARLCNN, ARLBottleneck
 from .attention import attention_mask, attention_residual
+from .pretrained import WeightsError
 
 __version__ = '0.1.0'
-__all__ = ['ARLCNN', 'ARLBottleneck', 'arl_cnn', 'attention_mask', 'attention_residual', 'baselines']
+__all__ = [
+    'ARLCNN', 'ARLBottleneck', 'WeightsError', 'arl_cnn', 'attention_mask', 'attention_residual', 'baselines',
+]

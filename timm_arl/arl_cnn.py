@@ -15,6 +15,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch.nn.modules.module import _has_any_global_hook
 
 from .attention import ATTENTIONS, MASK_SCALES, can_fuse, fused_attention_residual, fused_block_tail
+from .pretrained import local_weights
 
 __all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
 
@@ -187,6 +188,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 
 def _create_arl_cnn(variant: str, pretrained: bool = False, **kwargs) -> ARLCNN:
+    if pretrained:
+        kwargs = local_weights(variant, kwargs)
     return build_model_with_cfg(ARLCNN, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 

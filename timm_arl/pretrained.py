@@ -1,21 +1,56 @@
 """Finding, checking and loading weights."""
 import difflib
+import hashlib
+import sys
+import time
 from pathlib import Path
-from typing import Any, List, Union, cast
+from typing import Any, Dict, List, Optional, Tuple, Union, cast
 
+import huggingface_hub
 import safetensors
 import safetensors.torch
 import timm
 import torch.nn as nn
-from timm.models import clean_state_dict
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from timm.models import clean_state_dict, resolve_pretrained_cfg
 
-from .arl_cnn import ARLCNN, checkpoint_filter_fn
+__all__ = ['WeightsError', 'create_for_task', 'fetch_weights', 'load_weights_file', 'local_weights']
 
-__all__ = ['WeightsError', 'create_for_task', 'load_weights_file']
+ATTEMPTS = 4
+LOCAL_FILE = "pass a file of your own by pretrained_cfg_overlay=dict(file='model.safetensors')"
 
 
 class WeightsError(RuntimeError):
-    """Weights that cannot be had or do not fit; the message names them, the cause and the remedy."""
+    """Weights that cannot be had or do not fit; the message names them, the cause and the remedy.
+
+    Attributes:
+        repo, file, revision: Where they were looked for on the Hub, or None.
+        cause: What went wrong.
+        remedy: What to do.
+    """
+
+    def __init__(
+            self,
+            message: str = '',
+            *,
+            repo: Optional[str] = None,
+            file: Optional[str] = None,
+            revision: Optional[str] = None,
+            cause: str = '',
+            remedy: str = '',
+    ) -> None:
+        super().__init__(message or f'{file} of {repo} (revision {revision}) cannot be had from '
+                                    f'{huggingface_hub.constants.ENDPOINT}: {cause}; {remedy}.')
+        self.repo, self.file, self.revision = repo, file, revision
+        self.cause, self.remedy = cause or message, remedy
 
 
 def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
@@ -29,13 +64,21 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
     Raises:
         WeightsError: An unknown model or tag, a model without weights, or weights that cannot be had.
     """
+    if name.startswith(('hf-hub:', 'hf_hub:')):
+        repo, _, revision = name.partition(':')[2].partition('@')
+        fetch_weights(repo, 'config.json', revision or None)  # timm reads it from the cache, whole or not
     if ':' not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise WeightsError(f'Unknown model {name}: ' + (f'did you mean {" or ".join(near)}? ' if near else '')
                            + "timm.list_models('arl_*') lists the family.")
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:
+        if not (isinstance(error, (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError))
+                or is_of_network(error)):
+            raise
         raise WeightsError(f'Model {name} cannot be created{" with its weights" if pretrained else ""}: '
                            f'{" ".join(str(error).split())}') from error
 
@@ -56,6 +99,7 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
     Raises:
         WeightsError: No such file, another format, tensors that do not fit the model, or another kind of attention.
     """
+    from .arl_cnn import ARLCNN, checkpoint_filter_fn  # which fetches its weights by this module
     path = Path(path)
     file = path / 'model.safetensors' if path.is_dir() else path
     if not file.is_file():
@@ -68,7 +112,6 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
     state_dict = dict(clean_state_dict(state_dict))
     if isinstance(model, ARLCNN):
         state_dict = checkpoint_filter_fn(state_dict, model)
-
         _check_attention(model, file)
 
     own = model.state_dict()
@@ -88,12 +131,159 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
     return sorted(own.keys() & set(left), reverse=True)
 
 
-def _check_attention(model: ARLCNN, file: Path) -> None:
+def _check_attention(model: Any, file: Path) -> None:
     """Refuse weights whose config.json beside them tells of another mask: every tensor would fit, and mean another."""
     config = file.with_name('config.json')
     if not config.is_file():
         return
     saved = create_for_task(f'local-dir:{file.parent}', device='meta')
-    if isinstance(saved, ARLCNN) and (saved.attention, saved.mask_scale) != (model.attention, model.mask_scale):
-        raise WeightsError(f'{file} was trained with {saved.attention} attention and mask_scale {saved.mask_scale}, '
-                           f'not {model.attention} and {model.mask_scale}: choose the model it was saved from.')
+    kind = getattr(saved, 'attention', None), getattr(saved, 'mask_scale', None)
+    if isinstance(saved, type(model)) and kind != (model.attention, model.mask_scale):
+        raise WeightsError(f'{file} was trained with {kind[0]} attention and mask_scale {kind[1]}, not '
+                           f'{model.attention} and {model.mask_scale}: choose the model it was saved from.')
+
+
+def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Keyword arguments of a timm entry point, with weights of the Hub replaced by their verified file on this disk.
+
+    Args:
+        variant: Model name.
+        kwargs: What the entry point was called with, pretrained=True apart.
+
+    Raises:
+        WeightsError: As fetch_weights.
+    """
+    overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    if cfg.state_dict or cfg.file or not cfg.hf_hub_id or cfg.source not in (None, '', 'hf-hub'):
+        return kwargs
+    repo, _, revision = cfg.hf_hub_id.partition('@')
+    path = fetch_weights(repo, cfg.hf_hub_filename or 'model.safetensors', revision or None,
+                         cache_dir=kwargs.get('cache_dir'))
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(path), 'source': ''}}
+
+
+def fetch_weights(
+        repo: str,
+        file: str = 'model.safetensors',
+        revision: Optional[str] = None,
+        sha256: Optional[str] = None,
+        cache_dir: Union[str, Path, None] = None,
+) -> Path:
+    """A file of a Hub repo in the local cache, from there if it is whole, else downloaded.
+
+    What is in the cache is used without asking the Hub. Either way the content must have the digest that the Hub gave
+    for it (sha256, or git's of a small file) and `sha256` where that is known; a damaged copy is fetched anew, once.
+
+    Args:
+        repo: Repo id.
+        file: File in it; never a pickle.
+        revision: Branch, tag or commit, by default main.
+        sha256: Digest that the file must have.
+        cache_dir: Instead of huggingface_hub's own.
+
+    Returns:
+        Path in the cache.
+
+    Raises:
+        WeightsError: It cannot be had; with repo, file, revision, cause and remedy.
+    """
+    where: Dict[str, Any] = dict(repo=repo, file=file, revision=revision or 'main')
+    if not file.endswith(('.safetensors', '.json')):
+        raise WeightsError(**where, cause='it is no .safetensors file', remedy='only those are opened, never a pickle')
+    request: Dict[str, Any] = dict(repo_id=repo, filename=file, revision=revision, cache_dir=cache_dir)
+    force = False
+    try:
+        path = Path(huggingface_hub.hf_hub_download(**request, local_files_only=True))
+        if _is_whole(path, sha256):
+            return path
+        force = True
+        _say(f'{file} of {repo} in the cache is damaged: downloading it again.')
+    except (LocalEntryNotFoundError, OSError):
+        pass
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            # asked for by itself, since hf_hub_download retries a failing request for half a minute without a word
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, file, revision=revision))
+            path = Path(huggingface_hub.hf_hub_download(**request, force_download=force))
+        except Exception as error:
+            cause, remedy, again = _diagnose(error, repo)
+            if not cause:
+                raise
+            if not again or attempt == ATTEMPTS:
+                raise WeightsError(**where, cause=cause, remedy=remedy) from error
+            _say(f'{file} of {repo}: {cause}; trying again ({attempt} of {ATTEMPTS - 1}).')
+            time.sleep(2 ** (attempt - 1) / 2)
+            continue
+        if _is_whole(path, sha256):
+            return path
+        if force:
+            path.resolve().unlink()  # or others that use the cache would load it
+            break
+        force = True
+        _say(f'{file} of {repo} came damaged: downloading it again.')
+    raise WeightsError(**where, cause='what was downloaded has another digest than it should have', remedy=(
+        f'the file or the way to it was tampered with or is faulty: try another network or mirror (HF_ENDPOINT), or '
+        f'{LOCAL_FILE}'))
+
+
+def is_of_network(error: BaseException) -> bool:
+    """Whether an error is of the HTTP library that huggingface_hub happens to use, or of a socket."""
+    library = type(error).__module__.partition('.')[0]
+    return library in ('httpx', 'httpx2', 'httpcore', 'requests', 'urllib3') or isinstance(
+        error, (ConnectionError, TimeoutError))
+
+
+def _diagnose(error: Exception, repo: str) -> Tuple[str, str, bool]:
+    """Cause, remedy, and whether to try again; an empty cause for an error that has nothing to do with the Hub."""
+    text = ' '.join(str(error).split())
+    page = f'{huggingface_hub.constants.ENDPOINT}/{repo}'
+    mirror = f'check the network, set HF_ENDPOINT to a mirror, or {LOCAL_FILE}'
+    if isinstance(error, OfflineModeIsEnabled) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return ('it is not in the cache and HF_HUB_OFFLINE is set',
+                f'unset that and load it once with a network, or {LOCAL_FILE}', False)
+    if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError too
+        return ('the repo is gated and this account has no access',
+                f'ask for it at {page}, then log in (hf auth login, or HF_TOKEN)', False)
+    if isinstance(error, RepositoryNotFoundError):
+        return ('there is no such repo, or it is private',
+                f'look at {page}; for a private one log in (hf auth login, or HF_TOKEN)', False)
+    if isinstance(error, RevisionNotFoundError):
+        return 'there is no such revision', f'choose one of {page}/commits/main', False
+    if isinstance(error, LocalEntryNotFoundError):
+        return f'it is not in the cache and the Hub cannot be reached ({text})', mirror, True
+    if isinstance(error, EntryNotFoundError):
+        return ('there is no such file in the repo',
+                f'look at {page}/tree/main; weights in another format (.bin) are not opened', False)
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    if isinstance(error, HfHubHTTPError) and status in (401, 403):
+        return (f'the Hub refused the request ({status})',
+                'the token is wrong or has no access: log in anew (hf auth login), or unset HF_TOKEN', False)
+    if isinstance(error, HfHubHTTPError):
+        return f'the Hub answered {status or text}', mirror, status is None or status == 429 or status >= 500
+    if is_of_network(error):
+        return f'the connection failed ({type(error).__name__}: {text})', mirror, True
+    if isinstance(error, OSError) and 'onsistency check' in text:
+        return 'what came was shorter or longer than announced', mirror, True
+    if isinstance(error, OSError):
+        return f'it could not be stored ({text})', 'make room in, or allow writing to, the cache (HF_HOME)', False
+    return '', '', False
+
+
+def _is_whole(path: Path, sha256: Optional[str]) -> bool:
+    """Whether a cached file has the digest it should have, and the one of the Hub, which is the name of its blob."""
+    name = path.resolve().name
+    content = hashlib.sha256()
+    blob = hashlib.sha1(b'blob %d\0' % path.stat().st_size, usedforsecurity=False)  # git's, of a file not in LFS
+    with path.open('rb') as stream:
+        while block := stream.read(2 ** 20):
+            content.update(block)
+            blob.update(block)
+    if sha256 is not None and content.hexdigest() != sha256:
+        return False
+    named = len(name) in (40, 64) and set(name) <= set('0123456789abcdef')  # no such name where links are not possible
+    return not named or name in (content.hexdigest(), blob.hexdigest())
+
+
+def _say(line: str) -> None:
+    print(f'timm_arl: {line}', file=sys.stderr, flush=True)

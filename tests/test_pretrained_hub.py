@@ -1,0 +1,195 @@
+"""Weights from a Hub that fails in every way a Hub can, by the real client: the right result, or one clear error."""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub import Hub
+
+import timm_arl  # noqa: F401  registers the models
+
+# in a process of its own, since huggingface_hub reads the environment when it is imported: a line of JSON for each repo
+CLIENT = """
+import json, os, sys, time
+import timm, timm_arl, torch
+from timm_arl.pretrained import create_for_task
+for line in sys.stdin:
+    job = json.loads(line)
+    os.environ.pop('HF_TOKEN', None)
+    os.environ.update(job.get('env', {}))
+    start = time.time()
+    try:
+        if 'name' in job:
+            model = create_for_task(job['name'], pretrained=True)
+        else:
+            model = timm.create_model('arl_cnn14', pretrained=True, num_classes=2, pretrained_cfg_overlay=dict(
+                hf_hub_id=job['repo'], hf_hub_filename='model.safetensors', num_classes=2))
+        result = dict(sum=sum(p.double().sum().item() for p in model.parameters()))
+    except timm_arl.WeightsError as error:
+        result = dict(error=str(error), repo=error.repo, file=error.file, revision=error.revision)
+    except Exception as error:
+        result = dict(raw=repr(error))
+    print(json.dumps(dict(result, seconds=time.time() - start)), flush=True)
+    print('END', file=sys.stderr, flush=True)
+"""
+GET = 'GET /_cdn/.*/{}'
+RESOLVE = 'HEAD /{}/resolve/.*model.safetensors'
+LOADS = [  # repo, faults
+    ('row/01-500-on-head', [(RESOLVE, 'status', dict(code=500))]),
+    ('row/01-429-on-head', [(RESOLVE, 'status', dict(code=429))]),
+    ('row/02-503-on-get', [(GET, 'status', dict(code=503))]),
+    ('row/03-reset-in-get', [(GET, 'reset', dict(after=10 ** 6))]),
+    ('row/03-reset-on-head', [(RESOLVE, 'reset', {})]),
+    ('row/05-early-close', [(GET, 'close', dict(after=10 ** 6))]),
+    ('row/06-short-body', [(GET, 'short', dict(after=10 ** 6))]),
+    ('row/07-stall', [(GET, 'stall', dict(seconds=2))]),
+    ('row/08-wrong-byte', [(GET, 'corrupt', {})]),
+    ('row/09-wrong-header', [(GET, 'corrupt', dict(at=20))]),
+]
+REFUSED = [  # repo, faults, what the message says
+    ('row/08-always-wrong', [(GET, 'corrupt', dict(times=-1))], 'another digest .*HF_ENDPOINT'),
+    ('row/11-missing', [], 'no such repo, or it is private.*log in'),
+    ('row/13-gated', [], 'gated .*ask for it at http://127.0.0.1.*/row/13-gated'),
+    ('row/15-no-weights', [], 'no such file in the repo.*.bin'),
+    ('row/16-head-fails-and-bin', [(RESOLVE, 'status', dict(code=500, times=-1))], 'answered 500.*HF_ENDPOINT'),
+    ('row/20-pickle-alone', [], 'no such file in the repo'),
+]
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    model = timm.create_model('arl_cnn14', num_classes=2)
+    path = tmp_path_factory.mktemp('weights') / 'model.safetensors'
+    safetensors.torch.save_file(model.state_dict(), path)
+    config = dict(architecture='arl_cnn14', num_classes=2, pretrained_cfg=dict(model.pretrained_cfg, num_classes=2))
+    return path, json.dumps(config).encode(), sum(p.double().sum().item() for p in model.parameters())
+
+
+@pytest.fixture(scope='module')
+def hub(weights):
+    path, config, _ = weights
+    files = {'model.safetensors': path, 'config.json': config}
+    repos = {repo: files for repo, *_ in [*LOADS, *REFUSED] if repo != 'row/11-missing'}
+    repos.update({'row/15-no-weights': {'config.json': config, 'pytorch_model.bin': b'x'},
+                  'row/16-head-fails-and-bin': {**files, 'pytorch_model.bin': b'x'},
+                  'row/20-pickle-alone': {'pytorch_model.bin': b'x'}, 'row/whole': files, 'row/private': files,
+                  'row/10-wrong-config': files, 'row/10-always-wrong-config': files})
+    with Hub(repos, private=['row/private'], gated=['row/13-gated']) as hub:
+        for repo, faults, *_ in [*LOADS, *REFUSED]:
+            for match, kind, options in faults:
+                hub.fault(match.format(repo), kind, **options)
+        yield hub
+
+
+class Client:
+    def __init__(self, env):
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', CLIENT], env={**os.environ, **env}, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def __call__(self, **job):
+        """What came of it, and what was said meanwhile."""
+        self.process.stdin.write(json.dumps(job) + '\n')
+        self.process.stdin.flush()
+        said = ''
+        while not said.endswith('END\n'):
+            line = self.process.stderr.readline()
+            assert line, said
+            said += line
+        return json.loads(self.process.stdout.readline()), said
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp('home')
+
+
+@pytest.fixture(scope='module')
+def client(hub, home):
+    client = Client(hub.env(home))
+    yield client
+    client.close()
+
+
+def left_behind(home):
+    return [p for p in home.rglob('*') if p.name.endswith(('.incomplete', '.tmp'))]
+
+
+@pytest.mark.parametrize('repo', [repo for repo, _ in LOADS])
+def test_faults_that_pass(client, home, weights, repo):
+    result, said = client(repo=repo)
+    assert result.get('sum') == weights[2], (result, said)
+    assert result['seconds'] < 20
+    if repo[4:6] not in ('05', '07'):  # which the client resumes by itself
+        assert repo in said and ('trying again' in said or 'downloading it again' in said)
+    assert left_behind(home) == []
+
+
+@pytest.mark.parametrize('repo, message', [(repo, message) for repo, _, message in REFUSED])
+def test_faults_that_stay(client, home, hub, repo, message):
+    result, said = client(repo=repo)
+    assert 'error' in result, (result, said)
+    assert (result['repo'], result['file'], result['revision']) == (repo, 'model.safetensors', 'main')
+    assert re.search(message, result['error'])
+    assert repo in result['error'] and '\n' not in result['error'] and result['seconds'] < 10
+    assert not [r for r in hub.requests if '.bin' in r]
+    assert left_behind(home) == [] and not list((home / 'hub').glob(f'models--{repo.replace("/", "--")}/blobs/*'))
+
+
+def test_private_and_wrong_tokens_and_revisions(client, weights):
+    assert 'no such repo, or it is private' in client(repo='row/private')[0]['error']
+    result, _ = client(repo='row/private', env=dict(HF_TOKEN='hf_wrong'))
+    assert 'the token is wrong or has no access' in result['error'] and result['seconds'] < 5
+    assert client(repo='row/private', env=dict(HF_TOKEN='hf_test'))[0]['sum'] == weights[2]
+    result, _ = client(repo='row/whole@v9')
+    assert 'there is no such revision' in result['error'] and result['revision'] == 'v9'
+
+
+def test_a_config_with_a_wrong_byte(client, hub, weights):
+    hub.fault('GET /row/10-wrong-config/resolve/.*/config.json', 'corrupt', at=20)
+    assert client(name='hf-hub:row/10-wrong-config')[0].get('sum') == weights[2]
+    hub.fault('GET /row/10-always-wrong-config/resolve/.*/config.json', 'corrupt', at=20, times=-1)
+    result, _ = client(name='hf-hub:row/10-always-wrong-config')
+    assert 'another digest' in result['error'] and result['file'] == 'config.json'
+
+
+def test_warm_cache(client, hub, home, weights):
+    assert client(repo='row/whole')[0]['sum'] == weights[2]
+    hub.fault('HEAD /row/whole/', 'reset', times=-1)
+    result, said = client(repo='row/whole')
+    assert result['sum'] == weights[2] and 'timm_arl' not in said and result['seconds'] < 3
+    hub.faults.clear()
+    (blob,) = (home / 'hub' / 'models--row--whole' / 'blobs').iterdir()
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 2] ^= 1
+    blob.write_bytes(content)
+    result, said = client(repo='row/whole')
+    assert result['sum'] == weights[2] and 'in the cache is damaged: downloading it again' in said
+
+
+def test_without_a_network(hub, home, client, weights):
+    assert client(repo='row/whole')[0]['sum'] == weights[2]  # in the cache of home
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        nowhere = f'http://127.0.0.1:{free.getsockname()[1]}'
+    for env, message in ((dict(HF_ENDPOINT=nowhere), 'the connection failed'),
+                         (dict(HF_HUB_OFFLINE='1'), 'not in the cache and HF_HUB_OFFLINE is set; unset that')):
+        lone = Client({**hub.env(home), **env})
+        assert lone(repo='row/whole')[0]['sum'] == weights[2]
+        start = time.time()
+        result, said = lone(repo='row/cold')
+        assert all(part in result['error'] for part in (message, 'row/cold', 'pretrained_cfg_overlay'))
+        assert time.time() - start < 10 and ('trying again (1 of 3)' in said) == ('HF_ENDPOINT' in env)
+        lone.close()
