@@ -25,4 +25,6 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --editable '.[dev]'
+	rm -rf $(VENV)/hub1
+	$(BIN)/python -m pip install --quiet --target $(VENV)/hub1 'huggingface-hub<2'  # tested beside the newest
 	touch $@

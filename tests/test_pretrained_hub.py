@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -18,7 +19,7 @@ import timm_arl  # noqa: F401  registers the models
 # in a process of its own, since huggingface_hub reads the environment when it is imported: a line of JSON for each repo
 CLIENT = """
 import json, os, sys, time
-import timm, timm_arl, torch
+import huggingface_hub, timm, timm_arl, torch
 from timm_arl.pretrained import create_for_task
 for line in sys.stdin:
     job = json.loads(line)
@@ -31,7 +32,7 @@ for line in sys.stdin:
         else:
             model = timm.create_model('arl_cnn14', pretrained=True, num_classes=2, pretrained_cfg_overlay=dict(
                 hf_hub_id=job['repo'], hf_hub_filename='model.safetensors', num_classes=2))
-        result = dict(sum=sum(p.double().sum().item() for p in model.parameters()))
+        result = dict(sum=sum(p.double().sum().item() for p in model.parameters()), hub=huggingface_hub.__version__)
     except timm_arl.WeightsError as error:
         result = dict(error=str(error), repo=error.repo, file=error.file, revision=error.revision)
     except Exception as error:
@@ -63,6 +64,17 @@ REFUSED = [  # repo, faults, what the message says
 ]
 
 
+@pytest.fixture(scope='module', params=['newest', 'huggingface_hub 1'])
+def library(request):
+    """The environment that gives a process one version of huggingface_hub or another."""
+    if request.param == 'newest':
+        return {}
+    folder = Path(sys.prefix) / 'hub1'
+    if not folder.is_dir():
+        pytest.skip(f'no huggingface_hub 1 in {folder}, where make test puts it')
+    return {'PYTHONPATH': os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')])}
+
+
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
     torch.manual_seed(0)
@@ -74,7 +86,7 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def hub(weights):
+def hub(weights, library):
     path, config, _ = weights
     files = {'model.safetensors': path, 'config.json': config}
     repos = {repo: files for repo, *_ in [*LOADS, *REFUSED] if repo != 'row/11-missing'}
@@ -112,13 +124,13 @@ class Client:
 
 
 @pytest.fixture(scope='module')
-def home(tmp_path_factory):
+def home(tmp_path_factory, library):
     return tmp_path_factory.mktemp('home')
 
 
 @pytest.fixture(scope='module')
-def client(hub, home):
-    client = Client(hub.env(home))
+def client(hub, home, library):
+    client = Client({**hub.env(home), **library})
     yield client
     client.close()
 
@@ -165,8 +177,9 @@ def test_a_config_with_a_wrong_byte(client, hub, weights):
     assert 'another digest' in result['error'] and result['file'] == 'config.json'
 
 
-def test_warm_cache(client, hub, home, weights):
-    assert client(repo='row/whole')[0]['sum'] == weights[2]
+def test_warm_cache(client, hub, home, library, weights):
+    result, _ = client(repo='row/whole')
+    assert result['sum'] == weights[2] and result['hub'].startswith('1.') == bool(library)
     hub.fault('HEAD /row/whole/', 'reset', times=-1)
     result, said = client(repo='row/whole')
     assert result['sum'] == weights[2] and 'timm_arl' not in said and result['seconds'] < 3
@@ -179,14 +192,14 @@ def test_warm_cache(client, hub, home, weights):
     assert result['sum'] == weights[2] and 'in the cache is damaged: downloading it again' in said
 
 
-def test_without_a_network(hub, home, client, weights):
+def test_without_a_network(hub, home, client, library, weights):
     assert client(repo='row/whole')[0]['sum'] == weights[2]  # in the cache of home
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         nowhere = f'http://127.0.0.1:{free.getsockname()[1]}'
     for env, message in ((dict(HF_ENDPOINT=nowhere), 'the connection failed'),
                          (dict(HF_HUB_OFFLINE='1'), 'not in the cache and HF_HUB_OFFLINE is set; unset that')):
-        lone = Client({**hub.env(home), **env})
+        lone = Client({**hub.env(home), **library, **env})
         assert lone(repo='row/whole')[0]['sum'] == weights[2]
         start = time.time()
         result, said = lone(repo='row/cold')
