@@ -1,4 +1,5 @@
 """A small loopback Hub that the real huggingface_hub client and timm talk to, with faults on demand."""
+import base64
 import hashlib
 import json
 import re
@@ -20,6 +21,8 @@ class Hub:
     def __init__(self, repos: Dict[str, Dict[str, Union[bytes, Path]]], tokens=('hf_test',), private=(), gated=()):
         self.repos = {repo: {path: content if isinstance(content, bytes) else content.read_bytes()
                              for path, content in files.items()} for repo, files in repos.items()}
+        self.commits: Dict[str, List[str]] = {repo: ['first'] for repo in repos}  # titles
+        self.blobs: Dict[str, bytes] = {}  # of LFS, sent and not yet committed
         self.tokens, self.private, self.gated = set(tokens), set(private), set(gated)
         self.requests: List[str] = []
         self.faults: List[Dict[str, Any]] = []
@@ -55,6 +58,10 @@ class Hub:
         self.server.server_close()
 
 
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     hub: Hub
@@ -77,9 +84,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reset()
         return self.answer(*self.found(), fault)
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def found(self):
+        self.sent = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        if self.path.startswith('/_lfs/'):
+            self.hub.blobs[hashlib.sha256(self.sent).hexdigest()] = self.sent
+            return 200, b'', {}
         if self.path.startswith('/_cdn/'):
             digest = self.path.split('/')[2]
             content = next(c for files in self.hub.repos.values() for c in files.values()
@@ -88,15 +99,22 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get('Authorization', '').removeprefix('Bearer ')
         if token and token not in self.hub.tokens:
             return 401, b'{"error": "bad"}', {'X-Error-Message': 'Invalid credentials in Authorization header'}
+        if self.command in ('POST', 'PUT'):
+            return self.written(token)
         match = re.fullmatch(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', self.path)
-        api = re.fullmatch(r'/api/models/([^/]+/[^/]+)(/revision/[^/]+)?', self.path)
+        api = re.fullmatch(r'/api/models/([^/]+/[^/?]+)(/revision/[^/?]+|/tree/[^/?]+)?(\?.*)?', self.path)
         repo, revision, path = match.groups() if match else (api.group(1) if api else '', 'main', None)
         if repo not in self.hub.repos or (repo in self.hub.private and not token):
             return 401 if not token else 404, b'{}', {'X-Error-Code': 'RepoNotFound'}
         if repo in self.hub.gated and not token:
             return 401, b'{}', {'X-Error-Code': 'GatedRepo'}
+        if api and (api[2] or '').startswith('/tree'):
+            return 200, json.dumps([{
+                'type': 'file', 'path': name, 'size': len(content), 'oid': git_sha1(content),
+                **({'lfs': {'oid': hashlib.sha256(content).hexdigest(), 'size': len(content), 'pointerSize': 134}}
+                   if name.endswith(LFS) else {})} for name, content in self.hub.repos[repo].items()]).encode(), {}
         if api:
-            siblings = [{'rfilename': name} for name in self.hub.repos[repo]]
+            siblings = [self.sibling(name, content) for name, content in self.hub.repos[repo].items()]
             return 200, json.dumps({'id': repo, 'sha': COMMIT, 'siblings': siblings, 'private': False}).encode(), {}
         if revision not in ('main', COMMIT):
             return 404, b'{}', {'X-Error-Code': 'RevisionNotFound'}
@@ -108,8 +126,49 @@ class _Handler(BaseHTTPRequestHandler):
             return 302, b'', {
                 'X-Repo-Commit': COMMIT, 'X-Linked-Etag': f'"{digest}"', 'X-Linked-Size': str(len(content)),
                 'Location': f'{self.hub.url}/_cdn/{digest}/{repo}'.replace('127.0.0.1', 'localhost')}  # another host's
-        digest = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-        return 200, content, {'X-Repo-Commit': COMMIT, 'ETag': f'"{digest}"'}
+        return 200, content, {'X-Repo-Commit': COMMIT, 'ETag': f'"{git_sha1(content)}"'}
+
+    def sibling(self, name, content):
+        about = {'rfilename': name, 'size': len(content), 'blobId': git_sha1(content)}
+        if name.endswith(LFS):
+            digest = hashlib.sha256(content).hexdigest()
+            about['lfs'] = {'sha256': digest, 'size': len(content), 'pointerSize': 134}
+        return about
+
+    def written(self, token):
+        """What a push does, in the order in which it does it."""
+        hub, path = self.hub, self.path.partition('?')[0]
+        if path == '/api/validate-yaml':
+            return 200, b'{"errors": [], "warnings": []}', {}
+        if not token:
+            return 401, b'{"error": "no token"}', {}
+        if path == '/api/repos/create':
+            about = json.loads(self.sent)
+            repo = f"{about.get('organization') or 'user'}/{about['name']}"
+            reply = json.dumps({'url': f'{hub.url}/{repo}'}).encode()
+            if repo in hub.repos:
+                return 409, reply, {}
+            hub.repos[repo], hub.commits[repo] = {}, ['first']
+            if about.get('private') or about.get('visibility') == 'private':
+                hub.private.add(repo)
+            return 200, reply, {}
+        if path.endswith('.git/info/lfs/objects/batch'):
+            objects = [{**o, **({} if o['oid'] in hub.blobs else {'actions': {'upload': {
+                'href': f'{hub.url}/_lfs/{o["oid"]}'}}})} for o in json.loads(self.sent)['objects']]
+            return 200, json.dumps({'transfer': 'basic', 'objects': objects}).encode(), {}
+        repo, action = re.fullmatch(r'/api/models/([^/]+/[^/]+)/(preupload|commit)/main', path).groups()
+        if action == 'preupload':
+            files = [{'path': f['path'], 'uploadMode': 'lfs' if f['path'].endswith(LFS) else 'regular',
+                      'shouldIgnore': False, 'oid': None} for f in json.loads(self.sent)['files']]
+            return 200, json.dumps({'files': files}).encode(), {}
+        for line in map(json.loads, self.sent.splitlines()):
+            if line['key'] == 'header':
+                hub.commits[repo].append(line['value']['summary'])
+            elif line['key'] == 'lfsFile':
+                hub.repos[repo][line['value']['path']] = hub.blobs[line['value']['oid']]
+            else:
+                hub.repos[repo][line['value']['path']] = base64.b64decode(line['value']['content'])
+        return 200, json.dumps({'commitOid': COMMIT, 'commitUrl': f'{hub.url}/{repo}/commit/{COMMIT}'}).encode(), {}
 
     def answer(self, status, content, headers=None, fault=None):
         fault = fault or {'kind': None}

@@ -207,7 +207,7 @@ def fetch_weights(
             huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, file, revision=revision))
             path = Path(huggingface_hub.hf_hub_download(**request, force_download=force))
         except Exception as error:
-            cause, remedy, again = _diagnose(error, repo)
+            cause, remedy, again = diagnose_hub_error(error, repo)
             if not cause:
                 raise
             if not again or attempt == ATTEMPTS:
@@ -234,7 +234,7 @@ def is_of_network(error: BaseException) -> bool:
         error, (ConnectionError, TimeoutError))
 
 
-def _diagnose(error: Exception, repo: str) -> Tuple[str, str, bool]:
+def diagnose_hub_error(error: Exception, repo: str) -> Tuple[str, str, bool]:
     """Cause, remedy, and whether to try again; an empty cause for an error that has nothing to do with the Hub."""
     text = ' '.join(str(error).split())
     page = f'{huggingface_hub.constants.ENDPOINT}/{repo}'

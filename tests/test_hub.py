@@ -1,0 +1,202 @@
+"""Publishing: what is staged, what its card says, and what a Hub holds after a push, a second push, a fault."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import safetensors
+import timm
+import torch
+import yaml
+from hub import Hub
+from PIL import Image
+from timm.models import save_for_hf
+
+from timm_arl import hub as publishing
+from timm_arl.isic.metrics import score_split
+from timm_arl.isic.results import write_json, write_rows
+
+# several commands in a process of its own, since huggingface_hub reads the environment when it is imported
+COMMANDS = """
+import contextlib, io, json, os, sys
+from timm_arl import hub
+for line in sys.stdin:
+    os.environ['HF_TOKEN'], *args = json.loads(line)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = hub.main(args)
+        except SystemExit as stopped:
+            status = stopped.code
+    print(json.dumps(dict(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())), flush=True)
+"""
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """The output folder of a finished run, as finetune_isic.py leaves it."""
+    folder = tmp_path_factory.mktemp('run') / 'out'
+    torch.manual_seed(0)
+    model = timm.create_model('arl_cnn14', num_classes=2)
+    save_for_hf(model, folder, safe_serialization=True, model_config=dict(
+        label_names=['melanoma', 'seborrheic_keratosis']), data_config=dict(
+            timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
+    truth = torch.arange(60).reshape(30, 2).remainder(7).eq(0).float().numpy()
+    probabilities = torch.rand(30, 2, generator=torch.Generator().manual_seed(1)).numpy()
+    write_json(folder / 'metrics.json', {name: score_split(truth, probabilities) for name in ('validation', 'test')})
+    write_rows(folder / 'summary.csv', [
+        {'epoch': epoch, 'validation_mean_auc': auc, 'layer1.0.alpha': 0.125}
+        for epoch, auc in ((1, .5), (2, .7), (3, .6))])
+    write_rows(folder / 'looks.csv', [{'time': 'now', 'checkpoint': 'out', 'mean_auc': 0.5}])
+    write_json(folder / 'run.json', {
+        'command': 'finetune_isic.py --data isic2017', 'commit': 'abcdef123456', 'arguments': {
+            'data': '/somewhere/isic2017', 'recipe': 'modern', 'seed': 7, 'keep': 'best'},
+        'launch': {'processes': 1, 'mixed_precision': 'no', 'device': 'cpu'},
+        'versions': {'timm_arl': '0.1.0', 'torch': '2'}})
+    return folder
+
+
+@pytest.fixture(scope='module')
+def staged(run, tmp_path_factory):
+    return publishing.stage(run, tmp_path_factory.mktemp('staged') / 'arl_cnn14.isic2017')
+
+
+def front_matter(card):
+    return yaml.safe_load(card.split('---\n')[1])
+
+
+def test_staged_is_a_model_repo(staged, run):
+    assert {p.name for p in staged.iterdir()} == {'README.md', 'config.json', 'model.safetensors', 'results.json'}
+    model = timm.create_model(f'local-dir:{staged}', pretrained=True)
+    reference = timm.create_model(f'local-dir:{run}', pretrained=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), reference.state_dict().values()))
+    config = json.loads((staged / 'config.json').read_text())
+    assert config['pretrained_cfg']['tag'] == 'isic2017' and config['timm_version'] == timm.__version__
+    with safetensors.safe_open(staged / 'model.safetensors', 'pt') as file:
+        assert file.metadata()['name'] == 'arl_cnn14.isic2017'
+
+
+def test_figures_of_the_card_are_those_of_the_results(staged):
+    card, results = (staged / 'README.md').read_text(), json.loads((staged / 'results.json').read_text())
+    assert results['kept_epoch'] == 2
+    for split, scores in results['metrics'].items():
+        for label in ('melanoma', 'seborrheic_keratosis'):
+            low, high = scores[label]['auc_ci95']
+            row = f'| {label.replace("_", " ")} | {scores[label]["auc"]:.3f} [{low:.3f}, {high:.3f}] |'
+            assert card.partition(f'{split}, 30 images:')[2].count(row) >= 1
+    found = {(r['dataset']['split'], m['name']): m['value']
+             for r in front_matter(card)['model-index'][0]['results'] for m in r['metrics']}
+    assert found == {(split, 'AUC, ' + label.replace('_', ' ')): results['metrics'][split][label]['auc']
+                     for split in results['metrics'] for label in ('melanoma', 'seborrheic_keratosis')}
+    assert front_matter(card)['library_name'] == 'timm' and front_matter(card)['license'] == 'apache-2.0'
+    for part in ('Not a medical device', 'finetune_isic.py --data isic2017', 'abcdef123456', 'looked at once',
+                 'Known leakage', publishing._sha256(staged / 'model.safetensors'), '| seed | 7 |', '0.125'):
+        assert part in card, part
+    assert '\n\n\n' not in card
+
+
+def snippets(card):
+    return '\n'.join(re.findall(r'```python\n(.*?)```', card, re.DOTALL))
+
+
+def run_snippets(card, folder, **env):
+    Image.new('RGB', (600, 450), (200, 150, 130)).save(folder / 'lesion.jpg')
+    return subprocess.run([sys.executable, '-c', snippets(card)], cwd=folder, env={**os.environ, **env},
+                          capture_output=True, text=True, timeout=200)
+
+
+def test_snippets_run(staged, tmp_path):
+    card = (staged / 'README.md').read_text()
+    assert "'hf-hub:timm-arl/arl_cnn14.isic2017'" in card
+    done = run_snippets(card.replace('hf-hub:timm-arl/arl_cnn14.isic2017', f'local-dir:{staged}'), tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *shapes = done.stdout.splitlines()
+    assert set(eval(first)) == {'melanoma', 'seborrheic_keratosis'} and shapes[-1] == '(1, 2, 2)'
+
+
+@pytest.mark.parametrize('name', timm.list_pretrained('arl_*'))
+def test_cards_of_timms_weights_are_there_and_show_no_figure(call, repo, tmp_path, name):
+    done = call('timm_arl.hub', 'card', name, '--output', tmp_path / 'c')
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / 'c' / 'README.md').read_text()
+    assert card == (repo / 'hub_cards' / name / 'README.md').read_text()  # else generate it again
+    matter = front_matter(card)
+    assert matter['base_model'].startswith('timm/resnet') and 'model-index' not in matter
+    assert matter['license'] == ('bsd-3-clause' if '.tv_' in name else 'apache-2.0')
+    assert 'this card shows no figure' in card and 'AUC' not in card
+
+
+def test_snippets_with_timms_weights_run(repo, resnet50_file, tmp_path):
+    with Hub({'timm/resnet50.a1_in1k': {'model.safetensors': resnet50_file}}) as server:
+        done = run_snippets((repo / 'hub_cards' / 'arl_cnn50.a1_in1k' / 'README.md').read_text(), tmp_path,
+                            **server.env(tmp_path / 'home'))
+    assert done.returncode == 0 and '(1, 2048)' in done.stdout, done.stderr
+
+
+def test_push_push_again_verify(staged, call, tmp_path):
+    with Hub({}) as server:
+        process = subprocess.Popen(
+            [sys.executable, '-c', COMMANDS], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **server.env(tmp_path / 'home')})
+
+        def program(*args, token='hf_test'):
+            process.stdin.write(json.dumps([token, *map(str, args)]) + '\n')
+            process.stdin.flush()
+            return SimpleNamespace(**json.loads(process.stdout.readline()))
+
+        done = program('push', staged, '--to', 'user/model')
+        assert done.returncode == 0 and 'would be sent; pass --yes' in done.stdout and not server.repos, done.stderr
+        server.fault('POST .*/commit/', 'status', code=500)
+        done = program('push', staged, '--to', 'user/model', '--yes')
+        assert done.returncode == 2 and 'The same command goes on' in done.stderr and 'Traceback' not in done.stderr
+        done = program('push', staged, '--to', 'user/model', '--yes')
+        assert done.returncode == 0, done.stderr
+        assert set(server.repos['user/model']) == {p.name for p in staged.iterdir()}
+        assert server.repos['user/model']['model.safetensors'] == (staged / 'model.safetensors').read_bytes()
+        commits = len(server.commits['user/model'])
+        done = program('push', staged, '--to', 'user/model', '--yes')
+        assert done.returncode == 0 and 'everything is there already' in done.stdout
+        assert len(server.commits['user/model']) == commits
+        done = program('verify', 'user/model', '--against', staged)
+        assert done.returncode == 0 and 'the same files, the same outputs' in done.stdout, done.stderr
+        server.repos['user/model']['results.json'] = b'{}'
+        done = program('verify', 'user/model', '--against', staged)
+        assert done.returncode == 2 and 'differs from' in done.stderr and 'results.json' in done.stderr
+        done = program('push', staged, '--to', 'user/model', '--yes', token='hf_wrong')
+        assert done.returncode == 2 and 'the token is wrong' in done.stderr
+        process.stdin.close()
+        assert process.wait(30) == 0
+
+
+def test_push_to_a_folder(staged, tmp_path):
+    there = str(tmp_path / 'mirror')
+    assert set(publishing.push(staged, there)) == {p.name for p in staged.iterdir()} and not os.path.exists(there)
+    publishing.push(staged, there, yes=True)
+    assert publishing.push(staged, there, yes=True) == []
+    assert publishing.verify(there, staged)['config.json'] == publishing._sha256(staged / 'config.json')
+
+
+def test_what_cannot_be_staged(run, staged, call, tmp_path):
+    half = tmp_path / 'half'
+    shutil.copytree(run, half)
+    (half / 'metrics.json').unlink()
+    done = call('timm_arl.hub', 'stage', half, tmp_path / 's')
+    assert done.returncode == 2 and 'is not a finished run of finetune_isic.py: metrics.json' in done.stderr
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'thesis.txt').write_text('dear')
+    done = call('timm_arl.hub', 'stage', run, tmp_path / 'mine')
+    assert done.returncode == 2 and 'was not staged by this command' in done.stderr
+    other = tmp_path / 'r'
+    other.mkdir()
+    metrics = json.loads((run / 'metrics.json').read_text())
+    metrics['test']['mean_auc'] += 0.1
+    write_json(other / 'metrics.json', metrics)
+    done = call('timm_arl.hub', 'stage', run, tmp_path / 's', '--evaluation', other)
+    assert done.returncode == 2 and 'is not an evaluation of' in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {'half', 'mine', 'r'}
+    done = call('timm_arl.hub', 'push', tmp_path / 'mine')
+    assert done.returncode == 2 and 'stage it first' in done.stderr

@@ -1,0 +1,134 @@
+"""Model cards: what a reader must know of weights, with no figure that was typed."""
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .isic import LABELS
+
+__all__ = ['render_card']
+
+TEMPLATE = Path(__file__).with_name('card_template.md')
+CALIBRATION = ('ece', 'ece_with_temperature', 'temperature')
+POINT = ('threshold', 'accuracy', 'sensitivity', 'specificity', 'ppv', 'npv')
+
+
+def render_card(
+        name: str,
+        config: Dict[str, Any],
+        results: Optional[Dict[str, Any]],
+        sha256: Optional[str],
+        load_name: str,
+        pictures: Optional[List[str]] = None,
+) -> str:
+    """The README.md of a model repo.
+
+    Args:
+        name: Model and tag.
+        config: Content of config.json, or for weights of timm's a dict of architecture and pretrained_cfg.
+        results: Content of results.json; None for weights that were not measured.
+        sha256: Digest of model.safetensors, or None for that of the repo it comes from.
+        load_name: What timm.create_model is given.
+        pictures: File names beside the card.
+    """
+    cfg = config['pretrained_cfg']
+    label_names = config.get('label_names') or []
+    source = (cfg.get('hf_hub_id') or '').partition('@')[0]
+    measured = results is not None
+    run = results['run'] if results else {}
+    synthetic = bool(results) and run['arguments']['data'] == 'demo'
+    data = ModelCardData(
+        license=cfg.get('license') or 'apache-2.0', library_name='timm', pipeline_tag='image-classification',
+        tags=['timm', 'timm_arl', 'image-classification', 'attention', *['dermoscopy', 'skin-lesion'] * measured],
+        datasets=None if synthetic else ['isic-2017'] if measured else ['imagenet-1k'],
+        base_model=source or None, model_name=name,
+        eval_results=_eval_results(results, synthetic) if results else None)
+    return str(ModelCard.from_template(
+        data, template_path=str(TEMPLATE), name=name, architecture=config['architecture'], measured=measured,
+        softmax=len(label_names) == 3, label_names=label_names, source=source, load_name=load_name,
+        data_text='generated, **synthetic** images: its scores say nothing about skin' if synthetic else 'ISIC 2017',
+        splits=[_split(split, scores, synthetic) for split, scores in results['metrics'].items()] if results else [],
+        looks=_times(len(results['looks'])) if results else '', pictures=pictures or [],
+        training=_training(results) if results else [], sha256=sha256))
+
+
+def _eval_results(results: Dict[str, Any], synthetic: bool) -> List[EvalResult]:
+    dataset = 'synthetic demo images' if synthetic else 'ISIC 2017 Part 3'
+    return [
+        EvalResult(
+            task_type='image-classification', task_name='skin lesion classification',
+            dataset_type='synthetic' if synthetic else 'isic-2017', dataset_name=dataset, dataset_split=split,
+            metric_type='roc_auc', metric_name=f'AUC, {label.replace("_", " ")}', metric_value=scores[label]['auc'])
+        for split, scores in results['metrics'].items() for label in LABELS if scores[label]['auc'] is not None]
+
+
+def _split(name: str, scores: Dict[str, Any], synthetic: bool) -> Dict[str, Any]:
+    words = {label: label.replace('_', ' ') for label in LABELS}
+    tasks = {label: scores[label] for label in LABELS}
+    return {
+        'title': f'{name}, {tasks[LABELS[0]]["images"]} images' + ' (**synthetic**)' * synthetic + ':',
+        'rows': [
+            *(_cells(words[label], _interval(t['auc'], t['auc_ci95']), _number(t.get('average_precision')),
+                     _number(t['sensitivity']), _number(t['specificity'])) for label, t in tasks.items()),
+            _cells('mean', _interval(scores['mean_auc'], scores['mean_auc_ci95']), '', '', '')],
+        'points': [_cells(f'{words[label]}, {point["name"]}', *(_number(point[key]) for key in POINT))
+                   for label, t in tasks.items() for point in t.get('operating_points', ())],
+        'calibration': [
+            _cells(words[label], *(_number(t['calibration'][key]) for key in CALIBRATION))
+            for label, t in tasks.items() if 'calibration' in t],
+        'subgroups': [
+            _cells(row['group'], words[row['label']], row['images'], row['positives'],
+                   _interval(row['auc'], row['auc_ci95']))
+            for row in scores.get('subgroups', ())],
+    }
+
+
+def _training(results: Dict[str, Any]) -> List[Any]:
+    run = results['run']
+    arguments = run['arguments']
+    return [
+        ('data', arguments['data'] if arguments['data'] == 'demo' else 'ISIC 2017, split train (official)'),
+        ('command', f'`{run["command"]}`'), ('recipe', arguments['recipe']), ('seed', arguments['seed']),
+        ('image size', f'{results["img_size"]} px'), ('commit', run.get('commit') or 'unknown'),
+        ('versions', ', '.join(f'{key} {value}' for key, value in run['versions'].items())),
+        ('device', f'{run["launch"]["processes"]} process(es), {run["launch"]["device"]}, mixed precision '
+                   f'{run["launch"]["mixed_precision"]}'),
+        ('epochs', f'{results["epochs"]}; the kept one: {results["kept_epoch"]}'),
+        ('alphas', ', '.join(f'{key.removesuffix(".alpha")} {value:.3g}' for key, value in results['alphas'].items())),
+    ]
+
+
+def _cells(*values: Any) -> str:
+    return ' | '.join(str(value) for value in values)
+
+
+def _number(value: Any) -> str:
+    return '' if value is None else f'{value:.3f}'
+
+
+def _interval(value: Any, ci: Any) -> str:
+    if value is None:
+        return 'undefined'
+    return f'{value:.3f}' + (f' [{ci[0]:.3f}, {ci[1]:.3f}]' if ci else '')
+
+
+def _times(count: int) -> str:
+    return {0: 'never', 1: 'once', 2: 'twice'}.get(count, f'{count} times')
+
+
+def registered_config(name: str) -> Dict[str, Any]:
+    """What render_card needs of registered weights of timm's.
+
+    Args:
+        name: Model and tag.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    return {'architecture': name.partition('.')[0], 'pretrained_cfg': cfg.to_dict()}
+
+
+def read_results(folder: Path) -> Optional[Dict[str, Any]]:
+    """Content of results.json of a staged folder, or None where there is none."""
+    file = folder / 'results.json'
+    return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
