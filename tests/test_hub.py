@@ -51,10 +51,10 @@ def run(tmp_path_factory):
     write_rows(folder / 'summary.csv', [
         {'epoch': epoch, 'validation_mean_auc': auc, 'layer1.0.alpha': 0.125}
         for epoch, auc in ((1, .5), (2, .7), (3, .6))])
-    write_rows(folder / 'looks.csv', [{'time': 'now', 'checkpoint': 'out', 'mean_auc': 0.5}])
+    write_rows(folder / 'looks.csv', [{'time': 'now', 'checkpoint': '/home/me/out', 'command': 'x /home/me/out'}])
     write_json(folder / 'run.json', {
-        'command': 'finetune_isic.py --data isic2017', 'commit': 'abcdef123456', 'arguments': {
-            'data': '/somewhere/isic2017', 'recipe': 'modern', 'seed': 7, 'keep': 'best'},
+        'command': 'finetune_isic.py --data /home/me/isic2017', 'commit': 'abcdef123456', 'arguments': {
+            'data': '/home/me/isic2017', 'recipe': 'modern', 'seed': 7, 'keep': 'best'},
         'launch': {'processes': 1, 'mixed_precision': 'no', 'device': 'cpu'},
         'versions': {'timm_arl': '0.1.0', 'torch': '2'}})
     return folder
@@ -96,7 +96,7 @@ def test_figures_of_the_card_are_those_of_the_results(staged):
     for part in ('Not a medical device', 'finetune_isic.py --data isic2017', 'abcdef123456', 'looked at once',
                  'Known leakage', publishing._sha256(staged / 'model.safetensors'), '| seed | 7 |', '0.125'):
         assert part in card, part
-    assert '\n\n\n' not in card
+    assert '\n\n\n' not in card and '/home/me' not in card + (staged / 'results.json').read_text()
 
 
 def snippets(card):

@@ -45,13 +45,14 @@ def render_card(
         datasets=None if synthetic else ['isic-2017'] if measured else ['imagenet-1k'],
         base_model=source or None, model_name=name,
         eval_results=_eval_results(results, synthetic) if results else None)
-    return str(ModelCard.from_template(
+    card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=config['architecture'], measured=measured,
         softmax=len(label_names) == 3, label_names=label_names, source=source, load_name=load_name,
         data_text='generated, **synthetic** images: its scores say nothing about skin' if synthetic else 'ISIC 2017',
         splits=[_split(split, scores, synthetic) for split, scores in results['metrics'].items()] if results else [],
         looks=_times(len(results['looks'])) if results else '', pictures=pictures or [],
-        training=_training(results) if results else [], sha256=sha256))
+        training=_training(results) if results else [], sha256=sha256)
+    return str(card).rstrip() + '\n'
 
 
 def _eval_results(results: Dict[str, Any], synthetic: bool) -> List[EvalResult]:

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -69,6 +70,9 @@ def stage(run: Path, target: Path, evaluation: Optional[Path] = None, tag: Optio
         summary = list(csv.DictReader(file))
     kept = (max(summary, key=lambda row: float(row['validation_mean_auc']))
             if record['arguments']['keep'] == 'best' else summary[-1])
+    record['command'] = _without_folders(record['command'])
+    record['arguments'] = {key: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+                           for key, value in record['arguments'].items()}
     tag = tag or ('demo' if record['arguments']['data'] == 'demo' else 'isic2017')
     versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
     config['pretrained_cfg'].update(tag=tag, license=config['pretrained_cfg'].get('license', 'apache-2.0'))
@@ -222,7 +226,13 @@ def _looks(run: Path) -> List[Dict[str, str]]:
     if not (run / 'looks.csv').is_file():
         return []
     with open(run / 'looks.csv', newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
+        return [{**row, 'checkpoint': Path(row['checkpoint']).name, 'command': _without_folders(row['command'])}
+                for row in csv.DictReader(file)]
+
+
+def _without_folders(command: str) -> str:
+    """A command line whose absolute paths are names: whose disk it was is nobody's business."""
+    return shlex.join(Path(word).name if os.path.isabs(word) else word for word in shlex.split(command))
 
 
 def _read(path: Path, what: str) -> Dict[str, Any]:
