@@ -25,6 +25,7 @@ import timm
 import torch
 
 from .cards import read_results, registered_config, render_card
+from .isic.results import replacing, write_json
 from .pretrained import WeightsError, create_for_task, diagnose_hub_error
 
 __all__ = ['HubError', 'card', 'push', 'stage', 'verify']
@@ -90,8 +91,8 @@ def stage(run: Path, target: Path, evaluation: Optional[Path] = None, tag: Optio
         safetensors.torch.save_file(
             {key: value.contiguous() for key, value in model.state_dict().items()}, new / 'model.safetensors',
             metadata={'format': 'pt', 'name': results['name'], **versions})
-        _write(new / 'config.json', config)
-        _write(new / 'results.json', results)
+        write_json(new / 'config.json', config)
+        write_json(new / 'results.json', results)
         for name in PICTURES:
             if evaluation is not None and (evaluation / name).is_file():
                 shutil.copyfile(evaluation / name, new / name)
@@ -116,9 +117,8 @@ def card(folder: Path) -> Path:
     text = render_card(
         name, config, results, _sha256(folder / 'model.safetensors'), f'hf-hub:{HUB}/{name}',
         [picture for picture in PICTURES if (folder / picture).is_file()])
-    temporary = folder / '.README.md.tmp'
-    temporary.write_text(text, encoding='utf-8')
-    temporary.replace(folder / 'README.md')
+    with replacing(folder / 'README.md') as temporary:
+        temporary.write_text(text, encoding='utf-8')
     return folder / 'README.md'
 
 
@@ -147,8 +147,8 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False) -> Lis
         if yes:
             there.mkdir(parents=True, exist_ok=True)
             for name in changed:
-                shutil.copyfile(folder / name, there / f'.{name}.tmp')
-                (there / f'.{name}.tmp').replace(there / name)
+                with replacing(there / name) as temporary:
+                    shutil.copyfile(folder / name, temporary)
         return changed
     api = huggingface_hub.HfApi()
     try:
@@ -159,7 +159,7 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False) -> Lis
             api.create_repo(to, private=private, exist_ok=True)
             api.upload_folder(
                 repo_id=to, folder_path=folder, allow_patterns=changed, commit_message=f'{folder.name}, by timm_arl')
-    except Exception as error:
+    except Exception as error:  # of an HTTP library that depends on huggingface_hub's version; others go on
         cause, remedy, _ = diagnose_hub_error(error, to)
         if not cause:
             raise
@@ -190,7 +190,7 @@ def verify(source: str, against: Path) -> Dict[str, str]:
         else:
             try:
                 found = Path(huggingface_hub.snapshot_download(source, cache_dir=cache))
-            except Exception as error:
+            except Exception as error:  # as above
                 cause, remedy, _ = diagnose_hub_error(error, source)
                 if not cause:
                     raise
@@ -240,10 +240,6 @@ def _read(path: Path, what: str) -> Dict[str, Any]:
         return json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise HubError(f'{path.parent} is not {what}: {path.name} is missing or unreadable.') from error
-
-
-def _write(path: Path, content: Dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
 
 
 def _sha256(path: Path) -> str:
@@ -308,8 +304,8 @@ def _card_of(args: argparse.Namespace) -> Path:
                        f"timm.list_pretrained('arl_*') gives them, and --output.")
     args.output.mkdir(parents=True, exist_ok=True)
     text = render_card(args.what, registered_config(args.what), None, None, args.what)
-    (args.output / '.README.md.tmp').write_text(text, encoding='utf-8')
-    (args.output / '.README.md.tmp').replace(args.output / 'README.md')
+    with replacing(args.output / 'README.md') as temporary:
+        temporary.write_text(text, encoding='utf-8')
     return args.output / 'README.md'
 
 

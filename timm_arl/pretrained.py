@@ -75,7 +75,7 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except WeightsError:
         raise
-    except Exception as error:
+    except Exception as error:  # the same
         if not (isinstance(error, (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError))
                 or is_of_network(error)):
             raise
@@ -206,7 +206,7 @@ def fetch_weights(
             # asked for by itself, since hf_hub_download retries a failing request for half a minute without a word
             huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, file, revision=revision))
             path = Path(huggingface_hub.hf_hub_download(**request, force_download=force))
-        except Exception as error:
+        except Exception as error:  # of an HTTP library that depends on huggingface_hub's version; others go on
             cause, remedy, again = diagnose_hub_error(error, repo)
             if not cause:
                 raise
