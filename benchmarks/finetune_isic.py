@@ -15,7 +15,6 @@ receives
     run.json, looks.csv              command, arguments, versions, commit; each look at the test split
     last/                            what --resume goes on from
 """
-import hashlib
 import time
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from timm_arl.isic.loading import diagnosis_array
 from timm_arl.isic.metrics import auc, auc_table, score_split
 from timm_arl.isic.outputs import HEADS
 from timm_arl.isic.results import record_look, write_json, write_predictions
+from timm_arl.isic.sources import ids_digest
 from timm_arl.isic.transforms import CROP_PCT, train_transform
 from timm_arl.pretrained import WeightsError, create_for_task, load_weights_file
 
@@ -303,7 +303,7 @@ def main():
             accelerator.print('Data: demo, generated SYNTHETIC images; scores on them say nothing about skin lesions.')
         splits = load_splits(args.data, seed=args.seed, streaming=args.streaming)
         ids = splits['train'].table['image_id'] if args.streaming else splits['train']['image_id']
-        digest = hashlib.sha256('\n'.join(sorted(ids)).encode()).hexdigest()
+        digest = ids_digest(ids)
         if args.resume and args.train_ids != digest:
             raise RunError(f'The run in {args.output_dir} had other training images than {args.data} has now: start '
                            f'another in another --output-dir.')

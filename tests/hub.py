@@ -7,21 +7,25 @@ import socket
 import struct
 import threading
 import time
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Dict, List, Union
 
 LFS = ('.safetensors', '.bin', '.parquet')
-COMMIT = 'c0ffee' + '0' * 34
 
 
 class Hub:
-    """Repos of one commit, by id: {path: content}. `private` and `gated` name those that want a token of `tokens`."""
+    """Repos by id (those of datasets as datasets/user/name): {path: content}, and what they were at earlier commits.
+
+    `private` and `gated` name those that want a token of `tokens`.
+    """
 
     def __init__(self, repos: Dict[str, Dict[str, Union[bytes, Path]]], tokens=('hf_test',), private=(), gated=()):
         self.repos = {repo: {path: content if isinstance(content, bytes) else content.read_bytes()
                              for path, content in files.items()} for repo, files in repos.items()}
         self.commits: Dict[str, List[str]] = {repo: ['first'] for repo in repos}  # titles
+        self.revisions: Dict[str, Dict[str, Dict[str, bytes]]] = {repo: {} for repo in repos}  # by commit and by tag
         self.blobs: Dict[str, bytes] = {}  # of LFS, sent and not yet committed
         self.tokens, self.private, self.gated = set(tokens), set(private), set(gated)
         self.requests: List[str] = []
@@ -43,6 +47,16 @@ class Hub:
         """
         self.faults.append(dict(options, match=re.compile(match), kind=kind, times=times))
 
+    def revision(self, repo: str) -> str:
+        """The commit that main is at, kept for later."""
+        files = self.repos[repo]
+        commit = hashlib.sha1(json.dumps(sorted((path, git_sha1(c)) for path, c in files.items())).encode()).hexdigest()
+        self.revisions[repo][commit] = dict(files)
+        return commit
+
+    def tag(self, repo: str, name: str) -> None:
+        self.revisions[repo][name] = dict(self.repos[repo])
+
     def env(self, home: Path, **extra: str) -> Dict[str, str]:
         """What a client process needs to find this Hub instead of the real one."""
         return {'HF_ENDPOINT': self.url, 'HF_HOME': str(home), 'NO_PROXY': '127.0.0.1,localhost',
@@ -58,6 +72,12 @@ class Hub:
         self.server.server_close()
 
 
+@cache
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@cache
 def git_sha1(content: bytes) -> str:
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
 
@@ -72,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, line = self.hub, f'{self.command} {self.path}'
         with hub.lock:
-            hub.requests.append(line)
+            hub.requests.append(' '.join(filter(None, [line, self.headers.get('Range')])))
             fault = next((f for f in hub.faults if f['times'] and f['match'].search(line)), {'kind': None})
             if fault['kind']:
                 fault['times'] -= 1
@@ -89,50 +109,70 @@ class _Handler(BaseHTTPRequestHandler):
     def found(self):
         self.sent = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         if self.path.startswith('/_lfs/'):
-            self.hub.blobs[hashlib.sha256(self.sent).hexdigest()] = self.sent
+            self.hub.blobs[sha256(self.sent)] = self.sent
             return 200, b'', {}
         if self.path.startswith('/_cdn/'):
             digest = self.path.split('/')[2]
-            content = next(c for files in self.hub.repos.values() for c in files.values()
-                           if hashlib.sha256(c).hexdigest() == digest)
+            stored = [*self.hub.repos.values(), *(f for each in self.hub.revisions.values() for f in each.values())]
+            content = next(c for files in stored for c in files.values() if sha256(c) == digest)
             return 200, content, {'ETag': f'"{digest}"'}
         token = self.headers.get('Authorization', '').removeprefix('Bearer ')
         if token and token not in self.hub.tokens:
             return 401, b'{"error": "bad"}', {'X-Error-Message': 'Invalid credentials in Authorization header'}
         if self.command in ('POST', 'PUT'):
             return self.written(token)
-        match = re.fullmatch(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', self.path)
-        api = re.fullmatch(r'/api/models/([^/]+/[^/?]+)(/revision/[^/?]+|/tree/[^/?]+)?(\?.*)?', self.path)
-        repo, revision, path = match.groups() if match else (api.group(1) if api else '', 'main', None)
+        path = self.path.partition('?')[0]
+        match = re.fullmatch(r'/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)', path)
+        api = re.fullmatch(r'/api/(?:models|(datasets))/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?', path)
+        if not match and not api:
+            return 404, b'{}', {}
+        repo = match[1] if match else '/'.join(filter(None, [api[1], api[2]]))
         if repo not in self.hub.repos or (repo in self.hub.private and not token):
             return 401 if not token else 404, b'{}', {'X-Error-Code': 'RepoNotFound'}
+        commit = self.hub.revision(repo)
+        revision = (match[2] if match else api[4]) or 'main'
+        files = self.hub.revisions[repo].get(commit if revision == 'main' else revision)
+        if files is None:
+            return 404, b'{}', {'X-Error-Code': 'RevisionNotFound'}
+        commit = next(key for key, value in self.hub.revisions[repo].items() if value == files and len(key) == 40)
+        if api:
+            return self.listed(repo, files, commit, api)
         if repo in self.hub.gated and not token:
             return 401, b'{}', {'X-Error-Code': 'GatedRepo'}
-        if api and (api[2] or '').startswith('/tree'):
-            return 200, json.dumps([{
-                'type': 'file', 'path': name, 'size': len(content), 'oid': git_sha1(content),
-                **({'lfs': {'oid': hashlib.sha256(content).hexdigest(), 'size': len(content), 'pointerSize': 134}}
-                   if name.endswith(LFS) else {})} for name, content in self.hub.repos[repo].items()]).encode(), {}
-        if api:
-            siblings = [self.sibling(name, content) for name, content in self.hub.repos[repo].items()]
-            return 200, json.dumps({'id': repo, 'sha': COMMIT, 'siblings': siblings, 'private': False}).encode(), {}
-        if revision not in ('main', COMMIT):
-            return 404, b'{}', {'X-Error-Code': 'RevisionNotFound'}
-        content = self.hub.repos[repo].get(path)
+        content = files.get(match[3])
         if content is None:
-            return 404, b'{}', {'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': COMMIT}
+            return 404, b'{}', {'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': commit}
         if path.endswith(LFS):
-            digest = hashlib.sha256(content).hexdigest()
+            digest = sha256(content)
             return 302, b'', {
-                'X-Repo-Commit': COMMIT, 'X-Linked-Etag': f'"{digest}"', 'X-Linked-Size': str(len(content)),
+                'X-Repo-Commit': commit, 'X-Linked-Etag': f'"{digest}"', 'X-Linked-Size': str(len(content)),
                 'Location': f'{self.hub.url}/_cdn/{digest}/{repo}'.replace('127.0.0.1', 'localhost')}  # another host's
-        return 200, content, {'X-Repo-Commit': COMMIT, 'ETag': f'"{git_sha1(content)}"'}
+        return 200, content, {'X-Repo-Commit': commit, 'ETag': f'"{git_sha1(content)}"'}
+
+    def listed(self, repo, files, commit, api):
+        if api[3] != 'tree':
+            siblings = [self.sibling(name, content) for name, content in files.items()]
+            return 200, json.dumps({'id': repo.removeprefix('datasets/'), 'sha': commit, 'siblings': siblings,
+                                    'private': repo in self.hub.private, 'tags': [], 'downloads': 0}).encode(), {}
+        folder = f'{api[5]}/' if api[5] else ''
+        inside = {name: content for name, content in files.items() if name.startswith(folder)}
+        if folder and not inside:
+            return 404, b'{}', {'X-Error-Code': 'EntryNotFound'}
+        deep = 'recursive=true' in self.path.lower()
+        folders = {folder + name.removeprefix(folder).partition('/')[0] for name in inside
+                   if '/' in name.removeprefix(folder)}
+        entries = [{'type': 'directory', 'path': path, 'oid': '0' * 40, 'size': 0} for path in sorted(folders)]
+        for name, content in inside.items():
+            if deep or '/' not in name.removeprefix(folder):
+                entries.append({'type': 'file', 'path': name, 'size': len(content), 'oid': git_sha1(content)})
+                if name.endswith(LFS):
+                    entries[-1]['lfs'] = {'oid': sha256(content), 'size': len(content), 'pointerSize': 134}
+        return 200, json.dumps(entries).encode(), {}
 
     def sibling(self, name, content):
         about = {'rfilename': name, 'size': len(content), 'blobId': git_sha1(content)}
         if name.endswith(LFS):
-            digest = hashlib.sha256(content).hexdigest()
-            about['lfs'] = {'sha256': digest, 'size': len(content), 'pointerSize': 134}
+            about['lfs'] = {'sha256': sha256(content), 'size': len(content), 'pointerSize': 134}
         return about
 
     def written(self, token):
@@ -148,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
             reply = json.dumps({'url': f'{hub.url}/{repo}'}).encode()
             if repo in hub.repos:
                 return 409, reply, {}
-            hub.repos[repo], hub.commits[repo] = {}, ['first']
+            hub.repos[repo], hub.commits[repo], hub.revisions[repo] = {}, ['first'], {}
             if about.get('private') or about.get('visibility') == 'private':
                 hub.private.add(repo)
             return 200, reply, {}
@@ -168,7 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
                 hub.repos[repo][line['value']['path']] = hub.blobs[line['value']['oid']]
             else:
                 hub.repos[repo][line['value']['path']] = base64.b64decode(line['value']['content'])
-        return 200, json.dumps({'commitOid': COMMIT, 'commitUrl': f'{hub.url}/{repo}/commit/{COMMIT}'}).encode(), {}
+        commit = hub.revision(repo)
+        return 200, json.dumps({'commitOid': commit, 'commitUrl': f'{hub.url}/{repo}/commit/{commit}'}).encode(), {}
 
     def answer(self, status, content, headers=None, fault=None):
         fault = fault or {'kind': None}

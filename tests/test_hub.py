@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,8 @@ from timm.models import save_for_hf
 
 from timm_arl import hub as publishing
 from timm_arl.isic.metrics import score_split
-from timm_arl.isic.results import write_json, write_rows
+from timm_arl.isic.results import write_json, write_predictions, write_rows
+from timm_arl.isic.sources import ids_digest
 
 # several commands in a process of its own, since huggingface_hub reads the environment when it is imported
 COMMANDS = """
@@ -48,13 +50,15 @@ def run(tmp_path_factory):
     truth = torch.arange(60).reshape(30, 2).remainder(7).eq(0).float().numpy()
     probabilities = torch.rand(30, 2, generator=torch.Generator().manual_seed(1)).numpy()
     write_json(folder / 'metrics.json', {name: score_split(truth, probabilities) for name in ('validation', 'test')})
+    for name in ('validation', 'test'):
+        write_predictions(folder / f'predictions_{name}.csv', [f'{name}{k}' for k in range(30)], probabilities)
     write_rows(folder / 'summary.csv', [
         {'epoch': epoch, 'validation_mean_auc': auc, 'layer1.0.alpha': 0.125}
         for epoch, auc in ((1, .5), (2, .7), (3, .6))])
     write_rows(folder / 'looks.csv', [{'time': 'now', 'checkpoint': '/home/me/out', 'command': 'x /home/me/out'}])
     write_json(folder / 'run.json', {
         'command': 'finetune_isic.py --data /home/me/isic2017', 'commit': 'abcdef123456', 'arguments': {
-            'data': '/home/me/isic2017', 'recipe': 'modern', 'seed': 7, 'keep': 'best'},
+            'data': '/home/me/isic2017', 'recipe': 'modern', 'seed': 7, 'keep': 'best', 'train_ids': '0'},
         'launch': {'processes': 1, 'mixed_precision': 'no', 'device': 'cpu'},
         'versions': {'timm_arl': '0.1.0', 'torch': '2'}})
     return folder
@@ -76,6 +80,7 @@ def test_staged_is_a_model_repo(staged, run):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), reference.state_dict().values()))
     config = json.loads((staged / 'config.json').read_text())
     assert config['pretrained_cfg']['tag'] == 'isic2017' and config['timm_version'] == timm.__version__
+    assert config['thresholds'] == {'official': {'melanoma': 0.5, 'seborrheic_keratosis': 0.5}}
     with safetensors.safe_open(staged / 'model.safetensors', 'pt') as file:
         assert file.metadata()['name'] == 'arl_cnn14.isic2017'
 
@@ -87,7 +92,7 @@ def test_figures_of_the_card_are_those_of_the_results(staged):
         for label in ('melanoma', 'seborrheic_keratosis'):
             low, high = scores[label]['auc_ci95']
             row = f'| {label.replace("_", " ")} | {scores[label]["auc"]:.3f} [{low:.3f}, {high:.3f}] |'
-            assert card.partition(f'{split}, 30 images:')[2].count(row) >= 1
+            assert card.partition(f'{split}, 30 images of isic2017:')[2].count(row) >= 1
     found = {(r['dataset']['split'], m['name']): m['value']
              for r in front_matter(card)['model-index'][0]['results'] for m in r['metrics']}
     assert found == {(split, 'AUC, ' + label.replace('_', ' ')): results['metrics'][split][label]['auc']
@@ -97,6 +102,39 @@ def test_figures_of_the_card_are_those_of_the_results(staged):
                  'Known leakage', publishing._sha256(staged / 'model.safetensors'), '| seed | 7 |', '0.125'):
         assert part in card, part
     assert '\n\n\n' not in card and '/home/me' not in card + (staged / 'results.json').read_text()
+
+
+def test_what_an_evaluation_adds(run, tmp_path):
+    with open(run / 'metrics.json') as file:
+        metrics = json.load(file)
+    for scores in metrics.values():
+        for label, threshold in (('melanoma', 0.25), ('seborrheic_keratosis', 0.375)):
+            scores[label]['operating_points'] = [{**scores[label], 'name': 'youden on validation',
+                                                  'threshold': threshold}]
+            scores[label]['calibration'] = {'ece': 0.03125, 'temperature': 1.5, 'ece_with_temperature': 0.015625}
+    (tmp_path / 'r').mkdir()
+    write_json(tmp_path / 'r' / 'metrics.json', metrics)
+    (tmp_path / 'r' / 'roc_test.png').write_bytes(b'png')
+    folder = publishing.stage(run, tmp_path / 's', tmp_path / 'r')
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['thresholds']['youden on validation'] == {'melanoma': 0.25, 'seborrheic_keratosis': 0.375}
+    assert config['temperatures'] == {'melanoma': 1.5, 'seborrheic_keratosis': 1.5}
+    card = (folder / 'README.md').read_text()
+    assert '| melanoma, youden on validation | 0.250 |' in card and '![roc_test.png](roc_test.png)' in card
+    assert '| melanoma | 0.031 | 0.016 | 1.500 |' in card
+    assert timm.create_model(f'local-dir:{folder}', pretrained=True).num_classes == 2
+
+
+def test_a_card_calls_isic_2017_what_is_isic_2017(run, staged, tmp_path, monkeypatch):
+    card = (staged / 'README.md').read_text()
+    assert 'trained on `isic2017`, not the training images of ISIC 2017' in card
+    assert 'datasets' not in front_matter(card)
+    monkeypatch.setitem(publishing.CHALLENGE_IDS, 'train', '0')
+    monkeypatch.setitem(publishing.CHALLENGE_IDS, 'test', ids_digest(f'test{k}' for k in range(30)))
+    card = (publishing.stage(run, tmp_path / 's', note='copies at 256 px') / 'README.md').read_text()
+    assert 'trained on ISIC 2017.' in card and 'training images of the challenge, copies at 256 px' in card
+    assert 'test, 30 images of ISIC 2017 Part 3:' in card and 'validation, 30 images of isic2017:' in card
+    assert front_matter(card)['datasets'] == ['isic-2017']
 
 
 def snippets(card):
@@ -137,11 +175,12 @@ def test_snippets_with_timms_weights_run(repo, resnet50_file, tmp_path):
     assert done.returncode == 0 and '(1, 2048)' in done.stdout, done.stderr
 
 
-def test_push_push_again_verify(staged, call, tmp_path):
+def test_push_push_again_verify(run, tmp_path):
+    staged = publishing.stage(run, tmp_path / 'staged')
     with Hub({}) as server:
+        env = {**os.environ, **server.env(tmp_path / 'home'), 'TIMM_ARL_HUB': 'lab'}
         process = subprocess.Popen(
-            [sys.executable, '-c', COMMANDS], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, **server.env(tmp_path / 'home')})
+            [sys.executable, '-c', COMMANDS], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
 
         def program(*args, token='hf_test'):
             process.stdin.write(json.dumps([token, *map(str, args)]) + '\n')
@@ -157,17 +196,46 @@ def test_push_push_again_verify(staged, call, tmp_path):
         assert done.returncode == 0, done.stderr
         assert set(server.repos['user/model']) == {p.name for p in staged.iterdir()}
         assert server.repos['user/model']['model.safetensors'] == (staged / 'model.safetensors').read_bytes()
+        assert b"create_model('hf-hub:user/model'" in server.repos['user/model']['README.md']
         commits = len(server.commits['user/model'])
         done = program('push', staged, '--to', 'user/model', '--yes')
         assert done.returncode == 0 and 'everything is there already' in done.stdout
         assert len(server.commits['user/model']) == commits
         done = program('verify', 'user/model', '--against', staged)
         assert done.returncode == 0 and 'the same files, the same outputs' in done.stdout, done.stderr
+        server.tag('user/model', 'v1')
         server.repos['user/model']['results.json'] = b'{}'
         done = program('verify', 'user/model', '--against', staged)
         assert done.returncode == 2 and 'differs from' in done.stderr and 'results.json' in done.stderr
+        assert program('verify', 'user/model@v1', '--against', staged).returncode == 0
+        done = program('verify', 'user/model@v2', '--against', staged)
+        assert done.returncode == 2 and 'there is no such revision' in done.stderr
         done = program('push', staged, '--to', 'user/model', '--yes', token='hf_wrong')
         assert done.returncode == 2 and 'the token is wrong' in done.stderr
+
+        # killed while the weights go up
+        server.fault('PUT /_lfs/', 'stall', seconds=20)
+        server.blobs.clear()
+        server.requests.clear()
+        command = [sys.executable, '-m', 'timm_arl.hub', 'push', staged, '--to', 'user/killed', '--yes']
+        killed = subprocess.Popen(command, env={**env, 'HF_TOKEN': 'hf_test'})
+        deadline = time.time() + 120
+        while 'PUT /_lfs/' not in ' '.join(server.requests) and time.time() < deadline:
+            time.sleep(0.1)
+        killed.kill()
+        killed.wait(30)
+        assert server.repos['user/killed'] == {}
+        done = program('push', staged, '--to', 'user/killed', '--yes')
+        assert done.returncode == 0 and len(server.commits['user/killed']) == 2, done.stderr
+        assert program('verify', 'user/killed', '--against', staged).returncode == 0
+
+        # everything that is staged, by one command, and out of sight
+        other = publishing.stage(run, tmp_path / 'other', tag='mine')
+        done = program('push', staged, other, '--yes', '--private')
+        assert done.returncode == 0 and {'lab/arl_cnn14.isic2017', 'lab/arl_cnn14.mine'} <= server.private, done.stderr
+        assert program('verify', 'lab/arl_cnn14.mine', '--against', other).returncode == 0
+        done = program('verify', 'lab/arl_cnn14.mine', '--against', other, token='')
+        assert done.returncode == 2 and 'or it is private' in done.stderr and 'HF_TOKEN' in done.stderr
         process.stdin.close()
         assert process.wait(30) == 0
 

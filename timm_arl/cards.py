@@ -1,7 +1,7 @@
 """Model cards: what a reader must know of weights, with no figure that was typed."""
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -37,39 +37,49 @@ def render_card(
     label_names = config.get('label_names') or []
     source = (cfg.get('hf_hub_id') or '').partition('@')[0]
     measured = results is not None
-    run = results['run'] if results else {}
-    synthetic = bool(results) and run['arguments']['data'] == 'demo'
+    data_set = results['data'] if results else {}
+    synthetic = data_set.get('name') == 'demo'
+    official = 'train' in data_set.get('official_splits', ())
     data = ModelCardData(
         license=cfg.get('license') or 'apache-2.0', library_name='timm', pipeline_tag='image-classification',
         tags=['timm', 'timm_arl', 'image-classification', 'attention', *['dermoscopy', 'skin-lesion'] * measured],
-        datasets=None if synthetic else ['isic-2017'] if measured else ['imagenet-1k'],
+        datasets=['imagenet-1k'] if not measured else ['isic-2017'] if official else None,
         base_model=source or None, model_name=name,
-        eval_results=_eval_results(results, synthetic) if results else None)
+        eval_results=_eval_results(results) if results else None)
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=config['architecture'], measured=measured,
         softmax=len(label_names) == 3, label_names=label_names, source=source, load_name=load_name,
-        data_text='generated, **synthetic** images: its scores say nothing about skin' if synthetic else 'ISIC 2017',
-        splits=[_split(split, scores, synthetic) for split, scores in results['metrics'].items()] if results else [],
+        data_text=('generated, **synthetic** images: its scores say nothing about skin' if synthetic else
+                   'ISIC 2017' if official else f'`{data_set.get("name")}`, not the training images of ISIC 2017'),
+        splits=[_split(split, scores, data_set) for split, scores in results['metrics'].items()] if results else [],
         looks=_times(len(results['looks'])) if results else '', pictures=pictures or [],
         training=_training(results) if results else [], sha256=sha256)
     return str(card).rstrip() + '\n'
 
 
-def _eval_results(results: Dict[str, Any], synthetic: bool) -> List[EvalResult]:
-    dataset = 'synthetic demo images' if synthetic else 'ISIC 2017 Part 3'
+def _eval_results(results: Dict[str, Any]) -> List[EvalResult]:
     return [
         EvalResult(
             task_type='image-classification', task_name='skin lesion classification',
-            dataset_type='synthetic' if synthetic else 'isic-2017', dataset_name=dataset, dataset_split=split,
+            dataset_type=_data_set(split, results['data'])[0], dataset_name=_data_set(split, results['data'])[1],
+            dataset_split=split,
             metric_type='roc_auc', metric_name=f'AUC, {label.replace("_", " ")}', metric_value=scores[label]['auc'])
         for split, scores in results['metrics'].items() for label in LABELS if scores[label]['auc'] is not None]
 
 
-def _split(name: str, scores: Dict[str, Any], synthetic: bool) -> Dict[str, Any]:
+def _data_set(split: str, data: Dict[str, Any]) -> Tuple[str, str]:
+    """Id and name of what a split's images are of."""
+    if data['name'] == 'demo':
+        return 'synthetic', 'synthetic demo images'
+    return ('isic-2017', 'ISIC 2017 Part 3') if split in data['official_splits'] else ('other', data['name'])
+
+
+def _split(name: str, scores: Dict[str, Any], data: Dict[str, Any]) -> Dict[str, Any]:
     words = {label: label.replace('_', ' ') for label in LABELS}
     tasks = {label: scores[label] for label in LABELS}
     return {
-        'title': f'{name}, {tasks[LABELS[0]]["images"]} images' + ' (**synthetic**)' * synthetic + ':',
+        'title': f'{name}, {tasks[LABELS[0]]["images"]} images of {_data_set(name, data)[1]}'.replace(
+            'synthetic', '**synthetic**') + ':',
         'rows': [
             *(_cells(words[label], _interval(t['auc'], t['auc_ci95']), _number(t.get('average_precision')),
                      _number(t['sensitivity']), _number(t['specificity'])) for label, t in tasks.items()),
@@ -90,7 +100,9 @@ def _training(results: Dict[str, Any]) -> List[Any]:
     run = results['run']
     arguments = run['arguments']
     return [
-        ('data', arguments['data'] if arguments['data'] == 'demo' else 'ISIC 2017, split train (official)'),
+        ('data', ', '.join(filter(None, [
+            'ISIC 2017, the 2,000 training images of the challenge' if 'train' in results['data']['official_splits']
+            else f'`{arguments["data"]}`, split train', results['data']['note']]))),
         ('command', f'`{run["command"]}`'), ('recipe', arguments['recipe']), ('seed', arguments['seed']),
         ('image size', f'{results["img_size"]} px'), ('commit', run.get('commit') or 'unknown'),
         ('versions', ', '.join(f'{key} {value}' for key, value in run['versions'].items())),

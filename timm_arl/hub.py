@@ -3,15 +3,18 @@
     python -m timm_arl.hub stage OUT STAGED --evaluation R    # a model repo, ready to publish, from a finished run
     python -m timm_arl.hub card STAGED                        # write its README.md anew
     python -m timm_arl.hub push STAGED --to user/model        # lists what would go; --yes sends it
+    python -m timm_arl.hub push STAGED STAGED ... --yes       # each to a repo of its name under {HUB}
     python -m timm_arl.hub verify user/model --against STAGED # downloads it into an empty cache and compares
 
---to and verify take a folder (./FOLDER) too. HF_ENDPOINT names another Hub, HF_TOKEN or `hf auth login` the account.
+--to and verify take a folder (./FOLDER) too, and verify a revision (user/model@REVISION). HF_ENDPOINT names another
+Hub, HF_TOKEN or `hf auth login` the account, TIMM_ARL_HUB another name than timm-arl.
 """
 import argparse
 import csv
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -25,7 +28,9 @@ import timm
 import torch
 
 from .cards import read_results, registered_config, render_card
+from .isic import LABELS
 from .isic.results import replacing, write_json
+from .isic.sources import CHALLENGE_IDS, ids_digest
 from .pretrained import WeightsError, create_for_task, diagnose_hub_error
 
 __all__ = ['HubError', 'card', 'push', 'stage', 'verify']
@@ -38,14 +43,23 @@ class HubError(RuntimeError):
     """Something that cannot be staged, pushed or verified; the message says why and what to do."""
 
 
-def stage(run: Path, target: Path, evaluation: Optional[Path] = None, tag: Optional[str] = None) -> Path:
+def stage(
+        run: Path,
+        target: Path,
+        evaluation: Optional[Path] = None,
+        tag: Optional[str] = None,
+        note: str = '',
+) -> Path:
     """Build a model repo from a finished run: config.json, model.safetensors, results.json, pictures, README.md.
+
+    config.json is what timm reads, and beside that the versions, the thresholds and, after an evaluation, temperatures.
 
     Args:
         run: Output folder of finetune_isic.py.
         target: Folder to make; one that was staged before is replaced.
         evaluation: Output folder of evaluate_isic.py on that run, whose richer scores and pictures are taken.
         tag: Of the weights, by default isic2017, or demo for synthetic images.
+        note: What the card should say of the images, their size for example.
 
     Returns:
         target.
@@ -77,9 +91,11 @@ def stage(run: Path, target: Path, evaluation: Optional[Path] = None, tag: Optio
     tag = tag or ('demo' if record['arguments']['data'] == 'demo' else 'isic2017')
     versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
     config['pretrained_cfg'].update(tag=tag, license=config['pretrained_cfg'].get('license', 'apache-2.0'))
-    config.update({f'{name}_version': version for name, version in versions.items()})
+    config.update({f'{name}_version': version for name, version in versions.items()}, **_operating_points(metrics))
     results = {
         'name': f'{config["architecture"]}.{tag}', 'metrics': metrics, 'run': record, 'epochs': len(summary),
+        'data': {'name': record['arguments']['data'], 'note': note,
+                 'official_splits': _official_splits(record['arguments'], run, evaluation)},
         'kept_epoch': int(kept['epoch']), 'img_size': config['pretrained_cfg']['input_size'][-1],
         'alphas': {key: float(value) for key, value in kept.items() if key.endswith('.alpha')}, 'looks': _looks(run),
     }
@@ -125,6 +141,8 @@ def card(folder: Path) -> Path:
 def push(folder: Path, to: str, yes: bool = False, private: bool = False) -> List[str]:
     """Send a staged folder to a Hub repo or another folder; a second time sends what is missing, and no empty commit.
 
+    What the card gives to timm.create_model becomes the name of the repo.
+
     Args:
         folder: Staged.
         to: Repo id, or a folder that starts with . / or ~.
@@ -150,6 +168,8 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False) -> Lis
                 with replacing(there / name) as temporary:
                     shutil.copyfile(folder / name, temporary)
         return changed
+    if yes:
+        _name_repo(folder, to)
     api = huggingface_hub.HfApi()
     try:
         exists = api.repo_exists(to)
@@ -158,7 +178,8 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False) -> Lis
         if yes and changed:
             api.create_repo(to, private=private, exist_ok=True)
             api.upload_folder(
-                repo_id=to, folder_path=folder, allow_patterns=changed, commit_message=f'{folder.name}, by timm_arl')
+                repo_id=to, folder_path=folder, allow_patterns=changed,
+                commit_message=f'{(read_results(folder) or {})["name"]}, by timm_arl')
     except Exception as error:  # of an HTTP library that depends on huggingface_hub's version; others go on
         cause, remedy, _ = diagnose_hub_error(error, to)
         if not cause:
@@ -172,7 +193,7 @@ def verify(source: str, against: Path) -> Dict[str, str]:
     """Fetch a published model into an empty cache and compare files and outputs with a staged folder.
 
     Args:
-        source: Repo id, or a folder that starts with . / or ~.
+        source: Repo id, of which revision after an @, or a folder that starts with . / or ~.
         against: Staged folder.
 
     Returns:
@@ -189,7 +210,8 @@ def verify(source: str, against: Path) -> Dict[str, str]:
             found = Path(source).expanduser()
         else:
             try:
-                found = Path(huggingface_hub.snapshot_download(source, cache_dir=cache))
+                repo, _, revision = source.partition('@')
+                found = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, cache_dir=cache))
             except Exception as error:  # as above
                 cause, remedy, _ = diagnose_hub_error(error, source)
                 if not cause:
@@ -213,6 +235,16 @@ def _is_folder(name: str) -> bool:
     return name.startswith(('.', '/', '~'))
 
 
+def _name_repo(folder: Path, repo: str) -> None:
+    """Write the repo's name where the card tells how to load it; the rest of the card may have been edited."""
+    path = folder / 'README.md'
+    text = path.read_text(encoding='utf-8') if path.is_file() else ''
+    named = re.sub(r"'hf-hub:[^']*'", f"'hf-hub:{repo}'", text)
+    if named != text:
+        with replacing(path) as temporary:
+            temporary.write_text(named, encoding='utf-8')
+
+
 def _is_there(path: Path, remote: Any) -> bool:
     if remote is None or remote.size != path.stat().st_size:
         return False
@@ -220,6 +252,31 @@ def _is_there(path: Path, remote: Any) -> bool:
         return remote.lfs.sha256 == _sha256(path)
     content = path.read_bytes()
     return remote.blob_id == hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _operating_points(metrics: Dict[str, Any]) -> Dict[str, Any]:
+    """Thresholds by name and label, and temperatures by label where an evaluation fitted them on validation."""
+    tasks = {label: metrics['validation'][label] for label in LABELS}
+    names = [point['name'] for point in tasks[LABELS[0]].get('operating_points', ())]
+    thresholds = {'official': {label: task['threshold'] for label, task in tasks.items()}}
+    for k, name in enumerate(names):
+        thresholds[name] = {label: task['operating_points'][k]['threshold'] for label, task in tasks.items()}
+    temperatures = {label: task['calibration']['temperature'] for label, task in tasks.items() if 'calibration' in task}
+    return {'thresholds': thresholds, **({'temperatures': temperatures} if temperatures else {})}
+
+
+def _official_splits(arguments: Dict[str, Any], run: Path, evaluation: Optional[Path]) -> List[str]:
+    """Which splits are the challenge's own, by the ids of their images; train as the others where it recorded none."""
+    digests = {}
+    for name in ('validation', 'test'):
+        for folder in filter(None, (evaluation, run)):
+            if (folder / f'predictions_{name}.csv').is_file():
+                with open(folder / f'predictions_{name}.csv', newline='', encoding='utf-8') as file:
+                    digests[name] = ids_digest(row['image_id'] for row in csv.DictReader(file))
+                break
+    official = [name for name, digest in digests.items() if digest == CHALLENGE_IDS[name]]
+    train = arguments.get('train_ids', CHALLENGE_IDS['train'] if len(official) == 2 else '')
+    return ['train', *official] if train == CHALLENGE_IDS['train'] else official
 
 
 def _looks(run: Path) -> List[Dict[str, str]]:
@@ -251,7 +308,7 @@ def _sha256(path: Path) -> str:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    usage, epilog = (__doc__ or '\n\n').split('\n\n', 1)
+    usage, epilog = (__doc__ or '\n\n').replace('{HUB}', HUB).split('\n\n', 1)
     parser = argparse.ArgumentParser(
         prog='python -m timm_arl.hub', description=usage, epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -261,6 +318,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     sub.add_argument('target', metavar='STAGED', type=Path)
     sub.add_argument('--evaluation', metavar='R', type=Path, help='output folder of evaluate_isic.py on that run')
     sub.add_argument('--tag', help='of the weights (default: isic2017, or demo for synthetic images)')
+    sub.add_argument('--note', default='', help='what the card says of the images ("copies at 256 px", for example)')
     sub = commands.add_parser('card', help='write the README.md of a staged folder, or of registered weights')
     sub.add_argument('what', metavar='STAGED|NAME.TAG')
     sub.add_argument('--output', metavar='DIR', type=Path, help='for NAME.TAG: folder for its README.md')
@@ -275,7 +333,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == 'stage':
-            stage(args.run, args.target, args.evaluation, args.tag)
+            stage(args.run, args.target, args.evaluation, args.tag, args.note)
             print(f'Staged: {args.target} ({", ".join(sorted(path.name for path in args.target.iterdir()))})')
         elif args.command == 'card':
             print(f'Written: {_card_of(args)}')

@@ -1,5 +1,6 @@
 """Folders of image files: the challenge's zips as they unpack, and what the ISIC Archive's client writes."""
 import csv
+import hashlib
 from pathlib import Path
 from typing import Dict, Iterable, Optional, Tuple
 
@@ -7,13 +8,21 @@ import datasets
 
 from . import LABELS
 
-__all__ = ['CHALLENGE_ZIPS', 'DataError', 'check_image_id', 'image_files', 'read_folder', 'read_table']
+__all__ = [
+    'CHALLENGE_IDS', 'CHALLENGE_ZIPS', 'DataError', 'check_image_id', 'ids_digest', 'image_files', 'read_folder',
+    'read_table',
+]
 
 SPLIT_NAMES = {'train': 'Training', 'validation': 'Validation', 'test': 'Test_v2'}
 CHALLENGE_ZIPS = {  # md5
     'ISIC-2017_Training_Data.zip': 'a14a7e622c67a358797ae59abb8a0b0c',
     'ISIC-2017_Validation_Data.zip': '8d6419d942112f709894c0d82f6c9038',
     'ISIC-2017_Test_v2_Data.zip': '5f6a0b5e1f2972bd1f5ea02680489f09',
+}
+CHALLENGE_IDS = {  # ids_digest of the official splits
+    'train': '3beb9655e6718b313f2a0386ac31d0961ff14bbc8d3a20c080cb1e81c450190c',
+    'validation': 'b613df27e71f83bcce1cb1c5da1451ed8501232eedd912bd0797e1fd498012cd',
+    'test': '8e7a85c979aef0597511c5d99791b2af10e62f0cf064ddfad7786583d09cbc03',
 }
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 FEATURES = datasets.Features({
@@ -25,6 +34,11 @@ FEATURES = datasets.Features({
 
 class DataError(ValueError):
     """Data that cannot be used; the message names what is wrong and what to do."""
+
+
+def ids_digest(image_ids: Iterable[str]) -> str:
+    """sha256 of the sorted ids, one a line: by which two sets of images are known to be the same."""
+    return hashlib.sha256('\n'.join(sorted(image_ids)).encode()).hexdigest()
 
 
 def read_folder(folder: Path) -> Optional[datasets.DatasetDict]:
