@@ -63,9 +63,13 @@ def check_start(args: Any) -> None:
                        ('--pretrained', args.model if args.pretrained else None)):
         if not name:
             continue
-        config = None if ':' in name or Path(name).exists() else timm.get_pretrained_cfg(name)
-        if arguments_of(name).get('train_ids') == args.train_ids or (
-                config is not None and tuple(config.label_names or ()) in HEADS.values()):
+        scheme, _, repo = name.rpartition(':')
+        if scheme in ('hf-hub', 'hf_hub'):
+            labels = timm.models.load_model_config_from_hf(repo)[0].get('label_names')
+        else:
+            config = None if scheme or Path(name).exists() else timm.get_pretrained_cfg(name)
+            labels = config and config.label_names
+        if arguments_of(name).get('train_ids') == args.train_ids or tuple(labels or ()) in HEADS.values():
             raise RunError(f'{flag} {name} was trained on images that --folds would hold out, which would flatter the '
                            f'scores: start from other weights.')
 

@@ -31,7 +31,7 @@ class Hub:
         self.requests: List[str] = []
         self.faults: List[Dict[str, Any]] = []
         self.lock = threading.Lock()
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
+        self.server = _Server(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
         self.server.daemon_threads = True
         self.url = f'http://127.0.0.1:{self.server.server_port}'
 
@@ -55,6 +55,7 @@ class Hub:
         return commit
 
     def tag(self, repo: str, name: str) -> None:
+        self.revision(repo)
         self.revisions[repo][name] = dict(self.repos[repo])
 
     def env(self, home: Path, **extra: str) -> Dict[str, str]:
@@ -80,6 +81,11 @@ def sha256(content: bytes) -> str:
 @cache
 def git_sha1(content: bytes) -> str:
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        pass  # clients that are killed are part of the tests
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -123,14 +129,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self.written(token)
         path = self.path.partition('?')[0]
         match = re.fullmatch(r'/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)', path)
-        api = re.fullmatch(r'/api/(?:models|(datasets))/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?', path)
+        api = re.fullmatch(
+            r'/api/(?:models|(datasets))/([^/]+/[^/]+)(?:/(refs)|/(?:revision|(tree))/([^/]+)(?:/(.*))?)?', path)
         if not match and not api:
             return 404, b'{}', {}
         repo = match[1] if match else '/'.join(filter(None, [api[1], api[2]]))
         if repo not in self.hub.repos or (repo in self.hub.private and not token):
             return 401 if not token else 404, b'{}', {'X-Error-Code': 'RepoNotFound'}
         commit = self.hub.revision(repo)
-        revision = (match[2] if match else api[4]) or 'main'
+        revision = (match[2] if match else api[5]) or 'main'
         files = self.hub.revisions[repo].get(commit if revision == 'main' else revision)
         if files is None:
             return 404, b'{}', {'X-Error-Code': 'RevisionNotFound'}
@@ -150,11 +157,17 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, content, {'X-Repo-Commit': commit, 'ETag': f'"{git_sha1(content)}"'}
 
     def listed(self, repo, files, commit, api):
-        if api[3] != 'tree':
+        if api[3]:
+            tags = [{'name': name, 'ref': f'refs/tags/{name}', 'targetCommit': next(
+                commit for commit, content in self.hub.revisions[repo].items() if len(commit) == 40 and content == at)}
+                for name, at in self.hub.revisions[repo].items() if len(name) != 40]
+            main = {'name': 'main', 'ref': 'refs/heads/main', 'targetCommit': commit}
+            return 200, json.dumps({'branches': [main], 'tags': tags, 'converts': []}).encode(), {}
+        if not api[4]:
             siblings = [self.sibling(name, content) for name, content in files.items()]
             return 200, json.dumps({'id': repo.removeprefix('datasets/'), 'sha': commit, 'siblings': siblings,
                                     'private': repo in self.hub.private, 'tags': [], 'downloads': 0}).encode(), {}
-        folder = f'{api[5]}/' if api[5] else ''
+        folder = f'{api[6]}/' if api[6] else ''
         inside = {name: content for name, content in files.items() if name.startswith(folder)}
         if folder and not inside:
             return 404, b'{}', {'X-Error-Code': 'EntryNotFound'}
@@ -196,7 +209,10 @@ class _Handler(BaseHTTPRequestHandler):
             objects = [{**o, **({} if o['oid'] in hub.blobs else {'actions': {'upload': {
                 'href': f'{hub.url}/_lfs/{o["oid"]}'}}})} for o in json.loads(self.sent)['objects']]
             return 200, json.dumps({'transfer': 'basic', 'objects': objects}).encode(), {}
-        repo, action = re.fullmatch(r'/api/models/([^/]+/[^/]+)/(preupload|commit)/main', path).groups()
+        repo, action = re.fullmatch(r'/api/models/([^/]+/[^/]+)/(preupload|commit|tag)/main', path).groups()
+        if action == 'tag':
+            hub.tag(repo, json.loads(self.sent)['tag'])
+            return 200, b'{}', {}
         if action == 'preupload':
             files = [{'path': f['path'], 'uploadMode': 'lfs' if f['path'].endswith(LFS) else 'regular',
                       'shouldIgnore': False, 'oid': None} for f in json.loads(self.sent)['files']]

@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 from timm_arl import hub as publishing
 from timm_arl.isic.metrics import score_split
 from timm_arl.isic.results import write_json, write_predictions, write_rows
-from timm_arl.isic.sources import ids_digest
+from timm_arl.isic.sources import CHALLENGE_IDS, ids_digest
 
 # several commands in a process of its own, since huggingface_hub reads the environment when it is imported
 COMMANDS = """
@@ -99,7 +99,7 @@ def test_figures_of_the_card_are_those_of_the_results(staged):
                      for split in results['metrics'] for label in ('melanoma', 'seborrheic_keratosis')}
     assert front_matter(card)['library_name'] == 'timm' and front_matter(card)['license'] == 'apache-2.0'
     for part in ('Not a medical device', 'finetune_isic.py --data isic2017', 'abcdef123456', 'looked at once',
-                 'Known leakage', publishing._sha256(staged / 'model.safetensors'), '| seed | 7 |', '0.125'):
+                 'Known leakage', publishing.sha256_of(staged / 'model.safetensors'), '| seed | 7 |', '0.125'):
         assert part in card, part
     assert '\n\n\n' not in card and '/home/me' not in card + (staged / 'results.json').read_text()
 
@@ -129,8 +129,16 @@ def test_a_card_calls_isic_2017_what_is_isic_2017(run, staged, tmp_path, monkeyp
     card = (staged / 'README.md').read_text()
     assert 'trained on `isic2017`, not the training images of ISIC 2017' in card
     assert 'datasets' not in front_matter(card)
-    monkeypatch.setitem(publishing.CHALLENGE_IDS, 'train', '0')
-    monkeypatch.setitem(publishing.CHALLENGE_IDS, 'test', ids_digest(f'test{k}' for k in range(30)))
+    assert '| started from | scratch |' in card and 'base_model' not in front_matter(card)
+    pretrained = tmp_path / 'pretrained'
+    shutil.copytree(run, pretrained)
+    record = json.loads((run / 'run.json').read_text())
+    record['arguments'].update(model='arl_cnn50.tv_in1k', pretrained=True)
+    write_json(pretrained / 'run.json', record)
+    card = (publishing.stage(pretrained, tmp_path / 'p') / 'README.md').read_text()
+    assert front_matter(card)['base_model'] == 'timm/resnet50.tv_in1k'
+    monkeypatch.setitem(CHALLENGE_IDS, 'train', '0')
+    monkeypatch.setitem(CHALLENGE_IDS, 'test', ids_digest(f'test{k}' for k in range(30)))
     card = (publishing.stage(run, tmp_path / 's', note='copies at 256 px') / 'README.md').read_text()
     assert 'trained on ISIC 2017.' in card and 'training images of the challenge, copies at 256 px' in card
     assert 'test, 30 images of ISIC 2017 Part 3:' in card and 'validation, 30 images of isic2017:' in card
@@ -156,7 +164,7 @@ def test_snippets_run(staged, tmp_path):
     assert set(eval(first)) == {'melanoma', 'seborrheic_keratosis'} and shapes[-1] == '(1, 2, 2)'
 
 
-@pytest.mark.parametrize('name', timm.list_pretrained('arl_*'))
+@pytest.mark.parametrize('name', [name for name in timm.list_pretrained('arl_*') if name.endswith('_in1k')])
 def test_cards_of_timms_weights_are_there_and_show_no_figure(call, repo, tmp_path, name):
     done = call('timm_arl.hub', 'card', name, '--output', tmp_path / 'c')
     assert done.returncode == 0, done.stderr
@@ -231,9 +239,13 @@ def test_push_push_again_verify(run, tmp_path):
 
         # everything that is staged, by one command, and out of sight
         other = publishing.stage(run, tmp_path / 'other', tag='mine')
-        done = program('push', staged, other, '--yes', '--private')
+        done = program('push', staged, other, '--yes', '--private', '--tag', 'v1')
         assert done.returncode == 0 and {'lab/arl_cnn14.isic2017', 'lab/arl_cnn14.mine'} <= server.private, done.stderr
-        assert program('verify', 'lab/arl_cnn14.mine', '--against', other).returncode == 0
+        assert program('verify', 'lab/arl_cnn14.mine@v1', '--against', other).returncode == 0
+        assert program('push', other, '--yes', '--tag', 'v1').returncode == 0  # there already, and the same
+        (other / 'README.md').write_text('# Mine\n')
+        done = program('push', other, '--yes', '--tag', 'v1')
+        assert done.returncode == 2 and 'has a tag v1 already, of other content' in done.stderr
         done = program('verify', 'lab/arl_cnn14.mine', '--against', other, token='')
         assert done.returncode == 2 and 'or it is private' in done.stderr and 'HF_TOKEN' in done.stderr
         process.stdin.close()
@@ -245,7 +257,7 @@ def test_push_to_a_folder(staged, tmp_path):
     assert set(publishing.push(staged, there)) == {p.name for p in staged.iterdir()} and not os.path.exists(there)
     publishing.push(staged, there, yes=True)
     assert publishing.push(staged, there, yes=True) == []
-    assert publishing.verify(there, staged)['config.json'] == publishing._sha256(staged / 'config.json')
+    assert publishing.verify(there, staged)['config.json'] == publishing.sha256_of(staged / 'config.json')
 
 
 def test_what_cannot_be_staged(run, staged, call, tmp_path):

@@ -69,7 +69,7 @@ def test_missing_corrupt_and_pickled_files_are_refused(tmp_path):
     ('arl_cnn15', {}, 'did you mean arl_cnn1'),
     ('nothing-like-it', {}, "Unknown model nothing-like-it: timm.list_models"),
     ('arl_cnn50.no_such_tag', {}, 'no_such_tag'),
-    ('arl_cnn14', dict(pretrained=True), 'No pretrained weights exist for arl_cnn14'),
+    ('arl_cnn14_channel', dict(pretrained=True), 'No pretrained weights exist for arl_cnn14_channel'),
     ('vit_tiny_patch16_224', dict(attention='mixed'), 'vit_tiny_patch16_224 cannot be created: .*attention'),
     ('local-dir:/nowhere/at/all', dict(pretrained=True), '/nowhere/at/all'),
 ])

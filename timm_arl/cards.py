@@ -35,8 +35,8 @@ def render_card(
     """
     cfg = config['pretrained_cfg']
     label_names = config.get('label_names') or []
-    source = (cfg.get('hf_hub_id') or '').partition('@')[0]
     measured = results is not None
+    source = results['base_model'] if results else (cfg.get('hf_hub_id') or '').partition('@')[0]
     data_set = results['data'] if results else {}
     synthetic = data_set.get('name') == 'demo'
     official = 'train' in data_set.get('official_splits', ())
@@ -99,10 +99,12 @@ def _split(name: str, scores: Dict[str, Any], data: Dict[str, Any]) -> Dict[str,
 def _training(results: Dict[str, Any]) -> List[Any]:
     run = results['run']
     arguments = run['arguments']
+    start = results['base_model'] or arguments.get('init_checkpoint')
     return [
         ('data', ', '.join(filter(None, [
             'ISIC 2017, the 2,000 training images of the challenge' if 'train' in results['data']['official_splits']
             else f'`{arguments["data"]}`, split train', results['data']['note']]))),
+        ('started from', f'`{start}`' if start else 'scratch'),
         ('command', f'`{run["command"]}`'), ('recipe', arguments['recipe']), ('seed', arguments['seed']),
         ('image size', f'{results["img_size"]} px'), ('commit', run.get('commit') or 'unknown'),
         ('versions', ', '.join(f'{key} {value}' for key, value in run['versions'].items())),

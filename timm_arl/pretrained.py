@@ -1,6 +1,7 @@
 """Finding, checking and loading weights."""
 import difflib
 import hashlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,8 +23,13 @@ from huggingface_hub.errors import (
 )
 from timm.models import clean_state_dict, resolve_pretrained_cfg
 
-__all__ = ['WeightsError', 'create_for_task', 'fetch_weights', 'load_weights_file', 'local_weights']
+__all__ = [
+    'HUB', 'WeightsError', 'create_for_task', 'fetch_weights', 'load_weights_file', 'local_weights', 'shipped_weights',
+]
 
+HUB = os.environ.get('TIMM_ARL_HUB', 'timm-arl')  # whose repos on the Hub this project's own are
+# sha256 of model.safetensors in them: other content is refused, whoever has the name there
+OWN_WEIGHTS: Dict[str, str] = {}
 ATTEMPTS = 4
 LOCAL_FILE = "pass a file of your own by pretrained_cfg_overlay=dict(file='model.safetensors')"
 
@@ -155,12 +161,34 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    tags = [name.partition('.')[2] for name in timm.list_pretrained(f'{variant}.*')]
+    if not cfg.has_weights and not cfg.state_dict and tags:
+        raise WeightsError(f"{variant} has no pretrained weights by itself: choose a tag ({', '.join(tags)}), as in "
+                           f"timm.create_model('{variant}.{tags[0]}', pretrained=True).")
     if cfg.state_dict or cfg.file or not cfg.hf_hub_id or cfg.source not in (None, '', 'hf-hub'):
         return kwargs
     repo, _, revision = cfg.hf_hub_id.partition('@')
-    path = fetch_weights(repo, cfg.hf_hub_filename or 'model.safetensors', revision or None,
-                         cache_dir=kwargs.get('cache_dir'))
+    name = repo.removeprefix(f'{HUB}/')
+    sha256 = OWN_WEIGHTS.get(name) if name != repo else None
+    shipped = shipped_weights(name) if sha256 else None
+    if shipped is not None and _is_whole(shipped / 'model.safetensors', sha256):
+        path = shipped / 'model.safetensors'
+    else:
+        if shipped is not None:
+            _say(f'{shipped / "model.safetensors"} is damaged: asking the Hub for it.')
+        path = fetch_weights(repo, cfg.hf_hub_filename or 'model.safetensors', revision or None, sha256,
+                             cache_dir=kwargs.get('cache_dir'))
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(path), 'source': ''}}
+
+
+def shipped_weights(name: str) -> Optional[Path]:
+    """Folder of weights that came with this package, a model repo with its results, or None.
+
+    Args:
+        name: Model and tag.
+    """
+    folder = Path(__file__).with_name('weights') / name
+    return folder if name in OWN_WEIGHTS and (folder / 'model.safetensors').is_file() else None
 
 
 def fetch_weights(

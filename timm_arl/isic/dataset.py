@@ -160,7 +160,8 @@ def _load_dataset(data: str, **kwargs) -> Any:
                             f'data/train-*.parquet and so on): '
                             f'{reason}') from error
         raise DataError(f'No folder {data}, and no dataset of that id could be loaded from the Hugging Face Hub: '
-                        f'{reason}') from error
+                        f'{reason.rstrip(".")}; check the id and the network, log in where it is private or gated '
+                        f'(hf auth login, or HF_TOKEN), or name a mirror (HF_ENDPOINT).') from error
 
 
 def _load_streaming(data: str) -> Dict[str, Any]:

@@ -1,0 +1,223 @@
+"""Model repos as folders, ready to publish: weights, config.json, results.json, pictures and the card."""
+import csv
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Union
+
+import safetensors.torch
+import timm
+
+from .cards import read_results, registered_config, render_card
+from .isic import LABELS
+from .isic.results import replacing, write_json
+from .isic.sources import CHALLENGE_IDS, ids_digest
+from .pretrained import HUB, create_for_task, shipped_weights
+
+__all__ = ['HubError', 'card', 'card_of_registered', 'sha256_of', 'stage']
+
+PICTURES = ('roc_test.png', 'roc_validation.png', 'reliability_test.png', 'reliability_validation.png', 'alphas.png')
+
+
+class HubError(RuntimeError):
+    """Something that cannot be staged, pushed or verified; the message says why and what to do."""
+
+
+def stage(
+        run: Union[str, Path],
+        target: Path,
+        evaluation: Optional[Path] = None,
+        tag: Optional[str] = None,
+        note: str = '',
+) -> Path:
+    """Build a model repo from a finished run: config.json, model.safetensors, results.json, pictures, README.md.
+
+    config.json is what timm reads, and beside that the versions, the thresholds and, after an evaluation, temperatures.
+
+    Args:
+        run: Output folder of finetune_isic.py; or the name of weights that came with this package.
+        target: Folder to make; one that was staged before is replaced.
+        evaluation: Output folder of evaluate_isic.py on that run, whose richer scores and pictures are taken.
+        tag: Of the weights, by default isic2017, or demo for synthetic images.
+        note: What the card should say of the images, their size for example.
+
+    Returns:
+        target.
+
+    Raises:
+        HubError: A run that is not finished, an evaluation of something else, or a target that is something else.
+        WeightsError: Weights that do not fit their config.
+    """
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / 'results.json').is_file())):
+        raise HubError(f'{target} exists and was not staged by this command: choose another folder.')
+    shipped = shipped_weights(str(run))
+    if shipped is not None:
+        return _replace_folder(target, partial(shutil.copytree, shipped))
+    run = Path(run)
+    record, metrics, config = (_read(run / name, 'a finished run of finetune_isic.py') for name in (
+        'run.json', 'metrics.json', 'config.json'))
+    if evaluation is not None:
+        richer = _read(evaluation / 'metrics.json', 'an output folder of evaluate_isic.py')
+        for split in metrics.keys() & richer.keys():
+            ours, theirs = (each[split]['mean_auc'] for each in (metrics, richer))
+            if ours is None or theirs is None or abs(ours - theirs) > 5e-3:
+                raise HubError(f'{evaluation} has a mean AUC of {theirs} on {split}, the run {ours}: it is not an '
+                               f'evaluation of {run} with the images and crops of its training.')
+        metrics = {**metrics, **richer}
+    model = create_for_task(f'local-dir:{run}', pretrained=True)
+    with open(run / 'summary.csv', newline='', encoding='utf-8') as file:
+        summary = list(csv.DictReader(file))
+    kept = (max(summary, key=lambda row: float(row['validation_mean_auc']))
+            if record['arguments']['keep'] == 'best' else summary[-1])
+    record['command'] = _without_folders(record['command'])
+    record['arguments'] = {key: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+                           for key, value in record['arguments'].items()}
+    tag = tag or ('demo' if record['arguments']['data'] == 'demo' else 'isic2017')
+    versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
+    config['pretrained_cfg'].update(tag=tag, license=config['pretrained_cfg'].get('license', 'apache-2.0'))
+    config.update({f'{name}_version': version for name, version in versions.items()}, **_operating_points(metrics))
+    results = {
+        'name': f'{config["architecture"]}.{tag}', 'metrics': metrics, 'run': record, 'epochs': len(summary),
+        'base_model': _base_model(record['arguments']),
+        'data': {'name': record['arguments']['data'], 'note': note,
+                 'official_splits': _official_splits(record['arguments'], run, evaluation)},
+        'kept_epoch': int(kept['epoch']), 'img_size': config['pretrained_cfg']['input_size'][-1],
+        'alphas': {key: float(value) for key, value in kept.items() if key.endswith('.alpha')}, 'looks': _looks(run),
+    }
+
+    def write(new: Path) -> None:
+        new.mkdir()
+        safetensors.torch.save_file(
+            {key: value.contiguous() for key, value in model.state_dict().items()}, new / 'model.safetensors',
+            metadata={'format': 'pt', 'name': results['name'], **versions})
+        write_json(new / 'config.json', config)
+        write_json(new / 'results.json', results)
+        for name in PICTURES:
+            if evaluation is not None and (evaluation / name).is_file():
+                shutil.copyfile(evaluation / name, new / name)
+    return _replace_folder(target, write)
+
+
+def _replace_folder(target: Path, write: Callable[[Path], Any]) -> Path:
+    """Let `write` make a folder, add its card, and put it where `target` is; there is a whole one at any moment."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as folder:
+        new = Path(folder, 'new')
+        write(new)
+        card(new)
+        if target.exists():
+            target.rename(Path(folder, 'old'))
+        new.rename(target)
+    return target
+
+
+def card(folder: Path) -> Path:
+    """Write the README.md of a staged folder, from its config.json and results.json.
+
+    Raises:
+        HubError: Not a staged folder.
+    """
+    config = _read(folder / 'config.json', 'a staged folder')
+    results = read_results(folder)
+    if results is None:
+        raise HubError(f'{folder} has no results.json: stage it first.')
+    name = results['name']
+    text = render_card(
+        name, config, results, sha256_of(folder / 'model.safetensors'), f'hf-hub:{HUB}/{name}',
+        [picture for picture in PICTURES if (folder / picture).is_file()])
+    with replacing(folder / 'README.md') as temporary:
+        temporary.write_text(text, encoding='utf-8')
+    return folder / 'README.md'
+
+
+def card_of_registered(name: str, output: Path) -> Path:
+    """Write the README.md of weights that timm knows by name, and the results.json of those that have one.
+
+    Args:
+        name: Model and tag.
+        output: Folder, made where there is none.
+
+    Raises:
+        HubError: No such weights.
+    """
+    if '.' not in name or not timm.is_model_pretrained(name):
+        raise HubError(f'{name} is no staged folder, and no NAME.TAG of registered weights, as '
+                       f"timm.list_pretrained('arl_*') gives them.")
+    output.mkdir(parents=True, exist_ok=True)
+    shipped = shipped_weights(name)
+    config, results, digest = registered_config(name), None, None
+    if shipped is not None:
+        config, results = _read(shipped / 'config.json', 'whole'), read_results(shipped)
+        digest = sha256_of(shipped / 'model.safetensors')
+        shutil.copyfile(shipped / 'results.json', output / 'results.json')
+    with replacing(output / 'README.md') as temporary:
+        temporary.write_text(render_card(name, config, results, digest, name), encoding='utf-8')
+    return output / 'README.md'
+
+
+def _base_model(arguments: Dict[str, Any]) -> Optional[str]:
+    """The repo whose weights a run began with, or None."""
+    if not arguments.get('pretrained'):
+        return None
+    scheme, _, name = arguments['model'].rpartition(':')
+    cfg = None if scheme or not timm.is_model(name) else timm.get_pretrained_cfg(name)
+    return name if scheme in ('hf-hub', 'hf_hub') else cfg and (cfg.hf_hub_id or '').partition('@')[0] or None
+
+
+def _operating_points(metrics: Dict[str, Any]) -> Dict[str, Any]:
+    """Thresholds by name and label, and temperatures by label where an evaluation fitted them on validation."""
+    tasks = {label: metrics['validation'][label] for label in LABELS}
+    names = [point['name'] for point in tasks[LABELS[0]].get('operating_points', ())]
+    thresholds = {'official': {label: task['threshold'] for label, task in tasks.items()}}
+    for k, name in enumerate(names):
+        thresholds[name] = {label: task['operating_points'][k]['threshold'] for label, task in tasks.items()}
+    temperatures = {label: task['calibration']['temperature'] for label, task in tasks.items() if 'calibration' in task}
+    return {'thresholds': thresholds, **({'temperatures': temperatures} if temperatures else {})}
+
+
+def _official_splits(arguments: Dict[str, Any], run: Path, evaluation: Optional[Path]) -> List[str]:
+    """Which splits are the challenge's own, by the ids of their images; train as the others where it recorded none."""
+    digests = {}
+    for name in ('validation', 'test'):
+        for folder in filter(None, (evaluation, run)):
+            if (folder / f'predictions_{name}.csv').is_file():
+                with open(folder / f'predictions_{name}.csv', newline='', encoding='utf-8') as file:
+                    digests[name] = ids_digest(row['image_id'] for row in csv.DictReader(file))
+                break
+    official = [name for name, digest in digests.items() if digest == CHALLENGE_IDS[name]]
+    train = arguments.get('train_ids', CHALLENGE_IDS['train'] if len(official) == 2 else '')
+    return ['train', *official] if train == CHALLENGE_IDS['train'] else official
+
+
+def _looks(run: Path) -> List[Dict[str, str]]:
+    if not (run / 'looks.csv').is_file():
+        return []
+    with open(run / 'looks.csv', newline='', encoding='utf-8') as file:
+        return [{**row, 'checkpoint': Path(row['checkpoint']).name, 'command': _without_folders(row['command'])}
+                for row in csv.DictReader(file)]
+
+
+def _without_folders(command: str) -> str:
+    """A command line whose absolute paths are names: whose disk it was is nobody's business."""
+    return shlex.join(Path(word).name if os.path.isabs(word) else word for word in shlex.split(command))
+
+
+def _read(path: Path, what: str) -> Dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise HubError(f'{path.parent} is not {what}: {path.name} is missing or unreadable.') from error
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    return digest.hexdigest()
