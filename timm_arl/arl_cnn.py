@@ -15,7 +15,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch.nn.modules.module import _has_any_global_hook
 
 from .attention import ATTENTIONS, MASK_SCALES, can_fuse, fused_attention_residual, fused_block_tail
-from .pretrained import local_weights
+from .pretrained import HUB, local_weights
 
 __all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
 
@@ -221,10 +221,20 @@ def _tvcfg(source: str, **kwargs) -> Dict[str, Any]:
         license='bsd-3-clause', origin_url='https://github.com/pytorch/vision', **kwargs)
 
 
+def _icfg(name: str, **kwargs) -> Dict[str, Any]:
+    """Weights trained on ISIC 2017 by this project: two sigmoid outputs."""
+    return _cfg(**dict({
+        'hf_hub_id': f'{HUB}/{name}@v1', 'hf_hub_filename': 'model.safetensors',
+        'num_classes': 2, 'label_names': ('melanoma', 'seborrheic_keratosis'),
+    }, **kwargs))
+
+
 _rsb_papers = ('doi:10.1109/TMI.2019.2893944', 'arXiv:2110.00476')  # the network's, and that of the weights
 _variants = ('', '_spatial', '_channel', '_mixed')
 default_cfgs = generate_default_cfgs({
-    **{f'arl_cnn14{v}.untrained': _cfg() for v in _variants},
+    'arl_cnn14.isic2017': _icfg('arl_cnn14.isic2017', input_size=(3, 128, 128), pool_size=(4, 4)),
+    'arl_cnn14.untrained*': _cfg(),  # the default: like its siblings, 1,000 outputs at 224 px, unless the tag is given
+    **{f'arl_cnn14{v}.untrained': _cfg() for v in _variants[1:]},
     'arl_cnn26.bt_in1k': _rcfg('resnet26.bt_in1k', crop_pct=0.875, test_crop_pct=0.95),
     **{f'arl_cnn50{v}.a1_in1k': _rcfg('resnet50.a1_in1k', paper_ids=_rsb_papers) for v in _variants},
     **{f'arl_cnn50{v}.tv_in1k': _tvcfg('resnet50.tv_in1k') for v in _variants},

@@ -29,7 +29,9 @@ __all__ = [
 
 HUB = os.environ.get('TIMM_ARL_HUB', 'timm-arl')  # whose repos on the Hub this project's own are
 # sha256 of model.safetensors in them: other content is refused, whoever has the name there
-OWN_WEIGHTS: Dict[str, str] = {}
+OWN_WEIGHTS = {
+    'arl_cnn14.isic2017': '3dbce88df54dd412c145ce1a0a288c4b7cc6b08d0451430e924cef027d5bb9a1',
+}
 ATTEMPTS = 4
 LOCAL_FILE = "pass a file of your own by pretrained_cfg_overlay=dict(file='model.safetensors')"
 

@@ -1,0 +1,103 @@
+"""Weights that come with the package: there without a network, and never another's."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub import Hub
+from sklearn.metrics import roc_auc_score
+from test_hub import front_matter, run_snippets
+
+import timm_arl
+from timm_arl.isic.dataset import decode, load_splits
+from timm_arl.pretrained import shipped_weights
+
+NAME = 'arl_cnn14.isic2017'
+LOAD = f"""
+import timm, timm_arl
+try:
+    print(timm.create_model('{NAME}', pretrained=True).fc.bias.sum().item())
+except timm_arl.WeightsError as error:
+    print(error.repo, error.revision, error.cause)
+"""
+
+
+def test_no_network_is_needed(tmp_path):
+    env = {**os.environ, 'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path)}
+    done = subprocess.run([sys.executable, '-c', LOAD], env=env, capture_output=True, text=True, timeout=200)
+    expected = safetensors.torch.load_file(shipped_weights(NAME) / 'model.safetensors')['fc.bias'].sum().item()
+    assert done.returncode == 0 and float(done.stdout) == pytest.approx(expected, abs=1e-7), done.stderr
+
+
+def test_a_stranger_who_has_the_name_injects_nothing(tmp_path):
+    """On an installation without the file: the repo of that name gives these weights or none."""
+    shutil.copytree(Path(timm_arl.__file__).parent, tmp_path / 'timm_arl', ignore=shutil.ignore_patterns('weights'))
+    ours = (shipped_weights(NAME) / 'model.safetensors').read_bytes()
+    theirs = safetensors.torch.save({k: -v for k, v in safetensors.torch.load(ours).items()})
+    repo = f'timm-arl/{NAME}'
+    with Hub({repo: {'model.safetensors': theirs}}) as hub:
+        hub.tag(repo, 'v1')
+        env = {**os.environ, **hub.env(tmp_path / 'home'), 'PYTHONPATH': str(tmp_path)}
+
+        def load():
+            return subprocess.run(  # with the copy in the current folder, which comes first
+                [sys.executable, '-c', LOAD], env=env, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+
+        done = load()
+        assert f'{repo} v1 what was downloaded has another digest' in done.stdout, done.stderr
+        assert not [p for p in (tmp_path / 'home').rglob('*') if p.is_file() and p.stat().st_size > 10 ** 6]
+        hub.revisions[repo]['v1'] = hub.repos[repo] = {'model.safetensors': ours}
+        done = load()
+        assert float(done.stdout) == pytest.approx(
+            safetensors.torch.load(ours)['fc.bias'].sum().item(), abs=1e-7), done.stderr
+
+
+def test_labels_and_preprocessing_travel_with_them(isic_sample):
+    model = timm.create_model(NAME, pretrained=True).eval()
+    assert tuple(model.pretrained_cfg['label_names']) == ('melanoma', 'seborrheic_keratosis')
+    config = json.loads((shipped_weights(NAME) / 'config.json').read_text())
+    assert list(config['thresholds']['official'].values()) == [0.5, 0.5] and len(config['thresholds']) == 3
+    side = model.pretrained_cfg['input_size'][-1]
+    assert side == config['pretrained_cfg']['input_size'][-1]
+    split = load_splits(isic_sample)['validation']
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.inference_mode():
+        logits = model(torch.stack([transform(decode(cell)) for cell in split['image']]))
+    for k, label in enumerate(model.pretrained_cfg['label_names']):  # an untrained network is near 0.5
+        assert roc_auc_score(split[label], logits[:, k]) > 0.75
+
+
+def test_model_without_its_tag():
+    with pytest.raises(timm_arl.WeightsError, match=r"choose a tag \(isic2017\)"):
+        timm.create_model('arl_cnn14', pretrained=True)
+
+
+def test_card_is_there_with_the_figures_of_the_results(call, repo, tmp_path):
+    done = call('timm_arl.hub', 'card', NAME, '--output', tmp_path / 'c')
+    assert done.returncode == 0, done.stderr
+    for file in ('README.md', 'results.json'):  # else generate them again
+        assert (tmp_path / 'c' / file).read_bytes() == (repo / 'hub_cards' / NAME / file).read_bytes()
+    card = (tmp_path / 'c' / 'README.md').read_text()
+    results = json.loads((shipped_weights(NAME) / 'results.json').read_text())
+    found = {(r['dataset']['split'], m['name']): m['value']
+             for r in front_matter(card)['model-index'][0]['results'] for m in r['metrics']}
+    assert found == {(split, 'AUC, ' + label.replace('_', ' ')): results['metrics'][split][label]['auc']
+                     for split in ('validation', 'test') for label in ('melanoma', 'seborrheic_keratosis')}
+    assert results['data']['official_splits'] == ['train', 'validation', 'test']
+    done = run_snippets(card, tmp_path)
+    assert done.returncode == 0 and 'seborrheic_keratosis' in done.stdout, done.stderr
+
+
+def test_staged_by_name(call, tmp_path):
+    done = call('timm_arl.hub', 'stage', NAME, tmp_path / 's')
+    assert done.returncode == 0 and 'README.md' in done.stdout, done.stderr
+    done = call('timm_arl.hub', 'verify', tmp_path / 's', '--against', shipped_weights(NAME))
+    assert done.returncode == 0, done.stderr
+    done = call('timm_arl.hub', 'stage', 'arl_cnn14.isic2018', tmp_path / 't')
+    assert done.returncode == 2 and 'is not a finished run' in done.stderr and not (tmp_path / 't').exists()
