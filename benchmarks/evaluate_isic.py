@@ -171,7 +171,8 @@ def evaluate(args):
                 'ece_with_temperature': expected_calibration_error(t[:, k], calibrated[name][:, k])}
         columns = {c: list(splits[name][c]) for c in ('sex', 'age_approximate') if c in splits[name].column_names}
         metrics[name]['subgroups'] = subgroup_table(t, p, columns.get('sex'), columns.get('age_approximate'))
-    shown = args.checkpoint + ', alpha zero' * args.alpha_zero
+    folder = Path(args.checkpoint)
+    shown = (folder.name if folder.exists() else args.checkpoint) + ', alpha zero' * args.alpha_zero
     if args.compare:
         other = read_predictions(args.compare, loaders[args.split].dataset.image_ids)
         metrics[args.split]['comparison'] = {
@@ -202,7 +203,7 @@ def evaluate(args):
             summary = list(csv.DictReader(file))
         names = [column for column in summary[0] if column.endswith('.alpha')]
         if names:
-            alpha_plot(out / 'alphas.png', summary, names, str(args.checkpoint))
+            alpha_plot(out / 'alphas.png', summary, names, Path(args.checkpoint).name)
     if args.report:
         with replacing(out / 'report.md') as temporary:
             temporary.write_text(markdown_report(metrics, record, out, args), encoding='utf-8')

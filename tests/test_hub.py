@@ -114,6 +114,8 @@ def test_what_an_evaluation_adds(run, tmp_path):
             scores[label]['calibration'] = {'ece': 0.03125, 'temperature': 1.5, 'ece_with_temperature': 0.015625}
     (tmp_path / 'r').mkdir()
     write_json(tmp_path / 'r' / 'metrics.json', metrics)
+    for name in ('validation', 'test'):
+        shutil.copy(run / f'predictions_{name}.csv', tmp_path / 'r')
     (tmp_path / 'r' / 'roc_test.png').write_bytes(b'png')
     folder = publishing.stage(run, tmp_path / 's', tmp_path / 'r')
     config = json.loads((folder / 'config.json').read_text())
@@ -269,14 +271,24 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.txt').write_text('dear')
     done = call('timm_arl.hub', 'stage', run, tmp_path / 'mine')
-    assert done.returncode == 2 and 'was not staged by this command' in done.stderr
+    assert done.returncode == 2 and 'holds what this command did not put there' in done.stderr
+    assert (tmp_path / 'mine' / 'thesis.txt').read_text() == 'dear'
     other = tmp_path / 'r'
     other.mkdir()
-    metrics = json.loads((run / 'metrics.json').read_text())
-    metrics['test']['mean_auc'] += 0.1
-    write_json(other / 'metrics.json', metrics)
+    shutil.copy(run / 'metrics.json', other)
+    shutil.copy(run / 'predictions_validation.csv', other)
+    text = (run / 'predictions_test.csv').read_text()
+    (other / 'predictions_test.csv').write_text(text.replace(',0.9', ',0.1'))
     done = call('timm_arl.hub', 'stage', run, tmp_path / 's', '--evaluation', other)
-    assert done.returncode == 2 and 'is not an evaluation of' in done.stderr
+    assert done.returncode == 2 and 'has other predictions on test than the run' in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {'half', 'mine', 'r'}
+    broken = tmp_path / 'broken'
+    shutil.copytree(staged, broken)
+    (broken / 'results.json').write_text('{')
+    for args in (('push', broken, '--to', './there', '--yes'), ('verify', './there', '--against', broken),
+                 ('push', staged, '--to', 'a/b/c'), ('push', staged, '--to', './there', '--private')):
+        done = call('timm_arl.hub', *args, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
+    assert not (tmp_path / 'there').exists()
     done = call('timm_arl.hub', 'push', tmp_path / 'mine')
     assert done.returncode == 2 and 'stage it first' in done.stderr

@@ -73,8 +73,20 @@ def test_labels_and_preprocessing_travel_with_them(isic_sample):
         assert roc_auc_score(split[label], logits[:, k]) > 0.75
 
 
+def test_another_repo_of_that_name_is_another(tmp_path):
+    """Whose weights are called arl_cnn14.isic2017 too: they are not exchanged for those of the package."""
+    ours = safetensors.torch.load_file(shipped_weights(NAME) / 'model.safetensors')
+    theirs = safetensors.torch.save({k: v + 1 if k == 'fc.bias' else v for k, v in ours.items()})
+    config = (shipped_weights(NAME) / 'config.json').read_bytes()
+    with Hub({f'lab/{NAME}': {'model.safetensors': theirs, 'config.json': config}}) as hub:
+        env = {**os.environ, **hub.env(tmp_path / 'home'), 'TIMM_ARL_HUB': 'lab'}
+        done = subprocess.run([sys.executable, '-c', LOAD.replace(NAME, f'hf-hub:lab/{NAME}')], env=env,
+                              capture_output=True, text=True, timeout=200)
+    assert float(done.stdout) == pytest.approx(ours['fc.bias'].sum().item() + 2, abs=1e-5), done.stderr
+
+
 def test_model_without_its_tag():
-    with pytest.raises(timm_arl.WeightsError, match=r"choose a tag \(isic2017\)"):
+    with pytest.raises(timm_arl.WeightsError, match=r"without a tag: choose one \(isic2017\)"):
         timm.create_model('arl_cnn14', pretrained=True)
 
 
@@ -97,7 +109,10 @@ def test_card_is_there_with_the_figures_of_the_results(call, repo, tmp_path):
 def test_staged_by_name(call, tmp_path):
     done = call('timm_arl.hub', 'stage', NAME, tmp_path / 's')
     assert done.returncode == 0 and 'README.md' in done.stdout, done.stderr
-    done = call('timm_arl.hub', 'verify', tmp_path / 's', '--against', shipped_weights(NAME))
-    assert done.returncode == 0, done.stderr
+    for file in shipped_weights(NAME).iterdir():
+        assert (tmp_path / 's' / file.name).read_bytes() == file.read_bytes()
+    assert f"timm.create_model('{NAME}', pretrained=True)" in (tmp_path / 's' / 'README.md').read_text()
+    done = call('timm_arl.hub', 'stage', NAME, tmp_path / 't', '--note', 'mine')
+    assert done.returncode == 2 and 'leave out --evaluation, --tag and --note' in done.stderr
     done = call('timm_arl.hub', 'stage', 'arl_cnn14.isic2018', tmp_path / 't')
     assert done.returncode == 2 and 'is not a finished run' in done.stderr and not (tmp_path / 't').exists()

@@ -102,11 +102,14 @@ def _training(results: Dict[str, Any]) -> List[Any]:
     start = results['base_model'] or arguments.get('init_checkpoint')
     return [
         ('data', ', '.join(filter(None, [
+            'of a cross-validation, ' + arguments['fold'] if arguments.get('fold') else '',
             'ISIC 2017, the 2,000 training images of the challenge' if 'train' in results['data']['official_splits']
             else f'`{arguments["data"]}`, split train', results['data']['note']]))),
         ('started from', f'`{start}`' if start else 'scratch'),
         ('command', f'`{run["command"]}`'), ('recipe', arguments['recipe']), ('seed', arguments['seed']),
-        ('image size', f'{results["img_size"]} px'), ('commit', run.get('commit') or 'unknown'),
+        ('image size', f'{results["img_size"]} px'),
+        ('crops', f'{arguments.get("crops")}, whose probabilities the scores average; above, timm takes a single one'),
+        ('commit', run.get('commit') or 'unknown'),
         ('versions', ', '.join(f'{key} {value}' for key, value in run['versions'].items())),
         ('device', f'{run["launch"]["processes"]} process(es), {run["launch"]["device"]}, mixed precision '
                    f'{run["launch"]["mixed_precision"]}'),
@@ -144,6 +147,8 @@ def registered_config(name: str) -> Dict[str, Any]:
 
 
 def read_results(folder: Path) -> Optional[Dict[str, Any]]:
-    """Content of results.json of a staged folder, or None where there is none."""
-    file = folder / 'results.json'
-    return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
+    """Content of results.json of a staged folder, or None where there is none, or none that can be read."""
+    try:
+        return json.loads((folder / 'results.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None

@@ -21,6 +21,7 @@ from typing import Any, Dict, List, Optional, Sequence, cast
 
 import huggingface_hub
 import torch
+from safetensors import SafetensorError
 
 from .cards import read_results
 from .isic.results import replacing
@@ -47,10 +48,10 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
     Raises:
         HubError: Not a staged folder, or the Hub refuses.
     """
-    if read_results(folder) is None:
-        raise HubError(f'{folder} has no results.json: stage it first.')
-    files = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith('.'))
+    files = _staged_files(folder)
     if _is_folder(to):
+        if private or tag:
+            raise HubError(f'{to} is a folder: leave out --private and --tag, which are of a Hub.')
         there = Path(to).expanduser()
         changed = [name for name in files
                    if not (there / name).is_file() or sha256_of(there / name) != sha256_of(folder / name)]
@@ -60,6 +61,8 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
                 with replacing(there / name) as temporary:
                     shutil.copyfile(folder / name, temporary)
         return changed
+    if '/' not in to:
+        raise HubError(f'{to} is neither a repo (user/name) nor a folder (./name).')
     if yes:
         _name_repo(folder, to)
     api = huggingface_hub.HfApi()
@@ -67,6 +70,8 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
         exists = api.repo_exists(to)
         remote = {f.rfilename: f for f in api.model_info(to, files_metadata=True).siblings or []} if exists else {}
         changed = [name for name in files if not _is_there(folder / name, remote.get(name))]
+        if exists and tag and changed and tag in [ref.name for ref in api.list_repo_refs(to).tags]:
+            raise HubError(f'{to} has a tag {tag} already, of other content: choose another --tag.')
         if yes and changed:
             api.create_repo(to, private=private, exist_ok=True)
             api.upload_folder(
@@ -103,18 +108,16 @@ def verify(source: str, against: Path) -> Dict[str, str]:
     Raises:
         HubError: A file is missing or another, or the outputs differ.
     """
-    if read_results(against) is None:
-        raise HubError(f'{against} has no results.json: stage it first.')
-    files = sorted(path.name for path in against.iterdir() if path.is_file() and not path.name.startswith('.'))
+    files = _staged_files(against)
     with tempfile.TemporaryDirectory(prefix='timm_arl-verify-') as cache:
+        repo, _, revision = source.partition('@')
         if _is_folder(source):
             found = Path(source).expanduser()
         else:
             try:
-                repo, _, revision = source.partition('@')
                 found = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, cache_dir=cache))
             except Exception as error:  # as above
-                cause, remedy, _ = diagnose_hub_error(error, source)
+                cause, remedy, _ = diagnose_hub_error(error, repo)
                 if not cause:
                     raise
                 raise HubError(f'{source} at {huggingface_hub.constants.ENDPOINT}: {cause}; {remedy}.') from error
@@ -130,6 +133,15 @@ def verify(source: str, against: Path) -> Dict[str, str]:
             if not torch.equal(theirs(images), ours(images)):
                 raise HubError(f'{source} and {against} hold the same files, but give other outputs on one image.')
     return digests
+
+
+def _staged_files(folder: Path) -> List[str]:
+    """Names of what is published of a staged folder."""
+    missing = [name for name in ('README.md', 'config.json', 'model.safetensors', 'results.json')
+               if not (folder / name).is_file()]
+    if missing or read_results(folder) is None:
+        raise HubError(f'{folder} has no {", ".join(missing) or "results.json that can be read"}: stage it first.')
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith('.'))
 
 
 def _is_folder(name: str) -> bool:
@@ -203,8 +215,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             for name, digest in verify(args.source, args.against).items():
                 print(f'{digest}  {name}')
             print(f'{args.source} is {args.against}: the same files, the same outputs.')
-    except (HubError, WeightsError, OSError) as error:
+    except (HubError, WeightsError, OSError, SafetensorError) as error:
         parser.exit(2, f'{parser.prog} {args.command}: error: {error}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, '\nInterrupted: the same command goes on.\n')
     return 0
 
 

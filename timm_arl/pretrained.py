@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -164,15 +165,17 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     tags = [name.partition('.')[2] for name in timm.list_pretrained(f'{variant}.*')]
-    if not cfg.has_weights and not cfg.state_dict and tags:
-        raise WeightsError(f"{variant} has no pretrained weights by itself: choose a tag ({', '.join(tags)}), as in "
-                           f"timm.create_model('{variant}.{tags[0]}', pretrained=True).")
+    if not cfg.has_weights and not cfg.state_dict:
+        raise WeightsError(f'No pretrained weights exist for {variant}' + (
+            f" without a tag: choose one ({', '.join(tags)}), as in timm.create_model('{variant}.{tags[0]}', "
+            f"pretrained=True)." if tags else f': leave out pretrained=True, or {LOCAL_FILE}.'))
     if cfg.state_dict or cfg.file or not cfg.hf_hub_id or cfg.source not in (None, '', 'hf-hub'):
         return kwargs
     repo, _, revision = cfg.hf_hub_id.partition('@')
-    name = repo.removeprefix(f'{HUB}/')
-    sha256 = OWN_WEIGHTS.get(name) if name != repo else None
-    shipped = shipped_weights(name) if sha256 else None
+    name = f'{variant}.{cfg.tag}'
+    own = cfg.source != 'hf-hub' and repo == f'{HUB}/{name}'  # the registered weights, not a repo that was asked for
+    sha256 = OWN_WEIGHTS.get(name if own else repo.removeprefix('timm-arl/'))
+    shipped = shipped_weights(name) if own else None
     if shipped is not None and _is_whole(shipped / 'model.safetensors', sha256):
         path = shipped / 'model.safetensors'
     else:
@@ -231,6 +234,9 @@ def fetch_weights(
         _say(f'{file} of {repo} in the cache is damaged: downloading it again.')
     except (LocalEntryNotFoundError, OSError):
         pass
+    except HFValidationError as error:
+        cause, remedy, _ = diagnose_hub_error(error, repo)
+        raise WeightsError(**where, cause=cause, remedy=remedy) from error
     for attempt in range(1, ATTEMPTS + 1):
         try:
             # asked for by itself, since hf_hub_download retries a failing request for half a minute without a word
@@ -269,6 +275,10 @@ def diagnose_hub_error(error: Exception, repo: str) -> Tuple[str, str, bool]:
     text = ' '.join(str(error).split())
     page = f'{huggingface_hub.constants.ENDPOINT}/{repo}'
     mirror = f'check the network, set HF_ENDPOINT to a mirror, or {LOCAL_FILE}'
+    if isinstance(error, HFValidationError):
+        return text.rstrip('.'), 'a repo is user/name', False
+    if isinstance(error, ValueError) and 'Invalid metadata' in text:
+        return f'it refuses the card ({text})', 'mend the first lines of README.md', False
     if isinstance(error, OfflineModeIsEnabled) or huggingface_hub.constants.HF_HUB_OFFLINE:
         return ('it is not in the cache and HF_HUB_OFFLINE is set',
                 f'unset that and load it once with a network, or {LOCAL_FILE}', False)
@@ -290,7 +300,8 @@ def diagnose_hub_error(error: Exception, repo: str) -> Tuple[str, str, bool]:
         return (f'the Hub refused the request ({status})',
                 'the token is wrong or has no access: log in anew (hf auth login), or unset HF_TOKEN', False)
     if isinstance(error, HfHubHTTPError):
-        return f'the Hub answered {status or text}', mirror, status is None or status == 429 or status >= 500
+        passes = status is None or status == 429 or status >= 500
+        return f'the Hub answered {status if passes and status else text}', mirror, passes
     if is_of_network(error):
         return f'the connection failed ({type(error).__name__}: {text})', mirror, True
     if isinstance(error, OSError) and 'onsistency check' in text:

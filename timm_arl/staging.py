@@ -17,7 +17,7 @@ from .cards import read_results, registered_config, render_card
 from .isic import LABELS
 from .isic.results import replacing, write_json
 from .isic.sources import CHALLENGE_IDS, ids_digest
-from .pretrained import HUB, create_for_task, shipped_weights
+from .pretrained import HUB, OWN_WEIGHTS, create_for_task, shipped_weights
 
 __all__ = ['HubError', 'card', 'card_of_registered', 'sha256_of', 'stage']
 
@@ -53,21 +53,30 @@ def stage(
         HubError: A run that is not finished, an evaluation of something else, or a target that is something else.
         WeightsError: Weights that do not fit their config.
     """
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / 'results.json').is_file())):
-        raise HubError(f'{target} exists and was not staged by this command: choose another folder.')
-    shipped = shipped_weights(str(run))
+    staged = {'README.md', 'config.json', 'model.safetensors', 'results.json', *PICTURES}
+    if target.exists() and not (target.is_dir() and {path.name for path in target.iterdir()} <= staged):
+        raise HubError(f'{target} exists and holds what this command did not put there: choose another folder.')
+    shipped = None if Path(run).is_dir() else shipped_weights(str(run))
     if shipped is not None:
+        if evaluation or tag or note:
+            raise HubError(f'{run} came with the package, results and all: leave out --evaluation, --tag and --note.')
+        if sha256_of(shipped / 'model.safetensors') != OWN_WEIGHTS[str(run)]:
+            raise HubError(f'{shipped / "model.safetensors"} is damaged: install the package anew.')
         return _replace_folder(target, partial(shutil.copytree, shipped))
     run = Path(run)
+    if (run / 'runs.csv').is_file():
+        raise HubError(f'{run} holds several runs: choose one of the folders in it that runs.csv names.')
     record, metrics, config = (_read(run / name, 'a finished run of finetune_isic.py') for name in (
         'run.json', 'metrics.json', 'config.json'))
     if evaluation is not None:
         richer = _read(evaluation / 'metrics.json', 'an output folder of evaluate_isic.py')
         for split in metrics.keys() & richer.keys():
-            ours, theirs = (each[split]['mean_auc'] for each in (metrics, richer))
-            if ours is None or theirs is None or abs(ours - theirs) > 5e-3:
-                raise HubError(f'{evaluation} has a mean AUC of {theirs} on {split}, the run {ours}: it is not an '
-                               f'evaluation of {run} with the images and crops of its training.')
+            ours, theirs = (_predictions(folder / f'predictions_{split}.csv') for folder in (run, evaluation))
+            if not ours.keys() & theirs.keys() or any(
+                    abs(a - b) > 2e-3 for key in ours.keys() & theirs.keys() for a, b in zip(ours[key], theirs[key])):
+                raise HubError(f'{evaluation} has other predictions on {split} than the run: it is not an evaluation '
+                               f'of {run} with the images and crops of its training.')
+            richer[split].pop('comparison', None)  # which names files of this disk
         metrics = {**metrics, **richer}
     model = create_for_task(f'local-dir:{run}', pretrained=True)
     with open(run / 'summary.csv', newline='', encoding='utf-8') as file:
@@ -104,15 +113,21 @@ def stage(
 
 
 def _replace_folder(target: Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` make a folder, add its card, and put it where `target` is; there is a whole one at any moment."""
+    """Let `write` make a folder, add its card, and put it where `target` is."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as folder:
         new = Path(folder, 'new')
         write(new)
         card(new)
+        old = Path(folder, 'old')
         if target.exists():
-            target.rename(Path(folder, 'old'))
-        new.rename(target)
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
     return target
 
 
@@ -127,8 +142,9 @@ def card(folder: Path) -> Path:
     if results is None:
         raise HubError(f'{folder} has no results.json: stage it first.')
     name = results['name']
+    digest = sha256_of(folder / 'model.safetensors')
     text = render_card(
-        name, config, results, sha256_of(folder / 'model.safetensors'), f'hf-hub:{HUB}/{name}',
+        name, config, results, digest, name if OWN_WEIGHTS.get(name) == digest else f'hf-hub:{HUB}/{name}',
         [picture for picture in PICTURES if (folder / picture).is_file()])
     with replacing(folder / 'README.md') as temporary:
         temporary.write_text(text, encoding='utf-8')
@@ -145,11 +161,11 @@ def card_of_registered(name: str, output: Path) -> Path:
     Raises:
         HubError: No such weights.
     """
-    if '.' not in name or not timm.is_model_pretrained(name):
+    shipped = shipped_weights(name)
+    if name not in timm.list_pretrained('arl_*') or (name in OWN_WEIGHTS and shipped is None):
         raise HubError(f'{name} is no staged folder, and no NAME.TAG of registered weights, as '
                        f"timm.list_pretrained('arl_*') gives them.")
     output.mkdir(parents=True, exist_ok=True)
-    shipped = shipped_weights(name)
     config, results, digest = registered_config(name), None, None
     if shipped is not None:
         config, results = _read(shipped / 'config.json', 'whole'), read_results(shipped)
@@ -166,7 +182,8 @@ def _base_model(arguments: Dict[str, Any]) -> Optional[str]:
         return None
     scheme, _, name = arguments['model'].rpartition(':')
     cfg = None if scheme or not timm.is_model(name) else timm.get_pretrained_cfg(name)
-    return name if scheme in ('hf-hub', 'hf_hub') else cfg and (cfg.hf_hub_id or '').partition('@')[0] or None
+    repo = name if scheme in ('hf-hub', 'hf_hub') else cfg and cfg.hf_hub_id
+    return (repo or '').partition('@')[0] or None
 
 
 def _operating_points(metrics: Dict[str, Any]) -> Dict[str, Any]:
@@ -191,7 +208,16 @@ def _official_splits(arguments: Dict[str, Any], run: Path, evaluation: Optional[
                 break
     official = [name for name, digest in digests.items() if digest == CHALLENGE_IDS[name]]
     train = arguments.get('train_ids', CHALLENGE_IDS['train'] if len(official) == 2 else '')
-    return ['train', *official] if train == CHALLENGE_IDS['train'] else official
+    whole = not arguments.get('fold') and train == CHALLENGE_IDS['train']
+    return ['train', *official] if whole else official
+
+
+def _predictions(path: Path) -> Dict[str, List[float]]:
+    try:
+        with open(path, newline='', encoding='utf-8') as file:
+            return {row['image_id']: [float(row[label]) for label in LABELS] for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError) as error:
+        raise HubError(f'{path} is missing or unreadable.') from error
 
 
 def _looks(run: Path) -> List[Dict[str, str]]:
@@ -204,7 +230,9 @@ def _looks(run: Path) -> List[Dict[str, str]]:
 
 def _without_folders(command: str) -> str:
     """A command line whose absolute paths are names: whose disk it was is nobody's business."""
-    return shlex.join(Path(word).name if os.path.isabs(word) else word for word in shlex.split(command))
+    words = (word.rpartition('=') for word in shlex.split(command))
+    return shlex.join(flag + equals + (Path(value).name if os.path.isabs(value) else value)
+                      for flag, equals, value in words)
 
 
 def _read(path: Path, what: str) -> Dict[str, Any]:
