@@ -2,7 +2,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -63,15 +63,26 @@ def check_start(args: Any) -> None:
                        ('--pretrained', args.model if args.pretrained else None)):
         if not name:
             continue
-        scheme, _, repo = name.rpartition(':')
-        if scheme in ('hf-hub', 'hf_hub'):
-            labels = timm.models.load_model_config_from_hf(repo)[0].get('label_names')
-        else:
-            config = None if scheme or Path(name).exists() else timm.get_pretrained_cfg(name)
-            labels = config and config.label_names
-        if arguments_of(name).get('train_ids') == args.train_ids or tuple(labels or ()) in HEADS.values():
+        saved = arguments_of(name)
+        if saved.get('train_ids') == args.train_ids or (not saved and tuple(_label_names(name)) in HEADS.values()):
             raise RunError(f'{flag} {name} was trained on images that --folds would hold out, which would flatter the '
                            f'scores: start from other weights.')
+
+
+def _label_names(name: str) -> Sequence[str]:
+    """What the outputs of a network are called, by its config, wherever that is."""
+    scheme, _, rest = name.partition(':')
+    if scheme in ('hf-hub', 'hf_hub'):
+        return timm.models.load_model_config_from_hf(rest)[0].get('label_names') or ()
+    path = Path(name.removeprefix('local-dir:'))
+    if not path.exists():
+        config = timm.get_pretrained_cfg(name)
+        return config and config.label_names or ()
+    try:
+        file = (path if path.is_dir() else path.parent) / 'config.json'
+        return json.loads(file.read_text(encoding='utf-8')).get('label_names') or ()
+    except (OSError, ValueError, AttributeError):  # none, or another program's
+        return ()
 
 
 def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, train: Callable) -> None:

@@ -226,7 +226,12 @@ def test_folds_do_not_start_from_what_saw_the_held_out_images(finished, call, is
     done = call('finetune_isic', *args, '--init-checkpoint', tmp_path / 'other.safetensors', '--preview',
                 tmp_path / 'sheet.png')
     assert done.returncode == 0, done.stderr
-    for start in (['--teacher', finished[0]], ['--init-checkpoint', finished[0] / 'model.safetensors'],
+    (tmp_path / 'staged').mkdir()
+    for name in ('config.json', 'model.safetensors'):
+        shutil.copy(finished[0] / name, tmp_path / 'staged')
+    for start in (['--teacher', tmp_path / 'staged'], ['--init-checkpoint', tmp_path / 'staged' / 'model.safetensors'],
+                  ['--teacher', 'arl_cnn14.isic2017'], ['--teacher', finished[0]],
+                  ['--init-checkpoint', finished[0] / 'model.safetensors'],
                   ['--init-checkpoint', finished[0] / 'last' / 'kept'], ['--teacher', f'local-dir:{finished[0]}']):
         done = call('finetune_isic', *args, *start)
         assert done.returncode == 2 and 'was trained on images that --folds would hold out' in done.stderr
