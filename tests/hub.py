@@ -61,7 +61,7 @@ class Hub:
     def env(self, home: Path, **extra: str) -> Dict[str, str]:
         """What a client process needs to find this Hub instead of the real one."""
         return {'HF_ENDPOINT': self.url, 'HF_HOME': str(home), 'NO_PROXY': '127.0.0.1,localhost',
-                'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
+                'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
                 'HF_HUB_ETAG_TIMEOUT': '1', 'HF_HUB_DOWNLOAD_TIMEOUT': '1', **extra}
 
     def __enter__(self) -> 'Hub':
@@ -153,6 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
             digest = sha256(content)
             return 302, b'', {
                 'X-Repo-Commit': commit, 'X-Linked-Etag': f'"{digest}"', 'X-Linked-Size': str(len(content)),
+                **({} if path.startswith('/datasets/') else {  # of a storage behind a firewall
+                    'X-Xet-Hash': digest[::-1], 'X-Xet-Refresh-Route': f'{self.hub.url}/xet-token'}),
                 'Location': f'{self.hub.url}/_cdn/{digest}/{repo}'.replace('127.0.0.1', 'localhost')}  # another host's
         return 200, content, {'X-Repo-Commit': commit, 'ETag': f'"{git_sha1(content)}"'}
 

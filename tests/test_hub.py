@@ -166,6 +166,15 @@ def test_snippets_run(staged, tmp_path):
     assert set(eval(first)) == {'melanoma', 'seborrheic_keratosis'} and shapes[-1] == '(1, 2, 2)'
 
 
+def test_the_card_of_another_network(staged, tmp_path):
+    shutil.copytree(staged, tmp_path / 's')
+    model = timm.create_model('resnet18', num_classes=2)
+    save_for_hf(model, tmp_path / 's', safe_serialization=True, model_config=dict(
+        label_names=['melanoma', 'seborrheic_keratosis']))
+    text = publishing.card(tmp_path / 's').read_text()
+    assert 'resnet18, trained on' in text and 'Attention Residual' not in text and 'activation' not in text
+
+
 @pytest.mark.parametrize('name', [name for name in timm.list_pretrained('arl_*') if name.endswith('_in1k')])
 def test_cards_of_timms_weights_are_there_and_show_no_figure(call, repo, tmp_path, name):
     done = call('timm_arl.hub', 'card', name, '--output', tmp_path / 'c')
@@ -222,12 +231,16 @@ def test_push_push_again_verify(run, tmp_path):
         assert done.returncode == 2 and 'there is no such revision' in done.stderr
         done = program('push', staged, '--to', 'user/model', '--yes', token='hf_wrong')
         assert done.returncode == 2 and 'the token is wrong' in done.stderr
+        done = program('push', staged, '--to', 'user/new', '--yes', token='')
+        assert done.returncode == 2 and 'log in' in done.stderr and 'is wrong' not in done.stderr, done.stderr
 
         # killed while the weights go up
         server.fault('PUT /_lfs/', 'stall', seconds=20)
         server.blobs.clear()
         server.requests.clear()
         command = [sys.executable, '-m', 'timm_arl.hub', 'push', staged, '--to', 'user/killed', '--yes']
+        offline = subprocess.run(command, env={**env, 'HF_HUB_OFFLINE': '1'}, capture_output=True, text=True)
+        assert offline.returncode == 2 and 'HF_HUB_OFFLINE is set' in offline.stderr and '\n' not in offline.stderr[:-1]
         killed = subprocess.Popen(command, env={**env, 'HF_TOKEN': 'hf_test'})
         deadline = time.time() + 120
         while 'PUT /_lfs/' not in ' '.join(server.requests) and time.time() < deadline:

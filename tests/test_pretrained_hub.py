@@ -5,7 +5,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,13 @@ import timm_arl  # noqa: F401  registers the models
 
 # in a process of its own, since huggingface_hub reads the environment when it is imported: a line of JSON for each repo
 CLIENT = """
-import json, os, sys, time
-import huggingface_hub, timm, timm_arl, torch
+import json, os, sys
+import huggingface_hub, timm, timm_arl
 from timm_arl.pretrained import create_for_task
 for line in sys.stdin:
     job = json.loads(line)
     os.environ.pop('HF_TOKEN', None)
     os.environ.update(job.get('env', {}))
-    start = time.time()
     try:
         if 'name' in job:
             model = create_for_task(job['name'], pretrained=True)
@@ -37,7 +35,7 @@ for line in sys.stdin:
         result = dict(error=str(error), repo=error.repo, file=error.file, revision=error.revision)
     except Exception as error:
         result = dict(raw=repr(error))
-    print(json.dumps(dict(result, seconds=time.time() - start)), flush=True)
+    print(json.dumps(result), flush=True)
     print('END', file=sys.stderr, flush=True)
 """
 GET = 'GET /_cdn/.*/{}'
@@ -90,11 +88,11 @@ def hub(weights, library):
     path, config, _ = weights
     files = {'model.safetensors': path, 'config.json': config}
     repos = {repo: files for repo, *_ in [*LOADS, *REFUSED] if repo != 'row/11-missing'}
+    others = ('whole', 'private', 'shared', '10-wrong-config', '10-always-wrong-config')
     repos.update({'row/15-no-weights': {'config.json': config, 'pytorch_model.bin': b'x'},
                   'row/16-head-fails-and-bin': {**files, 'pytorch_model.bin': b'x'},
-                  'row/20-pickle-alone': {'pytorch_model.bin': b'x'}, 'row/whole': files, 'row/private': files,
-                  'row/tagged': dict(files),
-                  'row/10-wrong-config': files, 'row/10-always-wrong-config': files})
+                  'row/20-pickle-alone': {'pytorch_model.bin': b'x'}, 'row/tagged': dict(files),
+                  **{f'row/{name}': files for name in others}})
     with Hub(repos, private=['row/private'], gated=['row/13-gated']) as hub:
         for repo, faults, *_ in [*LOADS, *REFUSED]:
             for match, kind, options in faults:
@@ -136,6 +134,10 @@ def client(hub, home, library):
     client.close()
 
 
+def requests_of(hub, repo):
+    return [request for request in hub.requests if repo in request]
+
+
 def left_behind(home):
     return [p for p in home.rglob('*') if p.name.endswith(('.incomplete', '.tmp'))]
 
@@ -144,7 +146,6 @@ def left_behind(home):
 def test_faults_that_pass(client, home, hub, weights, repo):
     result, said = client(repo=repo)
     assert result.get('sum') == weights[2], (result, said)
-    assert result['seconds'] < 20
     if repo[4:6] == '05':
         assert [r for r in hub.requests if re.search(rf'{repo} bytes=[1-9]\d{{6,}}-', r)]  # not sent twice
     if repo[4:6] not in ('05', '07'):  # which the client resumes by itself
@@ -158,15 +159,19 @@ def test_faults_that_stay(client, home, hub, repo, message):
     assert 'error' in result, (result, said)
     assert (result['repo'], result['file'], result['revision']) == (repo, 'model.safetensors', 'main')
     assert re.search(message, result['error'])
-    assert repo in result['error'] and '\n' not in result['error'] and result['seconds'] < 10
+    assert repo in result['error'] and '\n' not in result['error']
+    tries = 1 + said.count('trying again') + said.count('downloading it again')  # and none without a word
+    assert tries <= 4 and len([r for r in requests_of(hub, repo) if r.startswith('HEAD')]) <= 2 * tries
     assert not [r for r in hub.requests if '.bin' in r]
     assert left_behind(home) == [] and not list((home / 'hub').glob(f'models--{repo.replace("/", "--")}/blobs/*'))
 
 
-def test_private_and_wrong_tokens_and_revisions(client, weights):
+def test_private_and_wrong_tokens_and_revisions(client, hub, weights):
     assert 'no such repo, or it is private' in client(repo='row/private')[0]['error']
+    asked = len(requests_of(hub, 'row/private'))
     result, _ = client(repo='row/private', env=dict(HF_TOKEN='hf_wrong'))
-    assert 'the token is wrong or has no access' in result['error'] and result['seconds'] < 5
+    assert 'the token is wrong or has no access' in result['error']
+    assert len(requests_of(hub, 'row/private')) == asked + 1  # it does not become right by asking again
     assert client(repo='row/private', env=dict(HF_TOKEN='hf_test'))[0]['sum'] == weights[2]
     result, _ = client(repo='row/whole@v9')
     assert 'there is no such revision' in result['error'] and result['revision'] == 'v9'
@@ -196,16 +201,36 @@ def test_a_config_with_a_wrong_byte(client, hub, weights):
 def test_warm_cache(client, hub, home, library, weights):
     result, _ = client(repo='row/whole')
     assert result['sum'] == weights[2] and result['hub'].startswith('1.') == bool(library)
-    hub.fault('HEAD /row/whole/', 'reset', times=-1)
+    asked = len(hub.requests)
     result, said = client(repo='row/whole')
-    assert result['sum'] == weights[2] and 'timm_arl' not in said and result['seconds'] < 3
-    hub.faults.clear()
+    assert result['sum'] == weights[2] and 'timm_arl' not in said and len(hub.requests) == asked
     (blob,) = (home / 'hub' / 'models--row--whole' / 'blobs').iterdir()
-    content = bytearray(blob.read_bytes())
-    content[len(content) // 2] ^= 1
-    blob.write_bytes(content)
+    damage(blob)
     result, said = client(repo='row/whole')
     assert result['sum'] == weights[2] and 'in the cache is damaged: downloading it again' in said
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_cache_that_shares_its_blobs(client, hub, home, weights):
+    """Where huggingface_hub has downloaded by Xet, a repo's blob links to a store whose names are Xet's hashes."""
+    assert client(repo='row/shared')[0]['sum'] == weights[2]
+    (blob,) = (home / 'hub' / 'models--row--shared' / 'blobs').iterdir()
+    stored = home / 'hub' / 'blobs' / 'ab' / ('ab' * 32)
+    stored.parent.mkdir(parents=True)
+    blob.rename(stored)
+    blob.symlink_to(Path('../../blobs/ab', stored.name))
+    asked = len(hub.requests)
+    result, said = client(repo='row/shared')
+    assert result.get('sum') == weights[2] and 'timm_arl' not in said and len(hub.requests) == asked, (result, said)
+    damage(stored)
+    result, said = client(repo='row/shared')
+    assert result['sum'] == weights[2] and 'in the cache is damaged: downloading it again' in said
+    assert not [r for r in hub.requests if 'xet' in r]  # whose client tries for minutes without a word
 
 
 def test_without_a_network(hub, home, client, library, weights):
@@ -218,8 +243,7 @@ def test_without_a_network(hub, home, client, library, weights):
     for env, message in cases[1:] if library else cases:
         lone = Client({**hub.env(home), **library, **env})
         assert lone(repo='row/whole')[0]['sum'] == weights[2]
-        start = time.time()
         result, said = lone(repo='row/cold')
         assert all(part in result['error'] for part in (message, 'row/cold', 'pretrained_cfg_overlay'))
-        assert time.time() - start < 10 and ('trying again (1 of 3)' in said) == ('HF_ENDPOINT' in env)
+        assert said.count('trying again') == (3 if 'HF_ENDPOINT' in env else 0)
         lone.close()

@@ -48,7 +48,8 @@ def render_card(
         eval_results=_eval_results(results) if results else None)
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=config['architecture'], measured=measured,
-        softmax=len(label_names) == 3, label_names=label_names, source=source, load_name=load_name,
+        is_arl=config['architecture'].startswith('arl_cnn'), softmax=len(label_names) == 3,
+        label_names=label_names, source=source, load_name=load_name,
         data_text=('generated, **synthetic** images: its scores say nothing about skin' if synthetic else
                    'ISIC 2017' if official else f'`{data_set.get("name")}`, not the training images of ISIC 2017'),
         splits=[_split(split, scores, data_set) for split, scores in results['metrics'].items()] if results else [],

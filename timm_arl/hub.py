@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from .cards import read_results
 from .isic.results import replacing
-from .pretrained import HUB, WeightsError, create_for_task, diagnose_hub_error
+from .pretrained import HUB, WeightsError, create_for_task, diagnose_hub_error, plain_http
 from .staging import HubError, card, card_of_registered, sha256_of, stage
 
 __all__ = ['HubError', 'card', 'push', 'stage', 'verify']
@@ -63,6 +63,7 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
         return changed
     if '/' not in to:
         raise HubError(f'{to} is neither a repo (user/name) nor a folder (./name).')
+    _check_online()
     if yes:
         _name_repo(folder, to)
     api = huggingface_hub.HfApi()
@@ -74,9 +75,10 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
             raise HubError(f'{to} has a tag {tag} already, of other content: choose another --tag.')
         if yes and changed:
             api.create_repo(to, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=to, folder_path=folder, allow_patterns=changed,
-                commit_message=f'{(read_results(folder) or {})["name"]}, by timm_arl')
+            with plain_http():
+                api.upload_folder(
+                    repo_id=to, folder_path=folder, allow_patterns=changed,
+                    commit_message=f'{(read_results(folder) or {})["name"]}, by timm_arl')
         if yes and tag:
             refs = api.list_repo_refs(to)
             tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(tag)
@@ -114,8 +116,10 @@ def verify(source: str, against: Path) -> Dict[str, str]:
         if _is_folder(source):
             found = Path(source).expanduser()
         else:
+            _check_online()
             try:
-                found = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, cache_dir=cache))
+                with plain_http():
+                    found = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, cache_dir=cache))
             except Exception as error:  # as above
                 cause, remedy, _ = diagnose_hub_error(error, repo)
                 if not cause:
@@ -142,6 +146,11 @@ def _staged_files(folder: Path) -> List[str]:
     if missing or read_results(folder) is None:
         raise HubError(f'{folder} has no {", ".join(missing) or "results.json that can be read"}: stage it first.')
     return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith('.'))
+
+
+def _check_online() -> None:
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise HubError('HF_HUB_OFFLINE is set, so that no Hub is asked: unset it, or name a folder (./name).')
 
 
 def _is_folder(name: str) -> bool:

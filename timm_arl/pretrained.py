@@ -4,8 +4,9 @@ import hashlib
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union, cast
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union, cast
 
 import huggingface_hub
 import safetensors
@@ -81,7 +82,8 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
         raise WeightsError(f'Unknown model {name}: ' + (f'did you mean {" or ".join(near)}? ' if near else '')
                            + "timm.list_models('arl_*') lists the family.")
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        with plain_http():
+            return timm.create_model(name, pretrained=pretrained, **kwargs)
     except WeightsError:
         raise
     except Exception as error:  # the same
@@ -241,7 +243,8 @@ def fetch_weights(
         try:
             # asked for by itself, since hf_hub_download retries a failing request for half a minute without a word
             huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, file, revision=revision))
-            path = Path(huggingface_hub.hf_hub_download(**request, force_download=force))
+            with plain_http():
+                path = Path(huggingface_hub.hf_hub_download(**request, force_download=force))
         except Exception as error:  # of an HTTP library that depends on huggingface_hub's version; others go on
             cause, remedy, again = diagnose_hub_error(error, repo)
             if not cause:
@@ -254,13 +257,24 @@ def fetch_weights(
         if _is_whole(path, sha256):
             return path
         if force:
-            path.resolve().unlink()  # or others that use the cache would load it
+            _blob(path).unlink()  # or others that use the cache would load it
             break
         force = True
         _say(f'{file} of {repo} came damaged: downloading it again.')
     raise WeightsError(**where, cause='what was downloaded has another digest than it should have', remedy=(
         f'the file or the way to it was tampered with or is faulty: try another network or mirror (HF_ENDPOINT), or '
         f'{LOCAL_FILE}'))
+
+
+@contextmanager
+def plain_http() -> Iterator[None]:
+    """Let huggingface_hub use HTTP: hf_xet tries for two minutes without a word where its servers are blocked."""
+    constants = cast(Any, huggingface_hub.constants)
+    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 def is_of_network(error: BaseException) -> bool:
@@ -297,7 +311,8 @@ def diagnose_hub_error(error: Exception, repo: str) -> Tuple[str, str, bool]:
                 f'look at {page}/tree/main; weights in another format (.bin) are not opened', False)
     status = getattr(getattr(error, 'response', None), 'status_code', None)
     if isinstance(error, HfHubHTTPError) and status in (401, 403):
-        return (f'the Hub refused the request ({status})',
+        return (f'the Hub refused the request ({status})', 'log in (hf auth login, or HF_TOKEN)'
+                if huggingface_hub.get_token() is None else
                 'the token is wrong or has no access: log in anew (hf auth login), or unset HF_TOKEN', False)
     if isinstance(error, HfHubHTTPError):
         passes = status is None or status == 429 or status >= 500
@@ -313,17 +328,23 @@ def diagnose_hub_error(error: Exception, repo: str) -> Tuple[str, str, bool]:
 
 def _is_whole(path: Path, sha256: Optional[str]) -> bool:
     """Whether a cached file has the digest it should have, and the one of the Hub, which is the name of its blob."""
-    name = path.resolve().name
+    name = _blob(path).name
     content = hashlib.sha256()
-    blob = hashlib.sha1(b'blob %d\0' % path.stat().st_size, usedforsecurity=False)  # git's, of a file not in LFS
+    git = hashlib.sha1(b'blob %d\0' % path.stat().st_size, usedforsecurity=False)  # of a file not in LFS
+    plain = hashlib.sha1(usedforsecurity=False)  # of any, on some mirrors
     with path.open('rb') as stream:
         while block := stream.read(2 ** 20):
-            content.update(block)
-            blob.update(block)
+            for digest in (content, git, plain):
+                digest.update(block)
     if sha256 is not None and content.hexdigest() != sha256:
         return False
     named = len(name) in (40, 64) and set(name) <= set('0123456789abcdef')  # no such name where links are not possible
-    return not named or name in (content.hexdigest(), blob.hexdigest())
+    return not named or name in (content.hexdigest(), git.hexdigest(), plain.hexdigest())
+
+
+def _blob(path: Path) -> Path:
+    """What a file in the cache links to, by one step: that may be a link too, to a store named by other digests."""
+    return path.parent / os.readlink(path) if path.is_symlink() else path
 
 
 def _say(line: str) -> None:
