@@ -9,7 +9,7 @@ Thresholds and the temperature of the calibration are chosen on the validation s
 The output folder receives
     metrics.json              scores keyed by split; at the threshold 0.5, and a list of other operating points
     predictions_SPLIT.csv     image_id,melanoma,seborrheic_keratosis
-    roc_SPLIT.png, reliability_SPLIT.png, alphas.png (where the checkpoint has a summary.csv)
+    roc_SPLIT.png, reliability_SPLIT.png; curves.png and alphas.png where the checkpoint has a summary.csv
     report.md                 with --report: all of it on one page
 Each look at the test split is recorded in looks.csv, in the output folder and in that of the checkpoint.
 """
@@ -40,7 +40,7 @@ from timm_arl.isic.dataset import DataError, check_usable, load_splits
 from timm_arl.isic.duplicates import read_pairs
 from timm_arl.isic.metrics import auc_table, compare, score_split, threshold_for_sensitivity, youden_threshold
 from timm_arl.isic.outputs import has_isic_outputs
-from timm_arl.isic.plots import alpha_plot, reliability_plot, roc_plot
+from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
 from timm_arl.isic.results import git_commit, read_predictions, record_look, replacing, write_json, write_predictions
 from timm_arl.isic.transforms import CROPS
 from timm_arl.pretrained import WeightsError, create_for_task
@@ -201,6 +201,7 @@ def evaluate(args):
     if curves.is_file() and not args.alpha_zero:
         with curves.open(newline='', encoding='utf-8') as file:
             summary = list(csv.DictReader(file))
+        curve_plot(out / 'curves.png', summary, Path(args.checkpoint).name)
         names = [column for column in summary[0] if column.endswith('.alpha')]
         if names:
             alpha_plot(out / 'alphas.png', summary, names, Path(args.checkpoint).name)

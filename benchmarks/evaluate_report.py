@@ -72,7 +72,8 @@ def markdown_report(metrics: Dict[str, Any], record: Dict[str, Any], out: Path, 
                          '' if p_value is None else f'{p_value:.3g}')
                 lines.append(f'| {" | ".join(cells)} |')
             lines.append('')
-    if (out / 'alphas.png').exists():
-        lines += ['![The alphas over the epochs](alphas.png)', '']
+    for picture, of in (('curves.png', 'Losses and validation AUCs'), ('alphas.png', 'The alphas')):
+        if (out / picture).exists():
+            lines += [f'![{of} over the epochs]({picture})', '']
     lines += ['| | |', '|---|---|', *(f'| {key} | `{value}` |' for key, value in record.items())]
     return '\n'.join(lines) + '\n'

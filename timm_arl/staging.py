@@ -21,7 +21,10 @@ from .pretrained import HUB, OWN_WEIGHTS, create_for_task, shipped_weights
 
 __all__ = ['HubError', 'card', 'card_of_registered', 'sha256_of', 'stage']
 
-PICTURES = ('roc_test.png', 'roc_validation.png', 'reliability_test.png', 'reliability_validation.png', 'alphas.png')
+PICTURES = (
+    'roc_test.png', 'roc_validation.png', 'reliability_test.png', 'reliability_validation.png', 'curves.png',
+    'alphas.png',
+)
 
 
 class HubError(RuntimeError):

@@ -41,8 +41,10 @@ def checkpoint(tmp_path_factory):
         label_names=['melanoma', 'seborrheic_keratosis']), data_config=dict(
             timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
     names = [name for name, _ in model.named_parameters() if name.endswith('.alpha')]
+    columns = ['train_loss', 'validation_loss', 'validation_auc_melanoma', 'validation_auc_seborrheic_keratosis',
+               'validation_mean_auc', *names]
     (folder / 'summary.csv').write_text(
-        ','.join(['epoch', *names]) + '\n' + ''.join(f'{e}{f",{e / 10}" * len(names)}\n' for e in (1, 2)))
+        ','.join(['epoch', *columns]) + '\n' + ''.join(f'{e}{f",{e / 10}" * len(columns)}\n' for e in (1, 2)))
     return folder
 
 
@@ -58,7 +60,7 @@ def test_files(evaluated, checkpoint):
     out, stdout = evaluated
     assert {p.name for p in out.iterdir()} == {
         'metrics.json', 'predictions_test.csv', 'predictions_validation.csv', 'roc_test.png', 'roc_validation.png',
-        'reliability_test.png', 'reliability_validation.png', 'alphas.png', 'report.md', 'looks.csv'}
+        'reliability_test.png', 'reliability_validation.png', 'curves.png', 'alphas.png', 'report.md', 'looks.csv'}
     for path in out.glob('*.png'):
         with Image.open(path) as picture:
             assert picture.width > 600 and len(np.unique(np.asarray(picture.convert('L')))) > 10

@@ -1,4 +1,4 @@
-"""Pictures of scores: ROC curves with intervals, reliability, alphas over the epochs."""
+"""Pictures of scores: ROC curves with intervals, reliability; losses, AUCs and alphas over the epochs."""
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Union
 
@@ -14,7 +14,7 @@ from .intervals import percentile_interval, resampled_indices
 from .metrics import operating_point
 from .results import replacing
 
-__all__ = ['alpha_plot', 'reliability_plot', 'roc_plot']
+__all__ = ['alpha_plot', 'curve_plot', 'reliability_plot', 'roc_plot']
 
 PathLike = Union[str, Path]
 COLOURS = ('#1f5fa8', '#c2571a')
@@ -87,6 +87,31 @@ def reliability_plot(path: PathLike, truth: np.ndarray, probabilities: Dict[str,
                  box_aspect=1)
         axes.legend(loc='upper left', fontsize=8, frameon=False)
         axes.set_title(label.replace('_', ' '), fontsize=10)
+    _save(figure, path)
+
+
+def curve_plot(path: PathLike, summary: List[Dict[str, Any]], title: str = '') -> None:
+    """Losses, and validation AUCs, over the epochs; a line where the mean AUC was best.
+
+    Args:
+        path: PNG file to write.
+        summary: Rows of summary.csv.
+        title: Above the picture.
+    """
+    figure = _figure(9, 4.2, title)
+    best = max(summary, key=lambda row: float(row['validation_mean_auc']))
+    losses = [('train_loss', 'training', '0.5'), ('validation_loss', 'validation', 'black')]
+    aucs = [*((f'validation_auc_{label}', label.replace('_', ' '), colour) for label, colour in zip(LABELS, COLOURS)),
+            ('validation_mean_auc', f'mean, best {float(best["validation_mean_auc"]):.3f}', 'black')]
+    for k, (lines, ylabel) in enumerate(((losses, 'loss'), (aucs, 'AUC on validation'))):
+        axes = figure.add_subplot(1, 2, k + 1)
+        for column, name, colour in lines:
+            axes.plot([int(row['epoch']) for row in summary], [float(row[column]) for row in summary], color=colour,
+                      linewidth=1.2, marker='.' if len(summary) < 3 else '', label=name)
+        axes.axvline(int(best['epoch']), color='0.7', linewidth=1, linestyle=':')
+        axes.set(xlabel='epoch', ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize=8, frameon=False)
     _save(figure, path)
 
 
