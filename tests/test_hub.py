@@ -55,7 +55,7 @@ def run(tmp_path_factory):
     write_rows(folder / 'summary.csv', [
         {'epoch': epoch, 'validation_mean_auc': auc, 'layer1.0.alpha': 0.125}
         for epoch, auc in ((1, .5), (2, .7), (3, .6))])
-    write_rows(folder / 'looks.csv', [{'time': 'now', 'checkpoint': '/home/me/out', 'command': 'x /home/me/out'}])
+    write_rows(folder / 'looks.csv', [{'time': 'now', 'checkpoint': '/home/me/out', 'command': 'x ../me/out'}])
     write_json(folder / 'run.json', {
         'command': 'finetune_isic.py --data /home/me/isic2017', 'commit': 'abcdef123456', 'arguments': {
             'data': '/home/me/isic2017', 'recipe': 'modern', 'seed': 7, 'keep': 'best', 'train_ids': '0'},
@@ -101,7 +101,7 @@ def test_figures_of_the_card_are_those_of_the_results(staged):
     for part in ('Not a medical device', 'finetune_isic.py --data isic2017', 'abcdef123456', 'looked at once',
                  'Known leakage', publishing.sha256_of(staged / 'model.safetensors'), '| seed | 7 |', '0.125'):
         assert part in card, part
-    assert '\n\n\n' not in card and '/home/me' not in card + (staged / 'results.json').read_text()
+    assert '\n\n\n' not in card and '/me' not in card + (staged / 'results.json').read_text()
 
 
 def test_what_an_evaluation_adds(run, tmp_path):
@@ -229,8 +229,9 @@ def test_push_push_again_verify(run, tmp_path):
         assert program('verify', 'user/model@v1', '--against', staged).returncode == 0
         done = program('verify', 'user/model@v2', '--against', staged)
         assert done.returncode == 2 and 'there is no such revision' in done.stderr
-        done = program('push', staged, '--to', 'user/model', '--yes', token='hf_wrong')
+        done = program('push', staged, '--to', 'user/other', '--yes', token='hf_wrong')
         assert done.returncode == 2 and 'the token is wrong' in done.stderr
+        assert 'user/other' not in (staged / 'README.md').read_text()
         done = program('push', staged, '--to', 'user/new', '--yes', token='')
         assert done.returncode == 2 and 'log in' in done.stderr and 'is wrong' not in done.stderr, done.stderr
 

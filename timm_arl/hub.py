@@ -64,17 +64,21 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
     if '/' not in to:
         raise HubError(f'{to} is neither a repo (user/name) nor a folder (./name).')
     _check_online()
-    if yes:
-        _name_repo(folder, to)
+    text = _named_card(folder, to)
     api = huggingface_hub.HfApi()
     try:
         exists = api.repo_exists(to)
         remote = {f.rfilename: f for f in api.model_info(to, files_metadata=True).siblings or []} if exists else {}
-        changed = [name for name in files if not _is_there(folder / name, remote.get(name))]
+        changed = [name for name in files
+                   if not _is_there(folder / name, remote.get(name), text if name == 'README.md' else None)]
         if exists and tag and changed and tag in [ref.name for ref in api.list_repo_refs(to).tags]:
             raise HubError(f'{to} has a tag {tag} already, of other content: choose another --tag.')
         if yes and changed:
             api.create_repo(to, private=private, exist_ok=True)
+        if yes:
+            with replacing(folder / 'README.md') as temporary:
+                temporary.write_text(text, encoding='utf-8')
+        if yes and changed:
             with plain_http():
                 api.upload_folder(
                     repo_id=to, folder_path=folder, allow_patterns=changed,
@@ -157,22 +161,18 @@ def _is_folder(name: str) -> bool:
     return name.startswith(('.', '/', '~'))
 
 
-def _name_repo(folder: Path, repo: str) -> None:
-    """Write the repo's name where the card tells how to load it; the rest of the card may have been edited."""
-    path = folder / 'README.md'
-    text = path.read_text(encoding='utf-8') if path.is_file() else ''
-    named = re.sub(r"'hf-hub:[^']*'", f"'hf-hub:{repo}'", text)
-    if named != text:
-        with replacing(path) as temporary:
-            temporary.write_text(named, encoding='utf-8')
+def _named_card(folder: Path, repo: str) -> str:
+    """The card with the repo's name where it tells how to load it; the rest may have been edited."""
+    return re.sub(r"'hf-hub:[^']*'", f"'hf-hub:{repo}'", (folder / 'README.md').read_text(encoding='utf-8'))
 
 
-def _is_there(path: Path, remote: Any) -> bool:
-    if remote is None or remote.size != path.stat().st_size:
+def _is_there(path: Path, remote: Any, text: Optional[str]) -> bool:
+    """Whether a Hub has this file, or one of this text."""
+    if remote is None:
         return False
     if remote.lfs is not None:
         return remote.lfs.sha256 == sha256_of(path)
-    content = path.read_bytes()
+    content = path.read_bytes() if text is None else text.encode()
     return remote.blob_id == hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()
 
 
@@ -219,7 +219,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 to = args.to or f'{HUB}/{(read_results(folder) or {}).get("name", folder.name)}'
                 changed = push(folder, to, args.yes, args.private, args.tag)
                 print(f'{folder} to {to}: ' + (', '.join(changed) or 'everything is there already')
-                      + ('' if args.yes or not changed else ' would be sent; pass --yes to send'))
+                      + (' sent' if args.yes else ' would be sent; pass --yes to send') * bool(changed))
         else:
             for name, digest in verify(args.source, args.against).items():
                 print(f'{digest}  {name}')

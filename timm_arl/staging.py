@@ -87,7 +87,7 @@ def stage(
     kept = (max(summary, key=lambda row: float(row['validation_mean_auc']))
             if record['arguments']['keep'] == 'best' else summary[-1])
     record['command'] = _without_folders(record['command'])
-    record['arguments'] = {key: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+    record['arguments'] = {key: _without_folder(value) if isinstance(value, str) else value
                            for key, value in record['arguments'].items()}
     tag = tag or ('demo' if record['arguments']['data'] == 'demo' else 'isic2017')
     versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
@@ -232,10 +232,13 @@ def _looks(run: Path) -> List[Dict[str, str]]:
 
 
 def _without_folders(command: str) -> str:
-    """A command line whose absolute paths are names: whose disk it was is nobody's business."""
+    """A command line whose paths are names: whose disk it was is nobody's business."""
     words = (word.rpartition('=') for word in shlex.split(command))
-    return shlex.join(flag + equals + (Path(value).name if os.path.isabs(value) else value)
-                      for flag, equals, value in words)
+    return shlex.join(flag + equals + _without_folder(value) for flag, equals, value in words)
+
+
+def _without_folder(value: str) -> str:
+    return Path(value).name if os.path.isabs(value) or value.startswith(('./', '../', '~/')) else value
 
 
 def _read(path: Path, what: str) -> Dict[str, Any]:
