@@ -103,6 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
             if fault['kind']:
                 fault['times'] -= 1
         if fault['kind'] == 'status':
+            self.rfile.read(int(self.headers.get('Content-Length') or 0))  # or it would be taken for another request
             return self.answer(fault['code'], b'{"error": "a fault"}')
         if fault['kind'] == 'stall':
             time.sleep(fault['seconds'])
@@ -153,8 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             digest = sha256(content)
             return 302, b'', {
                 'X-Repo-Commit': commit, 'X-Linked-Etag': f'"{digest}"', 'X-Linked-Size': str(len(content)),
-                **({} if path.startswith('/datasets/') else {  # of a storage behind a firewall
-                    'X-Xet-Hash': digest[::-1], 'X-Xet-Refresh-Route': f'{self.hub.url}/xet-token'}),
+                'X-Xet-Hash': digest[::-1], 'X-Xet-Refresh-Route': f'{self.hub.url}/xet-token',  # behind a firewall
                 'Location': f'{self.hub.url}/_cdn/{digest}/{repo}'.replace('127.0.0.1', 'localhost')}  # another host's
         return 200, content, {'X-Repo-Commit': commit, 'ETag': f'"{git_sha1(content)}"'}
 

@@ -235,6 +235,15 @@ def test_push_push_again_verify(run, tmp_path):
         done = program('push', staged, '--to', 'user/new', '--yes', token='')
         assert done.returncode == 2 and 'log in' in done.stderr and 'is wrong' not in done.stderr, done.stderr
 
+        for fault, code, words in (('PUT /_lfs/', 403, 'a token that may do that'), ('/objects/batch', 507, 'check the'),
+                                   ('POST /api/repos/create', 403, 'a token that may do that')):
+            server.blobs.clear()
+            server.fault(fault, 'status', code=code, times=-1)
+            done = program('push', staged, '--to', f'user/refused-{code}{len(fault)}', '--yes')
+            assert done.returncode == 2 and words in done.stderr, done
+            server.faults.clear()
+        assert not any(files for name, files in server.repos.items() if 'refused' in name)
+
         # killed while the weights go up
         server.fault('PUT /_lfs/', 'stall', seconds=20)
         server.blobs.clear()
@@ -259,6 +268,8 @@ def test_push_push_again_verify(run, tmp_path):
         assert done.returncode == 0 and {'lab/arl_cnn14.isic2017', 'lab/arl_cnn14.mine'} <= server.private, done.stderr
         assert program('verify', 'lab/arl_cnn14.mine@v1', '--against', other).returncode == 0
         assert program('push', other, '--yes', '--tag', 'v1').returncode == 0  # there already, and the same
+        server.repos['lab/arl_cnn14.mine']['notes.md'] = b'written in the browser'
+        assert program('push', other, '--yes', '--tag', 'v1').returncode == 0  # the tag has still what is here
         (other / 'README.md').write_text('# Mine\n')
         done = program('push', other, '--yes', '--tag', 'v1')
         assert done.returncode == 2 and 'has a tag v1 already, of other content' in done.stderr

@@ -21,11 +21,13 @@ from typing import Any, Dict, List, Optional, Sequence, cast
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 
 from .cards import read_results
+from .hub_errors import diagnose_hub_error, plain_http
 from .isic.results import replacing
-from .pretrained import HUB, WeightsError, create_for_task, diagnose_hub_error, plain_http
+from .pretrained import HUB, WeightsError, create_for_task
 from .staging import HubError, card, card_of_registered, sha256_of, stage
 
 __all__ = ['HubError', 'card', 'push', 'stage', 'verify']
@@ -67,14 +69,13 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
     text = _named_card(folder, to)
     api = huggingface_hub.HfApi()
     try:
-        exists = api.repo_exists(to)
-        remote = {f.rfilename: f for f in api.model_info(to, files_metadata=True).siblings or []} if exists else {}
-        changed = [name for name in files
-                   if not _is_there(folder / name, remote.get(name), text if name == 'README.md' else None)]
-        if exists and tag and changed and tag in [ref.name for ref in api.list_repo_refs(to).tags]:
+        differing = _differing(api, folder, text, to)
+        changed = files if differing is None else differing
+        tagged = None if differing is None or not tag else _differing(api, folder, text, to, tag)
+        if tagged:
             raise HubError(f'{to} has a tag {tag} already, of other content: choose another --tag.')
         if yes and changed:
-            api.create_repo(to, private=private, exist_ok=True)
+            api.create_repo(to, private=private or None, exist_ok=True)  # None: as the account's settings have it
         if yes:
             with replacing(folder / 'README.md') as temporary:
                 temporary.write_text(text, encoding='utf-8')
@@ -83,13 +84,8 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
                 api.upload_folder(
                     repo_id=to, folder_path=folder, allow_patterns=changed,
                     commit_message=f'{(read_results(folder) or {})["name"]}, by timm_arl')
-        if yes and tag:
-            refs = api.list_repo_refs(to)
-            tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(tag)
-            if tagged is None:
-                api.create_tag(to, tag=tag)
-            elif tagged not in [ref.target_commit for ref in refs.branches if ref.name == 'main']:
-                raise HubError(f'{to} has a tag {tag} already, of other content: choose another --tag.')
+        if yes and tag and tagged is None:
+            api.create_tag(to, tag=tag)
     except HubError:
         raise
     except Exception as error:  # of an HTTP library that depends on huggingface_hub's version; others go on
@@ -122,8 +118,10 @@ def verify(source: str, against: Path) -> Dict[str, str]:
         else:
             _check_online()
             try:
+                huggingface_hub.model_info(repo, revision=revision or None, timeout=10)  # which the next one has not
                 with plain_http():
-                    found = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, cache_dir=cache))
+                    found = Path(huggingface_hub.snapshot_download(
+                        repo, revision=revision or None, cache_dir=cache, allow_patterns=files))
             except Exception as error:  # as above
                 cause, remedy, _ = diagnose_hub_error(error, repo)
                 if not cause:
@@ -132,7 +130,8 @@ def verify(source: str, against: Path) -> Dict[str, str]:
         digests = {name: sha256_of(against / name) for name in files}
         wrong = [name for name in files if not (found / name).is_file() or sha256_of(found / name) != digests[name]]
         if wrong:
-            raise HubError(f'{source} differs from {against} in {", ".join(wrong)}: push again.')
+            raise HubError(f'{source} differs from {against} in {", ".join(wrong)}: push again, or, where '
+                           f'that finds nothing to send, verify again.')
         theirs, ours = (cast(Any, create_for_task(f'local-dir:{each}', pretrained=True)).eval()
                         for each in (found, against))
         side = ours.pretrained_cfg['input_size'][-1]
@@ -147,7 +146,7 @@ def _staged_files(folder: Path) -> List[str]:
     """Names of what is published of a staged folder."""
     missing = [name for name in ('README.md', 'config.json', 'model.safetensors', 'results.json')
                if not (folder / name).is_file()]
-    if missing or read_results(folder) is None:
+    if missing or 'name' not in (read_results(folder) or {}):
         raise HubError(f'{folder} has no {", ".join(missing) or "results.json that can be read"}: stage it first.')
     return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith('.'))
 
@@ -164,6 +163,25 @@ def _is_folder(name: str) -> bool:
 def _named_card(folder: Path, repo: str) -> str:
     """The card with the repo's name where it tells how to load it; the rest may have been edited."""
     return re.sub(r"'hf-hub:[^']*'", f"'hf-hub:{repo}'", (folder / 'README.md').read_text(encoding='utf-8'))
+
+
+def _differing(
+        api: huggingface_hub.HfApi,
+        folder: Path,
+        text: str,
+        repo: str,
+        revision: Optional[str] = None,
+) -> Optional[List[str]]:
+    """Names of the staged files, with this text as the card, that a repo has not; None where there is no such repo."""
+    try:
+        about = api.model_info(repo, revision=revision, files_metadata=True, timeout=10)
+    except GatedRepoError:  # a RepositoryNotFoundError too
+        raise
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return None
+    there = {file.rfilename: file for file in about.siblings or ()}
+    return [name for name in _staged_files(folder)
+            if not _is_there(folder / name, there.get(name), text if name == 'README.md' else None)]
 
 
 def _is_there(path: Path, remote: Any, text: Optional[str]) -> bool:

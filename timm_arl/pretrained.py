@@ -4,26 +4,18 @@ import hashlib
 import os
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union, cast
+from typing import Any, Dict, List, Optional, Union, cast
 
 import huggingface_hub
 import safetensors
 import safetensors.torch
 import timm
 import torch.nn as nn
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from timm.models import clean_state_dict, resolve_pretrained_cfg
+
+from .hub_errors import LOCAL_FILE, diagnose_hub_error, is_of_network, plain_http
 
 __all__ = [
     'HUB', 'WeightsError', 'create_for_task', 'fetch_weights', 'load_weights_file', 'local_weights', 'shipped_weights',
@@ -35,7 +27,8 @@ OWN_WEIGHTS = {
     'arl_cnn14.isic2017': '3dbce88df54dd412c145ce1a0a288c4b7cc6b08d0451430e924cef027d5bb9a1',
 }
 ATTEMPTS = 4
-LOCAL_FILE = "pass a file of your own by pretrained_cfg_overlay=dict(file='model.safetensors')"
+PATIENCE = 30  # seconds after which nothing is tried again
+OTHERWISE = f'set HF_ENDPOINT to a mirror, or {LOCAL_FILE}'
 
 
 class WeightsError(RuntimeError):
@@ -76,7 +69,8 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
     """
     if name.startswith(('hf-hub:', 'hf_hub:')):
         repo, _, revision = name.partition(':')[2].partition('@')
-        fetch_weights(repo, 'config.json', revision or None)  # timm reads it from the cache, whole or not
+        # timm reads it from the cache, whole or not
+        fetch_weights(repo, 'config.json', revision or None, cache_dir=kwargs.get('cache_dir'))
     if ':' not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise WeightsError(f'Unknown model {name}: ' + (f'did you mean {" or ".join(near)}? ' if near else '')
@@ -209,6 +203,8 @@ def fetch_weights(
 
     What is in the cache is used without asking the Hub. Either way the content must have the digest that the Hub gave
     for it (sha256, or git's of a small file) and `sha256` where that is known; a damaged copy is fetched anew, once.
+    A cache without links (some file systems, Windows) does not hold the Hub's digests: there, only downloads are
+    compared with them.
 
     Args:
         repo: Repo id.
@@ -232,6 +228,9 @@ def fetch_weights(
         path = Path(huggingface_hub.hf_hub_download(**request, local_files_only=True))
         if _is_whole(path, sha256):
             return path
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise WeightsError(**where, cause='its copy in the cache is damaged, and HF_HUB_OFFLINE is set',
+                               remedy=f'unset that, or {LOCAL_FILE}')
         force = True
         _say(f'{file} of {repo} in the cache is damaged: downloading it again.')
     except (LocalEntryNotFoundError, OSError):
@@ -239,25 +238,29 @@ def fetch_weights(
     except HFValidationError as error:
         cause, remedy, _ = diagnose_hub_error(error, repo)
         raise WeightsError(**where, cause=cause, remedy=remedy) from error
+    start = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
         try:
             # asked for by itself, since hf_hub_download retries a failing request for half a minute without a word
-            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, file, revision=revision))
+            etag = huggingface_hub.get_hf_file_metadata(
+                huggingface_hub.hf_hub_url(repo, file, revision=revision)).etag
+            if force and not path.is_symlink():
+                path.unlink(missing_ok=True)  # huggingface_hub would keep it
             with plain_http():
                 path = Path(huggingface_hub.hf_hub_download(**request, force_download=force))
         except Exception as error:  # of an HTTP library that depends on huggingface_hub's version; others go on
-            cause, remedy, again = diagnose_hub_error(error, repo)
+            cause, remedy, again = diagnose_hub_error(error, repo, OTHERWISE)
             if not cause:
                 raise
-            if not again or attempt == ATTEMPTS:
+            if not again or attempt == ATTEMPTS or time.monotonic() - start > PATIENCE:
                 raise WeightsError(**where, cause=cause, remedy=remedy) from error
             _say(f'{file} of {repo}: {cause}; trying again ({attempt} of {ATTEMPTS - 1}).')
             time.sleep(2 ** (attempt - 1) / 2)
             continue
-        if _is_whole(path, sha256):
+        if _is_whole(path, sha256, etag):
             return path
         if force:
-            _blob(path).unlink()  # or others that use the cache would load it
+            _blob(path).unlink(missing_ok=True)  # or others that use the cache would load it
             break
         force = True
         _say(f'{file} of {repo} came damaged: downloading it again.')
@@ -266,80 +269,24 @@ def fetch_weights(
         f'{LOCAL_FILE}'))
 
 
-@contextmanager
-def plain_http() -> Iterator[None]:
-    """Let huggingface_hub use HTTP: hf_xet tries for two minutes without a word where its servers are blocked."""
-    constants = cast(Any, huggingface_hub.constants)
-    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_XET = before
+def _is_whole(path: Path, sha256: Optional[str], etag: Optional[str] = None) -> bool:
+    """Whether a file has the digest it should have, and the one that the Hub gave, which is the name of its blob."""
+    if sha256 is not None and _digest(path, hashlib.sha256()) != sha256:
+        return False
+    given = etag or _blob(path).name
+    if not set(given) <= set('0123456789abcdef'):  # nor has a file a name of this kind where links are not possible
+        return True
+    if len(given) == 40:
+        git = hashlib.sha1(b'blob %d\0' % path.stat().st_size, usedforsecurity=False)  # of a file not in LFS
+        return given in (_digest(path, git), _digest(path, hashlib.sha1(usedforsecurity=False)))  # the other on mirrors
+    return len(given) != 64 or given == sha256 or given == _digest(path, hashlib.sha256())
 
 
-def is_of_network(error: BaseException) -> bool:
-    """Whether an error is of the HTTP library that huggingface_hub happens to use, or of a socket."""
-    library = type(error).__module__.partition('.')[0]
-    return library in ('httpx', 'httpx2', 'httpcore', 'requests', 'urllib3') or isinstance(
-        error, (ConnectionError, TimeoutError))
-
-
-def diagnose_hub_error(error: Exception, repo: str) -> Tuple[str, str, bool]:
-    """Cause, remedy, and whether to try again; an empty cause for an error that has nothing to do with the Hub."""
-    text = ' '.join(str(error).split())
-    page = f'{huggingface_hub.constants.ENDPOINT}/{repo}'
-    mirror = f'check the network, set HF_ENDPOINT to a mirror, or {LOCAL_FILE}'
-    if isinstance(error, HFValidationError):
-        return text.rstrip('.'), 'a repo is user/name', False
-    if isinstance(error, ValueError) and 'Invalid metadata' in text:
-        return f'it refuses the card ({text})', 'mend the first lines of README.md', False
-    if isinstance(error, OfflineModeIsEnabled) or huggingface_hub.constants.HF_HUB_OFFLINE:
-        return ('it is not in the cache and HF_HUB_OFFLINE is set',
-                f'unset that and load it once with a network, or {LOCAL_FILE}', False)
-    if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError too
-        return ('the repo is gated and this account has no access',
-                f'ask for it at {page}, then log in (hf auth login, or HF_TOKEN)', False)
-    if isinstance(error, RepositoryNotFoundError):
-        return ('there is no such repo, or it is private',
-                f'look at {page}; for a private one log in (hf auth login, or HF_TOKEN)', False)
-    if isinstance(error, RevisionNotFoundError):
-        return 'there is no such revision', f'choose one of {page}/commits/main', False
-    if isinstance(error, LocalEntryNotFoundError):
-        return f'it is not in the cache and the Hub cannot be reached ({text})', mirror, True
-    if isinstance(error, EntryNotFoundError):
-        return ('there is no such file in the repo',
-                f'look at {page}/tree/main; weights in another format (.bin) are not opened', False)
-    status = getattr(getattr(error, 'response', None), 'status_code', None)
-    if isinstance(error, HfHubHTTPError) and status in (401, 403):
-        return (f'the Hub refused the request ({status})', 'log in (hf auth login, or HF_TOKEN)'
-                if huggingface_hub.get_token() is None else
-                'the token is wrong or has no access: log in anew (hf auth login), or unset HF_TOKEN', False)
-    if isinstance(error, HfHubHTTPError):
-        passes = status is None or status == 429 or status >= 500
-        return f'the Hub answered {status if passes and status else text}', mirror, passes
-    if is_of_network(error):
-        return f'the connection failed ({type(error).__name__}: {text})', mirror, True
-    if isinstance(error, OSError) and 'onsistency check' in text:
-        return 'what came was shorter or longer than announced', mirror, True
-    if isinstance(error, OSError):
-        return f'it could not be stored ({text})', 'make room in, or allow writing to, the cache (HF_HOME)', False
-    return '', '', False
-
-
-def _is_whole(path: Path, sha256: Optional[str]) -> bool:
-    """Whether a cached file has the digest it should have, and the one of the Hub, which is the name of its blob."""
-    name = _blob(path).name
-    content = hashlib.sha256()
-    git = hashlib.sha1(b'blob %d\0' % path.stat().st_size, usedforsecurity=False)  # of a file not in LFS
-    plain = hashlib.sha1(usedforsecurity=False)  # of any, on some mirrors
+def _digest(path: Path, digest: Any) -> str:
     with path.open('rb') as stream:
         while block := stream.read(2 ** 20):
-            for digest in (content, git, plain):
-                digest.update(block)
-    if sha256 is not None and content.hexdigest() != sha256:
-        return False
-    named = len(name) in (40, 64) and set(name) <= set('0123456789abcdef')  # no such name where links are not possible
-    return not named or name in (content.hexdigest(), git.hexdigest(), plain.hexdigest())
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _blob(path: Path) -> Path:

@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from PIL import Image, ImageOps
 from yaml import YAMLError
 
+from ..hub_errors import plain_http
 from . import LABELS
 from .demo import demo_dataset
 from .sources import DataError, check_image_id, read_folder
@@ -152,7 +153,8 @@ def _load_dataset(data: str, **kwargs) -> Any:
                         f'with train, validation and test splits in Parquet), a dataset id on the Hugging Face Hub '
                         f"(user/name), or 'demo'.")
     try:
-        return datasets.load_dataset(data, cache_dir=_cache_of(Path(data)) if is_folder else None, **kwargs)
+        with plain_http():
+            return datasets.load_dataset(data, cache_dir=_cache_of(Path(data)) if is_folder else None, **kwargs)
     except (OSError, ValueError, RuntimeError, YAMLError, DatasetsError, DatasetGenerationError) as error:
         reason = ' '.join(str(error).split())
         if is_folder:
