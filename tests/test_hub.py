@@ -235,8 +235,8 @@ def test_push_push_again_verify(run, tmp_path):
         done = program('push', staged, '--to', 'user/new', '--yes', token='')
         assert done.returncode == 2 and 'log in' in done.stderr and 'is wrong' not in done.stderr, done.stderr
 
-        for fault, code, words in (('PUT /_lfs/', 403, 'a token that may do that'), ('/objects/batch', 507, 'check the'),
-                                   ('POST /api/repos/create', 403, 'a token that may do that')):
+        for fault, code, words in (('PUT /_lfs/', 403, 'that may do that'), ('/objects/batch', 507, 'the network'),
+                                   ('POST /api/repos/create', 403, 'that may do that')):
             server.blobs.clear()
             server.fault(fault, 'status', code=code, times=-1)
             done = program('push', staged, '--to', f'user/refused-{code}{len(fault)}', '--yes')

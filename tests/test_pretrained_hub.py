@@ -88,7 +88,8 @@ def hub(weights, library):
     path, config, _ = weights
     files = {'model.safetensors': path, 'config.json': config}
     repos = {repo: files for repo, *_ in [*LOADS, *REFUSED] if repo != 'row/11-missing'}
-    others = ('whole', 'private', 'shared', 'unlinked', 'unlinked-2', 'both', '10-wrong-config', '10-always-wrong-config')
+    others = ('whole', 'private', 'shared', 'unlinked', 'unlinked-2', 'both', '10-wrong-config',
+              '10-always-wrong-config')
     repos.update({'row/15-no-weights': {'config.json': config, 'pytorch_model.bin': b'x'},
                   'row/16-head-fails-and-bin': {**files, 'pytorch_model.bin': b'x'},
                   'row/20-pickle-alone': {'pytorch_model.bin': b'x'}, 'row/tagged': dict(files),
