@@ -11,12 +11,16 @@ The output folder receives
     predictions_SPLIT.csv     image_id,melanoma,seborrheic_keratosis
     roc_SPLIT.png, reliability_SPLIT.png; curves.png and alphas.png where the checkpoint has a summary.csv
     report.md                 with --report: all of it on one page
-Each look at the test split is recorded in looks.csv, in the output folder and in that of the checkpoint.
+    evaluation.json           what was scored and how: command, commit, versions, crops, --alpha-zero
+and takes the place of an earlier evaluation there, whole. Each look at the test split is recorded in looks.csv, in the
+output folder and in that of the checkpoint.
 """
 import argparse
 import csv
+import os
 import shlex
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,7 +29,16 @@ import timm
 import torch
 from accelerate.utils import set_seed
 from evaluate_report import markdown_report
-from isic_common import RunError, arguments_of, check_images, create_accelerator, image_loader, number, predict
+from isic_common import (
+    RunError,
+    arguments_of,
+    check_images,
+    check_output_dir,
+    create_accelerator,
+    image_loader,
+    number,
+    predict,
+)
 from timm.data import resolve_model_data_config
 
 import timm_arl
@@ -41,9 +54,14 @@ from timm_arl.isic.duplicates import read_pairs
 from timm_arl.isic.metrics import auc_table, compare, score_split, threshold_for_sensitivity, youden_threshold
 from timm_arl.isic.outputs import has_isic_outputs
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
-from timm_arl.isic.results import git_commit, read_predictions, record_look, replacing, write_json, write_predictions
+from timm_arl.isic.results import git_commit, read_predictions, record_look, write_json, write_predictions
 from timm_arl.isic.transforms import CROPS
-from timm_arl.pretrained import WeightsError, create_for_task
+from timm_arl.pretrained import WeightsError, create_trained
+
+PLOTS = ('roc_{}.png', 'reliability_{}.png')
+FILES = {  # all that this program may leave, apart from looks.csv, which grows
+    'metrics.json', 'evaluation.json', 'report.md', 'curves.png', 'alphas.png',
+    *(name.format(split) for split in ('validation', 'test') for name in (*PLOTS, 'predictions_{}.csv'))}
 
 
 def build_parser():
@@ -57,7 +75,7 @@ def build_parser():
     add('--split', default='test', choices=['validation', 'test'], help='what is scored (default: %(default)s)')
     add('--crops', choices=CROPS,
         help="crops of an image, whose probabilities are averaged (default: as the checkpoint's run, else multiscale)")
-    add('--output-dir', required=True)
+    add('--output-dir', required=True, help="not that of the checkpoint's run, whose scores stay")
     add('--report', action='store_true', help='write report.md')
     add('--alpha-zero', action='store_true', help='set every alpha to 0: the same network without its attention')
     add('--compare', metavar='PREDICTIONS.csv',
@@ -93,13 +111,7 @@ def images_of_the_run(args):
 
 
 def load_network(args):
-    folder = Path(args.checkpoint)
-    if (folder / 'runs.csv').is_file():
-        raise WeightsError(f'{folder} holds several runs: choose one of the folders in it that runs.csv names.')
-    if folder.is_dir() and not (folder / 'config.json').is_file():
-        raise WeightsError(f'{folder} holds no config.json and model.safetensors: pass the output folder of '
-                           f'finetune_isic.py, or the name of a model.')
-    model = create_for_task(f'local-dir:{folder}' if folder.is_dir() else args.checkpoint, pretrained=True)
+    model = create_trained(args.checkpoint)
     if not has_isic_outputs(model):
         raise WeightsError(f'{args.checkpoint} has {model.num_classes} outputs, not those of {" and ".join(LABELS)}: '
                            f'fine-tune it first, with finetune_isic.py.')
@@ -123,8 +135,17 @@ def without_duplicates(splits, args):
         for name, split in splits.items()}
 
 
+def check_free(out):
+    """Refuse an output folder that holds a run, whose scores would be written over, before the work."""
+    check_output_dir(out)
+    for name in ('run.json', 'model.safetensors'):
+        if (out / name).exists():
+            raise RunError(f'{out} holds a run or weights ({name}): choose another --output-dir for the evaluation.')
+
+
 def evaluate(args):
     out, start_time = Path(args.output_dir), time.time()
+    check_free(out)
     images = images_of_the_run(args)
     accelerator = create_accelerator(args)
     accelerator.print(images)
@@ -147,6 +168,11 @@ def evaluate(args):
     check_images(splits, args, accelerator)
     loaders = {name: image_loader(args, split, data_config, accelerator) for name, split in splits.items()}
     truth = {name: loader.dataset.labels.numpy() for name, loader in loaders.items()}
+    if accelerator.is_main_process:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f'Cannot make the output folder {out}: {error.strerror}.') from error
     model = accelerator.prepare_model(model, evaluation_mode=True)
     probabilities = {name: predict(accelerator, model, loader, name).numpy() for name, loader in loaders.items()}
     if not accelerator.is_main_process:
@@ -179,38 +205,45 @@ def evaluate(args):
             'first': args.compare, 'second': shown,
             **compare(truth[args.split], other, probabilities[args.split], seed=args.seed)}
 
-    # Files
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f'Cannot make the output folder {out}: {error.strerror}.') from error
+    # The look is recorded before anybody can see what it gave
+    if args.split == 'test':
+        record_look(out, shown, metrics['test'])
+        if folder.is_dir() and os.access(folder, os.W_OK):
+            record_look(folder, shown, metrics['test'])
+        elif folder.is_dir():
+            print(f'{folder} cannot be written to: this look at the test split is recorded in {out} alone.')
+
+    # Files, all of them or none
     record = {
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
         'timm': timm.__version__, 'torch': torch.__version__, 'img_size': data_config['input_size'][-1],
         'crops': args.crops, 'aspect': args.aspect, 'grey_world': args.grey_world, 'lesion_crop': args.lesion_crop,
-        'seed': args.seed}
-    write_json(out / 'metrics.json', metrics)
+        'seed': args.seed, 'alpha_zero': args.alpha_zero}
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
-    for name in splits:
-        title = f'{shown}, {name}, {len(truth[name])} images{synthetic}'
-        write_predictions(out / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities[name])
-        roc_plot(out / f'roc_{name}.png', truth[name], probabilities[name], metrics[name], title)
-        reliability_plot(out / f'reliability_{name}.png', truth[name], {
-            'as given': probabilities[name], 'with temperature': calibrated[name]}, title)
-    curves = Path(args.checkpoint) / 'summary.csv'
-    if curves.is_file() and not args.alpha_zero:
-        with curves.open(newline='', encoding='utf-8') as file:
-            summary = list(csv.DictReader(file))
-        curve_plot(out / 'curves.png', summary, Path(args.checkpoint).name)
-        names = [column for column in summary[0] if column.endswith('.alpha')]
-        if names:
-            alpha_plot(out / 'alphas.png', summary, names, Path(args.checkpoint).name)
-    if args.report:
-        with replacing(out / 'report.md') as temporary:
-            temporary.write_text(markdown_report(metrics, record, out, args), encoding='utf-8')
-    if args.split == 'test':
-        for folder in {out, Path(args.checkpoint)} if Path(args.checkpoint).is_dir() else {out}:
-            record_look(folder, shown, metrics['test'])
+    with tempfile.TemporaryDirectory(prefix='.evaluation-', dir=out) as temporary:
+        new = Path(temporary)
+        write_json(new / 'metrics.json', metrics)
+        write_json(new / 'evaluation.json', record)
+        for name in splits:
+            title = f'{shown}, {name}, {len(truth[name])} images{synthetic}'
+            write_predictions(new / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities[name])
+            roc_plot(new / f'roc_{name}.png', truth[name], probabilities[name], metrics[name], title)
+            reliability_plot(new / f'reliability_{name}.png', truth[name], {
+                'as given': probabilities[name], 'with temperature': calibrated[name]}, title)
+        if (folder / 'summary.csv').is_file() and not args.alpha_zero:
+            with (folder / 'summary.csv').open(newline='', encoding='utf-8') as file:
+                summary = list(csv.DictReader(file))
+            curve_plot(new / 'curves.png', summary, folder.name)
+            names = [column for column in summary[0] if column.endswith('.alpha')]
+            if names:
+                alpha_plot(new / 'alphas.png', summary, names, folder.name)
+        if args.report:
+            (new / 'report.md').write_text(markdown_report(metrics, record, new, args), encoding='utf-8')
+        written = {path.name for path in new.iterdir()}
+        for name in FILES - written:  # of an earlier evaluation
+            (out / name).unlink(missing_ok=True)
+        for name in sorted(written, key='metrics.json'.__eq__):  # that one last
+            os.replace(new / name, out / name)
     print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics))
     if args.compare:
         print(f'AUC of {shown} minus that of {args.compare}, on the same images:')
@@ -222,7 +255,8 @@ def evaluate(args):
             print('  {:22}{:+.3f} [{:+.3f}, {:+.3f}]'.format(
                 name.replace('_', ' '), pair['difference'], *pair['difference_ci95'])
                 + (f", DeLong's p {pair['p_value']:.3g}" if pair.get('p_value') is not None else ''))
-    print(f'{time.time() - start_time:.0f} s. In {out}: {", ".join(sorted(path.name for path in out.iterdir()))}')
+    print(f'{time.time() - start_time:.0f} s. In {out}: {", ".join(sorted(written))}'
+          + ', looks.csv' * (args.split == 'test'))
 
 
 def main():

@@ -23,9 +23,17 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from finetune_folds import check_start, run_each
 from finetune_options import build_parser, parse_args
-from finetune_output import EMA_FILE, prepare_output_dir, preview, save_progress
+from finetune_output import EMA_FILE, check_no_other_run, prepare_output_dir, preview, save_progress
 from finetune_teacher import Student, Teacher, mask_loss
-from isic_common import RunError, check_images, create_accelerator, image_loader, learns_masks, predict
+from isic_common import (
+    RunError,
+    check_images,
+    check_output_dir,
+    create_accelerator,
+    image_loader,
+    learns_masks,
+    predict,
+)
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -270,10 +278,10 @@ def train(args, accelerator, splits, out):
             raise RunError(f'The weights in {out} score {metrics["validation"]["mean_auc"]:.4f} on validation, but '
                            f'epoch {kept["epoch"]} scored {kept["validation_mean_auc"]:.4f}: they are not its weights.')
         if accelerator.is_main_process:
+            if name == 'test':  # before anybody can see what it gave
+                record_look(out, out, metrics['test'])
             write_predictions(out / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities)
     if accelerator.is_main_process:
-        if 'test' in metrics:
-            record_look(out, out, metrics['test'])
         write_json(out / 'metrics.json', metrics)
     synthetic = ', SYNTHETIC images' * (args.data == 'demo')
     choice = f'the best of {len(summary)} by validation mean AUC' if args.keep == 'best' else 'the last'
@@ -294,6 +302,9 @@ def main():
             print(f'This run is finished: {args.output_dir} holds its results.')
             return
         accelerator = create_accelerator(args)
+        if args.output_dir and not args.preview:
+            check_output_dir(Path(args.output_dir))
+            check_no_other_run(args, Path(args.output_dir))
         model, _, data_config = create_network(args)  # what is wrong with it is told before any image is read
         side = data_config['input_size'][-1]
         if args.teacher:

@@ -28,6 +28,13 @@ EMA_FILE = 'average.safetensors'
 NOT_OF_THE_RUN = ('output_dir', 'resume', 'workers', 'tracker', 'preview')
 
 
+def check_no_other_run(args, out):
+    """Refuse, unless resuming, an output folder in which another run left something."""
+    traces = ('run.json', 'summary.csv', 'metrics.json', 'config.json', 'model.safetensors', 'last', 'last.previous')
+    if not args.resume and any((out / trace).exists() for trace in traces):
+        raise RunError(f'{out} already holds a run: go on with it by --resume, or choose another --output-dir.')
+
+
 def prepare_output_dir(args, accelerator, out):
     """Make the output folder, or find the summary of the epochs that are finished in it."""
     launch = {
@@ -36,9 +43,7 @@ def prepare_output_dir(args, accelerator, out):
         'gradient_accumulation_steps': accelerator.gradient_accumulation_steps,
         'device': accelerator.device.type,
     }
-    traces = ('run.json', 'summary.csv', 'metrics.json', 'config.json', 'model.safetensors', 'last', 'last.previous')
-    if not args.resume and any((out / trace).exists() for trace in traces):
-        raise RunError(f'{out} already holds a run: go on with it by --resume, or choose another --output-dir.')
+    check_no_other_run(args, out)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         try:

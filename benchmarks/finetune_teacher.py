@@ -2,7 +2,6 @@
 
 Hinton et al., `Distilling the Knowledge in a Neural Network` - https://arxiv.org/abs/1503.02531
 """
-from pathlib import Path
 from typing import Optional, Tuple
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.functional import (
 )
 
 from timm_arl.isic.outputs import DIAGNOSES, has_isic_outputs, probabilities_of
-from timm_arl.pretrained import create_for_task
+from timm_arl.pretrained import create_trained
 
 
 def pooled_and_logits(model: nn.Module, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -125,8 +124,7 @@ class Teacher(nn.Module):
             RunError: A network without pooled features of one vector an image, or nothing to learn from it.
         """
         super().__init__()
-        folder = Path(name)
-        self.network = create_for_task(f'local-dir:{folder}' if folder.is_dir() else name, pretrained=True)
+        self.network = create_trained(name)
         self.network.eval().requires_grad_(False)
         self.weight = weight if has_isic_outputs(self.network) else 0.
         if self.weight and outputs == len(DIAGNOSES) != self.network.num_classes:

@@ -33,6 +33,14 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def check_output_dir(out):
+    """Refuse, before the work, an output folder that could not be made or written to after it."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunError(f'Cannot make the output folder {out}: {there} '
+                       + ('cannot be written to.' if there.is_dir() else 'is a file.'))
+
+
 def create_accelerator(args):
     # a bare Accelerator() on a machine without an accelerator forms no process group
     on_cpu = not torch.accelerator.is_available()

@@ -65,10 +65,21 @@ def test_missing_corrupt_and_pickled_files_are_refused(tmp_path):
         load_weights_file(model, tmp_path / 'w.pth')
 
 
+def test_files_by_timms_own_arguments(tmp_path):
+    for name, message in (('nowhere.safetensors', 'No weights at nowhere.safetensors'),
+                          (str(tmp_path / 'cut.safetensors'), 'cut.safetensors is not a readable safetensors file')):
+        (tmp_path / 'cut.safetensors').write_bytes(b'{"a')
+        with pytest.raises(WeightsError, match=message):
+            timm.create_model('arl_cnn14', pretrained=True, pretrained_cfg_overlay=dict(file=name))
+
+
 @pytest.mark.parametrize('name, kwargs, message', [
     ('arl_cnn15', {}, 'did you mean arl_cnn1'),
     ('nothing-like-it', {}, "Unknown model nothing-like-it: timm.list_models"),
     ('arl_cnn50.no_such_tag', {}, 'no_such_tag'),
+    ('arl_cnn50.no_such_tag', dict(pretrained=True),
+     'No weights arl_cnn50.no_such_tag: choose arl_cnn50.a1_in1k or arl_cnn50.tv_in1k'),
+    ('/', {}, 'Unknown model /: that is on this disk; a folder that timm reads is named local-dir:/'),
     ('arl_cnn14_channel', dict(pretrained=True), 'No pretrained weights exist for arl_cnn14_channel'),
     ('vit_tiny_patch16_224', dict(attention='mixed'), 'vit_tiny_patch16_224 cannot be created: .*attention'),
     ('local-dir:/nowhere/at/all', dict(pretrained=True), '/nowhere/at/all'),

@@ -84,7 +84,17 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def hub(weights, library):
+def vit_tiny(tmp_path_factory):
+    """Weights of a model of timm's own, for which timm has a format of others too (custom_load)."""
+    torch.manual_seed(0)
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=21843)
+    path = tmp_path_factory.mktemp('vit') / 'model.safetensors'
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path, sum(p.double().sum().item() for p in model.parameters())
+
+
+@pytest.fixture(scope='module')
+def hub(weights, vit_tiny, library):
     path, config, _ = weights
     files = {'model.safetensors': path, 'config.json': config}
     repos = {repo: files for repo, *_ in [*LOADS, *REFUSED] if repo != 'row/11-missing'}
@@ -93,6 +103,10 @@ def hub(weights, library):
     repos.update({'row/15-no-weights': {'config.json': config, 'pytorch_model.bin': b'x'},
                   'row/16-head-fails-and-bin': {**files, 'pytorch_model.bin': b'x'},
                   'row/20-pickle-alone': {'pytorch_model.bin': b'x'}, 'row/tagged': dict(files),
+                  'timm/vit_tiny_patch16_224.augreg_in21k': {'model.safetensors': vit_tiny[0]},
+                  'timm/resnet18.a1_in1k': {'pytorch_model.bin': b'x'},
+                  'row/vit-pickle': {'config.json': json.dumps(dict(
+                      architecture='vit_tiny_patch16_224', pretrained_cfg={})).encode(), 'pytorch_model.bin': b'x'},
                   **{f'row/{name}': files for name in others}})
     with Hub(repos, private=['row/private'], gated=['row/13-gated']) as hub:
         for repo, faults, *_ in [*LOADS, *REFUSED]:
@@ -197,6 +211,19 @@ def test_a_config_with_a_wrong_byte(client, hub, weights):
     hub.fault('GET /row/10-always-wrong-config/resolve/.*/config.json', 'corrupt', at=20, times=-1)
     result, _ = client(name='hf-hub:row/10-always-wrong-config')
     assert 'another digest' in result['error'] and result['file'] == 'config.json'
+
+
+def test_other_models_of_timm(client, hub, vit_tiny):
+    """Come by the same way: whole, or one error, and never a pickle."""
+    name = 'vit_tiny_patch16_224.augreg_in21k'
+    hub.fault(f'GET /_cdn/.*/timm/{name}', 'corrupt')
+    result, said = client(name=name)
+    assert result.get('sum') == pytest.approx(vit_tiny[1]) and 'came damaged: downloading it again' in said, result
+    for name, repo in (('resnet18', 'timm/resnet18.a1_in1k'), ('hf-hub:row/vit-pickle', 'row/vit-pickle')):
+        result, _ = client(name=name)
+        assert result.get('repo') == repo and 'there is no such file in the repo' in result['error'], result
+    assert 'gcvit_base are a pickle' in client(name='gcvit_base')[0]['error']
+    assert not [r for r in hub.requests if '.bin' in r]
 
 
 def test_warm_cache(client, hub, home, library, weights):

@@ -148,7 +148,7 @@ def export_onnx(
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    from .pretrained import WeightsError, create_for_task
+    from .pretrained import WeightsError, create_for_task, create_trained
     parser = argparse.ArgumentParser(
         prog='python -m timm_arl.export', description='A model as an ONNX file, checked against what it was made from.')
     parser.add_argument('--model', required=True, metavar='NAME|DIR',
@@ -164,9 +164,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(f'--img-size must be at least 32, not {args.img_size}.')
     if Path(args.output).is_dir():
         parser.error(f'--output {args.output} is a folder: name a file in it.')
-    local = Path(args.model).is_dir()
     try:
-        model = create_for_task(f'local-dir:{args.model}' if local else args.model, pretrained=local or args.pretrained)
+        trained = args.pretrained or Path(args.model).exists()
+        model = create_trained(args.model) if trained else create_for_task(args.model)
         path = export_onnx(model, args.output, args.img_size, args.fold)
     except (ExportError, WeightsError, OSError) as error:
         print(f'python -m timm_arl.export: error: {error}', file=sys.stderr)

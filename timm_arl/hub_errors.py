@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 
 __all__ = ['LOCAL_FILE', 'diagnose_hub_error', 'is_of_network', 'plain_http']
 
-LOCAL_FILE = "pass a file of your own by pretrained_cfg_overlay=dict(file='model.safetensors')"
+LOCAL_FILE = ("pass a file of your own: pretrained_cfg_overlay=dict(file='model.safetensors') in Python, "
+              "--init-checkpoint to finetune_isic.py")
 LOG_IN = 'log in (hf auth login, or HF_TOKEN)'
 
 _lock = threading.Lock()
@@ -67,6 +68,8 @@ def diagnose_hub_error(error: BaseException, repo: str, otherwise: str = '') -> 
         return diagnose_hub_error(error.__cause__, repo, otherwise)
     if isinstance(error, HFValidationError):
         return text.rstrip('.'), 'a repo is user/name', False
+    if not huggingface_hub.constants.ENDPOINT.startswith(('http://', 'https://')):
+        return 'HF_ENDPOINT is no address', 'let it begin with https:// or http://, or unset it', False
     if isinstance(error, ValueError) and 'Invalid metadata' in text:
         return f'it refuses the card ({text})', 'mend the first lines of README.md', False
     if isinstance(error, ValueError) and 'LFS batch' in text:

@@ -18,7 +18,8 @@ from timm.models import clean_state_dict, resolve_pretrained_cfg
 from .hub_errors import LOCAL_FILE, diagnose_hub_error, is_of_network, plain_http
 
 __all__ = [
-    'HUB', 'WeightsError', 'create_for_task', 'fetch_weights', 'load_weights_file', 'local_weights', 'shipped_weights',
+    'HUB', 'WeightsError', 'create_for_task', 'create_trained', 'fetch_weights', 'load_weights_file', 'local_weights',
+    'shipped_weights',
 ]
 
 HUB = os.environ.get('TIMM_ARL_HUB', 'timm-arl')  # whose repos on the Hub this project's own are
@@ -57,11 +58,11 @@ class WeightsError(RuntimeError):
 
 
 def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
-    """`timm.create_model` whose failures are one sentence.
+    """`timm.create_model` whose failures are one sentence, and which has weights of any model fetched and verified.
 
     Args:
         name: Any timm model name, with or without a tag, or one of timm's ``hf-hub:`` and ``local-dir:`` names.
-        pretrained: Load the weights of that name.
+        pretrained: Load the weights of that name, a safetensors file.
         **kwargs: Passed to `timm.create_model`, num_classes among them.
 
     Raises:
@@ -69,13 +70,22 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
     """
     if name.startswith(('hf-hub:', 'hf_hub:')):
         repo, _, revision = name.partition(':')[2].partition('@')
-        # timm reads it from the cache, whole or not
-        fetch_weights(repo, 'config.json', revision or None, cache_dir=kwargs.get('cache_dir'))
+        for file in ('config.json', 'model.safetensors')[:1 + pretrained]:
+            # timm reads them from the cache, whole or not, and would ask for a pickle where there is no other file
+            fetch_weights(repo, file, revision or None, cache_dir=kwargs.get('cache_dir'))
+    if pretrained and name.startswith('local-dir:') and not Path(name[10:], 'model.safetensors').is_file():
+        raise WeightsError(f'No weights at {Path(name[10:], "model.safetensors")}: only that format is opened.')
+    variant, _, tag = name.partition('.')
     if ':' not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise WeightsError(f'Unknown model {name}: ' + (f'did you mean {" or ".join(near)}? ' if near else '')
-                           + "timm.list_models('arl_*') lists the family.")
+        raise WeightsError(f'Unknown model {name}: ' + (
+            f'that is on this disk; a folder that timm reads is named local-dir:{name}.' if Path(name).exists() else
+            _near(name) + "timm.list_models('arl_*') lists the family."))
+    tags = _tags(variant)
+    if pretrained and ':' not in name and tag and tags and tag not in tags:
+        raise WeightsError(f'No weights {name}: choose {" or ".join(f"{variant}.{each}" for each in tags)}.')
     try:
+        if pretrained and ':' not in name:
+            kwargs = local_weights(variant, {**kwargs, **({'pretrained_cfg': tag} if tag else {})})
         with plain_http():
             return timm.create_model(name, pretrained=pretrained, **kwargs)
     except WeightsError:
@@ -86,6 +96,39 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
             raise
         raise WeightsError(f'Model {name} cannot be created{" with its weights" if pretrained else ""}: '
                            f'{" ".join(str(error).split())}') from error
+
+
+def create_trained(source: str) -> nn.Module:
+    """The network of an output folder of finetune_isic.py, or of a timm name, with its weights.
+
+    Args:
+        source: Folder with config.json and model.safetensors, or what create_for_task takes.
+
+    Raises:
+        WeightsError: Neither, or as create_for_task.
+    """
+    folder = Path(source)
+    if (folder / 'runs.csv').is_file():
+        raise WeightsError(f'{source} holds several runs: choose one of the folders in it that runs.csv names.')
+    missing = [name for name in ('config.json', 'model.safetensors') if not (folder / name).is_file()]
+    if folder.is_dir() and missing:
+        raise WeightsError(f'{source} holds no {" and no ".join(missing)}: pass the output folder of finetune_isic.py, '
+                           f'or the name of a model.')
+    if folder.is_file():
+        raise WeightsError(f'{source} is a file: pass the folder that holds it, beside its config.json.')
+    if not folder.is_dir() and ':' not in source and not timm.is_model(source):
+        raise WeightsError(f'No folder {source}, and no model of that name: {_near(source)}pass the output folder of '
+                           f'finetune_isic.py, or a name like {next(iter(OWN_WEIGHTS))}.')
+    return create_for_task(f'local-dir:{folder}' if folder.is_dir() else source, pretrained=True)
+
+
+def _near(name: str) -> str:
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f'did you mean {" or ".join(near)}? ' if near else ''
+
+
+def _tags(variant: str) -> List[str]:
+    return [name.partition('.')[2] for name in timm.list_pretrained(f'{variant}.*')]
 
 
 def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
@@ -156,17 +199,22 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         kwargs: What the entry point was called with, pretrained=True apart.
 
     Raises:
-        WeightsError: As fetch_weights.
+        WeightsError: No such weights, a file that cannot be read, or as fetch_weights.
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    tags = [name.partition('.')[2] for name in timm.list_pretrained(f'{variant}.*')]
+    tags = _tags(variant)
     if not cfg.has_weights and not cfg.state_dict:
         raise WeightsError(f'No pretrained weights exist for {variant}' + (
-            f" without a tag: choose one ({', '.join(tags)}), as in timm.create_model('{variant}.{tags[0]}', "
-            f"pretrained=True)." if tags else f': leave out pretrained=True, or {LOCAL_FILE}.'))
-    if cfg.state_dict or cfg.file or not cfg.hf_hub_id or cfg.source not in (None, '', 'hf-hub'):
+            f' without a tag: choose {" or ".join(f"{variant}.{tag}" for tag in tags)}.' if tags else
+            f': leave pretrained out, or {LOCAL_FILE}.'))
+    if cfg.file and cfg.source != 'local-dir':
+        _check_file(Path(cfg.file))
+    if cfg.state_dict or cfg.file or cfg.source not in (None, '', 'hf-hub'):
         return kwargs
+    if not cfg.hf_hub_id:
+        raise WeightsError(f'The weights of {variant} are a pickle at {cfg.url}, and only safetensors are opened: '
+                           f'write them anew with safetensors.torch.save_file, and {LOCAL_FILE}.')
     repo, _, revision = cfg.hf_hub_id.partition('@')
     name = f'{variant}.{cfg.tag}'
     own = cfg.source != 'hf-hub' and repo == f'{HUB}/{name}'  # the registered weights, not a repo that was asked for
@@ -179,7 +227,20 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             _say(f'{shipped / "model.safetensors"} is damaged: asking the Hub for it.')
         path = fetch_weights(repo, cfg.hf_hub_filename or 'model.safetensors', revision or None, sha256,
                              cache_dir=kwargs.get('cache_dir'))
-    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(path), 'source': ''}}
+    # custom_load is for the format of files that are no safetensors
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(path), 'source': '', 'custom_load': False}}
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise WeightsError(f'No weights at {path}: pass a .safetensors file.')
+    if path.suffix == '.safetensors':
+        try:
+            with safetensors.safe_open(path, 'pt'):
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            raise WeightsError(
+                f'{path} is not a readable safetensors file ({error}): fetch or write it anew.') from error
 
 
 def shipped_weights(name: str) -> Optional[Path]:

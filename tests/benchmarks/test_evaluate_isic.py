@@ -59,8 +59,8 @@ def evaluated(repo, isic_sample, checkpoint, tmp_path_factory):
 def test_files(evaluated, checkpoint):
     out, stdout = evaluated
     assert {p.name for p in out.iterdir()} == {
-        'metrics.json', 'predictions_test.csv', 'predictions_validation.csv', 'roc_test.png', 'roc_validation.png',
-        'reliability_test.png', 'reliability_validation.png', 'curves.png', 'alphas.png', 'report.md', 'looks.csv'}
+        'metrics.json', 'evaluation.json', 'predictions_test.csv', 'predictions_validation.csv', 'roc_test.png',
+        'roc_validation.png', 'reliability_test.png', 'reliability_validation.png', 'curves.png', 'alphas.png', 'report.md', 'looks.csv'}
     for path in out.glob('*.png'):
         with Image.open(path) as picture:
             assert picture.width > 600 and len(np.unique(np.asarray(picture.convert('L')))) > 10
@@ -105,6 +105,7 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
                 evaluated[0] / 'predictions_test.csv')
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / 'r' / 'metrics.json').read_text())['test']
+    assert json.loads((tmp_path / 'r' / 'evaluation.json').read_text())['alpha_zero'] is True
     before = json.loads((evaluated[0] / 'metrics.json').read_text())['test']
     pair = metrics['comparison']
     for label in ('melanoma', 'seborrheic_keratosis'):
@@ -140,15 +141,50 @@ def test_twins_are_left_out(call, isic_sample, checkpoint, tmp_path):
     assert test not in ids and len(ids) == len(splits['test']) - 1
 
 
+def test_an_output_folder_holds_one_evaluation_and_no_run(call, isic_sample, checkpoint, tmp_path):
+    copy, out = tmp_path / 'copy', tmp_path / 'r'
+    shutil.copytree(checkpoint, copy)
+    (copy / 'metrics.json').write_text('{"test": "scores of the run"}')
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    usual = ['--data', isic_sample, '--checkpoint', copy, '--crops', 'center', '--workers', 0]
+    done = call('evaluate_isic', *usual, '--split', 'validation', '--output-dir', copy)
+    assert done.returncode == 2 and 'holds a run or weights' in done.stderr, done.stderr
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    out.mkdir()
+    for name in ('roc_test.png', 'report.md', 'notes.txt', 'looks.csv'):
+        (out / name).write_text('earlier')
+    done = call('evaluate_isic', *usual, '--split', 'validation', '--output-dir', out)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == {
+        'metrics.json', 'evaluation.json', 'predictions_validation.csv', 'roc_validation.png', 'alphas.png',
+        'reliability_validation.png', 'curves.png', 'notes.txt', 'looks.csv'}
+    assert (out / 'looks.csv').read_text() == 'earlier'  # validation is no look at test
+
+
+def test_a_look_is_recorded_even_where_nothing_can_be_written_after_it(call, isic_sample, checkpoint, tmp_path):
+    copy, out = tmp_path / 'copy', tmp_path / 'r'
+    shutil.copytree(checkpoint, copy)
+    (copy / 'looks.csv').unlink(missing_ok=True)
+    (out / 'metrics.json').mkdir(parents=True)  # which no file replaces
+    done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', copy, '--crops', 'center', '--workers', 0,
+                '--output-dir', out)
+    assert done.returncode == 2 and 'AUC' not in done.stdout
+    assert len(rows(out / 'looks.csv')) == len(rows(copy / 'looks.csv')) == 1
+    assert not [path for path in out.iterdir() if path.name.startswith('.')]
+
+
 @pytest.mark.parametrize('args, message', [
-    (['--checkpoint', 'nowhere'], 'Unknown model nowhere'),
-    (['--checkpoint', '.'], 'holds no config.json'),
+    (['--checkpoint', 'nowhere'], 'No folder nowhere, and no model of that name: pass the output folder'),
+    (['--checkpoint', 'arl_cnn14.isic2018'], 'No weights arl_cnn14.isic2018: choose arl_cnn14.isic2017'),
+    (['--checkpoint', 'CHECKPOINT/model.safetensors'], 'is a file: pass the folder that holds it'),
+    (['--checkpoint', 'CHECKPOINT', '--output-dir', 'CHECKPOINT/model.safetensors/r'], 'model.safetensors is a file'),
+    (['--checkpoint', '.'], 'holds no config.json and no model.safetensors'),
     (['--checkpoint', 'CHECKPOINT', '--compare', 'no.csv'], '--compare: no.csv cannot be read'),
     (['--checkpoint', 'CHECKPOINT', '--drop-duplicates', 'no.csv'], 'no.csv cannot be read as a list of pairs'),
     (['--checkpoint', 'CHECKPOINT', '--data', 'no/such/folder'], 'No folder no/such/folder'),
 ])
 def test_bad_arguments(call, isic_sample, checkpoint, tmp_path, args, message):
-    args = [str(checkpoint) if a == 'CHECKPOINT' else a for a in args]
-    done = call('evaluate_isic', '--data', isic_sample, *args, '--output-dir', 'r', cwd=tmp_path)
+    args = [a.replace('CHECKPOINT', str(checkpoint)) for a in args]
+    done = call('evaluate_isic', '--data', isic_sample, '--output-dir', 'r', *args, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []

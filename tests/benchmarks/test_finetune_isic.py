@@ -333,7 +333,7 @@ def test_init_checkpoint_and_other_timm_models(finished, repo, isic_sample, tmp_
     (['--pretrained', '--init-checkpoint', 'x'], 'not allowed with argument --pretrained'),
     (['--recipe', 'moden'], 'No recipe moden: choose modern, paper, or a YAML file'),
     (['--tracker', 'wandbb'], 'Accelerate finds no tracker wandbb'),
-    (['--teacher', 'nowhere'], 'Unknown model nowhere'),
+    (['--teacher', 'nowhere'], 'No folder nowhere, and no model of that name'),
     (['--mask-weight', '1', '--augmentation', 'paper'], '--augmentation paper changes no masks'),
     (['--resume'], '--resume needs --output-dir'),
     (['--epochs', '0'], '0 is not between 1 and inf'),
