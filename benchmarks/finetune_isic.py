@@ -170,7 +170,7 @@ def train(args, accelerator, splits, out):
             load_weights_file(kept_network, out / 'last' / EMA_FILE)
         accelerator.print(f'Resuming after epoch {len(summary)} of {args.epochs}.')
     counts = ', '.join(f'{len(truth[name])} {name}' for name in splits)
-    sizes = f'{args.start_size} to {img_size}' if args.start_size else img_size
+    sizes = f'{args.start_size} to {img_size}' if args.start_size and args.start_size < img_size else img_size
     accelerator.print(
         f'{args.model}, {args.epochs} epochs, {sizes} px, {counts} images, {accelerator.num_processes} process(es) on '
         f'{accelerator.device.type}, mixed precision {accelerator.mixed_precision}, recipe {args.recipe}, lr {lr:g}, '

@@ -20,6 +20,7 @@ REQUIRED = ('epochs', 'batch-size', 'optimizer', 'lr', 'weight-decay', 'schedule
 
 def build_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage='%(prog)s [--data DIR] [--model NAME] [--output-dir OUT] [options] (--help lists them)',
         description=doc.split('\n\n')[0], epilog=doc.split('\n\n', 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

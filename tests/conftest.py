@@ -9,6 +9,11 @@ import safetensors.torch
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from timm.models import save_for_hf
+
+from timm_arl.hub import stage
+from timm_arl.isic.metrics import score_split
+from timm_arl.isic.results import write_json, write_predictions, write_rows
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -57,3 +62,35 @@ def resnet50_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp('resnet50') / 'model.safetensors'
     safetensors.torch.save_file(model.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope='session')
+def run(tmp_path_factory):
+    """The output folder of a finished run, as finetune_isic.py leaves it."""
+    folder = tmp_path_factory.mktemp('run') / 'out'
+    torch.manual_seed(0)
+    model = timm.create_model('arl_cnn14', num_classes=2)
+    save_for_hf(model, folder, safe_serialization=True, model_config=dict(
+        label_names=['melanoma', 'seborrheic_keratosis']), data_config=dict(
+            timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
+    truth = torch.arange(60).reshape(30, 2).remainder(7).eq(0).float().numpy()
+    probabilities = torch.rand(30, 2, generator=torch.Generator().manual_seed(1)).numpy()
+    write_json(folder / 'metrics.json', {name: score_split(truth, probabilities) for name in ('validation', 'test')})
+    for name in ('validation', 'test'):
+        write_predictions(folder / f'predictions_{name}.csv', [f'{name}{k}' for k in range(30)], probabilities)
+    write_rows(folder / 'summary.csv', [
+        {'epoch': epoch, 'validation_mean_auc': auc, 'layer1.0.alpha': 0.125}
+        for epoch, auc in ((1, .5), (2, .7), (3, .6))])
+    write_rows(folder / 'looks.csv', [{'time': 'now', 'checkpoint': '/home/me/out', 'command': 'x ../me/out'}])
+    write_json(folder / 'run.json', {
+        'command': 'finetune_isic.py --data /home/me/isic2017', 'commit': 'abcdef123456', 'arguments': {
+            'data': '/home/me/isic2017', 'recipe': 'modern', 'seed': 7, 'keep': 'best', 'train_ids': '0',
+            'crops': 'multiscale'},
+        'launch': {'processes': 1, 'mixed_precision': 'no', 'device': 'cpu'},
+        'versions': {'timm_arl': '0.1.0', 'torch': '2'}})
+    return folder
+
+
+@pytest.fixture(scope='session')
+def staged(run, tmp_path_factory):
+    return stage(run, tmp_path_factory.mktemp('staged') / 'arl_cnn14.isic2017')

@@ -1,7 +1,6 @@
 """Publishing: what is staged, what its card says, and what a Hub holds after a push, a second push, a fault."""
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,15 +11,11 @@ import pytest
 import safetensors
 import timm
 import torch
-import yaml
 from hub import Hub
-from PIL import Image
-from timm.models import save_for_hf
 
 from timm_arl import hub as publishing
-from timm_arl.isic.metrics import score_split
-from timm_arl.isic.results import write_json, write_predictions, write_rows
-from timm_arl.isic.sources import CHALLENGE_IDS, ids_digest
+from timm_arl.isic.results import write_json
+from timm_arl.isic.sources import CHALLENGE_IDS
 
 # several commands in a process of its own, since huggingface_hub reads the environment when it is imported
 COMMANDS = """
@@ -38,160 +33,41 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    """The output folder of a finished run, as finetune_isic.py leaves it."""
-    folder = tmp_path_factory.mktemp('run') / 'out'
-    torch.manual_seed(0)
-    model = timm.create_model('arl_cnn14', num_classes=2)
-    save_for_hf(model, folder, safe_serialization=True, model_config=dict(
-        label_names=['melanoma', 'seborrheic_keratosis']), data_config=dict(
-            timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
-    truth = torch.arange(60).reshape(30, 2).remainder(7).eq(0).float().numpy()
-    probabilities = torch.rand(30, 2, generator=torch.Generator().manual_seed(1)).numpy()
-    write_json(folder / 'metrics.json', {name: score_split(truth, probabilities) for name in ('validation', 'test')})
-    for name in ('validation', 'test'):
-        write_predictions(folder / f'predictions_{name}.csv', [f'{name}{k}' for k in range(30)], probabilities)
-    write_rows(folder / 'summary.csv', [
-        {'epoch': epoch, 'validation_mean_auc': auc, 'layer1.0.alpha': 0.125}
-        for epoch, auc in ((1, .5), (2, .7), (3, .6))])
-    write_rows(folder / 'looks.csv', [{'time': 'now', 'checkpoint': '/home/me/out', 'command': 'x ../me/out'}])
-    write_json(folder / 'run.json', {
-        'command': 'finetune_isic.py --data /home/me/isic2017', 'commit': 'abcdef123456', 'arguments': {
-            'data': '/home/me/isic2017', 'recipe': 'modern', 'seed': 7, 'keep': 'best', 'train_ids': '0'},
-        'launch': {'processes': 1, 'mixed_precision': 'no', 'device': 'cpu'},
-        'versions': {'timm_arl': '0.1.0', 'torch': '2'}})
-    return folder
-
-
-@pytest.fixture(scope='module')
-def staged(run, tmp_path_factory):
-    return publishing.stage(run, tmp_path_factory.mktemp('staged') / 'arl_cnn14.isic2017')
-
-
-def front_matter(card):
-    return yaml.safe_load(card.split('---\n')[1])
-
-
 def test_staged_is_a_model_repo(staged, run):
     assert {p.name for p in staged.iterdir()} == {'README.md', 'config.json', 'model.safetensors', 'results.json'}
     model = timm.create_model(f'local-dir:{staged}', pretrained=True)
     reference = timm.create_model(f'local-dir:{run}', pretrained=True)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), reference.state_dict().values()))
     config = json.loads((staged / 'config.json').read_text())
-    assert config['pretrained_cfg']['tag'] == 'isic2017' and config['timm_version'] == timm.__version__
+    assert config['pretrained_cfg']['tag'] == 'isic2017-other' and config['timm_version'] == timm.__version__
     assert config['thresholds'] == {'official': {'melanoma': 0.5, 'seborrheic_keratosis': 0.5}}
     with safetensors.safe_open(staged / 'model.safetensors', 'pt') as file:
-        assert file.metadata()['name'] == 'arl_cnn14.isic2017'
+        assert file.metadata()['name'] == 'arl_cnn14.isic2017-other'
+    assert (staged / 'model.safetensors').stat().st_mode == (staged / 'config.json').stat().st_mode
+    again = publishing.stage(run, staged.parent / 'again')  # the same bytes, so that a push finds nothing to send
+    assert (again / 'model.safetensors').read_bytes() == (staged / 'model.safetensors').read_bytes()
 
 
-def test_figures_of_the_card_are_those_of_the_results(staged):
-    card, results = (staged / 'README.md').read_text(), json.loads((staged / 'results.json').read_text())
-    assert results['kept_epoch'] == 2
-    for split, scores in results['metrics'].items():
-        for label in ('melanoma', 'seborrheic_keratosis'):
-            low, high = scores[label]['auc_ci95']
-            row = f'| {label.replace("_", " ")} | {scores[label]["auc"]:.3f} [{low:.3f}, {high:.3f}] |'
-            assert card.partition(f'{split}, 30 images of isic2017:')[2].count(row) >= 1
-    found = {(r['dataset']['split'], m['name']): m['value']
-             for r in front_matter(card)['model-index'][0]['results'] for m in r['metrics']}
-    assert found == {(split, 'AUC, ' + label.replace('_', ' ')): results['metrics'][split][label]['auc']
-                     for split in results['metrics'] for label in ('melanoma', 'seborrheic_keratosis')}
-    assert front_matter(card)['library_name'] == 'timm' and front_matter(card)['license'] == 'apache-2.0'
-    for part in ('Not a medical device', 'finetune_isic.py --data isic2017', 'abcdef123456', 'looked at once',
-                 'Known leakage', publishing.sha256_of(staged / 'model.safetensors'), '| seed | 7 |', '0.125'):
-        assert part in card, part
-    assert '\n\n\n' not in card and '/me' not in card + (staged / 'results.json').read_text()
-
-
-def test_what_an_evaluation_adds(run, tmp_path):
-    with open(run / 'metrics.json') as file:
-        metrics = json.load(file)
-    for scores in metrics.values():
-        for label, threshold in (('melanoma', 0.25), ('seborrheic_keratosis', 0.375)):
-            scores[label]['operating_points'] = [{**scores[label], 'name': 'youden on validation',
-                                                  'threshold': threshold}]
-            scores[label]['calibration'] = {'ece': 0.03125, 'temperature': 1.5, 'ece_with_temperature': 0.015625}
-    (tmp_path / 'r').mkdir()
-    write_json(tmp_path / 'r' / 'metrics.json', metrics)
-    for name in ('validation', 'test'):
-        shutil.copy(run / f'predictions_{name}.csv', tmp_path / 'r')
-    (tmp_path / 'r' / 'roc_test.png').write_bytes(b'png')
-    folder = publishing.stage(run, tmp_path / 's', tmp_path / 'r')
-    config = json.loads((folder / 'config.json').read_text())
-    assert config['thresholds']['youden on validation'] == {'melanoma': 0.25, 'seborrheic_keratosis': 0.375}
-    assert config['temperatures'] == {'melanoma': 1.5, 'seborrheic_keratosis': 1.5}
-    card = (folder / 'README.md').read_text()
-    assert '| melanoma, youden on validation | 0.250 |' in card and '![roc_test.png](roc_test.png)' in card
-    assert '| melanoma | 0.031 | 0.016 | 1.500 |' in card
-    assert timm.create_model(f'local-dir:{folder}', pretrained=True).num_classes == 2
-
-
-def test_a_card_calls_isic_2017_what_is_isic_2017(run, staged, tmp_path, monkeypatch):
-    card = (staged / 'README.md').read_text()
-    assert 'trained on `isic2017`, not the training images of ISIC 2017' in card
-    assert 'datasets' not in front_matter(card)
-    assert '| started from | scratch |' in card and 'base_model' not in front_matter(card)
-    pretrained = tmp_path / 'pretrained'
-    shutil.copytree(run, pretrained)
-    record = json.loads((run / 'run.json').read_text())
-    record['arguments'].update(model='arl_cnn50.tv_in1k', pretrained=True)
-    write_json(pretrained / 'run.json', record)
-    card = (publishing.stage(pretrained, tmp_path / 'p') / 'README.md').read_text()
-    assert front_matter(card)['base_model'] == 'timm/resnet50.tv_in1k'
-    monkeypatch.setitem(CHALLENGE_IDS, 'train', '0')
-    monkeypatch.setitem(CHALLENGE_IDS, 'test', ids_digest(f'test{k}' for k in range(30)))
-    card = (publishing.stage(run, tmp_path / 's', note='copies at 256 px') / 'README.md').read_text()
-    assert 'trained on ISIC 2017.' in card and 'training images of the challenge, copies at 256 px' in card
-    assert 'test, 30 images of ISIC 2017 Part 3:' in card and 'validation, 30 images of isic2017:' in card
-    assert front_matter(card)['datasets'] == ['isic-2017']
-
-
-def snippets(card):
-    return '\n'.join(re.findall(r'```python\n(.*?)```', card, re.DOTALL))
-
-
-def run_snippets(card, folder, **env):
-    Image.new('RGB', (600, 450), (200, 150, 130)).save(folder / 'lesion.jpg')
-    return subprocess.run([sys.executable, '-c', snippets(card)], cwd=folder, env={**os.environ, **env},
-                          capture_output=True, text=True, timeout=200)
-
-
-def test_snippets_run(staged, tmp_path):
-    card = (staged / 'README.md').read_text()
-    assert "'hf-hub:timm-arl/arl_cnn14.isic2017'" in card
-    done = run_snippets(card.replace('hf-hub:timm-arl/arl_cnn14.isic2017', f'local-dir:{staged}'), tmp_path)
-    assert done.returncode == 0, done.stderr
-    first, *shapes = done.stdout.splitlines()
-    assert set(eval(first)) == {'melanoma', 'seborrheic_keratosis'} and shapes[-1] == '(1, 2, 2)'
-
-
-def test_the_card_of_another_network(staged, tmp_path):
-    shutil.copytree(staged, tmp_path / 's')
-    model = timm.create_model('resnet18', num_classes=2)
-    save_for_hf(model, tmp_path / 's', safe_serialization=True, model_config=dict(
-        label_names=['melanoma', 'seborrheic_keratosis']))
-    text = publishing.card(tmp_path / 's').read_text()
-    assert 'resnet18, trained on' in text and 'Attention Residual' not in text and 'activation' not in text
-
-
-@pytest.mark.parametrize('name', [name for name in timm.list_pretrained('arl_*') if name.endswith('_in1k')])
-def test_cards_of_timms_weights_are_there_and_show_no_figure(call, repo, tmp_path, name):
-    done = call('timm_arl.hub', 'card', name, '--output', tmp_path / 'c')
-    assert done.returncode == 0, done.stderr
-    card = (tmp_path / 'c' / 'README.md').read_text()
-    assert card == (repo / 'hub_cards' / name / 'README.md').read_text()  # else generate it again
-    matter = front_matter(card)
-    assert matter['base_model'].startswith('timm/resnet') and 'model-index' not in matter
-    assert matter['license'] == ('bsd-3-clause' if '.tv_' in name else 'apache-2.0')
-    assert 'this card shows no figure' in card and 'AUC' not in card
-
-
-def test_snippets_with_timms_weights_run(repo, resnet50_file, tmp_path):
-    with Hub({'timm/resnet50.a1_in1k': {'model.safetensors': resnet50_file}}) as server:
-        done = run_snippets((repo / 'hub_cards' / 'arl_cnn50.a1_in1k' / 'README.md').read_text(), tmp_path,
-                            **server.env(tmp_path / 'home'))
-    assert done.returncode == 0 and '(1, 2048)' in done.stdout, done.stderr
+@pytest.mark.parametrize('changes, official, tag', [
+    (dict(data='demo'), False, 'demo'),
+    (dict(data='/home/me/My Clinic (2024)'), False, 'my-clinic-2024'),
+    (dict(data='me/dermoscopy'), False, 'dermoscopy'),
+    (dict(fold='fold-0'), False, 'isic2017-fold-0'),
+    (dict(model='arl_cnn14_mixed', architecture='arl_cnn14_mixed'), True, 'isic2017'),
+    (dict(model='arl_cnn14.isic2017', pretrained=True), True, 'isic2017-modern'),  # not the name of what it began with
+])
+def test_weights_are_named_after_their_images(run, tmp_path, monkeypatch, changes, official, tag):
+    copy = tmp_path / 'run'
+    shutil.copytree(run, copy)
+    record, config = (json.loads((run / name).read_text()) for name in ('run.json', 'config.json'))
+    config['architecture'] = changes.pop('architecture', 'arl_cnn14')
+    record['arguments'].update(changes)
+    write_json(copy / 'run.json', record)
+    write_json(copy / 'config.json', config)
+    if official:
+        monkeypatch.setitem(CHALLENGE_IDS, 'train', '0')
+    staged = publishing.stage(copy, tmp_path / 's')
+    assert json.loads((staged / 'results.json').read_text())['name'] == f'{config["architecture"]}.{tag}'
 
 
 def test_push_push_again_verify(run, tmp_path):
@@ -216,6 +92,7 @@ def test_push_push_again_verify(run, tmp_path):
         assert set(server.repos['user/model']) == {p.name for p in staged.iterdir()}
         assert server.repos['user/model']['model.safetensors'] == (staged / 'model.safetensors').read_bytes()
         assert b"create_model('hf-hub:user/model'" in server.repos['user/model']['README.md']
+        assert "create_model('local-dir:staged'" in (staged / 'README.md').read_text()  # which stays as it was
         commits = len(server.commits['user/model'])
         done = program('push', staged, '--to', 'user/model', '--yes')
         assert done.returncode == 0 and 'everything is there already' in done.stdout
@@ -231,7 +108,6 @@ def test_push_push_again_verify(run, tmp_path):
         assert done.returncode == 2 and 'there is no such revision' in done.stderr
         done = program('push', staged, '--to', 'user/other', '--yes', token='hf_wrong')
         assert done.returncode == 2 and 'the token is wrong' in done.stderr
-        assert 'user/other' not in (staged / 'README.md').read_text()
         done = program('push', staged, '--to', 'user/new', '--yes', token='')
         assert done.returncode == 2 and 'log in' in done.stderr and 'is wrong' not in done.stderr, done.stderr
 
@@ -265,7 +141,13 @@ def test_push_push_again_verify(run, tmp_path):
         # everything that is staged, by one command, and out of sight
         other = publishing.stage(run, tmp_path / 'other', tag='mine')
         done = program('push', staged, other, '--yes', '--private', '--tag', 'v1')
-        assert done.returncode == 0 and {'lab/arl_cnn14.isic2017', 'lab/arl_cnn14.mine'} <= server.private, done.stderr
+        assert done.returncode == 0, done.stderr
+        assert {'lab/arl_cnn14.isic2017-other', 'lab/arl_cnn14.mine'} <= server.private
+        assert program('verify', 'user/model@v1', '--against', staged).returncode == 0  # a push later
+        done = program('push', other, '--yes', '--tag', 'v2')
+        assert 'mine: the tag v2 sent' in done.stdout and 'v2' in server.revisions['lab/arl_cnn14.mine'], done
+        done = program('push', other, '--tag', 'v3')
+        assert 'the tag v3 would be sent' in done.stdout and 'v3' not in server.revisions['lab/arl_cnn14.mine'], done
         assert program('verify', 'lab/arl_cnn14.mine@v1', '--against', other).returncode == 0
         assert program('push', other, '--yes', '--tag', 'v1').returncode == 0  # there already, and the same
         server.repos['lab/arl_cnn14.mine']['notes.md'] = b'written in the browser'
@@ -281,10 +163,13 @@ def test_push_push_again_verify(run, tmp_path):
 
 def test_push_to_a_folder(staged, tmp_path):
     there = str(tmp_path / 'mirror')
+    before = (staged / 'README.md').read_bytes()
     assert set(publishing.push(staged, there)) == {p.name for p in staged.iterdir()} and not os.path.exists(there)
     publishing.push(staged, there, yes=True)
     assert publishing.push(staged, there, yes=True) == []
     assert publishing.verify(there, staged)['config.json'] == publishing.sha256_of(staged / 'config.json')
+    assert "'local-dir:mirror'" in (tmp_path / 'mirror' / 'README.md').read_text()
+    assert (staged / 'README.md').read_bytes() == before
 
 
 def test_what_cannot_be_staged(run, staged, call, tmp_path):
@@ -301,17 +186,31 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
     other = tmp_path / 'r'
     other.mkdir()
     shutil.copy(run / 'metrics.json', other)
+    (other / 'evaluation.json').write_text('{"alpha_zero": false}')
     shutil.copy(run / 'predictions_validation.csv', other)
     text = (run / 'predictions_test.csv').read_text()
     (other / 'predictions_test.csv').write_text(text.replace(',0.9', ',0.1'))
     done = call('timm_arl.hub', 'stage', run, tmp_path / 's', '--evaluation', other)
     assert done.returncode == 2 and 'has other predictions on test than the run' in done.stderr
+    for args, message in ((('stage', 'arl_cnn14.isic2018', 's'), 'no weights of that name in this package (it has arl'),
+                          (('stage', run, 's', '--tag', 'my tag/x'), "'my tag/x' cannot be a tag"),
+                          (('stage', run, 's', '--tag', ''), "'' cannot be a tag"),
+                          (('stage', run, run / 'run.json' / 'x' / 's'), 'Cannot make'),
+                          (('push', staged, '--to', ''), "'' is neither a repo"),
+                          (('push', staged, '--to', 'a/b/c'), "'a/b/c' is neither a repo (user/name) nor a folder"),
+                          (('push', staged), 'needs a place to go: --to user/arl_cnn14.isic2017-other'),
+                          (('push', staged, '--to', 'u/m', '--tag', 'main'), "'main' cannot be the name of a tag"),
+                          (('push', staged, '--to', 'u/m', '--tag', 'v 1'), "'v 1' cannot be the name of a tag"),
+                          (('verify', 'nope', '--against', staged), "'nope' is neither a repo (user/name) nor a"),
+                          (('verify', './nope', '--against', staged), 'No folder ./nope: push')):
+        done = call('timm_arl.hub', *args, cwd=tmp_path)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, (args, done.stderr)
     assert {p.name for p in tmp_path.iterdir()} == {'half', 'mine', 'r'}
     broken = tmp_path / 'broken'
     shutil.copytree(staged, broken)
     (broken / 'results.json').write_text('{')
     for args in (('push', broken, '--to', './there', '--yes'), ('verify', './there', '--against', broken),
-                 ('push', staged, '--to', 'a/b/c'), ('push', staged, '--to', './there', '--private')):
+                 ('push', staged, '--to', './there', '--private')):
         done = call('timm_arl.hub', *args, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
     assert not (tmp_path / 'there').exists()

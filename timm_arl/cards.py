@@ -13,6 +13,12 @@ __all__ = ['render_card']
 TEMPLATE = Path(__file__).with_name('card_template.md')
 CALIBRATION = ('ece', 'ece_with_temperature', 'temperature')
 POINT = ('threshold', 'accuracy', 'sensitivity', 'specificity', 'ppv', 'npv')
+WORDS = {label: label.replace('_', ' ') for label in LABELS}
+MIXES = {  # by --balance
+    'none': 'those of the mix of diagnoses in training',
+    'weights': 'those of a training in which every diagnosis weighed the same (`--balance weights`)',
+    'sampler': 'those of a training that saw every diagnosis as often as another (`--balance sampler`)',
+}
 
 
 def render_card(
@@ -38,6 +44,9 @@ def render_card(
     measured = results is not None
     source = results['base_model'] if results else (cfg.get('hf_hub_id') or '').partition('@')[0]
     data_set = results['data'] if results else {}
+    arguments = results['run']['arguments'] if results else {}
+    thresholds = config.get('thresholds') or {}
+    point = 'youden on validation' if 'youden on validation' in thresholds else 'official'
     synthetic = data_set.get('name') == 'demo'
     official = 'train' in data_set.get('official_splits', ())
     data = ModelCardData(
@@ -48,13 +57,17 @@ def render_card(
         eval_results=_eval_results(results) if results else None)
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=config['architecture'], measured=measured,
-        is_arl=config['architecture'].startswith('arl_cnn'), softmax=len(label_names) == 3,
-        label_names=label_names, source=source, load_name=load_name,
+        is_arl=config['architecture'].startswith('arl_cnn'), label_names=label_names, source=source,
+        load_name=load_name,
         data_text=('generated, **synthetic** images: its scores say nothing about skin' if synthetic else
                    'ISIC 2017' if official else f'`{data_set.get("name")}`, not the training images of ISIC 2017'),
-        splits=[_split(split, scores, data_set) for split, scores in results['metrics'].items()] if results else [],
-        looks=_times(len(results['looks'])) if results else '', pictures=pictures or [],
-        training=_training(results) if results else [], sha256=sha256)
+        crops=arguments.get('crops', 'center'), grey_world=arguments.get('grey_world'),
+        lesion_crop=arguments.get('lesion_crop'), has_points=len(thresholds) > 1,
+        thresholds={label: float(f'{value:.6g}') for label, value in thresholds.get(point, {}).items()}, point=point,
+        splits=[_split(split, results) for split in _ordered(results['metrics'])] if results else [],
+        looks=_times(len(results['looks'])) if results else '',
+        pictures=[(name, _words_of(name)) for name in pictures or []],
+        training=_training(results) if results else [], mix=MIXES[arguments.get('balance', 'none')], sha256=sha256)
     return str(card).rstrip() + '\n'
 
 
@@ -65,7 +78,13 @@ def _eval_results(results: Dict[str, Any]) -> List[EvalResult]:
             dataset_type=_data_set(split, results['data'])[0], dataset_name=_data_set(split, results['data'])[1],
             dataset_split=split,
             metric_type='roc_auc', metric_name=f'AUC, {label.replace("_", " ")}', metric_value=scores[label]['auc'])
-        for split, scores in results['metrics'].items() for label in LABELS if scores[label]['auc'] is not None]
+        for split, scores in _ordered(results['metrics']).items() for label in LABELS
+        if scores[label]['auc'] is not None]
+
+
+def _ordered(metrics: Dict[str, Any]) -> Dict[str, Any]:
+    """The test split first, whose images chose nothing."""
+    return {split: metrics[split] for split in sorted(metrics, key=lambda split: split != 'test')}
 
 
 def _data_set(split: str, data: Dict[str, Any]) -> Tuple[str, str]:
@@ -75,26 +94,47 @@ def _data_set(split: str, data: Dict[str, Any]) -> Tuple[str, str]:
     return ('isic-2017', 'ISIC 2017 Part 3') if split in data['official_splits'] else ('other', data['name'])
 
 
-def _split(name: str, scores: Dict[str, Any], data: Dict[str, Any]) -> Dict[str, Any]:
-    words = {label: label.replace('_', ' ') for label in LABELS}
+def _split(name: str, results: Dict[str, Any]) -> Dict[str, Any]:
+    scores = results['metrics'][name]
     tasks = {label: scores[label] for label in LABELS}
+    chosen = any('operating_points' in task for task in tasks.values())
+    kept = 'the epoch that was kept' if results['run']['arguments']['keep'] == 'best' else ''
+    by_validation = ' and '.join(filter(None, [kept, 'thresholds and temperatures' * chosen]))
     return {
-        'title': f'{name}, {tasks[LABELS[0]]["images"]} images of {_data_set(name, data)[1]}'.replace(
-            'synthetic', '**synthetic**') + ':',
+        'title': f'{name.capitalize()}, {tasks[LABELS[0]]["images"]} images of {_data_set(name, results["data"])[1]}'
+                 .replace('synthetic', '**synthetic**'),
+        'note': f'These images chose {by_validation}: their figures are better than those of new images would be.'
+                if name == 'validation' and by_validation else '',
         'rows': [
-            *(_cells(words[label], _interval(t['auc'], t['auc_ci95']), _number(t.get('average_precision')),
+            *(_cells(WORDS[label], _interval(t['auc'], t['auc_ci95']), _number(t.get('average_precision')),
                      _number(t['sensitivity']), _number(t['specificity'])) for label, t in tasks.items()),
             _cells('mean', _interval(scores['mean_auc'], scores['mean_auc_ci95']), '', '', '')],
-        'points': [_cells(f'{words[label]}, {point["name"]}', *(_number(point[key]) for key in POINT))
+        'points': [_cells(f'{WORDS[label]}, {point["name"]}', *(_number(point[key]) for key in POINT))
                    for label, t in tasks.items() for point in t.get('operating_points', ())],
         'calibration': [
-            _cells(words[label], *(_number(t['calibration'][key]) for key in CALIBRATION))
+            _cells(WORDS[label], _number(t['positives'] / t['images']), _number(t.get('mean_probability')),
+                   *(_number(t['calibration'][key]) for key in CALIBRATION))
             for label, t in tasks.items() if 'calibration' in t],
+        'overstated': [
+            f'**Probabilities of {WORDS[label]} are {direction}** here, by {abs(gap):.3f} on average: do not read them '
+            f'as risks.' for label, t in tasks.items() if 'mean_probability' in t
+            for gap in [t['mean_probability'] - t['positives'] / t['images']]
+            for direction in ['too high' if gap > 0 else 'too low'] if abs(gap) > 0.05],
+        'alpha_zero': [
+            _cells(WORDS.get(key, 'mean'), _interval(pair['difference'], pair['difference_ci95'], '+'),
+                   _number(pair.get('p_value')))
+            for key, pair in results.get('alpha_zero', {}).get(name, {}).items()],
         'subgroups': [
-            _cells(row['group'], words[row['label']], row['images'], row['positives'],
+            _cells(row['group'], WORDS[row['label']], row['images'], row['positives'],
                    _interval(row['auc'], row['auc_ci95']))
-            for row in scores.get('subgroups', ())],
+            for row in scores.get('subgroups', ()) if row['auc'] is not None],
     }
+
+
+def _words_of(picture: str) -> str:
+    kind, _, split = picture.removesuffix('.png').partition('_')
+    return {'roc': f'ROC curves on {split}', 'reliability': f'Reliability curves on {split}',
+            'curves': 'Losses and validation AUCs over the epochs', 'alphas': 'The alphas over the epochs'}[kind]
 
 
 def _training(results: Dict[str, Any]) -> List[Any]:
@@ -109,12 +149,13 @@ def _training(results: Dict[str, Any]) -> List[Any]:
         ('started from', f'`{start}`' if start else 'scratch'),
         ('command', f'`{run["command"]}`'), ('recipe', arguments['recipe']), ('seed', arguments['seed']),
         ('image size', f'{results["img_size"]} px'),
-        ('crops', f'{arguments.get("crops")}, whose probabilities the scores average; above, timm takes a single one'),
+        ('crops', f'{arguments.get("crops")}, whose probabilities are averaged'),
         ('commit', run.get('commit') or 'unknown'),
         ('versions', ', '.join(f'{key} {value}' for key, value in run['versions'].items())),
         ('device', f'{run["launch"]["processes"]} process(es), {run["launch"]["device"]}, mixed precision '
                    f'{run["launch"]["mixed_precision"]}'),
-        ('epochs', f'{results["epochs"]}; the kept one: {results["kept_epoch"]}'),
+        ('epochs', f'{results["epochs"]}; the kept one: {results["kept_epoch"]}, ' + (
+            'the best by mean AUC on validation' if arguments['keep'] == 'best' else 'the last')),
         ('alphas', ', '.join(f'{key.removesuffix(".alpha")} {value:.3g}' for key, value in results['alphas'].items())),
     ]
 
@@ -127,10 +168,10 @@ def _number(value: Any) -> str:
     return '' if value is None else f'{value:.3f}'
 
 
-def _interval(value: Any, ci: Any) -> str:
+def _interval(value: Any, ci: Any, sign: str = '') -> str:
     if value is None:
         return 'undefined'
-    return f'{value:.3f}' + (f' [{ci[0]:.3f}, {ci[1]:.3f}]' if ci else '')
+    return f'{value:{sign}.3f}' + (f' [{ci[0]:{sign}.3f}, {ci[1]:{sign}.3f}]' if ci else '')
 
 
 def _times(count: int) -> str:

@@ -4,30 +4,31 @@
     python -m timm_arl.hub stage NAME.TAG STAGED              # the same from weights that came with this package
     python -m timm_arl.hub card STAGED                        # write its README.md anew
     python -m timm_arl.hub push STAGED --to user/model        # lists what would go; --yes sends it
-    python -m timm_arl.hub push STAGED STAGED ... --yes       # each to a repo of its name under {HUB}
+    TIMM_ARL_HUB=me python -m timm_arl.hub push STAGED STAGED ... --yes    # each to a repo of its name under me
     python -m timm_arl.hub verify user/model --against STAGED # downloads it into an empty cache and compares
 
 --to and verify take a folder (./FOLDER) too, and verify a revision (user/model@REVISION). HF_ENDPOINT names another
-Hub, HF_TOKEN or `hf auth login` the account, TIMM_ARL_HUB another name than timm-arl.
+Hub, HF_TOKEN or `hf auth login` the account, TIMM_ARL_HUB the user or organisation whose repos are pushed to without
+--to. The README.md that goes is the staged one, with the repo's or the folder's name where it loads the model.
 """
 import argparse
 import hashlib
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, cast
+from typing import Any, Dict, List, Optional, Sequence, Union, cast
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from .cards import read_results
 from .hub_errors import diagnose_hub_error, plain_http
 from .isic.results import replacing
-from .pretrained import HUB, WeightsError, create_for_task
+from .pretrained import HUB, OWN_WEIGHTS, WeightsError, create_for_task
 from .staging import HubError, card, card_of_registered, sha256_of, stage
 
 __all__ = ['HubError', 'card', 'push', 'stage', 'verify']
@@ -35,7 +36,7 @@ __all__ = ['HubError', 'card', 'push', 'stage', 'verify']
 def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: Optional[str] = None) -> List[str]:
     """Send a staged folder to a Hub repo or another folder; a second time sends what is missing, and no empty commit.
 
-    What the card gives to timm.create_model becomes the name of the repo.
+    The staged folder stays as it is; in the card that goes, what is given to timm.create_model names the place.
 
     Args:
         folder: Staged.
@@ -45,46 +46,45 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
         tag: Give what is sent this tag, on a Hub.
 
     Returns:
-        Names of the files that differ from what is there.
+        What differs from what is there: names of files, and 'the tag TAG'.
 
     Raises:
-        HubError: Not a staged folder, or the Hub refuses.
+        HubError: Not a staged folder, no name of a repo or of a tag, or the Hub refuses.
     """
-    files = _staged_files(folder)
     if _is_folder(to):
         if private or tag:
             raise HubError(f'{to} is a folder: leave out --private and --tag, which are of a Hub.')
         there = Path(to).expanduser()
-        changed = [name for name in files
-                   if not (there / name).is_file() or sha256_of(there / name) != sha256_of(folder / name)]
+        staged = _staged(folder, f'local-dir:{there.resolve().name}')
+        changed = [name for name, content in staged.items()
+                   if not (there / name).is_file() or sha256_of(there / name) != _sha256(content)]
         if yes:
             there.mkdir(parents=True, exist_ok=True)
             for name in changed:
                 with replacing(there / name) as temporary:
-                    shutil.copyfile(folder / name, temporary)
+                    temporary.write_bytes(_bytes(staged[name]))
         return changed
-    if '/' not in to:
-        raise HubError(f'{to} is neither a repo (user/name) nor a folder (./name).')
-    _check_online()
-    text = _named_card(folder, to)
+    _check_repo(to)
+    if tag is not None and not re.fullmatch(r'(?!main$)[A-Za-z0-9][A-Za-z0-9._-]*', tag):
+        raise HubError(f'--tag {tag!r} cannot be the name of a tag: use letters, digits, . and - (v1, for example).')
+    staged = _staged(folder, f'hf-hub:{to}')
     api = huggingface_hub.HfApi()
     try:
-        differing = _differing(api, folder, text, to)
-        changed = files if differing is None else differing
-        tagged = None if differing is None or not tag else _differing(api, folder, text, to, tag)
-        if tagged:
+        differing = _differing(api, staged, to)
+        changed = list(staged) if differing is None else differing
+        refs = None if differing is None or not tag else api.list_repo_refs(to)
+        if refs and tag in [branch.name for branch in refs.branches]:
+            raise HubError(f'{to} has a branch {tag}: choose another --tag.')
+        tagged = refs is not None and tag in [ref.name for ref in refs.tags]
+        if tagged and _differing(api, staged, to, tag):
             raise HubError(f'{to} has a tag {tag} already, of other content: choose another --tag.')
         if yes and changed:
             api.create_repo(to, private=private or None, exist_ok=True)  # None: as the account's settings have it
-        if yes:
-            with replacing(folder / 'README.md') as temporary:
-                temporary.write_text(text, encoding='utf-8')
-        if yes and changed:
             with plain_http():
-                api.upload_folder(
-                    repo_id=to, folder_path=folder, allow_patterns=changed,
+                api.create_commit(
+                    to, [huggingface_hub.CommitOperationAdd(name, staged[name]) for name in changed],
                     commit_message=f'{(read_results(folder) or {})["name"]}, by timm_arl')
-        if yes and tag and tagged is None:
+        if yes and tag and not tagged:
             api.create_tag(to, tag=tag)
     except HubError:
         raise
@@ -94,7 +94,7 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
             raise
         raise HubError(f'{to} at {huggingface_hub.constants.ENDPOINT}: {cause}; {remedy}. The same command goes on '
                        f'where it stopped.') from error
-    return changed
+    return changed + [f'the tag {tag}'] * bool(tag and not tagged)
 
 
 def verify(source: str, against: Path) -> Dict[str, str]:
@@ -110,25 +110,28 @@ def verify(source: str, against: Path) -> Dict[str, str]:
     Raises:
         HubError: A file is missing or another, or the outputs differ.
     """
-    files = _staged_files(against)
+    staged = _staged(against)
     with tempfile.TemporaryDirectory(prefix='timm_arl-verify-') as cache:
         repo, _, revision = source.partition('@')
         if _is_folder(source):
             found = Path(source).expanduser()
+            if not found.is_dir():
+                raise HubError(f'No folder {source}: push {against} to it first, or name a repo (user/name).')
         else:
-            _check_online()
+            _check_repo(repo)
             try:
                 huggingface_hub.model_info(repo, revision=revision or None, timeout=10)  # which the next one has not
                 with plain_http():
                     found = Path(huggingface_hub.snapshot_download(
-                        repo, revision=revision or None, cache_dir=cache, allow_patterns=files))
+                        repo, revision=revision or None, cache_dir=cache, allow_patterns=list(staged)))
             except Exception as error:  # as above
                 cause, remedy, _ = diagnose_hub_error(error, repo)
                 if not cause:
                     raise
                 raise HubError(f'{source} at {huggingface_hub.constants.ENDPOINT}: {cause}; {remedy}.') from error
-        digests = {name: sha256_of(against / name) for name in files}
-        wrong = [name for name in files if not (found / name).is_file() or sha256_of(found / name) != digests[name]]
+        wrong = [name for name in staged if not (found / name).is_file() or (
+            _named(found, 'it') != _named(against, 'it') if name == 'README.md' else
+            sha256_of(found / name) != sha256_of(against / name))]
         if wrong:
             raise HubError(f'{source} differs from {against} in {", ".join(wrong)}: push again, or, where '
                            f'that finds nothing to send, verify again.')
@@ -139,19 +142,42 @@ def verify(source: str, against: Path) -> Dict[str, str]:
         with torch.inference_mode():
             if not torch.equal(theirs(images), ours(images)):
                 raise HubError(f'{source} and {against} hold the same files, but give other outputs on one image.')
-    return digests
+        return {name: sha256_of(found / name) for name in staged}
 
 
-def _staged_files(folder: Path) -> List[str]:
-    """Names of what is published of a staged folder."""
+def _staged(folder: Path, load_name: str = 'it') -> Dict[str, Union[str, bytes]]:
+    """What is published of a staged folder, by name: paths, and the card with what it gives to timm.create_model."""
     missing = [name for name in ('README.md', 'config.json', 'model.safetensors', 'results.json')
                if not (folder / name).is_file()]
     if missing or 'name' not in (read_results(folder) or {}):
         raise HubError(f'{folder} has no {", ".join(missing) or "results.json that can be read"}: stage it first.')
-    return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith('.'))
+    return {path.name: _named(folder, load_name) if path.name == 'README.md' else str(path)
+            for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith('.')}
 
 
-def _check_online() -> None:
+def _named(folder: Path, load_name: str) -> bytes:
+    """The card of a folder with this name where it tells how to load the model; the rest may have been edited."""
+    return re.sub(
+        r"'(hf-hub|local-dir):[^']*'", lambda _: f"'{load_name}'", (folder / 'README.md').read_text(encoding='utf-8')
+    ).encode()
+
+
+def _bytes(content: Union[str, bytes]) -> bytes:
+    return content if isinstance(content, bytes) else Path(content).read_bytes()
+
+
+def _sha256(content: Union[str, bytes]) -> str:
+    return sha256_of(Path(content)) if isinstance(content, str) else hashlib.sha256(content).hexdigest()
+
+
+def _check_repo(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+        good = '/' in repo
+    except HFValidationError:
+        good = False
+    if not good:
+        raise HubError(f'{repo!r} is neither a repo (user/name) nor a folder (./name).')
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise HubError('HF_HUB_OFFLINE is set, so that no Hub is asked: unset it, or name a folder (./name).')
 
@@ -160,42 +186,43 @@ def _is_folder(name: str) -> bool:
     return name.startswith(('.', '/', '~'))
 
 
-def _named_card(folder: Path, repo: str) -> str:
-    """The card with the repo's name where it tells how to load it; the rest may have been edited."""
-    return re.sub(r"'hf-hub:[^']*'", f"'hf-hub:{repo}'", (folder / 'README.md').read_text(encoding='utf-8'))
-
-
 def _differing(
         api: huggingface_hub.HfApi,
-        folder: Path,
-        text: str,
+        staged: Dict[str, Union[str, bytes]],
         repo: str,
         revision: Optional[str] = None,
 ) -> Optional[List[str]]:
-    """Names of the staged files, with this text as the card, that a repo has not; None where there is no such repo."""
+    """Names of what is staged that a repo has not, or not so; None where there is no such repo."""
     try:
         about = api.model_info(repo, revision=revision, files_metadata=True, timeout=10)
     except GatedRepoError:  # a RepositoryNotFoundError too
         raise
-    except (RepositoryNotFoundError, RevisionNotFoundError):
+    except RepositoryNotFoundError:
         return None
     there = {file.rfilename: file for file in about.siblings or ()}
-    return [name for name in _staged_files(folder)
-            if not _is_there(folder / name, there.get(name), text if name == 'README.md' else None)]
+    return [name for name, content in staged.items() if not _is_there(content, there.get(name))]
 
 
-def _is_there(path: Path, remote: Any, text: Optional[str]) -> bool:
-    """Whether a Hub has this file, or one of this text."""
+def _is_there(content: Union[str, bytes], remote: Any) -> bool:
+    """Whether a Hub has a file of this content."""
     if remote is None:
         return False
     if remote.lfs is not None:
-        return remote.lfs.sha256 == sha256_of(path)
-    content = path.read_bytes() if text is None else text.encode()
+        return remote.lfs.sha256 == _sha256(content)
+    content = _bytes(content)
     return remote.blob_id == hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()
 
 
+def _usual_repo(folder: Path) -> str:
+    name = (read_results(folder) or {}).get('name', folder.name)
+    if HUB == 'timm-arl' and OWN_WEIGHTS.get(name) != sha256_of(folder / 'model.safetensors'):
+        raise HubError(f'{folder} needs a place to go: --to user/{name}, or TIMM_ARL_HUB=user (timm-arl is the name of '
+                       f'this project).')
+    return f'{HUB}/{name}'
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    usage, epilog = (__doc__ or '\n\n').replace('{HUB}', HUB).split('\n\n', 1)
+    usage, epilog = (__doc__ or '\n\n').split('\n\n', 1)
     parser = argparse.ArgumentParser(
         prog='python -m timm_arl.hub', description=usage, epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,14 +231,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     sub.add_argument('run', metavar='OUT|NAME.TAG', help='output folder, or weights that came with this package')
     sub.add_argument('target', metavar='STAGED', type=Path)
     sub.add_argument('--evaluation', metavar='R', type=Path, help='output folder of evaluate_isic.py on that run')
-    sub.add_argument('--tag', help='of the weights (default: isic2017, or demo for synthetic images)')
+    sub.add_argument('--alpha-zero', metavar='R0', type=Path,
+                     help='output folder of evaluate_isic.py --alpha-zero --compare R/predictions_test.csv')
+    sub.add_argument('--tag', help='of the weights (default: isic2017 for images of the challenge, demo for synthetic '
+                                   'ones, else by the name of the data)')
     sub.add_argument('--note', default='', help='what the card says of the images ("copies at 256 px", for example)')
     sub = commands.add_parser('card', help='write the README.md of a staged folder, or of registered weights')
     sub.add_argument('what', metavar='STAGED|NAME.TAG')
     sub.add_argument('--output', metavar='DIR', type=Path, help='for NAME.TAG: folder for its README.md')
     sub = commands.add_parser('push', help='send staged folders to the Hub or another folder')
     sub.add_argument('folders', metavar='STAGED', type=Path, nargs='+')
-    sub.add_argument('--to', metavar='REPO|./DIR', help=f'(default: {HUB}/NAME.TAG of each)')
+    sub.add_argument('--to', metavar='REPO|./DIR', help='(default: NAME.TAG of each, under TIMM_ARL_HUB)')
     sub.add_argument('--yes', action='store_true', help='send; without it, list what would be sent')
     sub.add_argument('--private', action='store_true', help='make the repo a private one, where it is new')
     sub.add_argument('--tag', help='give what is sent this tag (v1, for what this package looks for)')
@@ -221,7 +251,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == 'stage':
-            stage(args.run, args.target, args.evaluation, args.tag, args.note)
+            stage(args.run, args.target, args.evaluation, args.tag, args.note, args.alpha_zero)
             print(f'Staged: {args.target} ({", ".join(sorted(path.name for path in args.target.iterdir()))})')
         elif args.command == 'card':
             if Path(args.what).is_dir():
@@ -231,10 +261,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             else:
                 raise HubError(f'{args.what} is no staged folder, and a card of registered weights needs --output.')
         elif args.command == 'push':
-            if args.to and len(args.folders) > 1:
+            if args.to is not None and len(args.folders) > 1:
                 raise HubError('--to names one place: push one folder at a time, or leave it out.')
             for folder in args.folders:
-                to = args.to or f'{HUB}/{(read_results(folder) or {}).get("name", folder.name)}'
+                _staged(folder)
+            places = [_usual_repo(folder) if args.to is None else args.to for folder in args.folders]
+            for folder, to in zip(args.folders, places):
                 changed = push(folder, to, args.yes, args.private, args.tag)
                 print(f'{folder} to {to}: ' + (', '.join(changed) or 'everything is there already')
                       + (' sent' if args.yes else ' would be sent; pass --yes to send') * bool(changed))

@@ -3,6 +3,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -12,12 +13,14 @@ from typing import Any, Callable, Dict, List, Optional, Union
 
 import safetensors.torch
 import timm
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .cards import read_results, registered_config, render_card
 from .isic import LABELS
 from .isic.results import replacing, write_json
 from .isic.sources import CHALLENGE_IDS, ids_digest
-from .pretrained import HUB, OWN_WEIGHTS, create_for_task, shipped_weights
+from .pretrained import OWN_WEIGHTS, create_trained, shipped_weights
 
 __all__ = ['HubError', 'card', 'card_of_registered', 'sha256_of', 'stage']
 
@@ -37,6 +40,7 @@ def stage(
         evaluation: Optional[Path] = None,
         tag: Optional[str] = None,
         note: str = '',
+        alpha_zero: Optional[Path] = None,
 ) -> Path:
     """Build a model repo from a finished run: config.json, model.safetensors, results.json, pictures, README.md.
 
@@ -46,14 +50,18 @@ def stage(
         run: Output folder of finetune_isic.py; or the name of weights that came with this package.
         target: Folder to make; one that was staged before is replaced.
         evaluation: Output folder of evaluate_isic.py on that run, whose richer scores and pictures are taken.
-        tag: Of the weights, by default isic2017, or demo for synthetic images.
+        tag: Of the weights, by default what their training images are called: isic2017 for the challenge's, demo for
+            synthetic ones, else by the name of the data. The name of weights that came with this package is not given
+            to others.
         note: What the card should say of the images, their size for example.
+        alpha_zero: Output folder of evaluate_isic.py with --alpha-zero and --compare, whose differences are taken.
 
     Returns:
         target.
 
     Raises:
-        HubError: A run that is not finished, an evaluation of something else, or a target that is something else.
+        HubError: A run that is not finished, an evaluation of something else, a tag that no Hub takes, or a target that
+            is something else.
         WeightsError: Weights that do not fit their config.
     """
     staged = {'README.md', 'config.json', 'model.safetensors', 'results.json', *PICTURES}
@@ -61,27 +69,23 @@ def stage(
         raise HubError(f'{target} exists and holds what this command did not put there: choose another folder.')
     shipped = None if Path(run).is_dir() else shipped_weights(str(run))
     if shipped is not None:
-        if evaluation or tag or note:
-            raise HubError(f'{run} came with the package, results and all: leave out --evaluation, --tag and --note.')
+        if evaluation or tag or note or alpha_zero:
+            raise HubError(f'{run} came with the package, results and all: leave out --evaluation, --alpha-zero, --tag '
+                           f'and --note.')
         if sha256_of(shipped / 'model.safetensors') != OWN_WEIGHTS[str(run)]:
             raise HubError(f'{shipped / "model.safetensors"} is damaged: install the package anew.')
         return _replace_folder(target, partial(shutil.copytree, shipped))
     run = Path(run)
+    if not run.is_dir():
+        raise HubError(f'No folder {run}, and no weights of that name in this package (it has '
+                       f'{", ".join(OWN_WEIGHTS)}): pass the output folder of finetune_isic.py.')
     if (run / 'runs.csv').is_file():
         raise HubError(f'{run} holds several runs: choose one of the folders in it that runs.csv names.')
     record, metrics, config = (_read(run / name, 'a finished run of finetune_isic.py') for name in (
         'run.json', 'metrics.json', 'config.json'))
     if evaluation is not None:
-        richer = _read(evaluation / 'metrics.json', 'an output folder of evaluate_isic.py')
-        for split in metrics.keys() & richer.keys():
-            ours, theirs = (_predictions(folder / f'predictions_{split}.csv') for folder in (run, evaluation))
-            if not ours.keys() & theirs.keys() or any(
-                    abs(a - b) > 2e-3 for key in ours.keys() & theirs.keys() for a, b in zip(ours[key], theirs[key])):
-                raise HubError(f'{evaluation} has other predictions on {split} than the run: it is not an evaluation '
-                               f'of {run} with the images and crops of its training.')
-            richer[split].pop('comparison', None)  # which names files of this disk
-        metrics = {**metrics, **richer}
-    model = create_for_task(f'local-dir:{run}', pretrained=True)
+        metrics = {**metrics, **_evaluated(run, metrics, evaluation)}
+    model = create_trained(str(run))
     with open(run / 'summary.csv', newline='', encoding='utf-8') as file:
         summary = list(csv.DictReader(file))
     kept = (max(summary, key=lambda row: float(row['validation_mean_auc']))
@@ -89,24 +93,24 @@ def stage(
     record['command'] = _without_folders(record['command'])
     record['arguments'] = {key: _without_folder(value) if isinstance(value, str) else value
                            for key, value in record['arguments'].items()}
-    tag = tag or ('demo' if record['arguments']['data'] == 'demo' else 'isic2017')
+    official = _official_splits(record['arguments'], run, evaluation)
+    tag = _check_tag(tag) if tag is not None else _usual_tag(config['architecture'], record['arguments'], official)
     versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
     config['pretrained_cfg'].update(tag=tag, license=config['pretrained_cfg'].get('license', 'apache-2.0'))
     config.update({f'{name}_version': version for name, version in versions.items()}, **_operating_points(metrics))
     results = {
         'name': f'{config["architecture"]}.{tag}', 'metrics': metrics, 'run': record, 'epochs': len(summary),
         'base_model': _base_model(record['arguments']),
-        'data': {'name': record['arguments']['data'], 'note': note,
-                 'official_splits': _official_splits(record['arguments'], run, evaluation)},
+        'data': {'name': record['arguments']['data'], 'note': note, 'official_splits': official},
         'kept_epoch': int(kept['epoch']), 'img_size': config['pretrained_cfg']['input_size'][-1],
         'alphas': {key: float(value) for key, value in kept.items() if key.endswith('.alpha')}, 'looks': _looks(run),
+        **({'alpha_zero': _differences(metrics, alpha_zero)} if alpha_zero is not None else {}),
     }
 
     def write(new: Path) -> None:
         new.mkdir()
-        safetensors.torch.save_file(
-            {key: value.contiguous() for key, value in model.state_dict().items()}, new / 'model.safetensors',
-            metadata={'format': 'pt', 'name': results['name'], **versions})
+        (new / 'model.safetensors').write_bytes(_safetensors(
+            model.state_dict(), {'format': 'pt', 'name': results['name'], **versions}))
         write_json(new / 'config.json', config)
         write_json(new / 'results.json', results)
         for name in PICTURES:
@@ -115,13 +119,26 @@ def stage(
     return _replace_folder(target, write)
 
 
+def _safetensors(state_dict: Dict[str, Any], metadata: Dict[str, str]) -> bytes:
+    """The same bytes each time, or a second push would send the weights again: safetensors shuffles the metadata."""
+    content = safetensors.torch.save({key: value.contiguous() for key, value in state_dict.items()}, metadata)
+    size = int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8:8 + size])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size)
+    return len(text).to_bytes(8, 'little') + text + content[8 + size:]
+
+
 def _replace_folder(target: Path, write: Callable[[Path], Any]) -> Path:
     """Let `write` make a folder, add its card, and put it where `target` is."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HubError(f'Cannot make {target}: {error.strerror}.') from error
     with tempfile.TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as folder:
         new = Path(folder, 'new')
         write(new)
-        card(new)
+        card(new, target.resolve().name)
         old = Path(folder, 'old')
         if target.exists():
             target.rename(old)
@@ -134,8 +151,12 @@ def _replace_folder(target: Path, write: Callable[[Path], Any]) -> Path:
     return target
 
 
-def card(folder: Path) -> Path:
+def card(folder: Path, called: str = '') -> Path:
     """Write the README.md of a staged folder, from its config.json and results.json.
+
+    Args:
+        folder: Staged.
+        called: Name that the folder will have, where that is another.
 
     Raises:
         HubError: Not a staged folder.
@@ -147,7 +168,8 @@ def card(folder: Path) -> Path:
     name = results['name']
     digest = sha256_of(folder / 'model.safetensors')
     text = render_card(
-        name, config, results, digest, name if OWN_WEIGHTS.get(name) == digest else f'hf-hub:{HUB}/{name}',
+        name, config, results, digest,
+        name if OWN_WEIGHTS.get(name) == digest else f'local-dir:{called or folder.resolve().name}',
         [picture for picture in PICTURES if (folder / picture).is_file()])
     with replacing(folder / 'README.md') as temporary:
         temporary.write_text(text, encoding='utf-8')
@@ -177,6 +199,70 @@ def card_of_registered(name: str, output: Path) -> Path:
     with replacing(output / 'README.md') as temporary:
         temporary.write_text(render_card(name, config, results, digest, name), encoding='utf-8')
     return output / 'README.md'
+
+
+def _evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path) -> Dict[str, Any]:
+    """The richer scores of an evaluation of a run, after a check that it is one."""
+    what = 'an output folder of evaluate_isic.py'
+    if _read(evaluation / 'evaluation.json', what).get('alpha_zero'):
+        raise HubError(f'{evaluation} is an evaluation with every alpha at 0: pass it by --alpha-zero, and one of the '
+                       f'network as it was trained by --evaluation.')
+    richer = _read(evaluation / 'metrics.json', what)
+    for split, scores in richer.items():
+        probabilities = _predictions(evaluation / f'predictions_{split}.csv')
+        if split in metrics:
+            ours = _predictions(run / f'predictions_{split}.csv')
+            both = ours.keys() & probabilities.keys()
+            if not both or any(abs(a - b) > 2e-3 for key in both for a, b in zip(ours[key], probabilities[key])):
+                raise HubError(f'{evaluation} has other predictions on {split} than the run: it is not an evaluation '
+                               f'of {run} with the images and crops of its training.')
+        for k, label in enumerate(LABELS):
+            scores[label]['mean_probability'] = sum(p[k] for p in probabilities.values()) / len(probabilities)
+        scores.pop('comparison', None)  # which names files of this disk
+    return richer
+
+
+def _differences(metrics: Dict[str, Any], alpha_zero: Path) -> Dict[str, Any]:
+    """What setting every alpha to 0 changed, by split and label, paired on the images of these metrics."""
+    what = 'an output folder of evaluate_isic.py --alpha-zero --compare'
+    theirs = _read(alpha_zero / 'metrics.json', what)
+    found = {split: scores['comparison'] for split, scores in theirs.items() if 'comparison' in scores}
+    if not found or not _read(alpha_zero / 'evaluation.json', what).get('alpha_zero'):
+        raise HubError(f'{alpha_zero} is not {what}.')
+    for split, pair in found.items():
+        for label in LABELS:
+            difference = pair[label]['difference']
+            before = metrics.get(split, {}).get(label, {}).get('auc')
+            if difference is not None and (
+                    before is None or abs(theirs[split][label]['auc'] - before - difference) > 1e-3):
+                raise HubError(f'{alpha_zero} was compared with other predictions on {split} than those of this run.')
+    return {split: {key: pair[key] for key in (*LABELS, 'mean_auc')} for split, pair in found.items()}
+
+
+def _usual_tag(architecture: str, arguments: Dict[str, Any], official: List[str]) -> str:
+    """What weights are called by the images of their training, but never as others that came with this package."""
+    data = _slug(Path(arguments['data']).name)
+    tag = 'isic2017' if 'train' in official else '-'.join(filter(None, [data, _slug(arguments.get('fold') or '')]))
+    if tag == 'isic2017' and 'train' not in official:
+        tag = 'isic2017-other'
+    if f'{architecture}.{tag}' in OWN_WEIGHTS:
+        tag += '-' + _slug(Path(arguments['recipe']).stem)
+    return tag
+
+
+def _slug(text: str) -> str:
+    return re.sub('[^a-z0-9]+', '-', text.lower()).strip('-')
+
+
+def _check_tag(tag: str) -> str:
+    try:
+        validate_repo_id(f'user/model.{tag}')
+        good = bool(tag) and '/' not in tag
+    except HFValidationError:
+        good = False
+    if not good:
+        raise HubError(f'{tag!r} cannot be a tag: use letters, digits and - (it becomes a part of the name of a repo).')
+    return tag
 
 
 def _base_model(arguments: Dict[str, Any]) -> Optional[str]:

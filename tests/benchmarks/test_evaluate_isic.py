@@ -60,7 +60,8 @@ def test_files(evaluated, checkpoint):
     out, stdout = evaluated
     assert {p.name for p in out.iterdir()} == {
         'metrics.json', 'evaluation.json', 'predictions_test.csv', 'predictions_validation.csv', 'roc_test.png',
-        'roc_validation.png', 'reliability_test.png', 'reliability_validation.png', 'curves.png', 'alphas.png', 'report.md', 'looks.csv'}
+        'roc_validation.png',
+        'reliability_test.png', 'reliability_validation.png', 'curves.png', 'alphas.png', 'report.md', 'looks.csv'}
     for path in out.glob('*.png'):
         with Image.open(path) as picture:
             assert picture.width > 600 and len(np.unique(np.asarray(picture.convert('L')))) > 10

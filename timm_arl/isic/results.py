@@ -108,7 +108,8 @@ def read_predictions(path: PathLike, image_ids: Sequence[str]) -> np.ndarray:
         with open(path, newline='', encoding='utf-8-sig') as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path} cannot be read as predictions: {error}') from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f'{path} cannot be read as predictions: {why}.') from error
     key = 'image' if rows and 'image' in rows[0] else 'image_id'
     absent = [column for column in (key, *LABELS) if not rows or column not in rows[0]]
     if absent:
