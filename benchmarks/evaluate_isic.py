@@ -58,10 +58,10 @@ from timm_arl.isic.results import git_commit, read_predictions, record_look, wri
 from timm_arl.isic.transforms import CROPS
 from timm_arl.pretrained import WeightsError, create_trained
 
-PLOTS = ('roc_{}.png', 'reliability_{}.png')
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'evaluation.json', 'report.md', 'curves.png', 'alphas.png',
-    *(name.format(split) for split in ('validation', 'test') for name in (*PLOTS, 'predictions_{}.csv'))}
+    *(name.format(split) for split in ('validation', 'test')
+      for name in ('predictions_{}.csv', 'roc_{}.png', 'reliability_{}.png'))}
 
 
 def build_parser():

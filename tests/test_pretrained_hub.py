@@ -105,6 +105,7 @@ def hub(weights, vit_tiny, library):
                   'row/20-pickle-alone': {'pytorch_model.bin': b'x'}, 'row/tagged': dict(files),
                   'timm/vit_tiny_patch16_224.augreg_in21k': {'model.safetensors': vit_tiny[0]},
                   'timm/resnet18.a1_in1k': {'pytorch_model.bin': b'x'},
+                  'timm/resnet34.tv_in1k': {'pytorch_model.bin': b'x'},  # once tv_resnet34
                   'row/vit-pickle': {'config.json': json.dumps(dict(
                       architecture='vit_tiny_patch16_224', pretrained_cfg={})).encode(), 'pytorch_model.bin': b'x'},
                   **{f'row/{name}': files for name in others}})
@@ -219,7 +220,8 @@ def test_other_models_of_timm(client, hub, vit_tiny):
     hub.fault(f'GET /_cdn/.*/timm/{name}', 'corrupt')
     result, said = client(name=name)
     assert result.get('sum') == pytest.approx(vit_tiny[1]) and 'came damaged: downloading it again' in said, result
-    for name, repo in (('resnet18', 'timm/resnet18.a1_in1k'), ('hf-hub:row/vit-pickle', 'row/vit-pickle')):
+    for name, repo in (('resnet18', 'timm/resnet18.a1_in1k'), ('tv_resnet34', 'timm/resnet34.tv_in1k'),
+                       ('hf-hub:row/vit-pickle', 'row/vit-pickle')):
         result, _ = client(name=name)
         assert result.get('repo') == repo and 'there is no such file in the repo' in result['error'], result
     assert 'gcvit_base are a pickle' in client(name='gcvit_base')[0]['error']

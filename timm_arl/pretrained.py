@@ -13,7 +13,7 @@ import safetensors.torch
 import timm
 import torch.nn as nn
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from timm.models import clean_state_dict, resolve_pretrained_cfg
+from timm.models import clean_state_dict, get_deprecated_models, resolve_pretrained_cfg
 
 from .hub_errors import LOCAL_FILE, diagnose_hub_error, is_of_network, plain_http
 
@@ -75,6 +75,7 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
             fetch_weights(repo, file, revision or None, cache_dir=kwargs.get('cache_dir'))
     if pretrained and name.startswith('local-dir:') and not Path(name[10:], 'model.safetensors').is_file():
         raise WeightsError(f'No weights at {Path(name[10:], "model.safetensors")}: only that format is opened.')
+    name = get_deprecated_models().get(name, name)  # tv_resnet50 has no weights of its own, but is resnet50.tv_in1k
     variant, _, tag = name.partition('.')
     if ':' not in name and not timm.is_model(name):
         raise WeightsError(f'Unknown model {name}: ' + (
