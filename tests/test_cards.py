@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 import yaml
@@ -133,6 +134,9 @@ def test_the_snippet_gives_the_probabilities_of_the_results(run, isic_sample, re
     shutil.copytree(run, copy)
     record['arguments'].update(changes)
     write_json(copy / 'run.json', record)
+    weights = safetensors.torch.load_file(copy / 'model.safetensors')
+    weights['fc.weight'] *= 300  # an untrained network says nearly the same of all crops
+    safetensors.torch.save_file(weights, copy / 'model.safetensors')
     card = (publishing.stage(copy, tmp_path / 's') / 'README.md').read_text()
     cell = load_splits(isic_sample)['validation'][3]
     picture = decode(cell['image'])
@@ -142,12 +146,14 @@ def test_the_snippet_gives_the_probabilities_of_the_results(run, isic_sample, re
     done = run_snippets(card, folder, picture)
     assert done.returncode == 0, done.stderr
     found = [float(line.split()[1].rstrip(',')) for line in done.stdout.splitlines()[:2]]
-    model = timm.create_model(f'local-dir:{run}', pretrained=True).eval()
+    model = timm.create_model(f'local-dir:{copy}', pretrained=True).eval()
     cfg = model.pretrained_cfg
     shown = grey_world(picture) if changes.get('grey_world') else picture
     crops = eval_transform(64, cfg['mean'], cfg['std'], changes['crops'])(shown)
     with torch.inference_mode():
         assert found == pytest.approx(model(crops).sigmoid().mean(0).tolist(), abs=6e-4)
+        other = eval_transform(64, cfg['mean'], cfg['std'], 'center' if len(crops) > 1 else 'multiscale')(shown)
+        assert found != pytest.approx(model(other).sigmoid().mean(0).tolist(), abs=6e-4)
 
 
 def test_the_card_of_another_network(staged, tmp_path):
