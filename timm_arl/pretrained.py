@@ -228,8 +228,7 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             _say(f'{shipped / "model.safetensors"} is damaged: asking the Hub for it.')
         path = fetch_weights(repo, cfg.hf_hub_filename or 'model.safetensors', revision or None, sha256,
                              cache_dir=kwargs.get('cache_dir'))
-    # custom_load is for the format of files that are no safetensors
-    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(path), 'source': '', 'custom_load': False}}
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(path), 'source': ''}}
 
 
 def _check_file(path: Path) -> None:
