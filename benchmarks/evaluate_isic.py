@@ -13,12 +13,13 @@ The output folder receives
     report.md                 with --report: all of it on one page
     evaluation.json           what was scored and how: command, commit, versions, crops, --alpha-zero
 and takes the place of an earlier evaluation there, whole. Each look at the test split is recorded in looks.csv, in the
-output folder and in that of the checkpoint.
+output folder and in that of the checkpoint's run.
 """
 import argparse
 import csv
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -29,19 +30,23 @@ import timm
 import torch
 from accelerate.utils import set_seed
 from evaluate_report import markdown_report
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from isic_common import (
     RunError,
     arguments_of,
     check_images,
+    check_not_empty,
     check_output_dir,
     create_accelerator,
     image_loader,
     number,
+    path_of,
     predict,
 )
 from timm.data import resolve_model_data_config
 
 import timm_arl
+from timm_arl.cards import read_results
 from timm_arl.isic import LABELS
 from timm_arl.isic.calibration import (
     apply_temperature,
@@ -56,7 +61,7 @@ from timm_arl.isic.outputs import has_isic_outputs
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
 from timm_arl.isic.results import git_commit, read_predictions, record_look, write_json, write_predictions
 from timm_arl.isic.transforms import CROPS
-from timm_arl.pretrained import WeightsError, create_trained
+from timm_arl.pretrained import WeightsError, create_trained, fetch_weights, sha256_of, shipped_weights
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'evaluation.json', 'report.md', 'curves.png', 'alphas.png',
@@ -100,9 +105,22 @@ def build_parser():
     return parser
 
 
+def published_arguments(checkpoint):
+    """The arguments of the run that a staged folder, or a repo made from one, is from."""
+    folder = shipped_weights(checkpoint) or path_of(checkpoint)
+    if not folder.exists() and checkpoint.lower().startswith(('hf-hub:', 'hf_hub:')):
+        repo, _, revision = checkpoint[7:].partition('@')
+        try:
+            folder = fetch_weights(repo, 'results.json', revision or None).parent
+        except WeightsError as error:
+            if not isinstance(error.__cause__, RemoteEntryNotFoundError):  # a repo without one is no failure
+                raise
+    return (read_results(folder) or {}).get('run', {}).get('arguments', {})
+
+
 def images_of_the_run(args):
     """Give the images of the checkpoint's own run to what the command line leaves open."""
-    saved = arguments_of(args.checkpoint)
+    saved = arguments_of(args.checkpoint) or published_arguments(args.checkpoint)
     usual = {'crops': 'multiscale', 'aspect': 'keep', 'grey_world': False, 'lesion_crop': False}
     for name, value in usual.items():
         if getattr(args, name) is None:
@@ -136,22 +154,29 @@ def without_duplicates(splits, args):
         for name, split in splits.items()}
 
 
-def check_free(out):
-    """Refuse an output folder that holds a run, whose scores would be written over, before the work."""
+def check_free(out, compared):
+    """Refuse an output folder with a run, with what is compared, or with files of others by our names."""
     check_output_dir(out)
+    if compared and Path(compared).resolve().parent == out.resolve():
+        raise RunError(f'{compared} would be replaced: choose another --output-dir than that of what is compared.')
     for name in ('run.json', 'model.safetensors'):
         if (out / name).exists():
             raise RunError(f'{out} holds a run or weights ({name}): choose another --output-dir for the evaluation.')
+    theirs = [] if (out / 'evaluation.json').exists() else sorted(name for name in FILES if (out / name).exists())
+    if theirs:
+        raise RunError(f'{out} holds a {theirs[0]} that is not from an evaluation: choose another --output-dir.')
 
 
 def evaluate(args):
+    check_not_empty(args)
     out, start_time = Path(args.output_dir), time.time()
-    check_free(out)
+    check_free(out, args.compare)
     images = images_of_the_run(args)
     accelerator = create_accelerator(args)
     accelerator.print(images)
     set_seed(args.seed)
     model = load_network(args)
+    weights = sha256_of(Path(model.pretrained_cfg['file']))
     data_config = resolve_model_data_config(model)
     if args.img_size:
         data_config['input_size'] = (3, args.img_size, args.img_size)
@@ -198,7 +223,7 @@ def evaluate(args):
                 'ece_with_temperature': expected_calibration_error(t[:, k], calibrated[name][:, k])}
         columns = {c: list(splits[name][c]) for c in ('sex', 'age_approximate') if c in splits[name].column_names}
         metrics[name]['subgroups'] = subgroup_table(t, p, columns.get('sex'), columns.get('age_approximate'))
-    folder = Path(args.checkpoint)
+    folder = path_of(args.checkpoint)
     shown = (folder.name if folder.exists() else args.checkpoint) + ', alpha zero' * args.alpha_zero
     if args.compare:
         other = read_predictions(args.compare, loaders[args.split].dataset.image_ids)
@@ -209,20 +234,23 @@ def evaluate(args):
     # The look is recorded before anybody can see what it gave
     if args.split == 'test':
         record_look(out, shown, metrics['test'])
-        if folder.is_dir() and os.access(folder, os.W_OK):
+        if (folder / 'run.json').is_file() and os.access(folder, os.W_OK):
             record_look(folder, shown, metrics['test'])
-        elif folder.is_dir():
+        elif (folder / 'run.json').is_file():
             print(f'{folder} cannot be written to: this look at the test split is recorded in {out} alone.')
 
-    # Files, all of them or none
+    # Files: made elsewhere, then moved, metrics.json last, without which it is no evaluation
     record = {
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
         'timm': timm.__version__, 'torch': torch.__version__, 'img_size': data_config['input_size'][-1],
         'crops': args.crops, 'aspect': args.aspect, 'grey_world': args.grey_world, 'lesion_crop': args.lesion_crop,
-        'seed': args.seed, 'alpha_zero': args.alpha_zero}
+        'seed': args.seed, 'alpha_zero': args.alpha_zero, 'weights_sha256': weights}
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
     with tempfile.TemporaryDirectory(prefix='.evaluation-', dir=out) as temporary:
         new = Path(temporary)
+        for leftover in out.glob('.evaluation-*'):  # of one that was killed
+            if leftover.name != new.name:
+                shutil.rmtree(leftover, ignore_errors=True)
         write_json(new / 'metrics.json', metrics)
         write_json(new / 'evaluation.json', record)
         for name in splits:
@@ -241,9 +269,10 @@ def evaluate(args):
         if args.report:
             (new / 'report.md').write_text(markdown_report(metrics, record, new, args), encoding='utf-8')
         written = {path.name for path in new.iterdir()}
-        for name in FILES - written:  # of an earlier evaluation
+        order = ('evaluation.json', *sorted(written - {'evaluation.json', 'metrics.json'}), 'metrics.json')
+        for name in ('metrics.json', *FILES - written):  # of an earlier evaluation
             (out / name).unlink(missing_ok=True)
-        for name in sorted(written, key='metrics.json'.__eq__):  # that one last
+        for name in order:
             os.replace(new / name, out / name)
     print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics))
     if args.compare:

@@ -18,6 +18,7 @@ from timm_arl.isic.loading import diagnosis_array
 from timm_arl.isic.metrics import auc_table, score_split
 from timm_arl.isic.outputs import HEADS
 from timm_arl.isic.results import read_predictions, write_json, write_predictions, write_rows
+from timm_arl.pretrained import fetch_weights, source_of
 
 
 def fold_rows(split, folds: int, seed: int, duplicates: str = '') -> Iterator[Tuple[np.ndarray, np.ndarray]]:
@@ -71,13 +72,14 @@ def check_start(args: Any) -> None:
 
 def _label_names(name: str) -> Sequence[str]:
     """What the outputs of a network are called, by its config, wherever that is."""
-    scheme, _, rest = name.partition(':')
-    if scheme in ('hf-hub', 'hf_hub'):
-        return timm.models.load_model_config_from_hf(rest)[0].get('label_names') or ()
-    path = Path(name.removeprefix('local-dir:'))
+    path = Path(name)
     if not path.exists():
-        config = timm.get_pretrained_cfg(name)
-        return config and config.label_names or ()
+        source, place = source_of(name)
+        if source is None:
+            config = timm.get_pretrained_cfg(name)
+            return config and config.label_names or ()
+        repo, _, revision = place.partition('@')
+        path = Path(place) if source == 'local-dir' else fetch_weights(repo, 'config.json', revision or None)
     try:
         file = (path if path.is_dir() else path.parent) / 'config.json'
         return json.loads(file.read_text(encoding='utf-8')).get('label_names') or ()

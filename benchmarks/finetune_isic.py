@@ -258,8 +258,10 @@ def train(args, accelerator, splits, out):
         keep = kept_epoch(summary, args.keep) == epoch
         save_progress(accelerator, kept_network, ema is not None, out, summary, keep, data_config)
         values = [row[name] for name in alphas]
+        of_masks = f" ({args.mask_weight * row['train_mask_loss']:.4f} of it the masks')" if with_masks else ''
         accelerator.print(
-            f'epoch {epoch + 1}/{args.epochs}  loss {row["train_loss"]:.4f} train, {validation_loss:.4f} validation  '
+            f'epoch {epoch + 1}/{args.epochs}  loss {row["train_loss"]:.4f} train{of_masks}, {validation_loss:.4f} '
+            f'validation  '
             f'AUC {aucs[0]:.3f} melanoma, {aucs[1]:.3f} seborrheic keratosis, {row["validation_mean_auc"]:.3f} mean'
             + (' (best)' if keep and args.keep == 'best' else '')
             + (f'  alpha {min(values):.2g} to {max(values):.2g}' if values else '')
@@ -318,7 +320,7 @@ def main():
         if args.resume and args.train_ids != digest:
             raise RunError(f'The run in {args.output_dir} had other training images than {args.data} has now: start '
                            f'another in another --output-dir.')
-        args.train_ids = digest
+        args.train_ids, args.train_images = digest, len(ids)
         if args.folds:
             check_start(args)
         if learns_masks(args, splits['train']):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 import yaml
-from isic_common import RunError, number
+from isic_common import RunError, check_not_empty, number
 
 from timm_arl.isic.outputs import HEADS
 from timm_arl.isic.transforms import AUGMENTATIONS, CROPS
@@ -167,6 +167,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
         RunError: Nothing to resume, another value than that run has, or a recipe that cannot be used.
     """
     args = parser.parse_args(argv)
+    check_not_empty(args)
     if not args.resume:
         given = sys.argv[1:] if argv is None else list(argv)
         from_weights = args.pretrained or args.init_checkpoint is not None

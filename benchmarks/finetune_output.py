@@ -128,7 +128,7 @@ def preview(args, images, data_config):
     sheet = Image.new('RGB', (columns * cell, len(images) * (title + side + caption)), 'white')
     draw = ImageDraw.Draw(sheet)
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
-    grown = f', the last epochs (the first have {args.start_size} px)' * bool(args.start_size)
+    grown = f', the last epochs (the first have {args.start_size} px)' * (0 < (args.start_size or 0) < side)
     for number, (name, split) in enumerate(images.items()):
         top = number * (title + side + caption)
         what = f'augmentation {args.augmentation}{grown}' if name == 'train' else f'crops {args.crops}'

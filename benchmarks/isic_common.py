@@ -92,9 +92,21 @@ def check_images(splits, args, accelerator):
     check_usable(splits, args.data)
 
 
+def check_not_empty(args):
+    """Refuse options given as '', as an unset variable of a shell gives them."""
+    for name, value in vars(args).items():
+        if value == '' and name not in ('fold', 'train_ids'):
+            raise RunError(f'--{name.replace("_", "-")} is empty: give it a value, or leave it out.')
+
+
+def path_of(checkpoint):
+    """Where a checkpoint is, if it is on this disk."""
+    return Path(checkpoint[10:] if checkpoint.lower().startswith('local-dir:') else checkpoint)
+
+
 def arguments_of(checkpoint):
     """The arguments of the run that a checkpoint is from, by the run.json of finetune_isic.py beside or above it."""
-    path = Path(checkpoint.removeprefix('local-dir:')).absolute()
+    path = path_of(checkpoint).absolute()
     for folder in (path, *path.parents[:3]) if path.exists() else ():  # OUT, OUT/model.safetensors, OUT/last/kept
         try:
             saved = json.loads((folder / 'run.json').read_text(encoding='utf-8'))['arguments']

@@ -85,7 +85,7 @@ def run(tmp_path_factory):
     write_json(folder / 'run.json', {
         'command': 'finetune_isic.py --data /home/me/isic2017', 'commit': 'abcdef123456', 'arguments': {
             'data': '/home/me/isic2017', 'recipe': 'modern', 'seed': 7, 'keep': 'best', 'train_ids': '0',
-            'crops': 'multiscale'},
+            'crops': 'multiscale', 'train_images': 1234},
         'launch': {'processes': 1, 'mixed_precision': 'no', 'device': 'cpu'},
         'versions': {'timm_arl': '0.1.0', 'torch': '2'}})
     return folder

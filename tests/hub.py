@@ -222,6 +222,8 @@ class _Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, self.sent.splitlines()):
             if line['key'] == 'header':
                 hub.commits[repo].append(line['value']['summary'])
+            elif line['key'] == 'deletedFile':
+                del hub.repos[repo][line['value']['path']]
             elif line['key'] == 'lfsFile':
                 hub.repos[repo][line['value']['path']] = hub.blobs[line['value']['oid']]
             else:

@@ -61,13 +61,22 @@ def test_what_an_evaluation_adds(run, tmp_path):
         for label in ('melanoma', 'seborrheic_keratosis') if name == 'r0' else ():
             of['test'][label] = {**of['test'][label], 'auc': of['test'][label]['auc'] + 0.0625}
         write_json(tmp_path / name / 'metrics.json', of)
-        write_json(tmp_path / name / 'evaluation.json', {'alpha_zero': name == 'r0'})
+        write_json(tmp_path / name / 'evaluation.json', {
+            'alpha_zero': name == 'r0', 'weights_sha256': publishing.sha256_of(run / 'model.safetensors')})
         for split in ('validation', 'test'):
             shutil.copy(run / f'predictions_{split}.csv', tmp_path / name)
     (tmp_path / 'r' / 'roc_test.png').write_bytes(b'png')
     for wrong, message in ((dict(evaluation=tmp_path / 'r0'), 'is an evaluation with every alpha at 0'),
                            (dict(alpha_zero=tmp_path / 'r'), 'is not an output folder of evaluate_isic.py --alpha-z')):
         with pytest.raises(publishing.HubError, match=message):
+            publishing.stage(run, tmp_path / 's', **wrong)
+    others = json.loads((tmp_path / 'r' / 'evaluation.json').read_text())
+    for name in ('r', 'r0'):
+        shutil.copytree(tmp_path / name, tmp_path / f'{name}-of-another')
+        write_json(tmp_path / f'{name}-of-another' / 'evaluation.json', {
+            **others, 'alpha_zero': name == 'r0', 'weights_sha256': 'f' * 64})
+    for wrong in (dict(evaluation=tmp_path / 'r-of-another'), dict(alpha_zero=tmp_path / 'r0-of-another')):
+        with pytest.raises(publishing.HubError, match='is an evaluation of other weights than those of'):
             publishing.stage(run, tmp_path / 's', **wrong)
     folder = publishing.stage(run, tmp_path / 's', tmp_path / 'r', alpha_zero=tmp_path / 'r0')
     config = json.loads((folder / 'config.json').read_text())
@@ -82,21 +91,60 @@ def test_what_an_evaluation_adds(run, tmp_path):
     positives, mean = metrics['test']['melanoma']['positives'] / 30, sum(values) / 30
     assert f'| melanoma | {positives:.3f} | {mean:.3f} | 0.031 | 0.016 | 1.500 |' in card
     assert f'**Probabilities of melanoma are too high** here, by {mean - positives:.3f} on average' in card
+    assert 'These images chose the epoch that was kept and thresholds and temperatures: their' in card
     assert timm.create_model(f'local-dir:{folder}', pretrained=True).num_classes == 2
+
+
+def changed(run, folder, command='finetune_isic.py', **arguments):
+    """A copy of a run with another command and other arguments."""
+    shutil.copytree(run, folder)
+    record = json.loads((run / 'run.json').read_text())
+    record['arguments'].update(arguments)
+    write_json(folder / 'run.json', dict(record, command=command))
+    return folder
+
+
+@pytest.mark.parametrize('model, start, base', [
+    ('arl_cnn50.tv_in1k', 'timm/resnet50.tv_in1k', 'timm/resnet50.tv_in1k'),
+    ('tv_resnet50', 'timm/resnet50.tv_in1k', 'timm/resnet50.tv_in1k'),  # a name of before
+    ('HF-HUB:user/model@v1', 'user/model', 'user/model'),
+    ('local-dir:/home/me/first', 'local-dir:first', None),
+])
+def test_a_card_tells_what_a_run_started_from(run, tmp_path, model, start, base):
+    copy = changed(run, tmp_path / 'run', model=model, pretrained=True, command=f'finetune_isic.py --model {model}')
+    folder = publishing.stage(copy, tmp_path / 's')
+    card = (folder / 'README.md').read_text()
+    assert f'| started from | `{start}` |' in card and front_matter(card).get('base_model') == base
+    assert '/home/me' not in card + (folder / 'results.json').read_text()
+
+
+def test_words_that_would_break_a_card(run, tmp_path):
+    copy = changed(run, tmp_path / 'run', command='finetune_isic.py --data "a|b"', init_checkpoint='a|b')
+    card = (publishing.stage(copy, tmp_path / "it's", note='256 px | squashed\nand cut') / 'README.md').read_text()
+    assert '256 px \\| squashed and cut |' in card
+    table = card.partition('## Training\n')[2].partition('\n## ')[0]
+    assert {len(re.findall(r'(?<!\\)\|', line)) for line in table.splitlines() if line} == {3}
+    assert 'timm.create_model("local-dir:it\'s", pretrained=True)' in card
+    assert b'timm.create_model(\'hf-hub:u/m\', pretrained=True)' in publishing._named(tmp_path / "it's", 'hf-hub:u/m')
+
+
+def test_scores_that_say_little_are_said_to(run, staged, tmp_path):
+    card = (staged / 'README.md').read_text()
+    for split, scores in json.loads((run / 'metrics.json').read_text()).items():
+        part = card.partition(f'### {split.capitalize()}')[2].partition('\n## ')[0].partition('### ')[0]
+        for label in ('melanoma', 'seborrheic_keratosis'):
+            warned = f'The AUC of {label.replace("_", " ")} cannot be told from chance' in part
+            assert warned == (scores[label]['auc_ci95'][0] <= 0.5)
+    assert 'cannot be told from chance' in card
+    assert 'These images chose the epoch that was kept: their figures' in card  # no thresholds without an evaluation
+    assert '`isic2017`, split train, 1,234 images |' in card
 
 
 def test_a_card_calls_isic_2017_what_is_isic_2017(run, staged, tmp_path, monkeypatch):
     card = (staged / 'README.md').read_text()
-    assert 'trained on `isic2017`, not the training images of ISIC 2017' in card
+    assert 'trained on `isic2017`, which is not the whole training set of ISIC 2017' in card
     assert 'datasets' not in front_matter(card)
     assert '| started from | scratch |' in card and 'base_model' not in front_matter(card)
-    pretrained = tmp_path / 'pretrained'
-    shutil.copytree(run, pretrained)
-    record = json.loads((run / 'run.json').read_text())
-    record['arguments'].update(model='arl_cnn50.tv_in1k', pretrained=True)
-    write_json(pretrained / 'run.json', record)
-    card = (publishing.stage(pretrained, tmp_path / 'p') / 'README.md').read_text()
-    assert front_matter(card)['base_model'] == 'timm/resnet50.tv_in1k'
     monkeypatch.setitem(CHALLENGE_IDS, 'train', '0')
     monkeypatch.setitem(CHALLENGE_IDS, 'test', ids_digest(f'test{k}' for k in range(30)))
     card = (publishing.stage(run, tmp_path / 's', note='copies at 256 px') / 'README.md').read_text()
@@ -127,19 +175,20 @@ def test_snippets_run(staged, tmp_path):
     assert cam == '(5, 1, 64, 64)' and '(5, 2048)' in shapes
 
 
-@pytest.mark.parametrize('changes', [dict(crops='center'), dict(crops='multiscale', grey_world=True)])
+@pytest.mark.parametrize('changes', [dict(crops='center'), dict(crops='multiscale', grey_world=True),
+                                     dict(crops='multiscale', aspect='squash')])
 def test_the_snippet_gives_the_probabilities_of_the_results(run, isic_sample, repo, tmp_path, changes):
-    record = json.loads((run / 'run.json').read_text())
-    copy = tmp_path / 'run'
-    shutil.copytree(run, copy)
-    record['arguments'].update(changes)
-    write_json(copy / 'run.json', record)
+    copy = changed(run, tmp_path / 'run', **changes)
     weights = safetensors.torch.load_file(copy / 'model.safetensors')
     weights['fc.weight'] *= 300  # an untrained network says nearly the same of all crops
     safetensors.torch.save_file(weights, copy / 'model.safetensors')
     card = (publishing.stage(copy, tmp_path / 's') / 'README.md').read_text()
+    assert ('by the mean of all crops' in card) == (changes['crops'] != 'center')
     cell = load_splits(isic_sample)['validation'][3]
-    picture = decode(cell['image'])
+    picture = square = decode(cell['image'])
+    if changes.get('aspect') == 'squash':
+        picture = picture.resize((400, 256), Image.Resampling.NEAREST)  # as before it was squashed
+        square = picture.resize((256, 256))
     folder = tmp_path / 'here'
     folder.mkdir()
     (folder / 's').symlink_to(tmp_path / 's')
@@ -148,7 +197,7 @@ def test_the_snippet_gives_the_probabilities_of_the_results(run, isic_sample, re
     found = [float(line.split()[1].rstrip(',')) for line in done.stdout.splitlines()[:2]]
     model = timm.create_model(f'local-dir:{copy}', pretrained=True).eval()
     cfg = model.pretrained_cfg
-    shown = grey_world(picture) if changes.get('grey_world') else picture
+    shown = grey_world(square) if changes.get('grey_world') else square
     crops = eval_transform(64, cfg['mean'], cfg['std'], changes['crops'])(shown)
     with torch.inference_mode():
         assert found == pytest.approx(model(crops).sigmoid().mean(0).tolist(), abs=6e-4)

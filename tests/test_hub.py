@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -93,6 +94,10 @@ def test_push_push_again_verify(run, tmp_path):
         assert server.repos['user/model']['model.safetensors'] == (staged / 'model.safetensors').read_bytes()
         assert b"create_model('hf-hub:user/model'" in server.repos['user/model']['README.md']
         assert "create_model('local-dir:staged'" in (staged / 'README.md').read_text()  # which stays as it was
+        server.repos['user/model']['curves.png'] = b'of an earlier evaluation'
+        done = program('push', staged, '--to', 'user/model', '--yes')
+        assert done.returncode == 0 and 'without curves.png sent' in done.stdout, done.stderr
+        assert set(server.repos['user/model']) == {p.name for p in staged.iterdir()}
         commits = len(server.commits['user/model'])
         done = program('push', staged, '--to', 'user/model', '--yes')
         assert done.returncode == 0 and 'everything is there already' in done.stdout
@@ -186,7 +191,8 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
     other = tmp_path / 'r'
     other.mkdir()
     shutil.copy(run / 'metrics.json', other)
-    (other / 'evaluation.json').write_text('{"alpha_zero": false}')
+    write_json(other / 'evaluation.json', {
+        'alpha_zero': False, 'weights_sha256': publishing.sha256_of(run / 'model.safetensors')})
     shutil.copy(run / 'predictions_validation.csv', other)
     text = (run / 'predictions_test.csv').read_text()
     (other / 'predictions_test.csv').write_text(text.replace(',0.9', ',0.1'))
@@ -195,11 +201,12 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
     for args, message in ((('stage', 'arl_cnn14.isic2018', 's'), 'no weights of that name in this package (it has arl'),
                           (('stage', run, 's', '--tag', 'my tag/x'), "'my tag/x' cannot be a tag"),
                           (('stage', run, 's', '--tag', ''), "'' cannot be a tag"),
+                          (('stage', run, 's', '--tag', 'isic2017'), 'is the name of weights that came with'),
                           (('stage', run, run / 'run.json' / 'x' / 's'), 'Cannot make'),
                           (('push', staged, '--to', ''), "'' is neither a repo"),
                           (('push', staged, '--to', 'a/b/c'), "'a/b/c' is neither a repo (user/name) nor a folder"),
                           (('push', staged), 'needs a place to go: --to user/arl_cnn14.isic2017-other'),
-                          (('push', staged, '--to', 'u/m', '--tag', 'main'), "'main' cannot be the name of a tag"),
+                          (('push', staged, '--to', 'u/m', '--tag', 'main'), 'since the usual branch has it: choose'),
                           (('push', staged, '--to', 'u/m', '--tag', 'v 1'), "'v 1' cannot be the name of a tag"),
                           (('verify', 'nope', '--against', staged), "'nope' is neither a repo (user/name) nor a"),
                           (('verify', './nope', '--against', staged), 'No folder ./nope: push')):
@@ -216,3 +223,103 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
     assert not (tmp_path / 'there').exists()
     done = call('timm_arl.hub', 'push', tmp_path / 'mine')
     assert done.returncode == 2 and 'stage it first' in done.stderr
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('run.json', '{}', 'is not whole'), ('run.json', '[]', 'run.json is missing or unreadable'),
+    ('run.json', '{"arguments": 3}', 'is not whole'), ('summary.csv', '', 'is not whole'),
+    ('summary.csv', 'epoch,validation_mean_auc\n', 'is not whole'), ('metrics.json', '{"test": {}}', 'is not whole'),
+])
+def test_damaged_runs(run, call, tmp_path, name, content, message):
+    copy = tmp_path / 'run'
+    shutil.copytree(run, copy)
+    (copy / name).write_text(content)
+    done = call('timm_arl.hub', 'stage', copy, tmp_path / 's')
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
+    assert not (tmp_path / 's').exists()
+
+
+def test_data_without_a_name(run, call, tmp_path):
+    copy = tmp_path / 'run'
+    shutil.copytree(run, copy)
+    record = json.loads((run / 'run.json').read_text())
+    record['arguments']['data'] = '.'
+    write_json(copy / 'run.json', record)
+    done = call('timm_arl.hub', 'stage', copy, tmp_path / 's')
+    assert done.returncode == 2 and 'pass --tag' in done.stderr
+    assert call('timm_arl.hub', 'stage', copy, tmp_path / 's', '--tag', 'clinic').returncode == 0
+
+
+def test_a_card_that_is_edited(run, staged, call, tmp_path):
+    shutil.copytree(staged, tmp_path / 's')
+    card = tmp_path / 's' / 'README.md'
+    card.write_text(card.read_text() + "\nBegan with 'hf-hub:timm/resnet50'.\n")
+    assert call('timm_arl.hub', 'push', tmp_path / 's', '--to', tmp_path / 'there', '--yes').returncode == 0
+    pushed = (tmp_path / 'there' / 'README.md').read_text()
+    assert "Began with 'hf-hub:timm/resnet50'." in pushed and "create_model('local-dir:there'" in pushed
+    card.write_bytes(card.read_bytes() + b'na\xefve')
+    for args in (('push', tmp_path / 's', '--to', tmp_path / 'there'),
+                 ('verify', tmp_path / 'there', '--against', tmp_path / 's')):
+        done = call('timm_arl.hub', *args)
+        assert done.returncode == 2 and 'README.md is not UTF-8' in done.stderr, done.stderr
+    (tmp_path / 's' / 'results.json').write_text('[1]')
+    done = call('timm_arl.hub', 'card', tmp_path / 's')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
+
+
+def test_pictures_of_an_earlier_evaluation_go(run, staged, call, tmp_path):
+    shutil.copytree(staged, tmp_path / 'evaluated')
+    (tmp_path / 'evaluated' / 'roc_test.png').write_bytes(b'png')
+    push = ('push', staged, '--to', './there', '--yes')
+    assert call('timm_arl.hub', 'push', tmp_path / 'evaluated', *push[2:], cwd=tmp_path).returncode == 0
+    assert (tmp_path / 'there' / 'roc_test.png').read_bytes() == b'png'
+    done = call('timm_arl.hub', 'verify', './there', '--against', staged, cwd=tmp_path)
+    assert done.returncode == 2 and 'differs from' in done.stderr and 'roc_test.png' in done.stderr
+    done = call('timm_arl.hub', *push[:-1], cwd=tmp_path)
+    assert 'without roc_test.png would be sent' in done.stdout and (tmp_path / 'there' / 'roc_test.png').exists()
+    assert call('timm_arl.hub', *push, cwd=tmp_path).returncode == 0
+    assert not (tmp_path / 'there' / 'roc_test.png').exists()
+    assert call('timm_arl.hub', 'verify', './there', '--against', staged, cwd=tmp_path).returncode == 0
+
+
+def test_places_that_are_not_for_a_push(run, staged, call, repo, tmp_path):
+    copy = tmp_path / 'run'
+    shutil.copytree(run, copy)
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    (tmp_path / 'thesis').mkdir()
+    (tmp_path / 'thesis' / 'README.md').write_text('dear')
+    for place in (copy, tmp_path / 'thesis', tmp_path / 'thesis' / 'README.md'):
+        done = call('timm_arl.hub', 'push', staged, '--to', place, '--yes')
+        assert done.returncode == 2 and 'is no folder that this command wrote' in done.stderr, done.stderr
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert (tmp_path / 'thesis' / 'README.md').read_text() == 'dear'
+    done = call('timm_arl.hub', 'card', staged, '--output', tmp_path / 'c')
+    assert done.returncode == 2 and 'leave out --output' in done.stderr
+    done = call('timm_arl.hub', 'card', 'arl_cnn50.a1_in1k', '--output', tmp_path / 'thesis' / 'README.md')
+    assert done.returncode == 2 and 'Cannot make' in done.stderr
+    again = publishing.stage(run, tmp_path / 'again')
+    for hub, folders, message in (('', [staged], 'needs a place to go: --to user/arl_cnn14.isic2017-other'),
+                                  ('me', [staged, again], 'Two of the folders would go to me/arl_cnn14.isic2017-o')):
+        done = subprocess.run([sys.executable, '-m', 'timm_arl.hub', 'push', *folders, '--yes'], text=True, cwd=repo,
+                              capture_output=True, env={**os.environ, 'TIMM_ARL_HUB': hub}, timeout=200)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_staging_again(run, tmp_path, monkeypatch):
+    folder, link = publishing.stage(run, tmp_path / 's', note='first'), tmp_path / 'link'
+    link.symlink_to(folder)
+    assert publishing.stage(run, link, note='second') == link
+    assert link.is_symlink() and 'second' in (folder / 'README.md').read_text()
+    renames, rename = [], Path.rename
+
+    def interrupted(self, target):
+        renames.append(target)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, 'rename', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        publishing.stage(run, folder, note='third')
+    assert len(renames) == 3 and 'second' in (folder / 'README.md').read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {'s', 'link'}

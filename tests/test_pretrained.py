@@ -66,6 +66,21 @@ def test_missing_corrupt_and_pickled_files_are_refused(tmp_path):
 
 
 def test_files_by_timms_own_arguments(tmp_path):
+    model = timm.create_model('arl_cnn14', num_classes=2)
+    path, other = save(model, tmp_path / 'w.safetensors'), tmp_path / 'other'
+    save_for_hf(timm.create_model('arl_cnn14', num_classes=2), other, safe_serialization=True)
+    for overlay in (dict(file=str(path), num_classes=2), dict(state_dict=model.state_dict(), num_classes=2)):
+        for name in ('arl_cnn14', f'local-dir:{other}'):  # what the caller gives, not what a config.json does
+            found = timm.create_model(name, pretrained=True, num_classes=2, pretrained_cfg_overlay=overlay)
+            assert torch.equal(found.fc.weight, model.fc.weight)
+    torch.save(model.state_dict(), tmp_path / 'w.pth')
+    with pytest.raises(WeightsError, match='w.pth is no .safetensors file, and only those are opened: write'):
+        timm.create_model('arl_cnn14', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.pth')))
+    (other / 'model.safetensors').unlink()
+    torch.save(model.state_dict(), other / 'pytorch_model.bin')
+    for create in (timm.create_model, create_for_task):
+        with pytest.raises(WeightsError, match='No weights at .*other/model.safetensors'):
+            create(f'local-dir:{other}', pretrained=True)
     for name, message in (('nowhere.safetensors', 'No weights at nowhere.safetensors'),
                           (str(tmp_path / 'cut.safetensors'), 'cut.safetensors is not a readable safetensors file')):
         (tmp_path / 'cut.safetensors').write_bytes(b'{"a')
@@ -75,6 +90,9 @@ def test_files_by_timms_own_arguments(tmp_path):
 
 @pytest.mark.parametrize('name, kwargs, message', [
     ('arl_cnn15', {}, 'did you mean arl_cnn1'),
+    ('', {}, r'Unknown model \(an empty name\)'),
+    ('user/model', {}, "Unknown model user/model: .*Use 'hf-hub:user/model'"),
+    ('Local-Dir:/nowhere/at/all', dict(pretrained=True), 'No weights at /nowhere/at/all/model.safetensors'),
     ('nothing-like-it', {}, "Unknown model nothing-like-it: timm.list_models"),
     ('arl_cnn50.no_such_tag', {}, 'no_such_tag'),
     ('arl_cnn50.no_such_tag', dict(pretrained=True),

@@ -26,7 +26,8 @@ for line in sys.stdin:
     os.environ.update(job.get('env', {}))
     try:
         if 'name' in job:
-            model = create_for_task(job['name'], pretrained=True)
+            create = timm.create_model if job.get('plain') else create_for_task
+            model = create(job['name'], pretrained=True)
         else:
             model = timm.create_model('arl_cnn14', pretrained=True, num_classes=2, pretrained_cfg_overlay=dict(
                 hf_hub_id=job['repo'], hf_hub_filename='model.safetensors', num_classes=2))
@@ -108,12 +109,25 @@ def hub(weights, vit_tiny, library):
                   'timm/resnet34.tv_in1k': {'pytorch_model.bin': b'x'},  # once tv_resnet34
                   'row/vit-pickle': {'config.json': json.dumps(dict(
                       architecture='vit_tiny_patch16_224', pretrained_cfg={})).encode(), 'pytorch_model.bin': b'x'},
-                  **{f'row/{name}': files for name in others}})
+                  'row/moved': dict(files), **{f'row/{name}': files for name in others}, **poisoned(path, config)})
     with Hub(repos, private=['row/private'], gated=['row/13-gated']) as hub:
         for repo, faults, *_ in [*LOADS, *REFUSED]:
             for match, kind, options in faults:
                 hub.fault(match.format(repo), kind, **options)
         yield hub
+
+
+def poisoned(path, config):
+    """Repos whose config.json names other weights than the file that is looked for."""
+    resnet = json.dumps(dict(architecture='resnet14', pretrained_cfg=dict(hf_hub_filename='evil.bin'))).encode()
+    return {
+        **{repo: {'config.json': json.dumps(dict(json.loads(config), pretrained_cfg=dict(
+            json.loads(config)['pretrained_cfg'], **more))).encode(), 'model.safetensors': path, 'evil.bin': b'x'}
+           for repo, more in (('bad/state', dict(state_dict={'a': 1})), ('bad/file', dict(file=__file__)),
+                              ('timm-arl/arl_cnn14.isic2017', dict(state_dict={'a': 1})))},
+        'bad/name': {'config.json': resnet, 'model.safetensors': safetensors.torch.save(
+            timm.create_model('resnet14').state_dict()), 'evil.bin': b'x'},
+        'bad/bin-alone': {'config.json': config, 'pytorch_model.bin': b'x'}}
 
 
 class Client:
@@ -226,6 +240,26 @@ def test_other_models_of_timm(client, hub, vit_tiny):
         assert result.get('repo') == repo and 'there is no such file in the repo' in result['error'], result
     assert 'gcvit_base are a pickle' in client(name='gcvit_base')[0]['error']
     assert not [r for r in hub.requests if '.bin' in r]
+
+
+def test_a_config_that_names_other_weights(client, hub, weights):
+    for plain in (False, True):
+        for repo in ('bad/state', 'bad/file'):
+            assert client(name=f'hf-hub:{repo}', plain=plain)[0].get('sum') == weights[2]
+        result, _ = client(name='hf-hub:timm-arl/arl_cnn14.isic2017', plain=plain)  # the name of pinned weights
+        assert 'another digest than it should have' in result['error']
+        result, _ = client(name='HF-Hub:bad/bin-alone', plain=plain)
+        assert 'there is no such file in the repo' in result['error']
+    assert 'sum' in client(name='hf-hub:bad/name')[0]
+    assert not [r for r in hub.requests if '.bin' in r]
+
+
+def test_what_is_in_the_cache_is_used_though_the_hub_has_newer(client, hub, weights):
+    assert client(name='hf-hub:row/moved')[0].get('sum') == weights[2]
+    hub.repos['row/moved']['model.safetensors'] = b'something else'
+    asked = len(requests_of(hub, 'row/moved'))
+    assert client(name='hf-hub:row/moved')[0].get('sum') == weights[2]
+    assert len(requests_of(hub, 'row/moved')) == asked
 
 
 def test_warm_cache(client, hub, home, library, weights):

@@ -58,11 +58,12 @@ def render_card(
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=config['architecture'], measured=measured,
         is_arl=config['architecture'].startswith('arl_cnn'), label_names=label_names, source=source,
-        load_name=load_name,
-        data_text=('generated, **synthetic** images: its scores say nothing about skin' if synthetic else
-                   'ISIC 2017' if official else f'`{data_set.get("name")}`, not the training images of ISIC 2017'),
+        load_name=repr(load_name),
+        data_text=('generated, **synthetic** images: its scores say nothing about skin' if synthetic else 'ISIC 2017'
+                   if official else f'`{data_set.get("name")}`, which is not the whole training set of ISIC 2017'),
         crops=arguments.get('crops', 'center'), grey_world=arguments.get('grey_world'),
-        lesion_crop=arguments.get('lesion_crop'), has_points=len(thresholds) > 1,
+        lesion_crop=arguments.get('lesion_crop'), squash=arguments.get('aspect') == 'squash',
+        has_points=len(thresholds) > 1,
         thresholds={label: float(f'{value:.6g}') for label, value in thresholds.get(point, {}).items()}, point=point,
         splits=[_split(split, results) for split in _ordered(results['metrics'])] if results else [],
         looks=_times(len(results['looks'])) if results else '',
@@ -97,7 +98,7 @@ def _data_set(split: str, data: Dict[str, Any]) -> Tuple[str, str]:
 def _split(name: str, results: Dict[str, Any]) -> Dict[str, Any]:
     scores = results['metrics'][name]
     tasks = {label: scores[label] for label in LABELS}
-    chosen = any('operating_points' in task for task in tasks.values())
+    chosen = any(task.get('operating_points') for task in tasks.values())
     kept = 'the epoch that was kept' if results['run']['arguments']['keep'] == 'best' else ''
     by_validation = ' and '.join(filter(None, [kept, 'thresholds and temperatures' * chosen]))
     return {
@@ -115,7 +116,9 @@ def _split(name: str, results: Dict[str, Any]) -> Dict[str, Any]:
             _cells(WORDS[label], _number(t['positives'] / t['images']), _number(t.get('mean_probability')),
                    *(_number(t['calibration'][key]) for key in CALIBRATION))
             for label, t in tasks.items() if 'calibration' in t],
-        'overstated': [
+        'warnings': [
+            f'**The AUC of {WORDS[label]} cannot be told from chance** (0.5) by these images.'
+            for label, t in tasks.items() if t['auc_ci95'] and t['auc_ci95'][0] <= 0.5] + [
             f'**Probabilities of {WORDS[label]} are {direction}** here, by {abs(gap):.3f} on average: do not read them '
             f'as risks.' for label, t in tasks.items() if 'mean_probability' in t
             for gap in [t['mean_probability'] - t['positives'] / t['images']]
@@ -140,12 +143,14 @@ def _words_of(picture: str) -> str:
 def _training(results: Dict[str, Any]) -> List[Any]:
     run = results['run']
     arguments = run['arguments']
-    start = results['base_model'] or arguments.get('init_checkpoint')
-    return [
+    start = (results['base_model'] or arguments.get('init_checkpoint')
+             or (arguments.get('pretrained') and arguments.get('model')))
+    images = f', {arguments["train_images"]:,} images' if 'train_images' in arguments else ''
+    rows = [
         ('data', ', '.join(filter(None, [
             'of a cross-validation, ' + arguments['fold'] if arguments.get('fold') else '',
             'ISIC 2017, the 2,000 training images of the challenge' if 'train' in results['data']['official_splits']
-            else f'`{arguments["data"]}`, split train', results['data']['note']]))),
+            else f'`{arguments["data"]}`, split train{images}', results['data']['note']]))),
         ('started from', f'`{start}`' if start else 'scratch'),
         ('command', f'`{run["command"]}`'), ('recipe', arguments['recipe']), ('seed', arguments['seed']),
         ('image size', f'{results["img_size"]} px'),
@@ -158,6 +163,7 @@ def _training(results: Dict[str, Any]) -> List[Any]:
             'the best by mean AUC on validation' if arguments['keep'] == 'best' else 'the last')),
         ('alphas', ', '.join(f'{key.removesuffix(".alpha")} {value:.3g}' for key, value in results['alphas'].items())),
     ]
+    return [(key, str(value).replace('|', '\\|')) for key, value in rows]
 
 
 def _cells(*values: Any) -> str:
@@ -191,6 +197,7 @@ def registered_config(name: str) -> Dict[str, Any]:
 def read_results(folder: Path) -> Optional[Dict[str, Any]]:
     """Content of results.json of a staged folder, or None where there is none, or none that can be read."""
     try:
-        return json.loads((folder / 'results.json').read_text(encoding='utf-8'))
+        results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
     except (OSError, ValueError):
         return None
+    return results if isinstance(results, dict) else None

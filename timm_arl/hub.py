@@ -17,7 +17,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union, cast
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, cast
 
 import huggingface_hub
 import torch
@@ -28,10 +28,12 @@ from safetensors import SafetensorError
 from .cards import read_results
 from .hub_errors import diagnose_hub_error, plain_http
 from .isic.results import replacing
-from .pretrained import HUB, OWN_WEIGHTS, WeightsError, create_for_task
-from .staging import HubError, card, card_of_registered, sha256_of, stage
+from .pretrained import HUB, OWN_WEIGHTS, WeightsError, create_for_task, sha256_of
+from .staging import PICTURES, HubError, card, card_of_registered, stage
 
 __all__ = ['HubError', 'card', 'push', 'stage', 'verify']
+
+LOADING = re.compile(r'''timm\.create_model\((['"])(?:hf-hub|local-dir):.*?\1''')
 
 def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: Optional[str] = None) -> List[str]:
     """Send a staged folder to a Hub repo or another folder; a second time sends what is missing, and no empty commit.
@@ -46,7 +48,8 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
         tag: Give what is sent this tag, on a Hub.
 
     Returns:
-        What differs from what is there: names of files, and 'the tag TAG'.
+        What differs from what is there: names of files, 'without NAME' for pictures of an earlier evaluation, which
+        go, and 'the tag TAG'.
 
     Raises:
         HubError: Not a staged folder, no name of a repo or of a tag, or the Hub refuses.
@@ -56,33 +59,41 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
             raise HubError(f'{to} is a folder: leave out --private and --tag, which are of a Hub.')
         there = Path(to).expanduser()
         staged = _staged(folder, f'local-dir:{there.resolve().name}')
+        files = {path.name for path in there.iterdir()} if there.is_dir() else set()
+        if (there.exists() and not there.is_dir()) or 'run.json' in files or (files and 'results.json' not in files):
+            raise HubError(f'{to} is no folder that this command wrote, and would lose what it holds: choose another.')
         changed = [name for name, content in staged.items()
                    if not (there / name).is_file() or sha256_of(there / name) != _sha256(content)]
+        stale = [name for name in PICTURES if name in files and name not in staged]
         if yes:
             there.mkdir(parents=True, exist_ok=True)
-            for name in changed:
+            for name in sorted(changed, key=lambda name: name != 'results.json'):  # by which it goes on
                 with replacing(there / name) as temporary:
                     temporary.write_bytes(_bytes(staged[name]))
-        return changed
+            for name in stale:
+                (there / name).unlink()
+        return changed + [f'without {name}' for name in stale]
     _check_repo(to)
     if tag is not None and not re.fullmatch(r'(?!main$)[A-Za-z0-9][A-Za-z0-9._-]*', tag):
-        raise HubError(f'--tag {tag!r} cannot be the name of a tag: use letters, digits, . and - (v1, for example).')
+        why = ', since the usual branch has it: choose another' if tag == 'main' else ': use letters, digits, . and -'
+        raise HubError(f'--tag {tag!r} cannot be the name of a tag{why} (v1, for example).')
     staged = _staged(folder, f'hf-hub:{to}')
     api = huggingface_hub.HfApi()
     try:
         differing = _differing(api, staged, to)
-        changed = list(staged) if differing is None else differing
+        changed, stale = (list(staged), []) if differing is None else differing
         refs = None if differing is None or not tag else api.list_repo_refs(to)
         if refs and tag in [branch.name for branch in refs.branches]:
             raise HubError(f'{to} has a branch {tag}: choose another --tag.')
         tagged = refs is not None and tag in [ref.name for ref in refs.tags]
-        if tagged and _differing(api, staged, to, tag):
+        if tagged and any(_differing(api, staged, to, tag) or ()):
             raise HubError(f'{to} has a tag {tag} already, of other content: choose another --tag.')
-        if yes and changed:
+        if yes and (changed or stale):
             api.create_repo(to, private=private or None, exist_ok=True)  # None: as the account's settings have it
             with plain_http():
                 api.create_commit(
-                    to, [huggingface_hub.CommitOperationAdd(name, staged[name]) for name in changed],
+                    to, [*(huggingface_hub.CommitOperationAdd(name, staged[name]) for name in changed),
+                         *(huggingface_hub.CommitOperationDelete(name) for name in stale)],
                     commit_message=f'{(read_results(folder) or {})["name"]}, by timm_arl')
         if yes and tag and not tagged:
             api.create_tag(to, tag=tag)
@@ -94,7 +105,7 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
             raise
         raise HubError(f'{to} at {huggingface_hub.constants.ENDPOINT}: {cause}; {remedy}. The same command goes on '
                        f'where it stopped.') from error
-    return changed + [f'the tag {tag}'] * bool(tag and not tagged)
+    return changed + [f'without {name}' for name in stale] + [f'the tag {tag}'] * bool(tag and not tagged)
 
 
 def verify(source: str, against: Path) -> Dict[str, str]:
@@ -123,7 +134,7 @@ def verify(source: str, against: Path) -> Dict[str, str]:
                 huggingface_hub.model_info(repo, revision=revision or None, timeout=10)  # which the next one has not
                 with plain_http():
                     found = Path(huggingface_hub.snapshot_download(
-                        repo, revision=revision or None, cache_dir=cache, allow_patterns=list(staged)))
+                        repo, revision=revision or None, cache_dir=cache, allow_patterns=[*staged, *PICTURES]))
             except Exception as error:  # as above
                 cause, remedy, _ = diagnose_hub_error(error, repo)
                 if not cause:
@@ -132,6 +143,7 @@ def verify(source: str, against: Path) -> Dict[str, str]:
         wrong = [name for name in staged if not (found / name).is_file() or (
             _named(found, 'it') != _named(against, 'it') if name == 'README.md' else
             sha256_of(found / name) != sha256_of(against / name))]
+        wrong += [name for name in PICTURES if name not in staged and (found / name).is_file()]
         if wrong:
             raise HubError(f'{source} differs from {against} in {", ".join(wrong)}: push again, or, where '
                            f'that finds nothing to send, verify again.')
@@ -157,9 +169,11 @@ def _staged(folder: Path, load_name: str = 'it') -> Dict[str, Union[str, bytes]]
 
 def _named(folder: Path, load_name: str) -> bytes:
     """The card of a folder with this name where it tells how to load the model; the rest may have been edited."""
-    return re.sub(
-        r"'(hf-hub|local-dir):[^']*'", lambda _: f"'{load_name}'", (folder / 'README.md').read_text(encoding='utf-8')
-    ).encode()
+    try:
+        text = (folder / 'README.md').read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise HubError(f'{folder / "README.md"} is not UTF-8: save it so, or write it anew: card {folder}.') from error
+    return LOADING.sub(lambda _: f'timm.create_model({load_name!r}', text).encode()
 
 
 def _bytes(content: Union[str, bytes]) -> bytes:
@@ -191,8 +205,8 @@ def _differing(
         staged: Dict[str, Union[str, bytes]],
         repo: str,
         revision: Optional[str] = None,
-) -> Optional[List[str]]:
-    """Names of what is staged that a repo has not, or not so; None where there is no such repo."""
+) -> Optional[Tuple[List[str], List[str]]]:
+    """Of what is staged, what a repo has not, or not so, and pictures it has beside; None where there is no repo."""
     try:
         about = api.model_info(repo, revision=revision, files_metadata=True, timeout=10)
     except GatedRepoError:  # a RepositoryNotFoundError too
@@ -200,7 +214,8 @@ def _differing(
     except RepositoryNotFoundError:
         return None
     there = {file.rfilename: file for file in about.siblings or ()}
-    return [name for name, content in staged.items() if not _is_there(content, there.get(name))]
+    return ([name for name, content in staged.items() if not _is_there(content, there.get(name))],
+            [name for name in PICTURES if name in there and name not in staged])
 
 
 def _is_there(content: Union[str, bytes], remote: Any) -> bool:
@@ -254,18 +269,24 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             stage(args.run, args.target, args.evaluation, args.tag, args.note, args.alpha_zero)
             print(f'Staged: {args.target} ({", ".join(sorted(path.name for path in args.target.iterdir()))})')
         elif args.command == 'card':
-            if Path(args.what).is_dir():
+            if Path(args.what).is_dir() and args.output:
+                raise HubError(f'{args.what} is a staged folder, whose card is in it: leave out --output.')
+            elif Path(args.what).is_dir():
                 print(f'Written: {card(Path(args.what))}')
             elif args.output:
                 print(f'Written: {card_of_registered(args.what, args.output)}')
             else:
-                raise HubError(f'{args.what} is no staged folder, and a card of registered weights needs --output.')
+                raise HubError(f'{args.what} is no folder here; the card of registered weights of that name needs '
+                               f'--output DIR.')
         elif args.command == 'push':
             if args.to is not None and len(args.folders) > 1:
                 raise HubError('--to names one place: push one folder at a time, or leave it out.')
             for folder in args.folders:
                 _staged(folder)
             places = [_usual_repo(folder) if args.to is None else args.to for folder in args.folders]
+            twice = next((to for to in places if places.count(to) > 1), None)
+            if twice:
+                raise HubError(f'Two of the folders would go to {twice}: push one of them, or give each its --to.')
             for folder, to in zip(args.folders, places):
                 changed = push(folder, to, args.yes, args.private, args.tag)
                 print(f'{folder} to {to}: ' + (', '.join(changed) or 'everything is there already')

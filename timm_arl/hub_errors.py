@@ -69,7 +69,8 @@ def diagnose_hub_error(error: BaseException, repo: str, otherwise: str = '') -> 
     if isinstance(error, HFValidationError):
         return text.rstrip('.'), 'a repo is user/name', False
     if not huggingface_hub.constants.ENDPOINT.startswith(('http://', 'https://')):
-        return 'HF_ENDPOINT is no address', 'let it begin with https:// or http://, or unset it', False
+        return ('HF_ENDPOINT is ' + ('no address' if huggingface_hub.constants.ENDPOINT else 'empty'),
+                'let it begin with https:// or http://, or unset it', False)
     if isinstance(error, ValueError) and 'Invalid metadata' in text:
         return f'it refuses the card ({text})', 'mend the first lines of README.md', False
     if isinstance(error, ValueError) and 'LFS batch' in text:

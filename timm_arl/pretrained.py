@@ -1,60 +1,29 @@
 """Finding, checking and loading weights."""
 import difflib
-import hashlib
 import os
-import sys
-import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union, cast
+from typing import Any, Dict, List, Optional, Tuple, Union, cast
 
-import huggingface_hub
 import safetensors
 import safetensors.torch
 import timm
 import torch.nn as nn
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from timm.models import clean_state_dict, get_deprecated_models, resolve_pretrained_cfg
+from timm.models import clean_state_dict, get_deprecated_models, parse_model_name, resolve_pretrained_cfg
 
-from .hub_errors import LOCAL_FILE, diagnose_hub_error, is_of_network, plain_http
+from .download import WeightsError, fetch_weights, is_whole, say, sha256_of
+from .hub_errors import LOCAL_FILE, is_of_network, plain_http
 
 __all__ = [
     'HUB', 'WeightsError', 'create_for_task', 'create_trained', 'fetch_weights', 'load_weights_file', 'local_weights',
-    'shipped_weights',
+    'sha256_of', 'shipped_weights', 'source_of',
 ]
 
-HUB = os.environ.get('TIMM_ARL_HUB', 'timm-arl')  # whose repos on the Hub this project's own are
+HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # whose repos on the Hub this project's own are
 # sha256 of model.safetensors in them: other content is refused, whoever has the name there
 OWN_WEIGHTS = {
     'arl_cnn14.isic2017': '3dbce88df54dd412c145ce1a0a288c4b7cc6b08d0451430e924cef027d5bb9a1',
 }
-ATTEMPTS = 4
-PATIENCE = 30  # seconds after which nothing is tried again
-OTHERWISE = f'set HF_ENDPOINT to a mirror, or {LOCAL_FILE}'
-
-
-class WeightsError(RuntimeError):
-    """Weights that cannot be had or do not fit; the message names them, the cause and the remedy.
-
-    Attributes:
-        repo, file, revision: Where they were looked for on the Hub, or None.
-        cause: What went wrong.
-        remedy: What to do.
-    """
-
-    def __init__(
-            self,
-            message: str = '',
-            *,
-            repo: Optional[str] = None,
-            file: Optional[str] = None,
-            revision: Optional[str] = None,
-            cause: str = '',
-            remedy: str = '',
-    ) -> None:
-        super().__init__(message or f'{file} of {repo} (revision {revision}) cannot be had from '
-                                    f'{huggingface_hub.constants.ENDPOINT}: {cause}; {remedy}.')
-        self.repo, self.file, self.revision = repo, file, revision
-        self.cause, self.remedy = cause or message, remedy
+ANEW = 'write the weights anew with safetensors.torch.save_file'
 
 
 def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
@@ -68,24 +37,29 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
     Raises:
         WeightsError: An unknown model or tag, a model without weights, or weights that cannot be had.
     """
-    if name.startswith(('hf-hub:', 'hf_hub:')):
-        repo, _, revision = name.partition(':')[2].partition('@')
-        for file in ('config.json', 'model.safetensors')[:1 + pretrained]:
-            # timm reads them from the cache, whole or not, and would ask for a pickle where there is no other file
-            fetch_weights(repo, file, revision or None, cache_dir=kwargs.get('cache_dir'))
-    if pretrained and name.startswith('local-dir:') and not Path(name[10:], 'model.safetensors').is_file():
-        raise WeightsError(f'No weights at {Path(name[10:], "model.safetensors")}: only that format is opened.')
-    name = get_deprecated_models().get(name, name)  # tv_resnet50 has no weights of its own, but is resnet50.tv_in1k
-    variant, _, tag = name.partition('.')
-    if ':' not in name and not timm.is_model(name):
-        raise WeightsError(f'Unknown model {name}: ' + (
-            f'that is on this disk; a folder that timm reads is named local-dir:{name}.' if Path(name).exists() else
-            _near(name) + "timm.list_models('arl_*') lists the family."))
-    tags = _tags(variant)
-    if pretrained and ':' not in name and tag and tags and tag not in tags:
-        raise WeightsError(f'No weights {name}: choose {" or ".join(f"{variant}.{each}" for each in tags)}.')
+    source, place = source_of(name)
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if source == 'hf-hub':  # the verified files: timm would take them from the cache, whole or not, or a newer revision
+        repo, _, revision = place.partition('@')
+        where: Dict[str, Any] = dict(revision=revision or None, cache_dir=kwargs.get('cache_dir'))
+        name = f'local-dir:{fetch_weights(repo, "config.json", **where).parent}'
+        overlay = {'hf_hub_id': place, **overlay}
+        if pretrained:
+            overlay = {**_only(fetch_weights(repo, sha256=_pinned(repo), **where)), **overlay}
+    elif source and pretrained:
+        overlay = {**_only(_check_file(Path(place, 'model.safetensors'))), **overlay}
+    elif source is None:
+        name = get_deprecated_models().get(name, name)  # tv_resnet50 has no weights of its own, but is resnet50.tv_in1k
+        if not timm.is_model(name):
+            raise WeightsError(_unknown(name, _near(name) + "timm.list_models('arl_*') lists the family."))
     try:
-        if pretrained and ':' not in name:
+        if overlay:
+            kwargs['pretrained_cfg_overlay'] = overlay
+        if pretrained and source is None:
+            variant, _, tag = name.partition('.')
+            tags = _tags(variant)
+            if tag and tags and tag not in tags:
+                raise WeightsError(f'No weights {name}: choose {" or ".join(f"{variant}.{each}" for each in tags)}.')
             kwargs = local_weights(variant, {**kwargs, **({'pretrained_cfg': tag} if tag else {})})
         with plain_http():
             return timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -97,6 +71,27 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
             raise
         raise WeightsError(f'Model {name} cannot be created{" with its weights" if pretrained else ""}: '
                            f'{" ".join(str(error).split())}') from error
+
+
+def source_of(name: str) -> Tuple[Optional[str], str]:
+    """What timm takes a model name for: its source ('hf-hub', 'local-dir' or None) and what it is called there.
+
+    Args:
+        name: As timm.create_model takes it.
+
+    Raises:
+        WeightsError: Another source, nothing behind it, or a path or repo without one.
+    """
+    try:
+        return parse_model_name(name)
+    except ValueError as error:
+        raise WeightsError(_unknown(name, f'{error}')) from error
+
+
+def _unknown(name: str, otherwise: str) -> str:
+    return f'Unknown model {name or "(an empty name)"}: ' + (
+        f'that is on this disk; a folder that timm reads is named local-dir:{name}.' if name and Path(name).exists()
+        else otherwise)
 
 
 def create_trained(source: str) -> nn.Module:
@@ -156,8 +151,8 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
     try:
         state_dict = safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f'{file} is not a readable safetensors file ({error}): only that format is opened; write '
-                           f'others anew with safetensors.torch.save_file.') from error
+        raise WeightsError(
+            f'{file} is not a readable safetensors file ({error}), and only those are opened: {ANEW}.') from error
     state_dict = dict(clean_state_dict(state_dict))
     if isinstance(model, ARLCNN):
         state_dict = checkpoint_filter_fn(state_dict, model)
@@ -209,38 +204,51 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         raise WeightsError(f'No pretrained weights exist for {variant}' + (
             f' without a tag: choose {" or ".join(f"{variant}.{tag}" for tag in tags)}.' if tags else
             f': leave pretrained out, or {LOCAL_FILE}.'))
-    if cfg.file and cfg.source != 'local-dir':
-        _check_file(Path(cfg.file))
-    if cfg.state_dict or cfg.file or cfg.source not in (None, '', 'hf-hub'):
-        return kwargs
+    by_config = cfg.source in ('hf-hub', 'local-dir')  # a config.json, whose own file and state_dict count for nothing
+    if overlay.get('state_dict') if by_config else cfg.state_dict:
+        return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'source': ''}}
+    file = overlay.get('file') if by_config else cfg.file
+    if file or cfg.source == 'local-dir':
+        path = _check_file(Path(file or Path(cfg.file, 'model.safetensors')))
+        return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **_only(path)}}
     if not cfg.hf_hub_id:
         raise WeightsError(f'The weights of {variant} are a pickle at {cfg.url}, and only safetensors are opened: '
-                           f'write them anew with safetensors.torch.save_file, and {LOCAL_FILE}.')
+                           f'{ANEW}, and {LOCAL_FILE}.')
     repo, _, revision = cfg.hf_hub_id.partition('@')
     name = f'{variant}.{cfg.tag}'
     own = cfg.source != 'hf-hub' and repo == f'{HUB}/{name}'  # the registered weights, not a repo that was asked for
-    sha256 = OWN_WEIGHTS.get(name if own else repo.removeprefix('timm-arl/'))
+    sha256 = OWN_WEIGHTS.get(name) if own else _pinned(repo)
     shipped = shipped_weights(name) if own else None
-    if shipped is not None and _is_whole(shipped / 'model.safetensors', sha256):
+    if shipped is not None and is_whole(shipped / 'model.safetensors', sha256):
         path = shipped / 'model.safetensors'
     else:
         if shipped is not None:
-            _say(f'{shipped / "model.safetensors"} is damaged: asking the Hub for it.')
+            say(f'{shipped / "model.safetensors"} is damaged: asking the Hub for it.')
         path = fetch_weights(repo, cfg.hf_hub_filename or 'model.safetensors', revision or None, sha256,
                              cache_dir=kwargs.get('cache_dir'))
-    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(path), 'source': ''}}
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **_only(path)}}
 
 
-def _check_file(path: Path) -> None:
+def _only(path: Path) -> Dict[str, Any]:
+    """What has timm load this file, whatever else a config names."""
+    return {'file': str(path), 'source': '', 'state_dict': None}
+
+
+def _pinned(repo: str) -> Optional[str]:
+    return OWN_WEIGHTS.get(repo.removeprefix('timm-arl/'))
+
+
+def _check_file(path: Path) -> Path:
     if not path.is_file():
-        raise WeightsError(f'No weights at {path}: pass a .safetensors file.')
-    if path.suffix == '.safetensors':
-        try:
-            with safetensors.safe_open(path, 'pt'):
-                pass
-        except (OSError, safetensors.SafetensorError) as error:
-            raise WeightsError(
-                f'{path} is not a readable safetensors file ({error}): fetch or write it anew.') from error
+        raise WeightsError(f'No weights at {path}: pass a .safetensors file, or a folder that holds model.safetensors.')
+    if path.suffix != '.safetensors':  # which timm would open as a pickle
+        raise WeightsError(f'{path} is no .safetensors file, and only those are opened: {ANEW}.')
+    try:
+        with safetensors.safe_open(path, 'pt'):
+            pass
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f'{path} is not a readable safetensors file ({error}): fetch or write it anew.') from error
+    return path
 
 
 def shipped_weights(name: str) -> Optional[Path]:
@@ -251,109 +259,3 @@ def shipped_weights(name: str) -> Optional[Path]:
     """
     folder = Path(__file__).with_name('weights') / name
     return folder if name in OWN_WEIGHTS and (folder / 'model.safetensors').is_file() else None
-
-
-def fetch_weights(
-        repo: str,
-        file: str = 'model.safetensors',
-        revision: Optional[str] = None,
-        sha256: Optional[str] = None,
-        cache_dir: Union[str, Path, None] = None,
-) -> Path:
-    """A file of a Hub repo in the local cache, from there if it is whole, else downloaded.
-
-    What is in the cache is used without asking the Hub. Either way the content must have the digest that the Hub gave
-    for it (sha256, or git's of a small file) and `sha256` where that is known; a damaged copy is fetched anew, once.
-    A cache without links (some file systems, Windows) does not hold the Hub's digests: there, only downloads are
-    compared with them.
-
-    Args:
-        repo: Repo id.
-        file: File in it; never a pickle.
-        revision: Branch, tag or commit, by default main.
-        sha256: Digest that the file must have.
-        cache_dir: Instead of huggingface_hub's own.
-
-    Returns:
-        Path in the cache.
-
-    Raises:
-        WeightsError: It cannot be had; with repo, file, revision, cause and remedy.
-    """
-    where: Dict[str, Any] = dict(repo=repo, file=file, revision=revision or 'main')
-    if not file.endswith(('.safetensors', '.json')):
-        raise WeightsError(**where, cause='it is no .safetensors file', remedy='only those are opened, never a pickle')
-    request: Dict[str, Any] = dict(repo_id=repo, filename=file, revision=revision, cache_dir=cache_dir)
-    force = False
-    try:
-        path = Path(huggingface_hub.hf_hub_download(**request, local_files_only=True))
-        if _is_whole(path, sha256):
-            return path
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise WeightsError(**where, cause='its copy in the cache is damaged, and HF_HUB_OFFLINE is set',
-                               remedy=f'unset that, or {LOCAL_FILE}')
-        force = True
-        _say(f'{file} of {repo} in the cache is damaged: downloading it again.')
-    except (LocalEntryNotFoundError, OSError):
-        pass
-    except HFValidationError as error:
-        cause, remedy, _ = diagnose_hub_error(error, repo)
-        raise WeightsError(**where, cause=cause, remedy=remedy) from error
-    start = time.monotonic()
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            # asked for by itself, since hf_hub_download retries a failing request for half a minute without a word
-            etag = huggingface_hub.get_hf_file_metadata(
-                huggingface_hub.hf_hub_url(repo, file, revision=revision)).etag
-            if force and not path.is_symlink():
-                path.unlink(missing_ok=True)  # huggingface_hub would keep it
-            with plain_http():
-                path = Path(huggingface_hub.hf_hub_download(**request, force_download=force))
-        except Exception as error:  # of an HTTP library that depends on huggingface_hub's version; others go on
-            cause, remedy, again = diagnose_hub_error(error, repo, OTHERWISE)
-            if not cause:
-                raise
-            if not again or attempt == ATTEMPTS or time.monotonic() - start > PATIENCE:
-                raise WeightsError(**where, cause=cause, remedy=remedy) from error
-            _say(f'{file} of {repo}: {cause}; trying again ({attempt} of {ATTEMPTS - 1}).')
-            time.sleep(2 ** (attempt - 1) / 2)
-            continue
-        if _is_whole(path, sha256, etag):
-            return path
-        if force:
-            _blob(path).unlink(missing_ok=True)  # or others that use the cache would load it
-            break
-        force = True
-        _say(f'{file} of {repo} came damaged: downloading it again.')
-    raise WeightsError(**where, cause='what was downloaded has another digest than it should have', remedy=(
-        f'the file or the way to it was tampered with or is faulty: try another network or mirror (HF_ENDPOINT), or '
-        f'{LOCAL_FILE}'))
-
-
-def _is_whole(path: Path, sha256: Optional[str], etag: Optional[str] = None) -> bool:
-    """Whether a file has the digest it should have, and the one that the Hub gave, which is the name of its blob."""
-    if sha256 is not None and _digest(path, hashlib.sha256()) != sha256:
-        return False
-    given = etag or _blob(path).name
-    if not set(given) <= set('0123456789abcdef'):  # nor has a file a name of this kind where links are not possible
-        return True
-    if len(given) == 40:
-        git = hashlib.sha1(b'blob %d\0' % path.stat().st_size, usedforsecurity=False)  # of a file not in LFS
-        return given in (_digest(path, git), _digest(path, hashlib.sha1(usedforsecurity=False)))  # the other on mirrors
-    return len(given) != 64 or given == sha256 or given == _digest(path, hashlib.sha256())
-
-
-def _digest(path: Path, digest: Any) -> str:
-    with path.open('rb') as stream:
-        while block := stream.read(2 ** 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _blob(path: Path) -> Path:
-    """What a file in the cache links to, by one step: that may be a link too, to a store named by other digests."""
-    return path.parent / os.readlink(path) if path.is_symlink() else path
-
-
-def _say(line: str) -> None:
-    print(f'timm_arl: {line}', file=sys.stderr, flush=True)

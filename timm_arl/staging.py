@@ -15,14 +15,15 @@ import safetensors.torch
 import timm
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from timm.models import get_deprecated_models
 
 from .cards import read_results, registered_config, render_card
 from .isic import LABELS
 from .isic.results import replacing, write_json
 from .isic.sources import CHALLENGE_IDS, ids_digest
-from .pretrained import OWN_WEIGHTS, create_trained, shipped_weights
+from .pretrained import OWN_WEIGHTS, create_trained, sha256_of, shipped_weights, source_of
 
-__all__ = ['HubError', 'card', 'card_of_registered', 'sha256_of', 'stage']
+__all__ = ['PICTURES', 'HubError', 'card', 'card_of_registered', 'stage']
 
 PICTURES = (
     'roc_test.png', 'roc_validation.png', 'reliability_test.png', 'reliability_validation.png', 'curves.png',
@@ -83,9 +84,41 @@ def stage(
         raise HubError(f'{run} holds several runs: choose one of the folders in it that runs.csv names.')
     record, metrics, config = (_read(run / name, 'a finished run of finetune_isic.py') for name in (
         'run.json', 'metrics.json', 'config.json'))
-    if evaluation is not None:
-        metrics = {**metrics, **_evaluated(run, metrics, evaluation)}
     model = create_trained(str(run))
+    try:
+        if evaluation is not None:
+            metrics = {**metrics, **_evaluated(run, metrics, evaluation)}
+        results = _results(run, record, metrics, config, evaluation, alpha_zero, tag, ' '.join(note.split()))
+    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
+        raise HubError(f'{run}, or an evaluation of it, is not whole: what should be in its files is missing or '
+                       f'unreadable ({error!r}); bring it back, or run it anew.') from error
+    versions = {key: config[f'{key}_version'] for key in ('timm_arl', 'timm')}
+    weights = _safetensors(model.state_dict(), {'format': 'pt', 'name': results['name'], **versions})
+    if OWN_WEIGHTS.get(results['name'], hashlib.sha256(weights).hexdigest()) != hashlib.sha256(weights).hexdigest():
+        raise HubError(f'{results["name"]} is the name of weights that came with this package: choose another --tag.')
+
+    def write(new: Path) -> None:
+        new.mkdir()
+        (new / 'model.safetensors').write_bytes(weights)
+        write_json(new / 'config.json', config)
+        write_json(new / 'results.json', results)
+        for name in PICTURES:
+            if evaluation is not None and (evaluation / name).is_file():
+                shutil.copyfile(evaluation / name, new / name)
+    return _replace_folder(target, write)
+
+
+def _results(
+        run: Path,
+        record: Dict[str, Any],
+        metrics: Dict[str, Any],
+        config: Dict[str, Any],
+        evaluation: Optional[Path],
+        alpha_zero: Optional[Path],
+        tag: Optional[str],
+        note: str,
+) -> Dict[str, Any]:
+    """Content of results.json; adds to that of config.json."""
     with open(run / 'summary.csv', newline='', encoding='utf-8') as file:
         summary = list(csv.DictReader(file))
     kept = (max(summary, key=lambda row: float(row['validation_mean_auc']))
@@ -98,25 +131,14 @@ def stage(
     versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
     config['pretrained_cfg'].update(tag=tag, license=config['pretrained_cfg'].get('license', 'apache-2.0'))
     config.update({f'{name}_version': version for name, version in versions.items()}, **_operating_points(metrics))
-    results = {
+    return {
         'name': f'{config["architecture"]}.{tag}', 'metrics': metrics, 'run': record, 'epochs': len(summary),
         'base_model': _base_model(record['arguments']),
         'data': {'name': record['arguments']['data'], 'note': note, 'official_splits': official},
         'kept_epoch': int(kept['epoch']), 'img_size': config['pretrained_cfg']['input_size'][-1],
         'alphas': {key: float(value) for key, value in kept.items() if key.endswith('.alpha')}, 'looks': _looks(run),
-        **({'alpha_zero': _differences(metrics, alpha_zero)} if alpha_zero is not None else {}),
+        **({'alpha_zero': _differences(run, metrics, alpha_zero)} if alpha_zero is not None else {}),
     }
-
-    def write(new: Path) -> None:
-        new.mkdir()
-        (new / 'model.safetensors').write_bytes(_safetensors(
-            model.state_dict(), {'format': 'pt', 'name': results['name'], **versions}))
-        write_json(new / 'config.json', config)
-        write_json(new / 'results.json', results)
-        for name in PICTURES:
-            if evaluation is not None and (evaluation / name).is_file():
-                shutil.copyfile(evaluation / name, new / name)
-    return _replace_folder(target, write)
 
 
 def _safetensors(state_dict: Dict[str, Any], metadata: Dict[str, str]) -> bytes:
@@ -131,6 +153,7 @@ def _safetensors(state_dict: Dict[str, Any], metadata: Dict[str, str]) -> bytes:
 
 def _replace_folder(target: Path, write: Callable[[Path], Any]) -> Path:
     """Let `write` make a folder, add its card, and put it where `target` is."""
+    place, target = target, target.resolve()  # what a link names is replaced, not the link
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -138,17 +161,17 @@ def _replace_folder(target: Path, write: Callable[[Path], Any]) -> Path:
     with tempfile.TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as folder:
         new = Path(folder, 'new')
         write(new)
-        card(new, target.resolve().name)
+        card(new, target.name)
         old = Path(folder, 'old')
-        if target.exists():
-            target.rename(old)
         try:
+            if target.exists():
+                target.rename(old)
             new.rename(target)
-        except OSError:
-            if old.exists():
+        except BaseException:  # Ctrl-C too
+            if old.exists() and not target.exists():
                 old.rename(target)
             raise
-    return target
+    return place
 
 
 def card(folder: Path, called: str = '') -> Path:
@@ -190,7 +213,10 @@ def card_of_registered(name: str, output: Path) -> Path:
     if name not in timm.list_pretrained('arl_*') or (name in OWN_WEIGHTS and shipped is None):
         raise HubError(f'{name} is no staged folder, and no NAME.TAG of registered weights, as '
                        f"timm.list_pretrained('arl_*') gives them.")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HubError(f'Cannot make {output}: {error.strerror}.') from error
     config, results, digest = registered_config(name), None, None
     if shipped is not None:
         config, results = _read(shipped / 'config.json', 'whole'), read_results(shipped)
@@ -204,7 +230,9 @@ def card_of_registered(name: str, output: Path) -> Path:
 def _evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path) -> Dict[str, Any]:
     """The richer scores of an evaluation of a run, after a check that it is one."""
     what = 'an output folder of evaluate_isic.py'
-    if _read(evaluation / 'evaluation.json', what).get('alpha_zero'):
+    about = _read(evaluation / 'evaluation.json', what)
+    _check_weights(run, about, evaluation)
+    if about.get('alpha_zero'):
         raise HubError(f'{evaluation} is an evaluation with every alpha at 0: pass it by --alpha-zero, and one of the '
                        f'network as it was trained by --evaluation.')
     richer = _read(evaluation / 'metrics.json', what)
@@ -222,13 +250,20 @@ def _evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path) -> Dict[str
     return richer
 
 
-def _differences(metrics: Dict[str, Any], alpha_zero: Path) -> Dict[str, Any]:
+def _check_weights(run: Path, about: Dict[str, Any], evaluation: Path) -> None:
+    if about.get('weights_sha256') != sha256_of(run / 'model.safetensors'):
+        raise HubError(f'{evaluation} is an evaluation of other weights than those of {run}: choose one of these.')
+
+
+def _differences(run: Path, metrics: Dict[str, Any], alpha_zero: Path) -> Dict[str, Any]:
     """What setting every alpha to 0 changed, by split and label, paired on the images of these metrics."""
     what = 'an output folder of evaluate_isic.py --alpha-zero --compare'
     theirs = _read(alpha_zero / 'metrics.json', what)
     found = {split: scores['comparison'] for split, scores in theirs.items() if 'comparison' in scores}
-    if not found or not _read(alpha_zero / 'evaluation.json', what).get('alpha_zero'):
+    about = _read(alpha_zero / 'evaluation.json', what)
+    if not found or not about.get('alpha_zero'):
         raise HubError(f'{alpha_zero} is not {what}.')
+    _check_weights(run, about, alpha_zero)
     for split, pair in found.items():
         for label in LABELS:
             difference = pair[label]['difference']
@@ -247,6 +282,8 @@ def _usual_tag(architecture: str, arguments: Dict[str, Any], official: List[str]
         tag = 'isic2017-other'
     if f'{architecture}.{tag}' in OWN_WEIGHTS:
         tag += '-' + _slug(Path(arguments['recipe']).stem)
+    if not tag:
+        raise HubError(f'The data ({arguments["data"]}) have no name that could be that of the weights: pass --tag.')
     return tag
 
 
@@ -269,9 +306,9 @@ def _base_model(arguments: Dict[str, Any]) -> Optional[str]:
     """The repo whose weights a run began with, or None."""
     if not arguments.get('pretrained'):
         return None
-    scheme, _, name = arguments['model'].rpartition(':')
-    cfg = None if scheme or not timm.is_model(name) else timm.get_pretrained_cfg(name)
-    repo = name if scheme in ('hf-hub', 'hf_hub') else cfg and cfg.hf_hub_id
+    source, name = source_of(arguments['model'])
+    cfg = None if source else timm.get_pretrained_cfg(get_deprecated_models().get(name, name))
+    repo = name if source == 'hf-hub' else cfg and cfg.hf_hub_id
     return (repo or '').partition('@')[0] or None
 
 
@@ -324,20 +361,18 @@ def _without_folders(command: str) -> str:
 
 
 def _without_folder(value: str) -> str:
+    if value.lower().startswith('local-dir:'):
+        return value[:10] + _without_folder(value[10:])
     return Path(value).name if os.path.isabs(value) or value.startswith(('./', '../', '~/')) else value
 
 
 def _read(path: Path, what: str) -> Dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise HubError(f'{path.parent} is not {what}: {path.name} is missing or unreadable.') from error
+        content = json.loads(path.read_text(encoding='utf-8'))
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError):
+        pass
+    raise HubError(f'{path.parent} is not {what}: {path.name} is missing or unreadable.')
 
 
-def sha256_of(path: Path) -> str:
-    """Digest of a file."""
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 import timm_arl  # noqa: F401  registers the models
 from timm_arl.isic.dataset import label_array, load_splits
 from timm_arl.isic.metrics import auc
+from timm_arl.pretrained import sha256_of
 
 
 def run(repo, *args, cwd=None):
@@ -45,6 +46,7 @@ def checkpoint(tmp_path_factory):
                'validation_mean_auc', *names]
     (folder / 'summary.csv').write_text(
         ','.join(['epoch', *columns]) + '\n' + ''.join(f'{e}{f",{e / 10}" * len(columns)}\n' for e in (1, 2)))
+    (folder / 'run.json').write_text('{}')
     return folder
 
 
@@ -155,6 +157,12 @@ def test_an_output_folder_holds_one_evaluation_and_no_run(call, isic_sample, che
     for name in ('roc_test.png', 'report.md', 'notes.txt', 'looks.csv'):
         (out / name).write_text('earlier')
     done = call('evaluate_isic', *usual, '--split', 'validation', '--output-dir', out)
+    assert done.returncode == 2 and 'holds a report.md that is not from an evaluation' in done.stderr, done.stderr
+    assert {path.name: path.read_text() for path in out.iterdir()} == dict.fromkeys(
+        ('roc_test.png', 'report.md', 'notes.txt', 'looks.csv'), 'earlier')
+    (out / 'evaluation.json').write_text('{}')  # then they are
+    (out / '.evaluation-killed').mkdir()
+    done = call('evaluate_isic', *usual, '--split', 'validation', '--output-dir', out)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {
         'metrics.json', 'evaluation.json', 'predictions_validation.csv', 'roc_validation.png', 'alphas.png',
@@ -166,12 +174,34 @@ def test_a_look_is_recorded_even_where_nothing_can_be_written_after_it(call, isi
     copy, out = tmp_path / 'copy', tmp_path / 'r'
     shutil.copytree(checkpoint, copy)
     (copy / 'looks.csv').unlink(missing_ok=True)
-    (out / 'metrics.json').mkdir(parents=True)  # which no file replaces
-    done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', copy, '--crops', 'center', '--workers', 0,
-                '--output-dir', out)
+    (out / 'predictions_test.csv').mkdir(parents=True)  # which no file replaces
+    for name in ('evaluation.json', 'metrics.json', 'predictions_validation.csv'):
+        (out / name).write_text('earlier')
+    done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', f'local-dir:{copy}', '--crops', 'center',
+                '--workers', 0, '--output-dir', out)
     assert done.returncode == 2 and 'AUC' not in done.stdout
     assert len(rows(out / 'looks.csv')) == len(rows(copy / 'looks.csv')) == 1
     assert not [path for path in out.iterdir() if path.name.startswith('.')]
+    assert not (out / 'metrics.json').exists()  # no scores of one network beside the predictions of another
+
+
+def test_a_staged_folder_is_scored_as_it_was_made_and_stays_as_it_is(call, repo, isic_sample, tmp_path):
+    folder = tmp_path / 's'
+    assert call('timm_arl.hub', 'stage', 'arl_cnn14.isic2017', folder).returncode == 0
+    results = json.loads((folder / 'results.json').read_text())
+    results['run']['arguments'].update(crops='center', grey_world=True)
+    (folder / 'results.json').write_text(json.dumps(results))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', folder, '--workers', 0, '--split', 'validation',
+                '--output-dir', tmp_path / 'r')
+    assert done.returncode == 0 and 'Images: crops center, aspect keep, grey-world True' in done.stdout, done.stderr
+    record = json.loads((tmp_path / 'r' / 'evaluation.json').read_text())
+    assert record['weights_sha256'] == sha256_of(folder / 'model.safetensors') and record['crops'] == 'center'
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    # what is compared is not replaced
+    done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', folder, '--output-dir', tmp_path / 'r',
+                '--compare', tmp_path / 'r' / 'predictions_validation.csv')
+    assert done.returncode == 2 and 'would be replaced: choose another --output-dir' in done.stderr
 
 
 @pytest.mark.parametrize('args, message', [
@@ -179,6 +209,7 @@ def test_a_look_is_recorded_even_where_nothing_can_be_written_after_it(call, isi
     (['--checkpoint', 'arl_cnn14.isic2018'], 'No weights arl_cnn14.isic2018: choose arl_cnn14.isic2017'),
     (['--checkpoint', 'CHECKPOINT/model.safetensors'], 'is a file: pass the folder that holds it'),
     (['--checkpoint', 'CHECKPOINT', '--output-dir', 'CHECKPOINT/model.safetensors/r'], 'model.safetensors is a file'),
+    (['--checkpoint', ''], '--checkpoint is empty: give it a value'),
     (['--checkpoint', '.'], 'holds no config.json and no model.safetensors'),
     (['--checkpoint', 'CHECKPOINT', '--compare', 'no.csv'], '--compare: no.csv cannot be read'),
     (['--checkpoint', 'CHECKPOINT', '--drop-duplicates', 'no.csv'], 'no.csv cannot be read as a list of pairs'),

@@ -333,6 +333,8 @@ def test_init_checkpoint_and_other_timm_models(finished, repo, isic_sample, tmp_
     (['--pretrained', '--init-checkpoint', 'x'], 'not allowed with argument --pretrained'),
     (['--recipe', 'moden'], 'No recipe moden: choose modern, paper, or a YAML file'),
     (['--tracker', 'wandbb'], 'Accelerate finds no tracker wandbb'),
+    (['--init-checkpoint', ''], '--init-checkpoint is empty: give it a value, or leave it out'),
+    (['--model', ''], '--model is empty'),
     (['--teacher', 'nowhere'], 'No folder nowhere, and no model of that name'),
     (['--mask-weight', '1', '--augmentation', 'paper'], '--augmentation paper changes no masks'),
     (['--resume'], '--resume needs --output-dir'),

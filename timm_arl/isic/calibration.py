@@ -80,7 +80,8 @@ def subgroup_table(
 
     Returns:
         A row for each group and label: group, label, score_task's scores, and auc_ci95 by DeLong (None with fewer than
-        two images of a class). Empty where nothing is known of anyone.
+        two images of a class, and for a perfect AUC, where DeLong's has no width). Empty where nothing is known of
+        anyone.
     """
     groups: List[Tuple[str, np.ndarray]] = []
     if sex is not None and any(s is not None for s in sex):
@@ -108,6 +109,7 @@ def _years(age: Any) -> float:
 
 def _interval(truth: np.ndarray, probabilities: np.ndarray) -> Optional[Tuple[float, float]]:
     try:
-        return delong_interval(truth, probabilities)
+        low, high = delong_interval(truth, probabilities)
     except ValueError:  # too few images
         return None
+    return (low, high) if high - low > 1e-9 else None

@@ -28,6 +28,8 @@ def check(args: argparse.Namespace) -> int:
     """Print, and write where asked to, the pairs of images that are the same or nearly so."""
     if not 0 < args.correlation <= 1:
         raise DataError('--correlation must be above 0 and at most 1.')
+    if args.output and not Path(args.output).parent.is_dir():  # told before the work, not after it
+        raise DataError(f'No folder {Path(args.output).parent} for {args.output}: make it first.')
     pairs = find_duplicates(load_splits(args.source), args.correlation)
     across = [p for p in pairs if p['split_a'] != p['split_b']]
     for p in pairs:
@@ -93,7 +95,8 @@ def read_pairs(path: Union[str, Path]) -> List[Tuple[str, str]]:
             return [(row['image_id_a'], row['image_id_b']) for row in csv.DictReader(file) if row['image_id_a']]
     except (OSError, KeyError, UnicodeDecodeError) as error:
         raise DataError(
-            f'{path} cannot be read as a list of pairs (columns image_id_a, image_id_b): {error}') from error
+            f'{path} cannot be read as a list of pairs (columns image_id_a, image_id_b): '
+            f'{error.strerror if isinstance(error, OSError) else error}.') from error
 
 
 def _unit(pictures: np.ndarray) -> np.ndarray:

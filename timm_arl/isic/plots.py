@@ -100,7 +100,8 @@ def curve_plot(path: PathLike, summary: List[Dict[str, Any]], title: str = '') -
     """
     figure = _figure(9, 4.2, title)
     best = max(summary, key=lambda row: float(row['validation_mean_auc']))
-    losses = [('train_loss', 'training', '0.5'), ('validation_loss', 'validation', 'black')]
+    training = "training, with the masks'" if 'train_mask_loss' in best else 'training'
+    losses = [('train_loss', training, '0.5'), ('validation_loss', 'validation', 'black')]
     aucs = [*((f'validation_auc_{label}', label.replace('_', ' '), colour) for label, colour in zip(LABELS, COLOURS)),
             ('validation_mean_auc', f'mean, best {float(best["validation_mean_auc"]):.3f}', 'black')]
     for k, (lines, ylabel) in enumerate(((losses, 'loss'), (aucs, 'AUC on validation'))):
@@ -108,7 +109,7 @@ def curve_plot(path: PathLike, summary: List[Dict[str, Any]], title: str = '') -
         for column, name, colour in lines:
             axes.plot([int(row['epoch']) for row in summary], [float(row[column]) for row in summary], color=colour,
                       linewidth=1.2, marker='.' if len(summary) < 3 else '', label=name)
-        axes.axvline(int(best['epoch']), color='0.7', linewidth=1, linestyle=':')
+        axes.axvline(int(best['epoch']), color='0.7', linewidth=1, linestyle=':', label=f'epoch {best["epoch"]}')
         axes.set(xlabel='epoch', ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=8, frameon=False)

@@ -26,6 +26,8 @@ def replacing(path: PathLike) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to; rename it to `path` on success, remove it on an exception."""
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.tmp')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'No folder {path.parent} for {path.name}: make it first.')
     try:
         yield temporary
         os.replace(temporary, path)
