@@ -53,7 +53,7 @@ def markdown_report(metrics: Dict[str, Any], record: Dict[str, Any], out: Path, 
                              f'{" | ".join(number(point[column]) for column in COLUMNS)} |')
         lines += ['', f'![ROC curves](roc_{split}.png)', '', f'![Reliability](reliability_{split}.png)', '']
         if scores['subgroups']:
-            lines += ["Groups: DeLong's intervals (none where the AUC is 0 or 1), their points at 0.5.", '',
+            lines += ["Groups: DeLong's intervals (none at an AUC of 0 or 1), sensitivity and specificity at 0.5.", '',
                       '| group | task | images | positives | AUC | sensitivity | specificity |',
                       '|---|---|---|---|---|---|---|']
             lines += [f'| {row["group"]} | {row["label"].replace("_", " ")} | {row["images"]} | {row["positives"]} | '

@@ -2,7 +2,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -21,14 +21,19 @@ from timm_arl.isic.results import read_predictions, write_json, write_prediction
 from timm_arl.pretrained import fetch_weights, source_of
 
 
-def fold_rows(split, folds: int, seed: int, duplicates: str = '') -> Iterator[Tuple[np.ndarray, np.ndarray]]:
+def fold_rows(
+        split,
+        folds: int,
+        seed: int,
+        duplicates: Optional[str] = None,
+) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
     """Rows to train on and rows held out, for each fold; each diagnosis as frequent in one as in another.
 
     Args:
         split: A split of load_splits.
         folds: How many.
         seed: Seed of the division.
-        duplicates: List of pairs of images (image_id_a, image_id_b) that must not be parted, or ''.
+        duplicates: List of pairs of images (image_id_a, image_id_b) that must not be parted, or None.
 
     Raises:
         DataError: A list that cannot be read, or too few images of a diagnosis for so many folds.

@@ -87,7 +87,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add = group.add_argument
     add('--folds', type=number(int, 2), default=0,
         help='cross-validation on the split train; the last epoch is kept and the test split left alone')
-    add('--duplicates', default='', metavar='LIST.csv',
+    add('--duplicates', metavar='LIST.csv',
         help='pairs of images that no fold may part (default: duplicates.csv in --data, where it is)')
     add('--seeds', type=number(int, 0, 2 ** 32 - 1), nargs='+', help='a run with each of these seeds')
 
