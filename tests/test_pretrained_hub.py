@@ -254,12 +254,17 @@ def test_a_config_that_names_other_weights(client, hub, weights):
     assert not [r for r in hub.requests if '.bin' in r]
 
 
-def test_what_is_in_the_cache_is_used_though_the_hub_has_newer(client, hub, weights):
+def test_what_is_in_the_cache_is_used_though_the_hub_has_newer(client, hub, home, weights):
     assert client(name='hf-hub:row/moved')[0].get('sum') == weights[2]
-    hub.repos['row/moved']['model.safetensors'] = b'something else'
+    newer = {k: v * 2 if k == 'fc.weight' else v for k, v in safetensors.torch.load_file(weights[0]).items()}
+    hub.repos['row/moved']['model.safetensors'] = safetensors.torch.save(newer)
     asked = len(requests_of(hub, 'row/moved'))
     assert client(name='hf-hub:row/moved')[0].get('sum') == weights[2]
     assert len(requests_of(hub, 'row/moved')) == asked
+    (link,) = (home / 'hub' / 'models--row--moved' / 'snapshots').glob('*/model.safetensors')
+    link.unlink()  # then the weights come from another commit than the config
+    moved = client(name='hf-hub:row/moved')[0]['sum']
+    assert moved == pytest.approx(weights[2] + newer['fc.weight'].double().sum().item() / 2) and moved != weights[2]
 
 
 def test_warm_cache(client, hub, home, library, weights):

@@ -60,7 +60,7 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
         there = Path(to).expanduser()
         staged = _staged(folder, f'local-dir:{there.resolve().name}')
         files = {path.name for path in there.iterdir()} if there.is_dir() else set()
-        if (there.exists() and not there.is_dir()) or 'run.json' in files or (files and 'results.json' not in files):
+        if (there.exists() and not there.is_dir()) or (files and 'results.json' not in files):
             raise HubError(f'{to} is no folder that this command wrote, and would lose what it holds: choose another.')
         changed = [name for name, content in staged.items()
                    if not (there / name).is_file() or sha256_of(there / name) != _sha256(content)]
