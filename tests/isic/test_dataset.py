@@ -1,9 +1,12 @@
 """Data as users have them, and as they should not be."""
+import io
 import shutil
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_data import FEATURES, WITH_ASPECT, jpeg, rows, write
 
 from timm_arl.isic.dataset import DataError, check_usable, load_splits, unreadable_images
@@ -100,13 +103,15 @@ def test_truncated_parquet_is_refused(tmp_path):
 
 def test_images_that_do_not_decode_are_found(tmp_path):
     whole = jpeg(size=(64, 64))
-    bad = {1: whole[:len(whole) // 2], 3: b'', 4: b'<html>not an image</html>'}
+    floats = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(floats, 'TIFF')  # white may be 1, or 255
+    bad = {1: floats.getvalue(), 3: b'', 4: b'<html>not an image</html>', 6: whole[:len(whole) // 2]}
     good = {0: jpeg(mode='L'), 2: jpeg(mode='CMYK'), 5: jpeg(mode='RGBA', format='PNG'),
             7: jpeg(mode='P', format='PNG')}
     cells = {row: {'bytes': data, 'path': None} for row, data in {**bad, **good}.items()}
-    content = rows(8, image={**cells, 6: None})
+    content = rows(9, image={**cells, 8: None})
     split = load_splits(write(tmp_path / 'd', train=content))['train']
-    assert unreadable_images(split) == sorted([*bad, 6])
+    assert unreadable_images(split) == sorted([*bad, 8])
     dataset = IsicSplit(split, eval_transform(16, MEAN, STD))
     assert all(dataset[row][0].shape == (1, 3, 16, 16) for row in good)
 

@@ -105,6 +105,13 @@ def test_a_crop_to_the_lesion_is_not_taken_for_a_squashed_copy(tmp_path):
     content[0]['mask']['bytes'] = buffer.getvalue()[:60]  # a mask that does not decode is found, where it is needed
     split = load_splits(write(tmp_path / 'e', features=features, train=content))['train']
     assert unreadable_images(split, masks=True) == [0] and unreadable_images(split) == []
+    turned = io.BytesIO()
+    mask.transpose(Image.Transpose.ROTATE_90).save(turned, 'PNG')  # of a photograph that EXIF turned, and not its mask
+    content[0]['mask']['bytes'] = turned.getvalue()
+    split = load_splits(write(tmp_path / 'f', features=features, train=content))['train']
+    assert unreadable_images(split, masks=True) == [0] and unreadable_images(split) == []
+    with pytest.raises(OSError, match='its mask has 300 x 400 px, the image 400 x 300'):
+        IsicSplit(split, None, crop_to_lesion=True).picture(0)
 
 
 @pytest.mark.parametrize('augmentation', ['modern', 'plain'])

@@ -113,9 +113,12 @@ def test_faults(run, source, tmp_path):
     done = run('prepare', source, tmp_path / 'out')
     assert done.returncode == 2 and 'The image of ISIC_1000002 does not decode' in done.stderr
     done = run('prepare', source, tmp_path / 'other', '--skip-bad-images')
-    assert done.returncode == 0 and 'Left out' in done.stdout and 'ISIC_1000002' in done.stdout, done.stderr
+    assert done.returncode == 0 and 'do not decode: ISIC_1000002. To have' in done.stdout, done.stderr
     assert len(load_splits(str(tmp_path / 'other'))['validation']) == 5
+    assert 'Left out, since they do not decode: ISIC_1000002.' in (tmp_path / 'other' / 'README.md').read_text()
     image.write_bytes(whole)
+    done = run('prepare', source, tmp_path / 'other', '--skip-bad-images')  # which makes no shard anew
+    assert done.returncode == 0 and 'do not decode: ISIC_1000002. To have' in done.stdout, done.stderr
 
     (source / 'ISIC-2017_Training_Data.zip').write_bytes(b'not the zip')
     done = run('prepare', source, tmp_path / 'zip')

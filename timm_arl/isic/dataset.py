@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, TypeVar, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import datasets
 import numpy as np
@@ -260,7 +260,8 @@ def decode(image: Optional[Dict]) -> Image.Image:
     16-bit grey is scaled to 8 bits, CMYK and palettes are converted, an alpha channel is dropped.
 
     Raises:
-        OSError: No bytes, a format unknown to Pillow, a truncated file, or one of unreasonably many pixels.
+        OSError: No bytes, a format unknown to Pillow, a truncated file, one of unreasonably many pixels, or of
+            floating-point ones, whose white is not known.
     """
     if image is None or (image['bytes'] is None and image['path'] is None):
         raise OSError('no bytes')
@@ -270,12 +271,30 @@ def decode(image: Optional[Dict]) -> Image.Image:
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # 100 megapixels are a photograph here
             with Image.open(source) as picture:
                 picture = ImageOps.exif_transpose(picture)
+                if picture.mode == 'F':
+                    raise OSError('floating-point pixels')
                 if picture.mode.startswith('I'):  # 16 bits of grey, which convert would cut off at 255
                     values = np.asarray(picture, np.float32)
                     picture = Image.fromarray((values / 257 if values.max() > 255 else values).round().astype(np.uint8))
                 return picture.convert('RGB')
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises beside OSError
         raise OSError(str(error)) from error
+
+
+def decode_mask(mask: Dict, size: Tuple[int, int]) -> Image.Image:
+    """Decode an undecoded mask cell to a grey picture.
+
+    Args:
+        mask: Cell.
+        size: Width and height of the image it belongs to, decoded.
+
+    Raises:
+        OSError: As decode, or a mask that lies across its image, one of them turned and the other not.
+    """
+    picture = decode(mask).convert('L')
+    if (picture.width - picture.height) * (size[0] - size[1]) < 0:
+        raise OSError(f'its mask has {picture.width} x {picture.height} px, the image {size[0]} x {size[1]}')
+    return picture
 
 
 def unreadable_images(split: datasets.Dataset, progress: Callable = iter, masks: bool = False) -> List[int]:
@@ -290,9 +309,10 @@ def unreadable_images(split: datasets.Dataset, progress: Callable = iter, masks:
     cells, bad = split.select_columns(columns), []
     for row in progress(range(len(cells))):
         try:
-            for column, cell in cells[row].items():
-                if column == 'image' or cell is not None:
-                    decode(cell)
+            cell = cells[row]
+            size = decode(cell['image']).size
+            if cell.get('mask') is not None:
+                decode_mask(cell['mask'], size)
         except OSError:
             bad.append(row)
     return bad

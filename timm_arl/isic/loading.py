@@ -13,7 +13,7 @@ from torch.utils.data import default_collate, get_worker_info
 from torchvision import tv_tensors
 
 from . import LABELS
-from .dataset import DataError, StreamedSplit, decode, label_array
+from .dataset import DataError, StreamedSplit, decode, decode_mask, label_array
 from .transforms import grey_world, lesion_crop, restore_aspect
 
 __all__ = ['EpochBatches', 'IsicImages', 'IsicSplit', 'IsicStream', 'diagnosis_array']
@@ -76,11 +76,12 @@ class IsicImages:
             OSError: An image or mask that does not decode.
         """
         image = decode(cells['image'])
+        size = image.size
         if 'aspect_ratio' in cells:  # first, since a square crop is no squashed copy
             image = restore_aspect(image, cells['aspect_ratio'])
         mask = None
         if cells.get('mask') is not None:
-            mask = decode(cells['mask']).convert('L').resize(image.size, Image.Resampling.BILINEAR)
+            mask = decode_mask(cells['mask'], size).resize(image.size, Image.Resampling.BILINEAR)
             if self.crop_to_lesion:
                 image, mask = lesion_crop(image, mask), lesion_crop(mask, mask)
         return (grey_world(image) if self.colour_constancy else image), mask

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import LABELS
-from .dataset import SPLITS, DataError, decode, load_splits
+from .dataset import SPLITS, DataError, decode, decode_mask, load_splits
 from .duplicates import read_pairs
 from .results import replacing, write_json
 from .sources import CHALLENGE_ZIPS, image_files, read_table
@@ -98,14 +98,15 @@ def prepare(args: argparse.Namespace) -> int:
                         args.longest_side, args.skip_bad_images): path for path, split, start in open_jobs}
         try:
             for future in as_completed(futures):
-                images, bad = future.result()
-                bar.update(images)
-                if bad:
-                    tqdm.write(f'Left out, since they do not decode: {", ".join(bad)}', file=sys.stdout)
+                bar.update(future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    counts = _write_card(target, args, dropped)
+    skipped = _skipped(target, splits)
+    counts = _write_card(target, args, dropped, skipped)
+    if skipped:
+        print(f'Left out, since they do not decode: {", ".join(skipped)}. To have them, mend them, remove {target} and '
+              f'prepare it anew.')
     print(f'Written: {target} ({", ".join(f"{n} {name}" for name, n in counts.items())}); use it with --data {target}')
     return 0
 
@@ -200,18 +201,17 @@ def _bytes(image: Image.Image, fmt: str, **options: Any) -> Dict[str, Any]:
     return {'bytes': file.getvalue(), 'path': None}
 
 
-def _write_shard(path: Path, rows: datasets.Dataset, longest_side: int, skip_bad_images: bool) -> Tuple[int, List[str]]:
-    """Number of images and ids of those that were left out."""
-    content, bad = [], []
+def _write_shard(path: Path, rows: datasets.Dataset, longest_side: int, skip_bad_images: bool) -> int:
+    """Number of images, those that were left out among them."""
+    content = []
     for row in rows:
         try:
             image = decode(row['image'])
             mask = row.get('mask')
             if mask is not None:
-                mask = _resized(decode(mask).convert('1'), longest_side, Image.Resampling.NEAREST)
+                mask = _resized(decode_mask(mask, image.size).convert('1'), longest_side, Image.Resampling.NEAREST)
         except OSError as error:
             if skip_bad_images:
-                bad.append(row['image_id'])
                 continue
             raise DataError(f'The image of {row["image_id"]} does not decode ({error}): mend it, or leave such images '
                             f'out with --skip-bad-images.') from error
@@ -226,10 +226,17 @@ def _write_shard(path: Path, rows: datasets.Dataset, longest_side: int, skip_bad
         })
     with replacing(path) as temporary:
         datasets.Dataset.from_list(content, features=FEATURES).to_parquet(temporary)
-    return len(rows), bad
+    return len(rows)
 
 
-def _write_card(target: Path, args: argparse.Namespace, dropped: List[str]) -> Dict[str, int]:
+def _skipped(target: Path, splits: Dict[str, datasets.Dataset]) -> List[str]:
+    """Ids of images that no shard has, now or before a kill."""
+    paths = [str(path) for path in (target / 'data').glob('*.parquet')]
+    written = set(pyarrow.parquet.read_table(paths, columns=['image_id'])['image_id'].to_pylist())
+    return [str(i) for split in splits.values() for i in split['image_id'] if str(i) not in written]
+
+
+def _write_card(target: Path, args: argparse.Namespace, dropped: List[str], skipped: List[str]) -> Dict[str, int]:
     """Write README.md and return how many images each split has."""
     lines = ['---', 'pretty_name: ISIC 2017 Part 3, prepared by timm-arl', 'task_categories:', '- image-classification',
              'configs:', '- config_name: default', '  data_files:']
@@ -247,6 +254,8 @@ def _write_card(target: Path, args: argparse.Namespace, dropped: List[str]) -> D
               f'`height` are those of the originals. Made by `{command}` on {time.strftime("%Y-%m-%d")}.', '', *table]
     if dropped:
         lines += ['', f'Left out of train as twins of other images: {", ".join(dropped)}.']
+    if skipped:
+        lines += ['', f'Left out, since they do not decode: {", ".join(skipped)}.']
     lines += ['', 'The licence is that of the source: the 2017 challenge data are CC0; external images have their own.']
     with replacing(target / 'README.md') as temporary:
         temporary.write_text('\n'.join(lines) + '\n', encoding='utf-8')
