@@ -110,11 +110,12 @@ def published_arguments(checkpoint):
     folder = shipped_weights(checkpoint) or path_of(checkpoint)
     if not folder.exists() and checkpoint.lower().startswith(('hf-hub:', 'hf_hub:')):
         repo, _, revision = checkpoint[7:].partition('@')
+        commit = fetch_weights(repo, 'config.json', revision or None).parent.name
         try:
-            folder = fetch_weights(repo, 'results.json', revision or None).parent
+            folder = fetch_weights(repo, 'results.json', commit).parent
         except WeightsError as error:
             if not isinstance(error.__cause__, RemoteEntryNotFoundError):  # a repo without one is no failure
-                raise
+                print(f'The images that {checkpoint} was trained with are not known: no results.json, {error.cause}.')
     return (read_results(folder) or {}).get('run', {}).get('arguments', {})
 
 

@@ -304,6 +304,8 @@ def main():
             print(f'This run is finished: {args.output_dir} holds its results.')
             return
         accelerator = create_accelerator(args)
+        if args.sync_bn and accelerator.device.type != 'cuda':
+            raise RunError(f'--sync-bn works on CUDA devices, not on {accelerator.device.type}: leave it out.')
         if args.output_dir and not args.preview:
             check_output_dir(Path(args.output_dir))
             check_no_other_run(args, Path(args.output_dir))

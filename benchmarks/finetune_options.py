@@ -171,7 +171,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     if not args.resume:
         given = sys.argv[1:] if argv is None else list(argv)
         from_weights = args.pretrained or args.init_checkpoint is not None
-        args = parser.parse_args([*recipe_flags(args.recipe, parser, from_weights), *given])
+        flags = recipe_flags(args.recipe, parser, from_weights)
+        usual = parser.error
+        parser.error = lambda message: usual(f'recipe {args.recipe}: {message}')
+        parser.parse_args(flags)
+        parser.error = usual
+        args = parser.parse_args([*flags, *given])
         if args.seeds and len(set(args.seeds)) < len(args.seeds):
             raise RunError('--seeds names a seed twice.')
         absent = [flag for flag in REQUIRED if getattr(args, flag.replace('-', '_')) is None]

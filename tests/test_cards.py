@@ -159,7 +159,9 @@ def snippets(card):
 
 def run_snippets(card, folder, picture=None, **env):
     picture = picture or Image.new('RGB', (600, 450), (200, 150, 130))
-    picture.save(folder / 'lesion.jpg', format='PNG')  # without a loss
+    exif = Image.Exif()
+    exif[274] = 6  # of a camera that was held upright
+    picture.transpose(Image.Transpose.ROTATE_90).save(folder / 'lesion.jpg', format='PNG', exif=exif)  # without a loss
     return subprocess.run([sys.executable, '-c', snippets(card)], cwd=folder, env={**os.environ, **env},
                           capture_output=True, text=True, timeout=200)
 

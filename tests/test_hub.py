@@ -227,13 +227,16 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
 
 @pytest.mark.parametrize('name, content, message', [
     ('run.json', '{}', 'is not whole'), ('run.json', '[]', 'run.json is missing or unreadable'),
-    ('run.json', '{"arguments": 3}', 'is not whole'), ('summary.csv', '', 'is not whole'),
+    ('run.json', '{"arguments": 3}', 'is not whole'), ('run.json', 'BALANCE', 'is not whole'),
+    ('summary.csv', '', 'is not whole'),
     ('summary.csv', 'epoch,validation_mean_auc\n', 'is not whole'), ('metrics.json', '{"test": {}}', 'is not whole'),
 ])
 def test_damaged_runs(run, call, tmp_path, name, content, message):
     copy = tmp_path / 'run'
     shutil.copytree(run, copy)
-    (copy / name).write_text(content)
+    record = json.loads((copy / 'run.json').read_text())
+    record['arguments']['balance'] = 'unheard-of'
+    (copy / name).write_text(json.dumps(record) if content == 'BALANCE' else content)
     done = call('timm_arl.hub', 'stage', copy, tmp_path / 's')
     assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
     assert not (tmp_path / 's').exists()
@@ -253,10 +256,11 @@ def test_data_without_a_name(run, call, tmp_path):
 def test_a_card_that_is_edited(run, staged, call, tmp_path):
     shutil.copytree(staged, tmp_path / 's')
     card = tmp_path / 's' / 'README.md'
-    card.write_text(card.read_text() + "\nBegan with 'hf-hub:timm/resnet50'.\n")
+    added = "Began with 'hf-hub:timm/resnet50': timm.create_model('hf-hub:timm/resnet50')"
+    card.write_text(f'{card.read_text()}\n{added}\n')
     assert call('timm_arl.hub', 'push', tmp_path / 's', '--to', tmp_path / 'there', '--yes').returncode == 0
     pushed = (tmp_path / 'there' / 'README.md').read_text()
-    assert "Began with 'hf-hub:timm/resnet50'." in pushed and "create_model('local-dir:there'" in pushed
+    assert added in pushed and "create_model('local-dir:there'" in pushed
     card.write_bytes(card.read_bytes() + b'na\xefve')
     for args in (('push', tmp_path / 's', '--to', tmp_path / 'there'),
                  ('verify', tmp_path / 'there', '--against', tmp_path / 's')):
@@ -288,6 +292,7 @@ def test_places_that_are_not_for_a_push(run, staged, call, repo, tmp_path):
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     (tmp_path / 'thesis').mkdir()
     (tmp_path / 'thesis' / 'README.md').write_text('dear')
+    (tmp_path / 'thesis' / 'results.json').write_text('{"mine": 1}')
     for place in (copy, tmp_path / 'thesis', tmp_path / 'thesis' / 'README.md'):
         done = call('timm_arl.hub', 'push', staged, '--to', place, '--yes')
         assert done.returncode == 2 and 'is no folder that this command wrote' in done.stderr, done.stderr
@@ -308,6 +313,7 @@ def test_places_that_are_not_for_a_push(run, staged, call, repo, tmp_path):
 def test_staging_again(run, tmp_path, monkeypatch):
     folder, link = publishing.stage(run, tmp_path / 's', note='first'), tmp_path / 'link'
     link.symlink_to(folder)
+    (tmp_path / '.s.staging-killed' / 'new').mkdir(parents=True)
     assert publishing.stage(run, link, note='second') == link
     assert link.is_symlink() and 'second' in (folder / 'README.md').read_text()
     renames, rename = [], Path.rename

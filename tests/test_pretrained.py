@@ -68,10 +68,12 @@ def test_missing_corrupt_and_pickled_files_are_refused(tmp_path):
 def test_files_by_timms_own_arguments(tmp_path):
     model = timm.create_model('arl_cnn14', num_classes=2)
     path, other = save(model, tmp_path / 'w.safetensors'), tmp_path / 'other'
+    save_for_hf(model, tmp_path / 'w', safe_serialization=True)
     save_for_hf(timm.create_model('arl_cnn14', num_classes=2), other, safe_serialization=True)
-    for overlay in (dict(file=str(path), num_classes=2), dict(state_dict=model.state_dict(), num_classes=2)):
+    for given in (dict(file=str(path)), dict(file=str(path.parent / 'w')), dict(state_dict=model.state_dict())):
         for name in ('arl_cnn14', f'local-dir:{other}'):  # what the caller gives, not what a config.json does
-            found = timm.create_model(name, pretrained=True, num_classes=2, pretrained_cfg_overlay=overlay)
+            found = timm.create_model(name, pretrained=True, num_classes=2,
+                                      pretrained_cfg_overlay=dict(given, num_classes=2))
             assert torch.equal(found.fc.weight, model.fc.weight)
     torch.save(model.state_dict(), tmp_path / 'w.pth')
     with pytest.raises(WeightsError, match='w.pth is no .safetensors file, and only those are opened: write'):

@@ -119,14 +119,22 @@ def hub(weights, vit_tiny, library):
 
 def poisoned(path, config):
     """Repos whose config.json names other weights than the file that is looked for."""
-    resnet = json.dumps(dict(architecture='resnet14', pretrained_cfg=dict(hf_hub_filename='evil.bin'))).encode()
+    def resnet(name):
+        return json.dumps(dict(architecture='resnet14', pretrained_cfg=dict(hf_hub_filename=name))).encode()
+
+    of_resnet = safetensors.torch.save(timm.create_model('resnet14').state_dict())
     return {
         **{repo: {'config.json': json.dumps(dict(json.loads(config), pretrained_cfg=dict(
             json.loads(config)['pretrained_cfg'], **more))).encode(), 'model.safetensors': path, 'evil.bin': b'x'}
            for repo, more in (('bad/state', dict(state_dict={'a': 1})), ('bad/file', dict(file=__file__)),
                               ('timm-arl/arl_cnn14.isic2017', dict(state_dict={'a': 1})))},
-        'bad/name': {'config.json': resnet, 'model.safetensors': safetensors.torch.save(
-            timm.create_model('resnet14').state_dict()), 'evil.bin': b'x'},
+        'bad/name': {'config.json': resnet('evil.bin'), 'model.safetensors': of_resnet, 'evil.bin': b'x'},
+        'bad/path': {'config.json': resnet('../model.safetensors'), 'model.safetensors': of_resnet},
+        'row/other-name': {'config.json': resnet('v2.safetensors'), 'v2.safetensors': of_resnet,
+                           'model.safetensors': path},
+        'bad/config': {'config.json': b'{"architecture": "resnet14", "pretrained_cfg": null}'},
+        'bad/args': {'config.json': b'{"architecture": "arl_cnn14", "model_args": [1], "pretrained_cfg": {}}',
+                     'model.safetensors': path},
         'bad/bin-alone': {'config.json': config, 'pytorch_model.bin': b'x'}}
 
 
@@ -250,7 +258,12 @@ def test_a_config_that_names_other_weights(client, hub, weights):
         assert 'another digest than it should have' in result['error']
         result, _ = client(name='HF-Hub:bad/bin-alone', plain=plain)
         assert 'there is no such file in the repo' in result['error']
-    assert 'sum' in client(name='hf-hub:bad/name')[0]
+    assert 'sum' in client(name='hf-hub:row/other-name')[0]
+    for repo, message in (('name', 'evil.bin of bad/name .*it is no .safetensors file'),
+                          ('path', r'\.\./model.safetensors of bad/path .*it is no .safetensors file'),
+                          ('config', 'hf-hub:bad/config cannot be created with its weights|no such file in the repo'),
+                          ('args', 'hf-hub:bad/args cannot be created with its weights')):
+        assert re.search(message, client(name=f'hf-hub:bad/{repo}')[0].get('error', '')), repo
     assert not [r for r in hub.requests if '.bin' in r]
 
 
@@ -262,7 +275,9 @@ def test_what_is_in_the_cache_is_used_though_the_hub_has_newer(client, hub, home
     assert client(name='hf-hub:row/moved')[0].get('sum') == weights[2]
     assert len(requests_of(hub, 'row/moved')) == asked
     (link,) = (home / 'hub' / 'models--row--moved' / 'snapshots').glob('*/model.safetensors')
-    link.unlink()  # then the weights come from another commit than the config
+    link.unlink()  # then the weights come anew, of the commit that the config is of
+    assert client(name='hf-hub:row/moved')[0].get('sum') == weights[2]
+    (home / 'hub' / 'models--row--moved' / 'refs' / 'main').unlink()  # nothing is known of main any more
     moved = client(name='hf-hub:row/moved')[0]['sum']
     assert moved == pytest.approx(weights[2] + newer['fc.weight'].double().sum().item() / 2) and moved != weights[2]
 

@@ -71,7 +71,7 @@ def fetch_weights(
         WeightsError: It cannot be had; with repo, file, revision, cause and remedy.
     """
     where: Dict[str, Any] = dict(repo=repo, file=file, revision=revision or 'main')
-    if not file.endswith(('.safetensors', '.json')):
+    if not file.endswith(('.safetensors', '.json')) or {'..', ''} & set(file.split('/')):
         raise WeightsError(**where, cause='it is no .safetensors file', remedy='only those are opened, never a pickle')
     request: Dict[str, Any] = dict(repo_id=repo, filename=file, revision=revision, cache_dir=cache_dir)
     force = False

@@ -60,7 +60,7 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
         there = Path(to).expanduser()
         staged = _staged(folder, f'local-dir:{there.resolve().name}')
         files = {path.name for path in there.iterdir()} if there.is_dir() else set()
-        if (there.exists() and not there.is_dir()) or (files and 'results.json' not in files):
+        if (there.exists() and not there.is_dir()) or (files and 'name' not in (read_results(there) or {})):
             raise HubError(f'{to} is no folder that this command wrote, and would lose what it holds: choose another.')
         changed = [name for name, content in staged.items()
                    if not (there / name).is_file() or sha256_of(there / name) != _sha256(content)]
@@ -173,7 +173,7 @@ def _named(folder: Path, load_name: str) -> bytes:
         text = (folder / 'README.md').read_text(encoding='utf-8')
     except UnicodeDecodeError as error:
         raise HubError(f'{folder / "README.md"} is not UTF-8: save it so, or write it anew: card {folder}.') from error
-    return LOADING.sub(lambda _: f'timm.create_model({load_name!r}', text).encode()
+    return LOADING.sub(lambda _: f'timm.create_model({load_name!r}', text, count=1).encode()
 
 
 def _bytes(content: Union[str, bytes]) -> bytes:

@@ -1,5 +1,6 @@
 """Finding, checking and loading weights."""
 import difflib
+import json
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union, cast
@@ -37,40 +38,62 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
     Raises:
         WeightsError: An unknown model or tag, a model without weights, or weights that cannot be had.
     """
+    asked, overlay = name, dict(kwargs.get('pretrained_cfg_overlay') or {})
     source, place = source_of(name)
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    if source == 'hf-hub':  # the verified files: timm would take them from the cache, whole or not, or a newer revision
-        repo, _, revision = place.partition('@')
-        where: Dict[str, Any] = dict(revision=revision or None, cache_dir=kwargs.get('cache_dir'))
-        name = f'local-dir:{fetch_weights(repo, "config.json", **where).parent}'
-        overlay = {'hf_hub_id': place, **overlay}
-        if pretrained:
-            overlay = {**_only(fetch_weights(repo, sha256=_pinned(repo), **where)), **overlay}
-    elif source and pretrained:
-        overlay = {**_only(_check_file(Path(place, 'model.safetensors'))), **overlay}
-    elif source is None:
-        name = get_deprecated_models().get(name, name)  # tv_resnet50 has no weights of its own, but is resnet50.tv_in1k
-        if not timm.is_model(name):
-            raise WeightsError(_unknown(name, _near(name) + "timm.list_models('arl_*') lists the family."))
     try:
-        if overlay:
-            kwargs['pretrained_cfg_overlay'] = overlay
-        if pretrained and source is None:
-            variant, _, tag = name.partition('.')
-            tags = _tags(variant)
-            if tag and tags and tag not in tags:
-                raise WeightsError(f'No weights {name}: choose {" or ".join(f"{variant}.{each}" for each in tags)}.')
-            kwargs = local_weights(variant, {**kwargs, **({'pretrained_cfg': tag} if tag else {})})
+        if source is None:
+            name = get_deprecated_models().get(name, name)  # tv_resnet50 has no weights, but is resnet50.tv_in1k
+            if not timm.is_model(name):
+                raise WeightsError(_unknown(name, _near(name) + "timm.list_models('arl_*') lists the family."))
+            if pretrained:
+                kwargs = _with_local_weights(name, kwargs)
+        else:
+            config = Path(place, 'config.json')
+            repo, _, revision = place.partition('@')
+            where = dict(cache_dir=kwargs.get('cache_dir'))
+            if source == 'hf-hub':  # verified files: timm would take them from the cache, whole or not
+                config = fetch_weights(repo, 'config.json', revision or None, **where)
+                overlay.setdefault('hf_hub_id', place)
+            if pretrained and overlay.get('state_dict'):
+                overlay['source'] = ''
+            elif pretrained:
+                overlay.update(_only(
+                    _check_file(Path(overlay['file'])) if overlay.get('file') else
+                    _check_file(config.with_name('model.safetensors')) if source == 'local-dir' else
+                    fetch_weights(repo, _weights_name(config), config.parent.name, _pinned(repo), **where)))
+            name, kwargs = f'local-dir:{config.parent}', {**kwargs, 'pretrained_cfg_overlay': overlay}
         with plain_http():
             return timm.create_model(name, pretrained=pretrained, **kwargs)
     except WeightsError:
         raise
     except Exception as error:  # the same
-        if not (isinstance(error, (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError))
-                or is_of_network(error)):
+        usual = (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError)
+        odd = (AssertionError, AttributeError, IndexError) if source else ()  # of a config.json that holds other things
+        if not (isinstance(error, usual + odd) or is_of_network(error)):
             raise
-        raise WeightsError(f'Model {name} cannot be created{" with its weights" if pretrained else ""}: '
-                           f'{" ".join(str(error).split())}') from error
+        raise WeightsError(f'Model {asked} cannot be created{" with its weights" if pretrained else ""}: '
+                           f'{" ".join(str(error).split()) or repr(error)}') from error
+
+
+def _with_local_weights(name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    variant, _, tag = name.partition('.')
+    tags = _tags(variant)
+    if tag and tags and tag not in tags:
+        raise WeightsError(f'No weights {name}: choose {" or ".join(f"{variant}.{each}" for each in tags)}.')
+    return local_weights(variant, {**kwargs, **({'pretrained_cfg': tag} if tag else {})})
+
+
+def _weights_name(config: Path) -> str:
+    """The file of a repo that its config.json names, or the usual one."""
+    try:
+        content = json.loads(config.read_text(encoding='utf-8'))
+        return _safe_name(content.get('pretrained_cfg', content).get('hf_hub_filename'))
+    except (OSError, ValueError, AttributeError):  # which timm will tell
+        return _safe_name(None)
+
+
+def _safe_name(file: Optional[str]) -> str:
+    return 'model.safetensors' if file in (None, '', 'pytorch_model.bin') else str(file)  # as timm has it
 
 
 def source_of(name: str) -> Tuple[Optional[str], str]:
@@ -224,8 +247,7 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     else:
         if shipped is not None:
             say(f'{shipped / "model.safetensors"} is damaged: asking the Hub for it.')
-        path = fetch_weights(repo, cfg.hf_hub_filename or 'model.safetensors', revision or None, sha256,
-                             cache_dir=kwargs.get('cache_dir'))
+        path = fetch_weights(repo, _safe_name(cfg.hf_hub_filename), revision or None, sha256, kwargs.get('cache_dir'))
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **_only(path)}}
 
 
@@ -239,6 +261,7 @@ def _pinned(repo: str) -> Optional[str]:
 
 
 def _check_file(path: Path) -> Path:
+    path = path / 'model.safetensors' if path.is_dir() else path
     if not path.is_file():
         raise WeightsError(f'No weights at {path}: pass a .safetensors file, or a folder that holds model.safetensors.')
     if path.suffix != '.safetensors':  # which timm would open as a pickle

@@ -1,5 +1,6 @@
 """Model repos as folders, ready to publish: weights, config.json, results.json, pictures and the card."""
 import csv
+import glob
 import hashlib
 import json
 import os
@@ -158,7 +159,9 @@ def _replace_folder(target: Path, write: Callable[[Path], Any]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise HubError(f'Cannot make {target}: {error.strerror}.') from error
-    with tempfile.TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as folder:
+    for leftover in target.parent.glob(f'.{glob.escape(target.name)}.staging-*'):  # of one that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{target.name}.staging-', dir=target.parent) as folder:
         new = Path(folder, 'new')
         write(new)
         card(new, target.name)
@@ -188,12 +191,15 @@ def card(folder: Path, called: str = '') -> Path:
     results = read_results(folder)
     if results is None:
         raise HubError(f'{folder} has no results.json: stage it first.')
-    name = results['name']
+    name = str(results.get('name'))
     digest = sha256_of(folder / 'model.safetensors')
-    text = render_card(
-        name, config, results, digest,
-        name if OWN_WEIGHTS.get(name) == digest else f'local-dir:{called or folder.resolve().name}',
-        [picture for picture in PICTURES if (folder / picture).is_file()])
+    try:
+        text = render_card(
+            name, config, results, digest,
+            name if OWN_WEIGHTS.get(name) == digest else f'local-dir:{called or folder.resolve().name}',
+            [picture for picture in PICTURES if (folder / picture).is_file()])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise HubError(f'What {folder} tells of its run is not whole, or of another version ({error!r}).') from error
     with replacing(folder / 'README.md') as temporary:
         temporary.write_text(text, encoding='utf-8')
     return folder / 'README.md'

@@ -298,7 +298,8 @@ def test_recipes_and_their_flags(repo, tmp_path, monkeypatch):
     ('data: x', 'sets data: x, but a recipe sets'), ('epochs: [1, 2]', 'sets epochs'),
     ('from-scratch: 3', 'below from-scratch and from-weights'), ('epochs: 3', 'nor a flag sets --batch-size'),
     ('grey-world: maybe', 'must be true or false'), ('- 3', 'must hold lines of the form'), ('a: [', 'cannot be read'),
-    ('epochs: many', "argument --epochs: invalid int value: 'many'"), ('schedule: cos', "invalid choice: 'cos'")])
+    ('epochs: many', "recipe r.yaml: argument --epochs: invalid int value: 'many'"),
+    ('schedule: cos', "recipe r.yaml: argument --schedule: invalid choice: 'cos'")])
 def test_bad_recipes(call, tmp_path, content, message):
     (tmp_path / 'r.yaml').write_text(content)
     done = call('finetune_isic', '--recipe', 'r.yaml', cwd=tmp_path)
@@ -335,6 +336,7 @@ def test_init_checkpoint_and_other_timm_models(finished, repo, isic_sample, tmp_
     (['--tracker', 'wandbb'], 'Accelerate finds no tracker wandbb'),
     (['--init-checkpoint', ''], '--init-checkpoint is empty: give it a value, or leave it out'),
     (['--model', ''], '--model is empty'),
+    (['--sync-bn'], '--sync-bn works on CUDA devices, not on cpu'),
     (['--teacher', 'nowhere'], 'No folder nowhere, and no model of that name'),
     (['--mask-weight', '1', '--augmentation', 'paper'], '--augmentation paper changes no masks'),
     (['--resume'], '--resume needs --output-dir'),

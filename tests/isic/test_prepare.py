@@ -1,7 +1,6 @@
 """`python -m timm_arl.isic.dataset`, run as its users run it: prepare and check."""
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -65,14 +64,18 @@ def test_killed_and_run_again(run, tmp_path):
         picture(i, (500, 400)).save(source / 'ISIC-2017_Training_Data' / f'ISIC_0{i:06d}.jpg')
     edit(truth(source), lambda t: t + ''.join(f'ISIC_0{i:06d},0.0,0.0\n' for i in range(3, 520)))
     target = tmp_path / 'parquet'
-    command = [sys.executable, '-m', 'timm_arl.isic.dataset', 'prepare', str(source), str(target), '--workers', '1']
+    command = [sys.executable, '-m', 'timm_arl.isic.dataset', 'prepare', str(source), str(target), '--workers', '2']
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
     while not list(target.glob('data/train-*.parquet')) and time.time() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
+    with pytest.raises(ProcessLookupError):  # its workers end with it
+        while time.time() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
     there = {path: path.stat().st_mtime_ns for path in target.glob('data/*.parquet')}
     assert 0 < len(there) < 5
     (target / 'data' / '.train-00002-of-00003.parquet.tmp').write_bytes(b'half')
@@ -95,6 +98,8 @@ def test_external_images_and_twins(run, source, tmp_path):
         {'image_id_a': 'ISIC_0000002', 'image_id_b': 'ISIC_0000003'}])  # both in train
     arguments = ['prepare', source, tmp_path / 'out', '--extra-ids', tmp_path / 'list.csv', '--drop-duplicates',
                  tmp_path / 'twins.csv']
+    done = run(*arguments, '--extra-images', tmp_path / 'nowhere')
+    assert done.returncode == 2 and 'nowhere: --extra-images is where' in done.stderr
     done = run(*arguments)
     assert done.returncode == 2 and 'lacks 2 of the 2 images' in done.stderr and 'ISIC_0000050' in done.stderr
     assert not (tmp_path / 'out').exists()
@@ -116,6 +121,9 @@ def test_faults(run, source, tmp_path):
     assert done.returncode == 0 and 'do not decode: ISIC_1000002. To have' in done.stdout, done.stderr
     assert len(load_splits(str(tmp_path / 'other'))['validation']) == 5
     assert 'Left out, since they do not decode: ISIC_1000002.' in (tmp_path / 'other' / 'README.md').read_text()
+    picture(3, (400, 20)).save(image)
+    done = run('prepare', source, tmp_path / 'thin')
+    assert done.returncode == 2 and 'is no photograph (400 x 20 px)' in done.stderr  # nor would training take it
     image.write_bytes(whole)
     done = run('prepare', source, tmp_path / 'other', '--skip-bad-images')  # which makes no shard anew
     assert done.returncode == 0 and 'do not decode: ISIC_1000002. To have' in done.stdout, done.stderr

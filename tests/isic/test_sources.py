@@ -76,6 +76,12 @@ def archive(folder, diagnosis='diagnosis_3'):
     return folder
 
 
+def test_one_download_is_not_three_splits(tmp_path):
+    folder = archive(tmp_path / 'isic')
+    with pytest.raises(DataError, match='is one download of the archive, and not three splits: put each'):
+        load_splits(str(folder / 'train'))
+
+
 def test_what_the_archives_client_writes(tmp_path):
     splits = load_splits(str(archive(tmp_path / 'isic')))
     assert label_array(splits['train']).tolist() == [[0, 0], [1, 0], [0, 1], [0, 0]]

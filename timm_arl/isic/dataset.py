@@ -281,6 +281,18 @@ def decode(image: Optional[Dict]) -> Image.Image:
         raise OSError(str(error)) from error
 
 
+def read_image(path: Union[str, Path]) -> Image.Image:
+    """A picture of any format as the networks here have been shown it: RGB, upright.
+
+    Args:
+        path: Image file.
+
+    Raises:
+        OSError: As decode.
+    """
+    return decode({'bytes': None, 'path': str(path)})
+
+
 def decode_mask(mask: Dict, size: Tuple[int, int]) -> Image.Image:
     """Decode an undecoded mask cell to a grey picture.
 

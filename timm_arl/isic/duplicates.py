@@ -94,9 +94,9 @@ def read_pairs(path: Union[str, Path]) -> List[Tuple[str, str]]:
         with open(path, newline='', encoding='utf-8-sig') as file:
             return [(row['image_id_a'], row['image_id_b']) for row in csv.DictReader(file) if row['image_id_a']]
     except (OSError, KeyError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else f'{"no column " * isinstance(error, KeyError)}{error}'
         raise DataError(
-            f'{path} cannot be read as a list of pairs (columns image_id_a, image_id_b): '
-            f'{error.strerror if isinstance(error, OSError) else error}.') from error
+            f'{path} cannot be read as a list of pairs (columns image_id_a, image_id_b): {why}.') from error
 
 
 def _unit(pictures: np.ndarray) -> np.ndarray:

@@ -3,9 +3,11 @@ import argparse
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shlex
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
@@ -92,7 +94,8 @@ def prepare(args: argparse.Namespace) -> int:
     if len(open_jobs) < len(jobs):
         print(f'Going on: {len(jobs) - len(open_jobs)} of {len(jobs)} shards are there.')
     total = sum(len(range(start, min(start + SHARD, len(split)))) for _, split, start in open_jobs)
-    with ProcessPoolExecutor(args.workers) as pool, tqdm(total=total, unit='image') as bar:
+    with (ProcessPoolExecutor(args.workers, initializer=_end_with_parent) as pool,
+          tqdm(total=total, unit='image') as bar):
         futures = {
             pool.submit(_write_shard, path, split.select(range(start, min(start + SHARD, len(split)))),
                         args.longest_side, args.skip_bad_images): path for path, split, start in open_jobs}
@@ -109,6 +112,18 @@ def prepare(args: argparse.Namespace) -> int:
               f'prepare it anew.')
     print(f'Written: {target} ({", ".join(f"{n} {name}" for name, n in counts.items())}); use it with --data {target}')
     return 0
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when the program is killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _check_zips(source: Path) -> None:
@@ -144,10 +159,13 @@ def _extra(args: argparse.Namespace, splits: Dict[str, datasets.Dataset]) -> dat
                                                     if float(a) + float(b) < 2]:
             raise DataError(f'{args.extra_ids}: the labels of {image_id} must be 0 or 1, and not both 1, but are '
                             f'{" and ".join(row[label] for label in LABELS)}.')
-    files = image_files(Path(args.extra_images or args.source))
+    folder = Path(args.extra_images or args.source)
+    if not folder.is_dir():
+        raise DataError(f'No folder {folder}: --extra-images is where the files of --extra-ids are.')
+    files = image_files(folder)
     missing = [i for i in table if i not in files]
     if missing:
-        raise DataError(f'{args.extra_images or args.source} lacks {len(missing)} of the {len(table)} images that '
+        raise DataError(f'{folder} lacks {len(missing)} of the {len(table)} images that '
                         f'{args.extra_ids} names, {missing[0]} among them: download them, or pass --extra-images.')
     known = {i for split in splits.values() for i in split['image_id']}
     twice = [i for i in table if i in known]
@@ -207,14 +225,17 @@ def _write_shard(path: Path, rows: datasets.Dataset, longest_side: int, skip_bad
     for row in rows:
         try:
             image = decode(row['image'])
+            if not 0.1 <= image.width / image.height <= 10:
+                raise OSError(f'{image.width} x {image.height} px')
             mask = row.get('mask')
             if mask is not None:
                 mask = _resized(decode_mask(mask, image.size).convert('1'), longest_side, Image.Resampling.NEAREST)
         except OSError as error:
             if skip_bad_images:
                 continue
-            raise DataError(f'The image of {row["image_id"]} does not decode ({error}): mend it, or leave such images '
-                            f'out with --skip-bad-images.') from error
+            raise DataError(f'The image of {row["image_id"]}{", or its mask," * bool(row.get("mask"))} does not decode '
+                            f'or is no photograph ({error}): mend it, or leave such images out with '
+                            f'--skip-bad-images.') from error
         squashed = image.width == image.height and row.get('aspect_ratio') is not None
         content.append({
             **{column: row.get(column) for column in FEATURES},

@@ -57,6 +57,9 @@ def read_folder(folder: Path) -> Optional[datasets.DatasetDict]:
     challenge = any((folder / f'ISIC-2017_{word}_Data').is_dir() for word in SPLIT_NAMES.values())
     archive = any((folder / name / 'metadata.csv').is_file() for name in SPLIT_NAMES)
     if not challenge and not archive:
+        if (folder / 'metadata.csv').is_file() and image_files(folder):
+            raise DataError(f'{folder} is one download of the archive, and not three splits: put each, with its '
+                            f'metadata.csv, in a folder train/, validation/ or test/.')
         return None
     splits = {}
     for name, word in SPLIT_NAMES.items():
