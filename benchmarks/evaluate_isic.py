@@ -61,7 +61,7 @@ from timm_arl.isic.outputs import has_isic_outputs
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
 from timm_arl.isic.results import git_commit, read_predictions, record_look, write_json, write_predictions
 from timm_arl.isic.transforms import CROPS
-from timm_arl.pretrained import WeightsError, create_trained, fetch_weights, sha256_of, shipped_weights
+from timm_arl.pretrained import WeightsError, create_trained, fetch_weights, shipped_weights, tensors_sha256
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'evaluation.json', 'report.md', 'curves.png', 'alphas.png',
@@ -177,7 +177,7 @@ def evaluate(args):
     accelerator.print(images)
     set_seed(args.seed)
     model = load_network(args)
-    weights = sha256_of(Path(model.pretrained_cfg['file']))
+    weights = tensors_sha256(Path(model.pretrained_cfg['file']))
     data_config = resolve_model_data_config(model)
     if args.img_size:
         data_config['input_size'] = (3, args.img_size, args.img_size)
@@ -245,12 +245,12 @@ def evaluate(args):
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
         'timm': timm.__version__, 'torch': torch.__version__, 'img_size': data_config['input_size'][-1],
         'crops': args.crops, 'aspect': args.aspect, 'grey_world': args.grey_world, 'lesion_crop': args.lesion_crop,
-        'seed': args.seed, 'alpha_zero': args.alpha_zero, 'weights_sha256': weights}
+        'seed': args.seed, 'alpha_zero': args.alpha_zero, 'tensors_sha256': weights}
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
     with tempfile.TemporaryDirectory(prefix='.evaluation-', dir=out) as temporary:
         new = Path(temporary)
-        for leftover in out.glob('.evaluation-*'):  # of one that was killed
-            if leftover.name != new.name:
+        for leftover in out.glob('.evaluation-*'):  # of one that was killed, and is not at work
+            if leftover.stat().st_mtime < time.time() - 3600:
                 shutil.rmtree(leftover, ignore_errors=True)
         write_json(new / 'metrics.json', metrics)
         write_json(new / 'evaluation.json', record)

@@ -20,6 +20,7 @@ from timm_arl.isic.dataset import decode, load_splits
 from timm_arl.isic.results import write_json
 from timm_arl.isic.sources import CHALLENGE_IDS, ids_digest
 from timm_arl.isic.transforms import eval_transform, grey_world
+from timm_arl.pretrained import tensors_sha256
 
 
 def front_matter(card):
@@ -62,7 +63,7 @@ def test_what_an_evaluation_adds(run, tmp_path):
             of['test'][label] = {**of['test'][label], 'auc': of['test'][label]['auc'] + 0.0625}
         write_json(tmp_path / name / 'metrics.json', of)
         write_json(tmp_path / name / 'evaluation.json', {
-            'alpha_zero': name == 'r0', 'weights_sha256': publishing.sha256_of(run / 'model.safetensors')})
+            'alpha_zero': name == 'r0', 'tensors_sha256': tensors_sha256(run / 'model.safetensors')})
         for split in ('validation', 'test'):
             shutil.copy(run / f'predictions_{split}.csv', tmp_path / name)
     (tmp_path / 'r' / 'roc_test.png').write_bytes(b'png')
@@ -74,7 +75,7 @@ def test_what_an_evaluation_adds(run, tmp_path):
     for name in ('r', 'r0'):
         shutil.copytree(tmp_path / name, tmp_path / f'{name}-of-another')
         write_json(tmp_path / f'{name}-of-another' / 'evaluation.json', {
-            **others, 'alpha_zero': name == 'r0', 'weights_sha256': 'f' * 64})
+            **others, 'alpha_zero': name == 'r0', 'tensors_sha256': 'f' * 64})
     for wrong in (dict(evaluation=tmp_path / 'r-of-another'), dict(alpha_zero=tmp_path / 'r0-of-another')):
         with pytest.raises(publishing.HubError, match='is an evaluation of other weights than those of'):
             publishing.stage(run, tmp_path / 's', **wrong)

@@ -17,6 +17,7 @@ from hub import Hub
 from timm_arl import hub as publishing
 from timm_arl.isic.results import write_json
 from timm_arl.isic.sources import CHALLENGE_IDS
+from timm_arl.pretrained import tensors_sha256
 
 # several commands in a process of its own, since huggingface_hub reads the environment when it is imported
 COMMANDS = """
@@ -45,6 +46,8 @@ def test_staged_is_a_model_repo(staged, run):
     with safetensors.safe_open(staged / 'model.safetensors', 'pt') as file:
         assert file.metadata()['name'] == 'arl_cnn14.isic2017-other'
     assert (staged / 'model.safetensors').stat().st_mode == (staged / 'config.json').stat().st_mode
+    # what is evaluated from the staged folder is an evaluation of the run
+    assert tensors_sha256(staged / 'model.safetensors') == tensors_sha256(run / 'model.safetensors')
     again = publishing.stage(run, staged.parent / 'again')  # the same bytes, so that a push finds nothing to send
     assert (again / 'model.safetensors').read_bytes() == (staged / 'model.safetensors').read_bytes()
 
@@ -192,7 +195,7 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
     other.mkdir()
     shutil.copy(run / 'metrics.json', other)
     write_json(other / 'evaluation.json', {
-        'alpha_zero': False, 'weights_sha256': publishing.sha256_of(run / 'model.safetensors')})
+        'alpha_zero': False, 'tensors_sha256': tensors_sha256(run / 'model.safetensors')})
     shutil.copy(run / 'predictions_validation.csv', other)
     text = (run / 'predictions_test.csv').read_text()
     (other / 'predictions_test.csv').write_text(text.replace(',0.9', ',0.1'))

@@ -1,5 +1,6 @@
 """Finding, checking and loading weights."""
 import difflib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union, cast
 import safetensors
 import safetensors.torch
 import timm
+import torch
 import torch.nn as nn
 from timm.models import clean_state_dict, get_deprecated_models, parse_model_name, resolve_pretrained_cfg
 
@@ -16,7 +18,7 @@ from .hub_errors import LOCAL_FILE, is_of_network, plain_http
 
 __all__ = [
     'HUB', 'WeightsError', 'create_for_task', 'create_trained', 'fetch_weights', 'load_weights_file', 'local_weights',
-    'sha256_of', 'shipped_weights', 'source_of',
+    'sha256_of', 'shipped_weights', 'source_of', 'tensors_sha256',
 ]
 
 HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # whose repos on the Hub this project's own are
@@ -208,6 +210,19 @@ def _check_attention(model: Any, file: Path) -> None:
     if isinstance(saved, type(model)) and kind != (model.attention, model.mask_scale):
         raise WeightsError(f'{file} was trained with {kind[0]} attention and mask_scale {kind[1]}, not '
                            f'{model.attention} and {model.mask_scale}: choose the model it was saved from.')
+
+
+def tensors_sha256(path: Path) -> str:
+    """Digest of the names, shapes, types and values in a safetensors file, whatever its metadata are.
+
+    Args:
+        path: .safetensors file.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(safetensors.torch.load_file(path).items()):
+        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}\n'.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:

@@ -22,7 +22,7 @@ from .cards import read_results, registered_config, render_card
 from .isic import LABELS
 from .isic.results import replacing, write_json
 from .isic.sources import CHALLENGE_IDS, ids_digest
-from .pretrained import OWN_WEIGHTS, create_trained, sha256_of, shipped_weights, source_of
+from .pretrained import OWN_WEIGHTS, create_trained, sha256_of, shipped_weights, source_of, tensors_sha256
 
 __all__ = ['PICTURES', 'HubError', 'card', 'card_of_registered', 'stage']
 
@@ -257,7 +257,9 @@ def _evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path) -> Dict[str
 
 
 def _check_weights(run: Path, about: Dict[str, Any], evaluation: Path) -> None:
-    if about.get('weights_sha256') != sha256_of(run / 'model.safetensors'):
+    if 'tensors_sha256' not in about:
+        raise HubError(f'{evaluation} does not tell which weights it is of: evaluate {run} anew.')
+    if about['tensors_sha256'] != tensors_sha256(run / 'model.safetensors'):
         raise HubError(f'{evaluation} is an evaluation of other weights than those of {run}: choose one of these.')
 
 

@@ -1,6 +1,7 @@
 """The evaluation program on a checkpoint of known quality, on real images."""
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from timm.models import save_for_hf
 import timm_arl  # noqa: F401  registers the models
 from timm_arl.isic.dataset import label_array, load_splits
 from timm_arl.isic.metrics import auc
-from timm_arl.pretrained import sha256_of
+from timm_arl.pretrained import tensors_sha256
 
 
 def run(repo, *args, cwd=None):
@@ -162,6 +163,7 @@ def test_an_output_folder_holds_one_evaluation_and_no_run(call, isic_sample, che
         ('roc_test.png', 'report.md', 'notes.txt', 'looks.csv'), 'earlier')
     (out / 'evaluation.json').write_text('{}')  # then they are
     (out / '.evaluation-killed').mkdir()
+    os.utime(out / '.evaluation-killed', (0, 0))
     done = call('evaluate_isic', *usual, '--split', 'validation', '--output-dir', out)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {
@@ -173,14 +175,15 @@ def test_an_output_folder_holds_one_evaluation_and_no_run(call, isic_sample, che
 def test_a_look_is_recorded_even_where_nothing_can_be_written_after_it(call, isic_sample, checkpoint, tmp_path):
     copy, out = tmp_path / 'copy', tmp_path / 'r'
     shutil.copytree(checkpoint, copy)
-    (copy / 'looks.csv').unlink(missing_ok=True)
+    (copy / 'looks.csv').write_text('time,of\nbefore,an earlier program,and more\n')
     (out / 'predictions_test.csv').mkdir(parents=True)  # which no file replaces
     for name in ('evaluation.json', 'metrics.json', 'predictions_validation.csv'):
         (out / name).write_text('earlier')
     done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', f'local-dir:{copy}', '--crops', 'center',
                 '--workers', 0, '--output-dir', out)
     assert done.returncode == 2 and 'AUC' not in done.stdout
-    assert len(rows(out / 'looks.csv')) == len(rows(copy / 'looks.csv')) == 1
+    assert len(rows(out / 'looks.csv')) == 1 and [row['time'] for row in rows(copy / 'looks.csv')][0] == 'before'
+    assert len(rows(copy / 'looks.csv')) == 2
     assert not [path for path in out.iterdir() if path.name.startswith('.')]
     assert not (out / 'metrics.json').exists()  # no scores of one network beside the predictions of another
 
@@ -196,7 +199,7 @@ def test_a_staged_folder_is_scored_as_it_was_made_and_stays_as_it_is(call, repo,
                 '--output-dir', tmp_path / 'r')
     assert done.returncode == 0 and 'Images: crops center, aspect keep, grey-world True' in done.stdout, done.stderr
     record = json.loads((tmp_path / 'r' / 'evaluation.json').read_text())
-    assert record['weights_sha256'] == sha256_of(folder / 'model.safetensors') and record['crops'] == 'center'
+    assert record['tensors_sha256'] == tensors_sha256(folder / 'model.safetensors') and record['crops'] == 'center'
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     # what is compared is not replaced
     done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', folder, '--output-dir', tmp_path / 'r',

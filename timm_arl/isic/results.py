@@ -87,10 +87,11 @@ def record_look(folder: PathLike, checkpoint: PathLike, scores: Dict[str, Any]) 
     rows: List[Dict[str, Any]] = []
     if path.exists():
         with path.open(newline='', encoding='utf-8') as file:
-            rows = list(csv.DictReader(file))
-    write_rows(path, [*rows, {
+            rows = [{key: value for key, value in row.items() if key} for row in csv.DictReader(file)]
+    rows.append({
         'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'checkpoint': str(checkpoint), 'mean_auc': scores['mean_auc'],
-        'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]) or ''}])
+        'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]) or ''})
+    write_rows(path, rows, list(dict.fromkeys(key for row in rows for key in row)))
 
 
 def read_predictions(path: PathLike, image_ids: Sequence[str]) -> np.ndarray:
