@@ -100,7 +100,7 @@ def curve_plot(path: PathLike, summary: List[Dict[str, Any]], title: str = '') -
     """
     figure = _figure(9, 4.2, title)
     best = max(summary, key=lambda row: float(row['validation_mean_auc']))
-    training = "training, with the masks'" if 'train_mask_loss' in best else 'training'
+    training = 'training, masks included' if 'train_mask_loss' in best else 'training'
     losses = [('train_loss', training, '0.5'), ('validation_loss', 'validation', 'black')]
     aucs = [*((f'validation_auc_{label}', label.replace('_', ' '), colour) for label, colour in zip(LABELS, COLOURS)),
             ('validation_mean_auc', f'mean, best {float(best["validation_mean_auc"]):.3f}', 'black')]
