@@ -11,7 +11,7 @@ The output folder receives
     predictions_SPLIT.csv     image_id,melanoma,seborrheic_keratosis
     roc_SPLIT.png, reliability_SPLIT.png; curves.png and alphas.png where the checkpoint has a summary.csv
     report.md                 with --report: all of it on one page
-    evaluation.json           what was scored and how: command, commit, versions, crops, --alpha-zero
+    evaluation.json           what was scored and how: digest of the weights, command, versions, crops, --alpha-zero
 and takes the place of an earlier evaluation there, whole. Each look at the test split is recorded in looks.csv, in the
 output folder and in that of the checkpoint's run.
 """
@@ -39,6 +39,7 @@ from isic_common import (
     check_output_dir,
     create_accelerator,
     image_loader,
+    make_output_dir,
     number,
     path_of,
     predict,
@@ -56,12 +57,19 @@ from timm_arl.isic.calibration import (
 )
 from timm_arl.isic.dataset import DataError, check_usable, load_splits
 from timm_arl.isic.duplicates import read_pairs
-from timm_arl.isic.metrics import auc_table, compare, score_split, threshold_for_sensitivity, youden_threshold
+from timm_arl.isic.metrics import (
+    auc_table,
+    compare,
+    interval_text,
+    score_split,
+    threshold_for_sensitivity,
+    youden_threshold,
+)
 from timm_arl.isic.outputs import has_isic_outputs
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
 from timm_arl.isic.results import git_commit, read_predictions, record_look, write_json, write_predictions
 from timm_arl.isic.transforms import CROPS
-from timm_arl.pretrained import WeightsError, create_trained, fetch_weights, shipped_weights, tensors_sha256
+from timm_arl.pretrained import WeightsError, create_trained, fetch_weights, source_of, tensors_sha256
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'evaluation.json', 'report.md', 'curves.png', 'alphas.png',
@@ -105,29 +113,28 @@ def build_parser():
     return parser
 
 
-def published_arguments(checkpoint):
-    """The arguments of the run that a staged folder, or a repo made from one, is from."""
-    folder = shipped_weights(checkpoint) or path_of(checkpoint)
-    if not folder.exists() and checkpoint.lower().startswith(('hf-hub:', 'hf_hub:')):
-        repo, _, revision = checkpoint[7:].partition('@')
-        commit = fetch_weights(repo, 'config.json', revision or None).parent.name
+def published_arguments(args, accelerator, folder):
+    """The arguments of the run that a staged folder, or a repo made from one, is from, by its results.json."""
+    source, place = (None, '') if path_of(args.checkpoint).exists() else source_of(args.checkpoint)
+    if source == 'hf-hub':
         try:
-            folder = fetch_weights(repo, 'results.json', commit).parent
+            fetch_weights(place.partition('@')[0], 'results.json', folder.name)  # of the commit that the weights are of
         except WeightsError as error:
             if not isinstance(error.__cause__, RemoteEntryNotFoundError):  # a repo without one is no failure
-                print(f'The images that {checkpoint} was trained with are not known: no results.json, {error.cause}.')
+                accelerator.print(f'The images that {args.checkpoint} was trained with are not known: no results.json, '
+                                  f'{error.cause}.')
     return (read_results(folder) or {}).get('run', {}).get('arguments', {})
 
 
-def images_of_the_run(args):
+def images_of_the_run(args, accelerator, folder):
     """Give the images of the checkpoint's own run to what the command line leaves open."""
-    saved = arguments_of(args.checkpoint) or published_arguments(args.checkpoint)
+    saved = arguments_of(args.checkpoint) or published_arguments(args, accelerator, folder)
     usual = {'crops': 'multiscale', 'aspect': 'keep', 'grey_world': False, 'lesion_crop': False}
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, saved.get(name, value))
-    return 'Images: ' + ', '.join(f'{name.replace("_", "-")} {getattr(args, name)}' for name in usual) + (
-        ' (where not given, as in training)' if saved else '')
+    accelerator.print('Images: ' + ', '.join(f'{name.replace("_", "-")} {getattr(args, name)}' for name in usual) + (
+        ' (where not given, as in training)' if saved else ''))
 
 
 def load_network(args):
@@ -172,12 +179,11 @@ def evaluate(args):
     check_not_empty(args)
     out, start_time = Path(args.output_dir), time.time()
     check_free(out, args.compare)
-    images = images_of_the_run(args)
     accelerator = create_accelerator(args)
-    accelerator.print(images)
     set_seed(args.seed)
     model = load_network(args)
-    weights = tensors_sha256(Path(model.pretrained_cfg['file']))
+    weights = Path(model.pretrained_cfg['file'])
+    images_of_the_run(args, accelerator, weights.parent)
     data_config = resolve_model_data_config(model)
     if args.img_size:
         data_config['input_size'] = (3, args.img_size, args.img_size)
@@ -196,10 +202,7 @@ def evaluate(args):
     loaders = {name: image_loader(args, split, data_config, accelerator) for name, split in splits.items()}
     truth = {name: loader.dataset.labels.numpy() for name, loader in loaders.items()}
     if accelerator.is_main_process:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f'Cannot make the output folder {out}: {error.strerror}.') from error
+        make_output_dir(out)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     probabilities = {name: predict(accelerator, model, loader, name).numpy() for name, loader in loaders.items()}
     if not accelerator.is_main_process:
@@ -245,7 +248,7 @@ def evaluate(args):
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
         'timm': timm.__version__, 'torch': torch.__version__, 'img_size': data_config['input_size'][-1],
         'crops': args.crops, 'aspect': args.aspect, 'grey_world': args.grey_world, 'lesion_crop': args.lesion_crop,
-        'seed': args.seed, 'alpha_zero': args.alpha_zero, 'tensors_sha256': weights}
+        'seed': args.seed, 'alpha_zero': args.alpha_zero, 'tensors_sha256': tensors_sha256(weights)}
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
     with tempfile.TemporaryDirectory(prefix='.evaluation-', dir=out) as temporary:
         new = Path(temporary)
@@ -280,12 +283,8 @@ def evaluate(args):
         print(f'AUC of {shown} minus that of {args.compare}, on the same images:')
         for name in (*LABELS, 'mean_auc'):
             pair = metrics[args.split]['comparison'][name]
-            if pair['difference'] is None:
-                print(f'  {name.replace("_", " "):22}undefined')
-                continue
-            print('  {:22}{:+.3f} [{:+.3f}, {:+.3f}]'.format(
-                name.replace('_', ' '), pair['difference'], *pair['difference_ci95'])
-                + (f", DeLong's p {pair['p_value']:.3g}" if pair.get('p_value') is not None else ''))
+            print(f'  {name.replace("_", " "):22}' + interval_text(pair['difference'], pair['difference_ci95'], '+')
+                  + (f", DeLong's p {pair['p_value']:.3g}" if pair.get('p_value') is not None else ''))
     print(f'{time.time() - start_time:.0f} s. In {out}: {", ".join(sorted(written))}'
           + ', looks.csv' * (args.split == 'test'))
 

@@ -3,18 +3,13 @@ from pathlib import Path
 from typing import Any, Dict
 
 from timm_arl.isic import LABELS
+from timm_arl.isic.metrics import interval_text
 
 COLUMNS = ('accuracy', 'sensitivity', 'specificity', 'ppv', 'npv')
 
 
 def number(value: Any, digits: int = 3) -> str:
     return 'undefined' if value is None else f'{value:.{digits}f}'
-
-
-def interval(value: Any, ci: Any) -> str:
-    if value is None:
-        return 'undefined'
-    return f'{value:.3f}' + (f' [{ci[0]:.3f}, {ci[1]:.3f}]' if ci else '')
 
 
 def markdown_report(metrics: Dict[str, Any], record: Dict[str, Any], out: Path, args: Any) -> str:
@@ -42,10 +37,10 @@ def markdown_report(metrics: Dict[str, Any], record: Dict[str, Any], out: Path, 
         for label in LABELS:
             task, calibration = scores[label], scores[label]['calibration']
             lines.append(
-                f'| {label.replace("_", " ")} ({task["positives"]}) | {interval(task["auc"], task["auc_ci95"])} | '
+                f'| {label.replace("_", " ")} ({task["positives"]}) | {interval_text(task["auc"], task["auc_ci95"])} | '
                 f'{number(task["average_precision"])} | {number(task["auc_sens_80"])} | {number(calibration["ece"])} | '
                 f'{number(calibration["ece_with_temperature"])} (T = {calibration["temperature"]:.2f}) |')
-        lines += [f'| mean | {interval(scores["mean_auc"], scores["mean_auc_ci95"])} | | | | |', '',
+        lines += [f'| mean | {interval_text(scores["mean_auc"], scores["mean_auc_ci95"])} | | | | |', '',
                   f'| task | threshold | {" | ".join(COLUMNS)} |', '|---' * (2 + len(COLUMNS)) + '|']
         for label in LABELS:
             for point in [{'name': 'official', **scores[label]}, *scores[label]['operating_points']]:
@@ -57,7 +52,7 @@ def markdown_report(metrics: Dict[str, Any], record: Dict[str, Any], out: Path, 
                       '| group | task | images | positives | AUC | sensitivity | specificity |',
                       '|---|---|---|---|---|---|---|']
             lines += [f'| {row["group"]} | {row["label"].replace("_", " ")} | {row["images"]} | {row["positives"]} | '
-                      f'{interval(row["auc"], row["auc_ci95"])} | {number(row["sensitivity"])} | '
+                      f'{interval_text(row["auc"], row["auc_ci95"])} | {number(row["sensitivity"])} | '
                       f'{number(row["specificity"])} |' for row in scores['subgroups']]
             lines.append('')
         else:
@@ -68,8 +63,8 @@ def markdown_report(metrics: Dict[str, Any], record: Dict[str, Any], out: Path, 
                       "| | AUC difference | DeLong's p |", '|---|---|---|']
             for name in (*LABELS, 'mean_auc'):
                 p_value = pair[name].get('p_value')
-                cells = (name.replace('_', ' '), interval(pair[name]['difference'], pair[name]['difference_ci95']),
-                         '' if p_value is None else f'{p_value:.3g}')
+                difference = interval_text(pair[name]['difference'], pair[name]['difference_ci95'], '+')
+                cells = (name.replace('_', ' '), difference, '' if p_value is None else f'{p_value:.3g}')
                 lines.append(f'| {" | ".join(cells)} |')
             lines.append('')
     for picture, of in (('curves.png', 'Losses and validation AUCs'), ('alphas.png', 'The alphas')):

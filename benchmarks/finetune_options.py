@@ -112,7 +112,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add('--sync-bn', action='store_true', help='batch statistics of all processes together (CUDA)')
     add('--tracker', default='tensorboard',
         help="a tracker of Accelerate's: tensorboard, wandb, mlflow, ..., or none (default: %(default)s)")
-    parser.set_defaults(fold='', train_ids='')  # which part of a cross-validation a run is; digest of its images
+    parser.set_defaults(fold=None, train_ids=None)  # which part of a cross-validation a run is; digest of its images
     return parser
 
 

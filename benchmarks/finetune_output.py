@@ -12,7 +12,7 @@ import datasets
 import safetensors.torch
 import timm
 import torch
-from isic_common import RunError
+from isic_common import RunError, make_output_dir
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from timm.models import save_for_hf
@@ -46,10 +46,7 @@ def prepare_output_dir(args, accelerator, out):
     check_no_other_run(args, out)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f'Cannot make the output folder {out}: {error.strerror}.') from error
+        make_output_dir(out)
         if not (out / 'last').exists() and (out / 'last.previous').exists():
             (out / 'last.previous').rename(out / 'last')
         for leftover in ('last.previous', 'last.saving'):

@@ -41,6 +41,13 @@ def check_output_dir(out):
                        + ('cannot be written to.' if there.is_dir() else 'is a file.'))
 
 
+def make_output_dir(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f'Cannot make the output folder {out}: {error.strerror}.') from error
+
+
 def create_accelerator(args):
     # a bare Accelerator() on a machine without an accelerator forms no process group
     on_cpu = not torch.accelerator.is_available()
@@ -95,7 +102,7 @@ def check_images(splits, args, accelerator):
 def check_not_empty(args):
     """Refuse options given as '', as an unset variable of a shell gives them."""
     for name, value in vars(args).items():
-        if value == '' and name not in ('fold', 'train_ids'):
+        if value == '':
             raise RunError(f'--{name.replace("_", "-")} is empty: give it a value, or leave it out.')
 
 

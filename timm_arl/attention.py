@@ -239,7 +239,7 @@ class FusedAttentionResidual(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # autograd's own is declared (*args)
             ctx: Any,
             residual: torch.Tensor,
             shortcut: torch.Tensor,
@@ -274,7 +274,7 @@ class FusedAttentionResidual(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:  # type: ignore[override]  # the same
         (residual, shortcut, alpha, weight, bias, shortcut_weight, shortcut_bias, mean, spread, shortcut_mean,
          shortcut_spread, tops, sums, y) = ctx.saved_tensors
         norm = ctx.norm and kernels.NormState._make((*ctx.norm, weight, bias, mean, spread))

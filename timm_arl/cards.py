@@ -7,6 +7,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .isic import LABELS
+from .isic.metrics import interval_text
 
 __all__ = ['render_card']
 
@@ -78,7 +79,7 @@ def _eval_results(results: Dict[str, Any]) -> List[EvalResult]:
             task_type='image-classification', task_name='skin lesion classification',
             dataset_type=_data_set(split, results['data'])[0], dataset_name=_data_set(split, results['data'])[1],
             dataset_split=split,
-            metric_type='roc_auc', metric_name=f'AUC, {label.replace("_", " ")}', metric_value=scores[label]['auc'])
+            metric_type='roc_auc', metric_name=f'AUC, {WORDS[label]}', metric_value=scores[label]['auc'])
         for split, scores in _ordered(results['metrics']).items() for label in LABELS
         if scores[label]['auc'] is not None]
 
@@ -107,9 +108,9 @@ def _split(name: str, results: Dict[str, Any]) -> Dict[str, Any]:
         'note': f'These images chose {by_validation}: their figures are better than those of new images would be.'
                 if name == 'validation' and by_validation else '',
         'rows': [
-            *(_cells(WORDS[label], _interval(t['auc'], t['auc_ci95']), _number(t.get('average_precision')),
+            *(_cells(WORDS[label], interval_text(t['auc'], t['auc_ci95']), _number(t.get('average_precision')),
                      _number(t['sensitivity']), _number(t['specificity'])) for label, t in tasks.items()),
-            _cells('mean', _interval(scores['mean_auc'], scores['mean_auc_ci95']), '', '', '')],
+            _cells('mean', interval_text(scores['mean_auc'], scores['mean_auc_ci95']), '', '', '')],
         'points': [_cells(f'{WORDS[label]}, {point["name"]}', *(_number(point[key]) for key in POINT))
                    for label, t in tasks.items() for point in t.get('operating_points', ())],
         'calibration': [
@@ -124,12 +125,12 @@ def _split(name: str, results: Dict[str, Any]) -> Dict[str, Any]:
             for gap in [t['mean_probability'] - t['positives'] / t['images']]
             for direction in ['too high' if gap > 0 else 'too low'] if abs(gap) > 0.05],
         'alpha_zero': [
-            _cells(WORDS.get(key, 'mean'), _interval(pair['difference'], pair['difference_ci95'], '+'),
+            _cells(WORDS.get(key, 'mean'), interval_text(pair['difference'], pair['difference_ci95'], '+'),
                    _number(pair.get('p_value')))
             for key, pair in results.get('alpha_zero', {}).get(name, {}).items()],
         'subgroups': [
             _cells(row['group'], WORDS[row['label']], row['images'], row['positives'],
-                   _interval(row['auc'], row['auc_ci95']))
+                   interval_text(row['auc'], row['auc_ci95']))
             for row in scores.get('subgroups', ()) if row['auc'] is not None],
     }
 
@@ -172,12 +173,6 @@ def _cells(*values: Any) -> str:
 
 def _number(value: Any) -> str:
     return '' if value is None else f'{value:.3f}'
-
-
-def _interval(value: Any, ci: Any, sign: str = '') -> str:
-    if value is None:
-        return 'undefined'
-    return f'{value:{sign}.3f}' + (f' [{ci[0]:{sign}.3f}, {ci[1]:{sign}.3f}]' if ci else '')
 
 
 def _times(count: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional, Union
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from .hub_errors import LOCAL_FILE, diagnose_hub_error, plain_http
 
@@ -72,7 +73,8 @@ def fetch_weights(
     """
     where: Dict[str, Any] = dict(repo=repo, file=file, revision=revision or 'main')
     if not file.endswith(('.safetensors', '.json')) or {'..', ''} & set(file.split('/')):
-        raise WeightsError(**where, cause='it is no .safetensors file', remedy='only those are opened, never a pickle')
+        raise WeightsError(
+            **where, cause='it is no .safetensors file of a repo', remedy='only those are opened, never a pickle')
     request: Dict[str, Any] = dict(repo_id=repo, filename=file, revision=revision, cache_dir=cache_dir)
     force = False
     try:
@@ -127,22 +129,16 @@ def is_whole(path: Path, sha256: Optional[str], etag: Optional[str] = None) -> b
     given = etag or _blob(path).name
     if not set(given) <= set('0123456789abcdef'):  # nor has a file a name of this kind where links are not possible
         return True
-    if len(given) == 40:
-        git = hashlib.sha1(b'blob %d\0' % path.stat().st_size, usedforsecurity=False)  # of a file not in LFS
-        return given in (_digest(path, git), _digest(path, hashlib.sha1(usedforsecurity=False)))  # the other on mirrors
+    if len(given) == 40:  # git's, of a file not in LFS; on mirrors, of its content
+        content = path.read_bytes()
+        return given in (git_hash(content), hashlib.sha1(content, usedforsecurity=False).hexdigest())
     return len(given) != 64 or given == sha256 or given == sha256_of(path)
 
 
 def sha256_of(path: Path) -> str:
     """Digest of a file."""
-    return _digest(path, hashlib.sha256())
-
-
-def _digest(path: Path, digest: Any) -> str:
-    with path.open('rb') as stream:
-        while block := stream.read(2 ** 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with path.open('rb') as file:
+        return sha_fileobj(file).hex()
 
 
 def _blob(path: Path) -> Path:

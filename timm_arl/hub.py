@@ -23,17 +23,19 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError
 
 from .cards import read_results
 from .hub_errors import diagnose_hub_error, plain_http
 from .isic.results import replacing
 from .pretrained import HUB, OWN_WEIGHTS, WeightsError, create_for_task, sha256_of
-from .staging import PICTURES, HubError, card, card_of_registered, stage
+from .staging import NEEDED, PICTURES, HubError, card, card_of_registered, stage
 
 __all__ = ['HubError', 'card', 'push', 'stage', 'verify']
 
 LOADING = re.compile(r'''timm\.create_model\((['"])(?:hf-hub|local-dir):.*?\1''')
+
 
 def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: Optional[str] = None) -> List[str]:
     """Send a staged folder to a Hub repo or another folder; a second time sends what is missing, and no empty commit.
@@ -135,7 +137,7 @@ def verify(source: str, against: Path) -> Dict[str, str]:
                 with plain_http():
                     found = Path(huggingface_hub.snapshot_download(
                         repo, revision=revision or None, cache_dir=cache, allow_patterns=[*staged, *PICTURES]))
-            except Exception as error:  # as above
+            except Exception as error:  # of that library too
                 cause, remedy, _ = diagnose_hub_error(error, repo)
                 if not cause:
                     raise
@@ -159,8 +161,7 @@ def verify(source: str, against: Path) -> Dict[str, str]:
 
 def _staged(folder: Path, load_name: str = 'it') -> Dict[str, Union[str, bytes]]:
     """What is published of a staged folder, by name: paths, and the card with what it gives to timm.create_model."""
-    missing = [name for name in ('README.md', 'config.json', 'model.safetensors', 'results.json')
-               if not (folder / name).is_file()]
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing or 'name' not in (read_results(folder) or {}):
         raise HubError(f'{folder} has no {", ".join(missing) or "results.json that can be read"}: stage it first.')
     return {path.name: _named(folder, load_name) if path.name == 'README.md' else str(path)
@@ -225,7 +226,7 @@ def _is_there(content: Union[str, bytes], remote: Any) -> bool:
     if remote.lfs is not None:
         return remote.lfs.sha256 == _sha256(content)
     content = _bytes(content)
-    return remote.blob_id == hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()
+    return remote.blob_id == git_hash(content)
 
 
 def _usual_repo(folder: Path) -> str:

@@ -30,11 +30,13 @@ class NormState(NamedTuple):
 def normalize(z: torch.Tensor, norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Batch norm with all effects of its module's forward; with its output, the mean and spread of `NormState`."""
     if norm.training:
-        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # of a norm that _folds took, it is there
     f, mean, rstd = torch.native_batch_norm(
         z, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training,
-        norm.momentum, norm.eps)  # type: ignore[arg-type]
-    return (f, mean, rstd) if norm.training else (f, norm.running_mean, norm.running_var)  # type: ignore[return-value]
+        norm.momentum, norm.eps)  # type: ignore[arg-type]  # so is its momentum
+    if norm.training:
+        return f, mean, rstd
+    return f, norm.running_mean, norm.running_var  # type: ignore[return-value]  # and its running statistics
 
 
 def affine(norm: NormState, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -68,7 +68,7 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
             return timm.create_model(name, pretrained=pretrained, **kwargs)
     except WeightsError:
         raise
-    except Exception as error:  # the same
+    except Exception as error:  # of an HTTP library that depends on huggingface_hub's version; others go on
         usual = (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError)
         odd = (AssertionError, AttributeError, IndexError) if source else ()  # of a config.json that holds other things
         if not (isinstance(error, usual + odd) or is_of_network(error)):

@@ -24,8 +24,9 @@ from .isic.results import replacing, write_json
 from .isic.sources import CHALLENGE_IDS, ids_digest
 from .pretrained import OWN_WEIGHTS, create_trained, sha256_of, shipped_weights, source_of, tensors_sha256
 
-__all__ = ['PICTURES', 'HubError', 'card', 'card_of_registered', 'stage']
+__all__ = ['NEEDED', 'PICTURES', 'HubError', 'card', 'card_of_registered', 'stage']
 
+NEEDED = ('README.md', 'config.json', 'model.safetensors', 'results.json')  # in every staged folder
 PICTURES = (
     'roc_test.png', 'roc_validation.png', 'reliability_test.png', 'reliability_validation.png', 'curves.png',
     'alphas.png',
@@ -66,8 +67,7 @@ def stage(
             is something else.
         WeightsError: Weights that do not fit their config.
     """
-    staged = {'README.md', 'config.json', 'model.safetensors', 'results.json', *PICTURES}
-    if target.exists() and not (target.is_dir() and {path.name for path in target.iterdir()} <= staged):
+    if target.exists() and not (target.is_dir() and {path.name for path in target.iterdir()} <= {*NEEDED, *PICTURES}):
         raise HubError(f'{target} exists and holds what this command did not put there: choose another folder.')
     shipped = None if Path(run).is_dir() else shipped_weights(str(run))
     if shipped is not None:
@@ -95,7 +95,8 @@ def stage(
                        f'unreadable ({error!r}); bring it back, or run it anew.') from error
     versions = {key: config[f'{key}_version'] for key in ('timm_arl', 'timm')}
     weights = _safetensors(model.state_dict(), {'format': 'pt', 'name': results['name'], **versions})
-    if OWN_WEIGHTS.get(results['name'], hashlib.sha256(weights).hexdigest()) != hashlib.sha256(weights).hexdigest():
+    digest = hashlib.sha256(weights).hexdigest()
+    if OWN_WEIGHTS.get(results['name'], digest) != digest:
         raise HubError(f'{results["name"]} is the name of weights that came with this package: choose another --tag.')
 
     def write(new: Path) -> None:

@@ -10,8 +10,8 @@ from . import LABELS
 from .intervals import RESAMPLES, delong_test, percentile_interval, resampled_indices
 
 __all__ = [
-    'OFFICIAL_THRESHOLD', 'auc', 'auc_above_sensitivity', 'auc_table', 'compare', 'operating_point', 'score_split',
-    'score_task', 'threshold_for_sensitivity', 'youden_threshold',
+    'OFFICIAL_THRESHOLD', 'auc', 'auc_above_sensitivity', 'auc_table', 'compare', 'interval_text', 'operating_point',
+    'score_split', 'score_task', 'threshold_for_sensitivity', 'youden_threshold',
 ]
 
 OFFICIAL_THRESHOLD = 0.5  # the challenge's scorer calls an image positive strictly above it
@@ -217,6 +217,19 @@ def _difference(value: Any, distribution: np.ndarray) -> Dict[str, Any]:
     return {'difference': float(value), 'difference_ci95': percentile_interval(distribution)}
 
 
+def interval_text(value: Optional[float], interval: Optional[Sequence[float]], sign: str = '') -> str:
+    """A score, or with the sign '+' a difference, and its interval, as tables show them.
+
+    Args:
+        value: Score; None for an undefined one.
+        interval: Its ends, or None.
+        sign: '' or '+'.
+    """
+    if value is None:
+        return 'undefined'
+    return f'{value:{sign}.3f}' + (f' [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]' if interval else '')
+
+
 def auc_table(metrics: Dict[str, Dict[str, Any]]) -> str:
     """A line of AUCs with their intervals for each split of metrics.json, under a heading."""
     width = max(12, *(len(split) + 1 for split in metrics))
@@ -224,6 +237,6 @@ def auc_table(metrics: Dict[str, Dict[str, Any]]) -> str:
     for split, scores in metrics.items():
         cells = [(scores[label]['auc'], scores[label]['auc_ci95']) for label in LABELS]
         cells.append((scores['mean_auc'], scores['mean_auc_ci95']))
-        texts = ['undefined' if value is None else f'{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]' for value, ci in cells]
+        texts = [interval_text(value, ci) for value, ci in cells]
         lines.append(f'{split:{width}}' + ''.join(f'{text:24}' for text in texts).rstrip())
     return '\n'.join(lines)
