@@ -16,7 +16,6 @@ and takes the place of an earlier evaluation there, whole. Each look at the test
 output folder and in that of the checkpoint's run.
 """
 import argparse
-import csv
 import os
 import shlex
 import shutil
@@ -29,26 +28,15 @@ import numpy as np
 import timm
 import torch
 from accelerate.utils import set_seed
-from evaluate_report import markdown_report
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from isic_common import (
-    RunError,
-    arguments_of,
-    check_images,
-    check_not_empty,
-    check_output_dir,
-    create_accelerator,
-    image_loader,
-    make_output_dir,
-    number,
-    path_of,
-    predict,
-)
 from timm.data import resolve_model_data_config
 
 import timm_arl
-from timm_arl.cards import read_results
-from timm_arl.isic import LABELS
+from timm_arl.attention import alphas_of
+from timm_arl.download import WeightsError, fetch_weights
+from timm_arl.factory import create_trained, source_of, tensors_sha256
+from timm_arl.files import git_commit, make_folder, read_rows, write_json
+from timm_arl.hub.cards import read_results
 from timm_arl.isic.calibration import (
     apply_temperature,
     expected_calibration_error,
@@ -56,7 +44,7 @@ from timm_arl.isic.calibration import (
     subgroup_table,
 )
 from timm_arl.isic.dataset import DataError, check_usable, load_splits
-from timm_arl.isic.duplicates import read_pairs
+from timm_arl.isic.dataset.duplicates import read_pairs
 from timm_arl.isic.metrics import (
     auc_table,
     compare,
@@ -65,11 +53,15 @@ from timm_arl.isic.metrics import (
     threshold_for_sensitivity,
     youden_threshold,
 )
-from timm_arl.isic.outputs import has_isic_outputs
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
-from timm_arl.isic.results import git_commit, read_predictions, record_look, write_json, write_predictions
+from timm_arl.isic.predictions import read_predictions, write_predictions
+from timm_arl.isic.report import markdown_report
+from timm_arl.isic.task import LABELS, has_isic_outputs, label_words
 from timm_arl.isic.transforms import CROPS
-from timm_arl.pretrained import WeightsError, create_trained, fetch_weights, source_of, tensors_sha256
+from timm_arl.training.accelerator import create_accelerator
+from timm_arl.training.arguments import RunError, check_not_empty, number
+from timm_arl.training.images import check_images, image_loader, predict
+from timm_arl.training.runs import arguments_of, check_output_dir, path_of, record_look
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'evaluation.json', 'report.md', 'curves.png', 'alphas.png',
@@ -142,8 +134,7 @@ def load_network(args):
     if not has_isic_outputs(model):
         raise WeightsError(f'{args.checkpoint} has {model.num_classes} outputs, not those of {" and ".join(LABELS)}: '
                            f'fine-tune it first, with finetune_isic.py.')
-    alphas = [parameter for name, parameter in model.named_parameters()
-              if name.endswith('.alpha') and parameter.numel() == 1]
+    alphas = list(alphas_of(model).values())
     if args.alpha_zero and not alphas:
         raise RunError(f'--alpha-zero: {args.checkpoint} has no alphas.')
     with torch.no_grad():
@@ -202,7 +193,7 @@ def evaluate(args):
     loaders = {name: image_loader(args, split, data_config, accelerator) for name, split in splits.items()}
     truth = {name: loader.dataset.labels.numpy() for name, loader in loaders.items()}
     if accelerator.is_main_process:
-        make_output_dir(out)
+        make_folder(out)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     probabilities = {name: predict(accelerator, model, loader, name).numpy() for name, loader in loaders.items()}
     if not accelerator.is_main_process:
@@ -264,8 +255,7 @@ def evaluate(args):
             reliability_plot(new / f'reliability_{name}.png', truth[name], {
                 'as given': probabilities[name], 'with temperature': calibrated[name]}, title)
         if (folder / 'summary.csv').is_file() and not args.alpha_zero:
-            with (folder / 'summary.csv').open(newline='', encoding='utf-8') as file:
-                summary = list(csv.DictReader(file))
+            summary = read_rows(folder / 'summary.csv')
             curve_plot(new / 'curves.png', summary, folder.name)
             names = [column for column in summary[0] if column.endswith('.alpha')]
             if names:
@@ -283,7 +273,7 @@ def evaluate(args):
         print(f'AUC of {shown} minus that of {args.compare}, on the same images:')
         for name in (*LABELS, 'mean_auc'):
             pair = metrics[args.split]['comparison'][name]
-            print(f'  {name.replace("_", " "):22}' + interval_text(pair['difference'], pair['difference_ci95'], '+')
+            print(f'  {label_words(name):22}' + interval_text(pair['difference'], pair['difference_ci95'], '+')
                   + (f", DeLong's p {pair['p_value']:.3g}" if pair.get('p_value') is not None else ''))
     print(f'{time.time() - start_time:.0f} s. In {out}: {", ".join(sorted(written))}'
           + ', looks.csv' * (args.split == 'test'))

@@ -5,9 +5,9 @@
     accelerate launch benchmarks/finetune_isic.py --data path/to/isic2017 --model arl_cnn50 --pretrained --img-size 224
     accelerate launch benchmarks/finetune_isic.py                            # on synthetic images, no download
 
-Two sigmoid outputs and binary cross-entropy, or --head softmax; the rest is the recipe's (benchmarks/recipes). The
-epoch with the best mean AUC on the validation split is kept, and alone meets the test split, once. The output folder
-receives
+Two sigmoid outputs and binary cross-entropy, or --head softmax; the rest is the recipe's
+(timm_arl/training/recipes). The epoch with the best mean AUC on the validation split is kept, and alone meets the test
+split, once. The output folder receives
     config.json, model.safetensors   the kept epoch: timm.create_model('local-dir:OUT', pretrained=True)
     summary.csv, tensorboard/        a row an epoch: losses, AUCs, learning rate, every alpha
     metrics.json                     scores with 95 % intervals, keyed by split
@@ -21,19 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
-from finetune_folds import check_start, run_each
-from finetune_options import build_parser, parse_args
-from finetune_output import EMA_FILE, check_no_other_run, prepare_output_dir, preview, save_progress
-from finetune_teacher import Student, Teacher, mask_loss
-from isic_common import (
-    RunError,
-    check_images,
-    check_output_dir,
-    create_accelerator,
-    image_loader,
-    learns_masks,
-    predict,
-)
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -41,15 +28,31 @@ from timm.utils import ModelEmaV3
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy
 from tqdm import tqdm
 
-from timm_arl.isic import LABELS
+from timm_arl.attention import alphas_of
+from timm_arl.download import WeightsError
+from timm_arl.factory import create_for_task, load_weights_file
+from timm_arl.files import write_json
 from timm_arl.isic.dataset import DataError, load_splits
-from timm_arl.isic.loading import diagnosis_array
+from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, auc_table, score_split
-from timm_arl.isic.outputs import HEADS
-from timm_arl.isic.results import record_look, write_json, write_predictions
-from timm_arl.isic.sources import ids_digest
+from timm_arl.isic.predictions import write_predictions
+from timm_arl.isic.task import DIAGNOSES, HEADS, LABELS, balancing_weights, diagnoses_of, label_words
 from timm_arl.isic.transforms import CROP_PCT, train_transform
-from timm_arl.pretrained import WeightsError, create_for_task, load_weights_file
+from timm_arl.training.accelerator import create_accelerator
+from timm_arl.training.arguments import RunError
+from timm_arl.training.distillation import Student, Teacher, mask_loss
+from timm_arl.training.folds import check_start, run_each
+from timm_arl.training.images import check_images, image_loader, learns_masks, predict
+from timm_arl.training.options import build_parser, parse_args
+from timm_arl.training.preview import preview
+from timm_arl.training.runs import (
+    EMA_FILE,
+    check_no_other_run,
+    check_output_dir,
+    prepare_output_dir,
+    record_look,
+    save_progress,
+)
 
 
 def create_network(args):
@@ -76,7 +79,7 @@ def create_network(args):
 
 def parameter_groups(model, args, lr):
     """Weights with decay; biases and norms without; alphas without, at their own learning rate."""
-    alphas = [p for name, p in model.named_parameters() if name.endswith('.alpha') and p.numel() == 1]
+    alphas = list(alphas_of(model).values())
     own = {id(p) for p in alphas}
     groups = param_groups_weight_decay(model, args.weight_decay)
     for group in groups:
@@ -100,8 +103,8 @@ def stopped_early(summary, patience):
 
 def batch_loss(logits, labels, smoothing, weights):
     """Cross-entropy of each image, weighted by its diagnosis: the mean of the two sigmoids', or that of the softmax."""
-    diagnoses = (labels @ torch.arange(1., 3., device=labels.device)).long()
-    if logits.shape[1] == 3:
+    diagnoses = diagnoses_of(labels)
+    if logits.shape[1] == len(DIAGNOSES):
         loss = cross_entropy(logits, diagnoses, reduction='none', label_smoothing=smoothing)
     else:
         targets = labels * (1 - smoothing) + 0.5 * smoothing
@@ -117,7 +120,7 @@ def train(args, accelerator, splits, out):
     model, start, data_config = create_network(args)
     if start:
         accelerator.print(start)
-    alphas = [name for name, p in model.named_parameters() if name.endswith('.alpha') and p.numel() == 1]
+    alphas = list(alphas_of(model))
     img_size = data_config['input_size'][-1]
     lr = args.lr
 
@@ -128,8 +131,7 @@ def train(args, accelerator, splits, out):
         return
     truth = {name: loader.dataset.labels for name, loader in loaders.items()}
     train_set = loaders['train'].dataset
-    counts = np.bincount(diagnosis_array(truth['train']).astype(int), minlength=3)
-    weights = counts.sum() / np.maximum(counts, 1) / (counts > 0).sum() if args.balance == 'weights' else np.ones(3)
+    weights = balancing_weights(truth['train']) if args.balance == 'weights' else np.ones(len(DIAGNOSES))
     teacher = None
     if args.teacher:
         teacher = Teacher(args.teacher, data_config, model.num_classes, args.distill_weight, args.distill_features)
@@ -262,7 +264,8 @@ def train(args, accelerator, splits, out):
         accelerator.print(
             f'epoch {epoch + 1}/{args.epochs}  loss {row["train_loss"]:.4f} train{of_masks}, {validation_loss:.4f} '
             f'validation  '
-            f'AUC {aucs[0]:.3f} melanoma, {aucs[1]:.3f} seborrheic keratosis, {row["validation_mean_auc"]:.3f} mean'
+            'AUC ' + ''.join(f'{value:.3f} {label_words(label)}, ' for label, value in zip(LABELS, aucs))
+            + f'{row["validation_mean_auc"]:.3f} mean'
             + (' (best)' if keep and args.keep == 'best' else '')
             + (f'  alpha {min(values):.2g} to {max(values):.2g}' if values else '')
             + f'  {time.time() - epoch_start:.0f} s')

@@ -22,9 +22,10 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import timm_arl
-from timm_arl.isic.crops import open_reduced, patch_boxes, patches, shorter_side_for
-from timm_arl.isic.demo import draw_lesion
-from timm_arl.isic.results import git_commit, write_rows
+from timm_arl.files import git_commit, write_rows
+from timm_arl.isic.crops import patch_boxes, patches, shorter_side_for
+from timm_arl.isic.dataset.demo import draw_lesion
+from timm_arl.isic.images import open_reduced
 
 PATCHES = 9
 

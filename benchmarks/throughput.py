@@ -31,7 +31,7 @@ from typing import Any, Dict, List
 from throughput_report import bar_chart, growth_table, markdown_table
 from tqdm import tqdm
 
-from timm_arl.isic.results import replacing, write_json
+from timm_arl.files import replacing, write_json
 
 COLUMNS = [
     'model', 'mode', 'infer_samples_per_sec', 'infer_step_time', 'infer_batch_size', 'infer_img_size', 'infer_gmacs',

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-from timm_arl.isic.results import replacing
+from timm_arl.files import replacing
 
 __all__ = ['bar_chart', 'growth_table', 'markdown_table']
 

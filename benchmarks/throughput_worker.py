@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_arl
 from timm_arl import kernels
 from timm_arl.export import OnnxModel, fold_batch_norm
-from timm_arl.isic.results import git_commit
+from timm_arl.files import git_commit
 
 SECONDS = 0.5  # a repetition takes at least about this long, by repeating its step
 

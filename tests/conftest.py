@@ -11,9 +11,10 @@ import torch
 from accelerate.state import AcceleratorState
 from timm.models import save_for_hf
 
+from timm_arl.files import write_json, write_rows
 from timm_arl.hub import stage
 from timm_arl.isic.metrics import score_split
-from timm_arl.isic.results import write_json, write_predictions, write_rows
+from timm_arl.isic.predictions import write_predictions
 
 REPO = Path(__file__).resolve().parents[1]
 

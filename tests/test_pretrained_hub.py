@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub import Hub
+from loopback_hub import Hub
 
 import timm_arl  # noqa: F401  registers the models
 
@@ -19,7 +19,7 @@ import timm_arl  # noqa: F401  registers the models
 CLIENT = """
 import json, os, sys
 import huggingface_hub, timm, timm_arl
-from timm_arl.pretrained import create_for_task
+from timm_arl.factory import create_for_task
 for line in sys.stdin:
     job = json.loads(line)
     os.environ.pop('HF_TOKEN', None)

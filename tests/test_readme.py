@@ -7,7 +7,7 @@ import sys
 import pytest
 import safetensors.torch
 import timm
-from hub import Hub
+from loopback_hub import Hub
 from PIL import Image
 
 import timm_arl  # noqa: F401  registers the models

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub import Hub
+from loopback_hub import Hub
 from sklearn.metrics import roc_auc_score
 from test_cards import front_matter, run_snippets
 

@@ -2,7 +2,7 @@
 from . import arl_cnn, baselines
 from .arl_cnn import ARLCNN, ARLBottleneck
 from .attention import attention_mask, attention_residual
-from .pretrained import WeightsError
+from .download import WeightsError
 
 __version__ = '0.1.0'
 __all__ = [

@@ -21,7 +21,7 @@ mixed      6     sigmoid, elementwise                                           
 exporting and compiling see through. :class:`FusedAttentionResidual` computes the same in eager mode with less memory
 and fewer passes over it; docs/performance.md has the figures.
 """
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from . import kernels
 
 __all__ = [
-    'ATTENTIONS', 'MASK_SCALES', 'FusedAttentionResidual', 'attention_mask', 'attention_residual', 'can_fuse',
-    'fused_attention_residual', 'fused_block_tail',
+    'ATTENTIONS', 'MASK_SCALES', 'FusedAttentionResidual', 'alphas_of', 'attention_mask', 'attention_residual',
+    'can_fuse', 'fused_attention_residual', 'fused_block_tail',
 ]
 
 ATTENTIONS = ('spatial', 'channel', 'mixed')
@@ -127,6 +127,11 @@ def attention_residual(
     if add_shortcut:
         gate = gate + 1.
     return torch.addcmul(residual.to(gate.dtype), gate, shortcut.to(gate.dtype)).to(residual.dtype)
+
+
+def alphas_of(model: nn.Module) -> Dict[str, nn.Parameter]:
+    """The alphas of a model, by the name of the parameter; empty for a model without attention residual learning."""
+    return {name: p for name, p in model.named_parameters() if name.endswith('.alpha') and p.numel() == 1}
 
 
 def can_fuse(*tensors: torch.Tensor) -> bool:

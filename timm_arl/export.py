@@ -20,6 +20,9 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from .download import WeightsError
+from .factory import create_for_task, create_trained
+
 __all__ = ['ExportError', 'OnnxModel', 'export_onnx', 'fold_batch_norm']
 
 
@@ -148,7 +151,6 @@ def export_onnx(
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    from .pretrained import WeightsError, create_for_task, create_trained
     parser = argparse.ArgumentParser(
         prog='python -m timm_arl.export', description='A model as an ONNX file, checked against what it was made from.')
     parser.add_argument('--model', required=True, metavar='NAME|DIR',

@@ -14,9 +14,9 @@ from PIL import Image
 from timm.models import save_for_hf
 
 import timm_arl  # noqa: F401  registers the models
+from timm_arl.factory import tensors_sha256
 from timm_arl.isic.dataset import label_array, load_splits
 from timm_arl.isic.metrics import auc
-from timm_arl.pretrained import tensors_sha256
 
 
 def run(repo, *args, cwd=None):

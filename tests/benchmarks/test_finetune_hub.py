@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import timm
-from hub import Hub
+from loopback_hub import Hub
 from small_data import rows, write
 from test_finetune_isic import read_csv
 from timm.models import save_for_hf

@@ -278,7 +278,7 @@ def test_a_teacher_is_followed(finished, repo, isic_sample, tmp_path):
 
 def test_recipes_and_their_flags(repo, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(repo / 'benchmarks')
-    import finetune_options as options
+    from timm_arl.training import options
     parser = options.build_parser('About.\n\nMore.')
     paper = options.parse_args(parser, ['--recipe', 'paper'])
     # as printed: SGD, batch 32, 0.01 from scratch and 1e-4 fine-tuning, halved every 30 epochs, at most 100 epochs
@@ -287,7 +287,7 @@ def test_recipes_and_their_flags(repo, tmp_path, monkeypatch):
     assert (paper.schedule, paper.decay_epochs, paper.decay_rate, paper.epochs) == ('step', 30, 0.5, 100)
     assert (paper.augmentation, paper.crops, paper.ema, paper.mixup) == ('paper', 'paper', 0, 0)
     assert options.parse_args(parser, ['--recipe', 'paper', '--epochs', '7']).epochs == 7
-    (tmp_path / 'mine.yaml').write_text((repo / 'benchmarks' / 'recipes' / 'paper.yaml').read_text().replace(
+    (tmp_path / 'mine.yaml').write_text((repo / 'timm_arl' / 'training' / 'recipes' / 'paper.yaml').read_text().replace(
         'lr: 0.01', 'lr: 0.02').replace('epochs: 100', 'epochs: 3\ngrey-world: true'))
     mine = options.parse_args(parser, ['--recipe', str(tmp_path / 'mine.yaml'), '--no-grey-world'])
     assert (mine.epochs, mine.lr, mine.grey_world) == (3, 0.02, False)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_arl.isic.crops import SCALES, open_reduced, patch_boxes, patches, shorter_side_for
+from timm_arl.isic.crops import SCALES, patch_boxes, patches, shorter_side_for
+from timm_arl.isic.images import open_reduced
 
 
 def picture(width=1600, height=1200):

@@ -1,5 +1,4 @@
 """The ISIC 2017 Part 3 task: two binary labels of a dermoscopic image. Knows dermoscopy, knows nothing of ARL."""
+from .task import LABELS, probabilities_of
 
-LABELS = ('melanoma', 'seborrheic_keratosis')
-
-__all__ = ['LABELS']
+__all__ = ['LABELS', 'probabilities_of']

@@ -5,9 +5,9 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 
-from . import LABELS
 from .intervals import delong_interval
 from .metrics import OFFICIAL_THRESHOLD, score_task
+from .task import LABELS
 
 __all__ = [
     'AGE_BANDS', 'apply_temperature', 'expected_calibration_error', 'fit_temperature', 'reliability', 'subgroup_table',

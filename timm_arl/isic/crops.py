@@ -1,10 +1,10 @@
 """Patches of several scales from one picture, as the paper cuts them, decoded no larger than they need."""
-from typing import BinaryIO, Iterator, List, Sequence, Tuple, Union
+from typing import Iterator, List, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
 
-__all__ = ['SCALES', 'multiscale_boxes', 'open_reduced', 'patch_boxes', 'patches', 'shorter_side_for']
+__all__ = ['SCALES', 'multiscale_boxes', 'patch_boxes', 'patches', 'shorter_side_for']
 
 SCALES = (1 / 5, 2 / 5, 3 / 5, 4 / 5)  # side of a patch, as a share of the picture's shorter side
 
@@ -14,28 +14,6 @@ Box = Tuple[float, float, float, float]
 def shorter_side_for(img_size: int) -> int:
     """Shorter side in pixels that a picture needs so that no patch has to be enlarged to ``img_size``."""
     return round(img_size / min(SCALES))
-
-
-def open_reduced(source: Union[str, BinaryIO], shorter_side: int) -> Image.Image:
-    """Decode a picture at the smallest size a JPEG gives cheaply, with at least the shorter side that is asked for.
-
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size straight from its coefficients; other formats at full size.
-
-    Args:
-        source: File name or binary file.
-        shorter_side: Pixels that the shorter side should keep, where it has them.
-
-    Returns:
-        RGB picture, of the whole field of view.
-
-    Raises:
-        OSError: Not a picture, or a truncated one.
-    """
-    with Image.open(source) as picture:
-        # Pillow takes the largest reduction that leaves both sides at least this long
-        scale = shorter_side / min(picture.size)
-        picture.draft('RGB', (round(picture.width * scale), round(picture.height * scale)))
-        return picture.convert('RGB')
 
 
 def patch_boxes(

@@ -2,7 +2,7 @@
 import collections
 import itertools
 import zlib
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import datasets
 import numpy as np
@@ -12,19 +12,15 @@ from PIL import Image
 from torch.utils.data import default_collate, get_worker_info
 from torchvision import tv_tensors
 
-from . import LABELS
-from .dataset import DataError, StreamedSplit, decode, decode_mask, label_array
+from .dataset import DataError, StreamedSplit, label_array
+from .images import decode, decode_mask
+from .task import LABELS, balancing_weights, diagnoses_of
 from .transforms import grey_world, lesion_crop, restore_aspect
 
-__all__ = ['EpochBatches', 'IsicImages', 'IsicSplit', 'IsicStream', 'diagnosis_array']
+__all__ = ['EpochBatches', 'IsicImages', 'IsicSplit', 'IsicStream']
 
 SHUFFLE_BUFFER = 1000  # images that a stream holds, undecoded, to draw from
 MANY_EPOCHS = 10 ** 6  # so that a second pass within an epoch has an order and changes of its own
-
-
-def diagnosis_array(labels: Union[np.ndarray, torch.Tensor]) -> np.ndarray:
-    """0 nevus, 1 melanoma, 2 seborrheic keratosis, shape (N,), from labels of shape (N, 2)."""
-    return np.asarray(labels) @ np.arange(1, 3)
 
 
 class IsicImages:
@@ -170,7 +166,7 @@ class EpochBatches(torch.utils.data.Sampler):
             processes: How many share the images.
             rank: Which of them this is.
         """
-        self.diagnoses = diagnosis_array(labels)
+        self.diagnoses = diagnoses_of(np.asarray(labels))
         self.global_batch = batch_size * processes
         self.seed = seed
         self.patches_per_image = patches_per_image
@@ -250,10 +246,9 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
         columns = [c for c in ('image_id', *LABELS, *self.columns) if c in split.stream.features]
         self.stream = split_dataset_by_node(
             split.stream.select_columns(columns), rank=batches.rank, world_size=batches.processes)
-        counts = np.bincount(batches.diagnoses.astype(int), minlength=3)
-        self.copies = batches.patches_per_image * (
-            counts.sum() / np.maximum(counts, 1) / (counts > 0).sum() if batches.balanced else np.ones(3))
-        self.shards, self.kinds = split.shards, (counts > 0).sum()
+        weights = balancing_weights(self.labels)
+        self.copies = batches.patches_per_image * (weights if batches.balanced else np.ones_like(weights))
+        self.shards, self.kinds = split.shards, len(set(batches.diagnoses))
         self.passes = self.rows = 0
 
     def __len__(self) -> int:
@@ -320,7 +315,7 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
         """Each row as often as the epoch shows it; what is left of a whole number is drawn by lot."""
         which: List[int] = []
         for i, image_id in enumerate(rows['image_id']):
-            expected = self.copies[int(diagnosis_array(np.array([rows[label][i] for label in LABELS])))]
+            expected = self.copies[diagnoses_of([rows[label][i] for label in LABELS])]
             entropy = (self.seed, self.epoch, self.passes, zlib.crc32(str(image_id).encode()))
             which += [i] * (int(expected) + (np.random.default_rng(entropy).random() < expected % 1))
         self.rows += len(rows['image_id'])

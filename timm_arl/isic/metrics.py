@@ -6,8 +6,8 @@ from scipy.stats import rankdata
 from sklearn.metrics import auc as area_under
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_curve
 
-from . import LABELS
 from .intervals import RESAMPLES, delong_test, percentile_interval, resampled_indices
+from .task import LABELS, label_words
 
 __all__ = [
     'OFFICIAL_THRESHOLD', 'auc', 'auc_above_sensitivity', 'auc_table', 'compare', 'interval_text', 'operating_point',
@@ -233,7 +233,7 @@ def interval_text(value: Optional[float], interval: Optional[Sequence[float]], s
 def auc_table(metrics: Dict[str, Dict[str, Any]]) -> str:
     """A line of AUCs with their intervals for each split of metrics.json, under a heading."""
     width = max(12, *(len(split) + 1 for split in metrics))
-    lines = [' ' * width + ''.join(f'{label.replace("_", " "):24}' for label in LABELS) + 'mean']
+    lines = [' ' * width + ''.join(f'{label_words(label):24}' for label in LABELS) + 'mean']
     for split, scores in metrics.items():
         cells = [(scores[label]['auc'], scores[label]['auc_ci95']) for label in LABELS]
         cells.append((scores['mean_auc'], scores['mean_auc_ci95']))

@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_curve
 
-from . import LABELS
+from ..files import replacing
 from .calibration import reliability
 from .intervals import percentile_interval, resampled_indices
 from .metrics import operating_point
-from .results import replacing
+from .task import LABELS, label_words
 
 __all__ = ['alpha_plot', 'curve_plot', 'reliability_plot', 'roc_plot']
 
@@ -48,7 +48,7 @@ def roc_plot(
         axes.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=(-0.01, 1.01), ylim=(-0.01, 1.01),
                  box_aspect=1)
         if task['auc'] is None:
-            axes.set_title(f'{label.replace("_", " ")}: one class only', fontsize=10)
+            axes.set_title(f'{label_words(label)}: one class only', fontsize=10)
             continue
         curves = np.array([_sensitivities(t[i], p[i]) for i in index if 0 < t[i].sum() < len(i)])
         low, high = np.array([percentile_interval(column) for column in curves.T]).T
@@ -61,7 +61,7 @@ def roc_plot(
                       label=f'{point["name"]} ({point["threshold"]:.2f})', linestyle='')
         axes.legend(loc='lower right', fontsize=8, frameon=False, title='threshold', title_fontsize=8)
         axes.set_title('{}: AUC {:.3f} [{:.3f}, {:.3f}]'.format(
-            label.replace('_', ' '), task['auc'], *task['auc_ci95']), fontsize=10)
+            label_words(label), task['auc'], *task['auc_ci95']), fontsize=10)
     _save(figure, path)
 
 
@@ -86,7 +86,7 @@ def reliability_plot(path: PathLike, truth: np.ndarray, probabilities: Dict[str,
         axes.set(xlabel='mean probability', ylabel='share of positives', xlim=(-0.03, 1.03), ylim=(-0.03, 1.03),
                  box_aspect=1)
         axes.legend(loc='upper left', fontsize=8, frameon=False)
-        axes.set_title(label.replace('_', ' '), fontsize=10)
+        axes.set_title(label_words(label), fontsize=10)
     _save(figure, path)
 
 
@@ -102,7 +102,7 @@ def curve_plot(path: PathLike, summary: List[Dict[str, Any]], title: str = '') -
     best = max(summary, key=lambda row: float(row['validation_mean_auc']))
     training = 'training, masks included' if 'train_mask_loss' in best else 'training'
     losses = [('train_loss', training, '0.5'), ('validation_loss', 'validation', 'black')]
-    aucs = [*((f'validation_auc_{label}', label.replace('_', ' '), colour) for label, colour in zip(LABELS, COLOURS)),
+    aucs = [*((f'validation_auc_{label}', label_words(label), colour) for label, colour in zip(LABELS, COLOURS)),
             ('validation_mean_auc', f'mean, best {float(best["validation_mean_auc"]):.3f}', 'black')]
     for k, (lines, ylabel) in enumerate(((losses, 'loss'), (aucs, 'AUC on validation'))):
         axes = figure.add_subplot(1, 2, k + 1)

@@ -1,0 +1,170 @@
+"""Folders of image files, as the challenge and the archive's client leave them, whole and damaged."""
+import csv
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
+from timm_arl.isic.dataset.sources import read_table
+
+WORDS = {'train': 'Training', 'validation': 'Validation', 'test': 'Test_v2'}
+DIAGNOSES = ('nevus', 'melanoma', 'seborrheic keratosis')
+
+
+def picture(seed, size=(60, 40)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def write_csv(path, rows, encoding='utf-8', newline='\n'):
+    with open(path, 'w', encoding=encoding, newline='') as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator=newline)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def challenge(folder, count=4, **csv_options):
+    """Three splits, one diagnosis after the other, masks and metadata for train."""
+    for number, word in enumerate(WORDS.values()):
+        images = folder / f'ISIC-2017_{word}_Data'
+        images.mkdir(parents=True)
+        ids = [f'ISIC_{number}{i:06d}' for i in range(count)]
+        for i, image_id in enumerate(ids):
+            picture(i).save(images / f'{image_id}.jpg')
+            Image.new('L', (60, 40)).save(images / f'{image_id}_superpixels.png')
+        write_csv(folder / f'ISIC-2017_{word}_Part3_GroundTruth.csv', [
+            {'image_id': image_id, 'melanoma': float(i % 3 == 1), 'seborrheic_keratosis': float(i % 3 == 2)}
+            for i, image_id in enumerate(ids)], **csv_options)
+        if word == 'Training':
+            write_csv(images / 'ISIC-2017_Training_Data_metadata.csv', [
+                {'image_id': image_id, 'age_approximate': 'unknown' if i else '55', 'sex': 'female' if i else 'unknown'}
+                for i, image_id in enumerate(ids)])
+            masks = folder / 'ISIC-2017_Training_Part1_GroundTruth'
+            masks.mkdir()
+            mask = Image.new('L', (60, 40))
+            mask.paste(255, (10, 10, 30, 25))
+            mask.save(masks / f'{ids[0]}_segmentation.png')
+    return folder
+
+
+@pytest.mark.parametrize('csv_options', [{}, dict(encoding='utf-8-sig', newline='\r\n')])
+def test_challenge_folders(tmp_path, csv_options):
+    splits = load_splits(str(challenge(tmp_path / 'isic', **csv_options)))
+    assert {name: list(split['image_id']) for name, split in splits.items()} == {
+        name: [f'ISIC_{n}{i:06d}' for i in range(4)] for n, name in enumerate(WORDS)}
+    assert label_array(splits['test']).tolist() == [[0, 0], [1, 0], [0, 1], [0, 0]]
+    train = splits['train']
+    assert decode(train[0]['image']).size == (60, 40)
+    assert (train[0]['age_approximate'], train[0]['sex'], train[1]['age_approximate'], train[1]['sex']) == (
+        55, None, None, 'female')
+    assert decode(train.cast_column('mask', train.features['image'])[0]['mask']).getpixel((15, 15)) == (255, 255, 255)
+    assert train[1]['mask'] is None and splits['test'][0]['mask'] is None
+
+
+def archive(folder, diagnosis='diagnosis_3'):
+    for number, name in enumerate(WORDS):
+        (folder / name).mkdir(parents=True)
+        ids = [f'ISIC_{number}{i:06d}' for i in range(4)]
+        for i, image_id in enumerate(ids):
+            picture(i).save(folder / name / f'{image_id}.JPG', 'JPEG')
+        write_csv(folder / name / 'metadata.csv', [
+            {'isic_id': image_id, 'attribution': 'Anonymous', 'age_approx': '45', 'sex': 'male',
+             'diagnosis_1': 'Benign', diagnosis: ('Nevus', 'Melanoma, NOS', 'Seborrheic keratosis')[i % 3]}
+            for i, image_id in enumerate(ids)])
+        (folder / name / 'licenses').mkdir()
+    return folder
+
+
+def test_one_download_is_not_three_splits(tmp_path):
+    folder = archive(tmp_path / 'isic')
+    with pytest.raises(DataError, match='is one download of the archive, and not three splits: put each'):
+        load_splits(str(folder / 'train'))
+
+
+def test_what_the_archives_client_writes(tmp_path):
+    splits = load_splits(str(archive(tmp_path / 'isic')))
+    assert label_array(splits['train']).tolist() == [[0, 0], [1, 0], [0, 1], [0, 0]]
+    assert splits['train'][0]['age_approximate'] == 45 and splits['train'][0]['sex'] == 'male'
+
+
+def test_the_challenges_labels_count_before_a_diagnosis(tmp_path):
+    folder = archive(tmp_path / 'isic')
+    write_csv(folder / 'ISIC-2017_Training_Part3_GroundTruth.csv', [
+        {'image_id': f'ISIC_0{i:06d}', 'melanoma': 1.0, 'seborrheic_keratosis': 0.0} for i in range(4)])
+    assert label_array(load_splits(str(folder))['train'])[:, 0].tolist() == [1, 1, 1, 1]
+
+
+def truth(folder, word='Training'):
+    return folder / f'ISIC-2017_{word}_Part3_GroundTruth.csv'
+
+
+def edit(path, change):
+    path.write_text(change(path.read_text()))
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda f: truth(f).unlink(), r'There is no .*Training_Part3_GroundTruth.csv: download it'),
+    (lambda f: edit(truth(f), lambda t: t.replace('ISIC_0000002,', 'ISIC_0000009,')),
+     'there is no image for ISIC_0000009 .1 such of 4 rows and 4 images'),
+    (lambda f: edit(truth(f), lambda t: t.rsplit('ISIC', 1)[0]), 'there is no row of labels for ISIC_0000003'),
+    (lambda f: (f / 'ISIC-2017_Validation_Data' / 'ISIC_1000001.jpg').unlink(), 'there is no image for ISIC_1000001'),
+    (lambda f: edit(truth(f), lambda t: t + 'ISIC_0000001,0.0,0.0\n'), 'line 6: ISIC_0000001 occurs twice'),
+    (lambda f: edit(truth(f), lambda t: t.replace('ISIC_0000001', '../ISIC_0000001')),
+     "line 3: '../ISIC_0000001' is no usable"),
+    (lambda f: edit(truth(f), lambda t: t.replace('ISIC_0000001', r'C:\x')), 'is no usable image_id'),
+    (lambda f: edit(truth(f), lambda t: t.replace('melanoma', 'Melanom')),
+     'has no column melanoma .it has image_id, Melanom'),
+    (lambda f: edit(truth(f), lambda t: t.replace('1.0', 'yes')), 'labels of ISIC_0000001 are not numbers'),
+    (lambda f: truth(f).write_bytes(b'\xff\xfe\x00image_id'), 'cannot be read as CSV'),
+    (lambda f: picture(0).save(f / 'ISIC-2017_Training_Data' / 'ISIC_0000001.png'), 'two files for ISIC_0000001'),
+    (lambda f: (f / 'ISIC-2017_Test_v2_Data').rename(f / 'x'), 'has no split test'),
+])
+def test_damage_is_named(tmp_path, damage, message):
+    folder = challenge(tmp_path / 'isic')
+    damage(folder)
+    with pytest.raises(DataError, match=message) as raised:
+        load_splits(str(folder))
+    assert '\n' not in str(raised.value)
+
+
+def test_an_unknown_diagnosis_is_refused(tmp_path):
+    folder = archive(tmp_path / 'isic')
+    edit(folder / 'test' / 'metadata.csv', lambda t: t.replace('Seborrheic keratosis', 'Lentigo NOS'))
+    with pytest.raises(DataError, match="diagnosis of ISIC_2000002 is 'benign lentigo nos', not one of"):
+        load_splits(str(folder))
+
+
+def test_short_rows_do_not_shift(tmp_path):
+    (tmp_path / 't.csv').write_text('image_id , melanoma\n a , 1\nb\n')
+    assert read_table(tmp_path / 't.csv', ('image_id',)) == {'a': {'image_id': 'a', 'melanoma': '1'},
+                                                             'b': {'image_id': 'b', 'melanoma': ''}}
+
+
+def encoded(image, fmt, **options):
+    file = io.BytesIO()
+    image.save(file, fmt, **options)
+    return {'bytes': file.getvalue(), 'path': None}
+
+
+def test_every_kind_of_picture_comes_out_as_it_looks():
+    image = picture(1)
+    assert np.array_equal(decode(encoded(image, 'PNG')), image)
+    grey16 = Image.fromarray((np.arange(2400, dtype=np.uint16) * 27).reshape(40, 60))
+    shown = np.asarray(decode(encoded(grey16, 'PNG')))[..., 0]
+    assert np.abs(shown - np.asarray(grey16) / 257).max() <= 0.5  # not cut off at 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side
+    assert decode(encoded(image, 'JPEG', exif=exif)).size == (40, 60)
+    rgba = image.convert('RGBA')
+    rgba.putalpha(100)
+    assert np.array_equal(decode(encoded(rgba, 'PNG')), image)
+    for mode, fmt in (('CMYK', 'JPEG'), ('P', 'PNG'), ('L', 'PNG'), ('1', 'PNG')):
+        assert decode(encoded(image.convert(mode), fmt)).mode == 'RGB'
+
+
+def test_a_hundred_megapixels_and_far_too_many(recwarn):
+    large = encoded(Image.new('L', (11000, 9100), 90), 'PNG')
+    assert decode(large).size == (11000, 9100) and not recwarn
+    with pytest.raises(OSError, match='exceeds limit'):
+        decode(encoded(Image.new('1', (20000, 10000)), 'PNG'))

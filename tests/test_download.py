@@ -1,0 +1,55 @@
+"""Settings of real machines that keep a client from a Hub, each named with its remedy; and Xet, off only meanwhile."""
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import huggingface_hub
+import pytest
+from loopback_hub import Hub
+
+from timm_arl.download import plain_http
+
+LOAD = """
+import sys, timm, timm_arl
+try:
+    timm.create_model('arl_cnn14', pretrained=True, pretrained_cfg_overlay=dict(
+        hf_hub_id='user/model', hf_hub_filename='model.safetensors'))
+except timm_arl.WeightsError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize('settings, message', [
+    ({'SSL_CERT_FILE': '/nowhere/ca.pem'}, 'SSL_CERT_FILE names /nowhere/ca.pem, which does not exist; mend or unset'),
+    ({'ALL_PROXY': 'socks://127.0.0.1:9', 'NO_PROXY': ''}, 'the proxy cannot be used .* mend or unset ALL_PROXY'),
+    ({'HF_ENDPOINT': 'mirror.example.org'}, 'HF_ENDPOINT is no address; let it begin with https:// or http://'),
+    ({'HF_TOKEN': 'hf_\u00e9'}, 'the token holds a character that no token has; log in'),
+])
+def test_settings_that_keep_a_client_away(tmp_path, settings, message):
+    with Hub({'user/model': {'model.safetensors': b'x'}}) as server:
+        done = subprocess.run([sys.executable, '-c', LOAD], capture_output=True, text=True,
+                              env={**os.environ, **server.env(tmp_path), 'PYTHONIOENCODING': 'utf-8', **settings})
+    assert done.returncode == 0 and done.stdout.count('\n') == 1, done.stderr
+    assert re.search(message, done.stdout), done.stdout
+    assert 'user/model' in done.stdout
+
+
+def test_plain_http_is_over_when_the_last_thread_is_done():
+    before = huggingface_hub.constants.HF_HUB_DISABLE_XET
+    entered, leave, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        with plain_http():
+            entered.set()
+            leave.wait(30)
+            seen.append(huggingface_hub.constants.HF_HUB_DISABLE_XET)
+
+    thread = threading.Thread(target=other)
+    with plain_http():
+        thread.start()
+        entered.wait(30)
+    leave.set()
+    thread.join(30)
+    assert seen == [True] and huggingface_hub.constants.HF_HUB_DISABLE_XET == before

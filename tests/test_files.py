@@ -1,0 +1,34 @@
+"""Files appear whole or not at all."""
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from timm_arl.files import git_commit, replacing, write_json
+from timm_arl.isic.predictions import write_predictions
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / 'metrics.json'
+    write_json(path, {'a': 1})
+    with pytest.raises(ValueError):
+        write_json(path, {'a': float('nan')})
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text('half')
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {'a': 1} and [p.name for p in tmp_path.iterdir()] == ['metrics.json']
+
+
+def test_predictions_give_float32_back(tmp_path):
+    values = np.random.default_rng(0).random((5, 2)).astype(np.float32) ** 9
+    ids = [f'ISIC_{i:07d}' for i in range(4)] + ['odd, "id"']
+    write_predictions(tmp_path / 'p.csv', ids, values)
+    with open(tmp_path / 'p.csv', newline='') as file:
+        header, *rows = csv.reader(file)
+    assert header == ['image_id', 'melanoma', 'seborrheic_keratosis'] and [r[0] for r in rows] == ids
+    assert np.array_equal(np.array([r[1:] for r in rows], dtype=np.float32), values)
+
+
+def test_git_commit(tmp_path):
+    assert git_commit(tmp_path / 'file.py') is None

@@ -1,0 +1,128 @@
+"""Files and folders that appear whole or not at all: written under another name, then renamed."""
+import contextlib
+import csv
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+
+__all__ = [
+    'git_commit', 'make_folder', 'read_rows', 'recover_folder', 'replacing', 'replacing_folder', 'swap_folder',
+    'write_json', 'write_rows',
+]
+
+PathLike = Union[str, Path]
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[Path]:
+    """Give a temporary name beside `path` to write to; rename it to `path` on success, remove it on an exception."""
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.tmp')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'No folder {path.parent} for {path.name}: make it first.')
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: PathLike, content: Dict[str, Any]) -> None:
+    """Write standard JSON (NaN is refused: a score that is undefined is None)."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + '\n', encoding='utf-8')
+
+
+def write_rows(path: PathLike, rows: Sequence[Dict[str, Any]], columns: Optional[Sequence[str]] = None) -> None:
+    """Write a CSV with a header, from the first row's keys unless columns are given."""
+    with replacing(path) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, fieldnames=list(columns or rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(path: PathLike) -> List[Dict[str, str]]:
+    """Rows of a CSV by its header; a byte order mark and CRLF do not matter.
+
+    Raises:
+        OSError: No such file, or one that cannot be read.
+        ValueError: Not UTF-8, or not CSV.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            return list(csv.DictReader(file))
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+
+
+def make_folder(path: PathLike) -> Path:
+    """Make a folder and those above it.
+
+    Raises:
+        OSError: It cannot be made; the message is one sentence.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f'Cannot make the folder {path}: {error.strerror}.') from error
+    return path
+
+
+def recover_folder(path: PathLike) -> None:
+    """Undo what a killed :func:`swap_folder` left: the folder is there again, and nothing else of it."""
+    path = Path(path)
+    previous = _previous(path)
+    if previous.exists() and not path.exists():
+        previous.rename(path)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def swap_folder(new: Path, path: PathLike) -> None:
+    """Let a finished folder take the place of `path`; killed at any moment, one of the two is there, intact."""
+    path = Path(path)
+    previous = _previous(path)
+    try:
+        if path.exists():
+            path.rename(previous)
+        new.rename(path)
+    except BaseException:  # Ctrl-C too
+        recover_folder(path)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f'.{path.name}.previous')
+
+
+@contextlib.contextmanager
+def replacing_folder(path: PathLike) -> Iterator[Path]:
+    """Give an empty folder beside `path` to fill; it takes the place of `path` on success, and goes on an exception."""
+    path = Path(path).resolve()  # what a link names is replaced, not the link
+    make_folder(path.parent)
+    recover_folder(path)
+    new = path.with_name(f'.{path.name}.new')
+    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+    new.mkdir()
+    try:
+        yield new
+        swap_folder(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def git_commit(path: PathLike) -> Optional[str]:
+    """The commit of the checkout that holds `path`, marked ``-dirty`` when it was changed; None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ['git', '-C', str(Path(path).parent), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'],
+            capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+

@@ -1,0 +1,93 @@
+"""Publishing: a model repo from a training output, with a card, pushed to a Hub or a folder and verified.
+
+    python -m timm_arl.hub stage OUT STAGED --evaluation R    # a model repo, ready to publish, from a finished run
+    python -m timm_arl.hub stage NAME.TAG STAGED              # the same from weights that came with this package
+    python -m timm_arl.hub card STAGED                        # write its README.md anew
+    python -m timm_arl.hub push STAGED --to user/model        # lists what would go; --yes sends it
+    TIMM_ARL_HUB=me python -m timm_arl.hub push STAGED STAGED ... --yes    # each to a repo of its name under me
+    python -m timm_arl.hub verify user/model --against STAGED # downloads it into an empty cache and compares
+
+--to and verify take a folder (./FOLDER) too, and verify a revision (user/model@REVISION). HF_ENDPOINT names another
+Hub, HF_TOKEN or `hf auth login` the account, TIMM_ARL_HUB the user or organisation whose repos are pushed to without
+--to. The README.md that goes is the staged one, with the repo's or the folder's name where it loads the model.
+"""
+import argparse
+import sys
+from pathlib import Path
+from typing import Optional, Sequence
+
+from safetensors import SafetensorError
+
+from ..download import WeightsError
+from .publish import push, staged_files, usual_repo, verify
+from .staging import HubError, card, card_of_registered, stage
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    usage, epilog = (__doc__ or '\n\n').split('\n\n', 1)
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_arl.hub', description=usage, epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    sub = commands.add_parser('stage', help='build a model repo from a finished run, or from shipped weights')
+    sub.add_argument('run', metavar='OUT|NAME.TAG', help='output folder, or weights that came with this package')
+    sub.add_argument('target', metavar='STAGED', type=Path)
+    sub.add_argument('--evaluation', metavar='R', type=Path, help='output folder of evaluate_isic.py on that run')
+    sub.add_argument('--alpha-zero', metavar='R0', type=Path,
+                     help='output folder of evaluate_isic.py --alpha-zero --compare R/predictions_test.csv')
+    sub.add_argument('--tag', help='of the weights (default: isic2017 for images of the challenge, demo for synthetic '
+                                   'ones, else by the name of the data)')
+    sub.add_argument('--note', default='', help='what the card says of the images ("copies at 256 px", for example)')
+    sub = commands.add_parser('card', help='write the README.md of a staged folder, or of registered weights')
+    sub.add_argument('what', metavar='STAGED|NAME.TAG')
+    sub.add_argument('--output', metavar='DIR', type=Path, help='for NAME.TAG: folder for its README.md')
+    sub = commands.add_parser('push', help='send staged folders to the Hub or another folder')
+    sub.add_argument('folders', metavar='STAGED', type=Path, nargs='+')
+    sub.add_argument('--to', metavar='REPO|./DIR', help='(default: NAME.TAG of each, under TIMM_ARL_HUB)')
+    sub.add_argument('--yes', action='store_true', help='send; without it, list what would be sent')
+    sub.add_argument('--private', action='store_true', help='make the repo a private one, where it is new')
+    sub.add_argument('--tag', help='give what is sent this tag (v1, for what this package looks for)')
+    sub = commands.add_parser('verify', help='fetch published weights into an empty cache and compare')
+    sub.add_argument('source', metavar='REPO|./DIR')
+    sub.add_argument('--against', metavar='STAGED', type=Path, required=True)
+    args = parser.parse_args(argv)
+    try:
+        if args.command == 'stage':
+            stage(args.run, args.target, args.evaluation, args.tag, args.note, args.alpha_zero)
+            print(f'Staged: {args.target} ({", ".join(sorted(path.name for path in args.target.iterdir()))})')
+        elif args.command == 'card':
+            if Path(args.what).is_dir() and args.output:
+                raise HubError(f'{args.what} is a staged folder, whose card is in it: leave out --output.')
+            elif Path(args.what).is_dir():
+                print(f'Written: {card(Path(args.what))}')
+            elif args.output:
+                print(f'Written: {card_of_registered(args.what, args.output)}')
+            else:
+                raise HubError(f'{args.what} is no folder here; the card of registered weights of that name needs '
+                               f'--output DIR.')
+        elif args.command == 'push':
+            if args.to is not None and len(args.folders) > 1:
+                raise HubError('--to names one place: push one folder at a time, or leave it out.')
+            for folder in args.folders:
+                staged_files(folder)
+            places = [usual_repo(folder) if args.to is None else args.to for folder in args.folders]
+            twice = next((to for to in places if places.count(to) > 1), None)
+            if twice:
+                raise HubError(f'Two of the folders would go to {twice}: push one of them, or give each its --to.')
+            for folder, to in zip(args.folders, places):
+                changed = push(folder, to, args.yes, args.private, args.tag)
+                print(f'{folder} to {to}: ' + (', '.join(changed) or 'everything is there already')
+                      + (' sent' if args.yes else ' would be sent; pass --yes to send') * bool(changed))
+        else:
+            for name, digest in verify(args.source, args.against).items():
+                print(f'{digest}  {name}')
+            print(f'{args.source} is {args.against}: the same files, the same outputs.')
+    except (HubError, WeightsError, OSError, SafetensorError) as error:
+        parser.exit(2, f'{parser.prog} {args.command}: error: {error}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, '\nInterrupted: the same command goes on.\n')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

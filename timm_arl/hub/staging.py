@@ -1,0 +1,361 @@
+"""Model repos as folders, ready to publish: weights, config.json, results.json, pictures and the card."""
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Union
+
+import safetensors.torch
+import timm
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from timm.models import get_deprecated_models
+
+from ..download import sha256_of
+from ..factory import create_trained, source_of, tensors_sha256
+from ..files import make_folder, read_rows, replacing, replacing_folder, write_json
+from ..isic.dataset.sources import CHALLENGE_IDS, ids_digest
+from ..isic.task import LABELS
+from ..pretrained import OWN_WEIGHTS, shipped_weights
+from .cards import read_results, registered_config, render_card
+
+__all__ = ['NEEDED', 'PICTURES', 'HubError', 'card', 'card_of_registered', 'stage']
+
+NEEDED = ('README.md', 'config.json', 'model.safetensors', 'results.json')  # in every staged folder
+PICTURES = (
+    'roc_test.png', 'roc_validation.png', 'reliability_test.png', 'reliability_validation.png', 'curves.png',
+    'alphas.png',
+)
+
+
+class HubError(RuntimeError):
+    """Something that cannot be staged, pushed or verified; the message says why and what to do."""
+
+
+def stage(
+        run: Union[str, Path],
+        target: Path,
+        evaluation: Optional[Path] = None,
+        tag: Optional[str] = None,
+        note: str = '',
+        alpha_zero: Optional[Path] = None,
+) -> Path:
+    """Build a model repo from a finished run: config.json, model.safetensors, results.json, pictures, README.md.
+
+    config.json is what timm reads, and beside that the versions, the thresholds and, after an evaluation, temperatures.
+
+    Args:
+        run: Output folder of finetune_isic.py; or the name of weights that came with this package.
+        target: Folder to make; one that was staged before is replaced.
+        evaluation: Output folder of evaluate_isic.py on that run, whose richer scores and pictures are taken.
+        tag: Of the weights, by default what their training images are called: isic2017 for the challenge's, demo for
+            synthetic ones, else by the name of the data. The name of weights that came with this package is not given
+            to others.
+        note: What the card should say of the images, their size for example.
+        alpha_zero: Output folder of evaluate_isic.py with --alpha-zero and --compare, whose differences are taken.
+
+    Returns:
+        target.
+
+    Raises:
+        HubError: A run that is not finished, an evaluation of something else, a tag that no Hub takes, or a target that
+            is something else.
+        WeightsError: Weights that do not fit their config.
+    """
+    if target.exists() and not (target.is_dir() and {path.name for path in target.iterdir()} <= {*NEEDED, *PICTURES}):
+        raise HubError(f'{target} exists and holds what this command did not put there: choose another folder.')
+    shipped = None if Path(run).is_dir() else shipped_weights(str(run))
+    if shipped is not None:
+        if evaluation or tag or note or alpha_zero:
+            raise HubError(f'{run} came with the package, results and all: leave out --evaluation, --alpha-zero, --tag '
+                           f'and --note.')
+        if sha256_of(shipped / 'model.safetensors') != OWN_WEIGHTS[str(run)]:
+            raise HubError(f'{shipped / "model.safetensors"} is damaged: install the package anew.')
+        return _replace_folder(target, partial(shutil.copytree, shipped, dirs_exist_ok=True))
+    run = Path(run)
+    if not run.is_dir():
+        raise HubError(f'No folder {run}, and no weights of that name in this package (it has '
+                       f'{", ".join(OWN_WEIGHTS)}): pass the output folder of finetune_isic.py.')
+    if (run / 'runs.csv').is_file():
+        raise HubError(f'{run} holds several runs: choose one of the folders in it that runs.csv names.')
+    record, metrics, config = (_read(run / name, 'a finished run of finetune_isic.py') for name in (
+        'run.json', 'metrics.json', 'config.json'))
+    model = create_trained(str(run))
+    try:
+        if evaluation is not None:
+            metrics = {**metrics, **_evaluated(run, metrics, evaluation)}
+        results = _results(run, record, metrics, config, evaluation, alpha_zero, tag, ' '.join(note.split()))
+    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
+        raise HubError(f'{run}, or an evaluation of it, is not whole: what should be in its files is missing or '
+                       f'unreadable ({error!r}); bring it back, or run it anew.') from error
+    versions = {key: config[f'{key}_version'] for key in ('timm_arl', 'timm')}
+    weights = _safetensors(model.state_dict(), {'format': 'pt', 'name': results['name'], **versions})
+    digest = hashlib.sha256(weights).hexdigest()
+    if OWN_WEIGHTS.get(results['name'], digest) != digest:
+        raise HubError(f'{results["name"]} is the name of weights that came with this package: choose another --tag.')
+
+    def write(new: Path) -> None:
+        (new / 'model.safetensors').write_bytes(weights)
+        write_json(new / 'config.json', config)
+        write_json(new / 'results.json', results)
+        for name in PICTURES:
+            if evaluation is not None and (evaluation / name).is_file():
+                shutil.copyfile(evaluation / name, new / name)
+    return _replace_folder(target, write)
+
+
+def _results(
+        run: Path,
+        record: Dict[str, Any],
+        metrics: Dict[str, Any],
+        config: Dict[str, Any],
+        evaluation: Optional[Path],
+        alpha_zero: Optional[Path],
+        tag: Optional[str],
+        note: str,
+) -> Dict[str, Any]:
+    """Content of results.json; adds to that of config.json."""
+    summary = read_rows(run / 'summary.csv')
+    kept = (max(summary, key=lambda row: float(row['validation_mean_auc']))
+            if record['arguments']['keep'] == 'best' else summary[-1])
+    record['command'] = _without_folders(record['command'])
+    record['arguments'] = {key: _without_folder(value) if isinstance(value, str) else value
+                           for key, value in record['arguments'].items()}
+    official = _official_splits(record['arguments'], run, evaluation)
+    tag = _check_tag(tag) if tag is not None else _usual_tag(config['architecture'], record['arguments'], official)
+    versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
+    config['pretrained_cfg'].update(tag=tag, license=config['pretrained_cfg'].get('license', 'apache-2.0'))
+    config.update({f'{name}_version': version for name, version in versions.items()}, **_operating_points(metrics))
+    return {
+        'name': f'{config["architecture"]}.{tag}', 'metrics': metrics, 'run': record, 'epochs': len(summary),
+        'base_model': _base_model(record['arguments']),
+        'data': {'name': record['arguments']['data'], 'note': note, 'official_splits': official},
+        'kept_epoch': int(kept['epoch']), 'img_size': config['pretrained_cfg']['input_size'][-1],
+        'alphas': {key: float(value) for key, value in kept.items() if key.endswith('.alpha')}, 'looks': _looks(run),
+        **({'alpha_zero': _differences(run, metrics, alpha_zero)} if alpha_zero is not None else {}),
+    }
+
+
+def _safetensors(state_dict: Dict[str, Any], metadata: Dict[str, str]) -> bytes:
+    """The same bytes each time, or a second push would send the weights again: safetensors shuffles the metadata."""
+    content = safetensors.torch.save({key: value.contiguous() for key, value in state_dict.items()}, metadata)
+    size = int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8:8 + size])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size)
+    return len(text).to_bytes(8, 'little') + text + content[8 + size:]
+
+
+def _replace_folder(target: Path, write: Callable[[Path], Any]) -> Path:
+    """Let `write` fill a folder, add its card, and put it where `target` is."""
+    with replacing_folder(target) as new:
+        write(new)
+        card(new, target.resolve().name)
+    return target
+
+
+def card(folder: Path, called: str = '') -> Path:
+    """Write the README.md of a staged folder, from its config.json and results.json.
+
+    Args:
+        folder: Staged.
+        called: Name that the folder will have, where that is another.
+
+    Raises:
+        HubError: Not a staged folder.
+    """
+    config = _read(folder / 'config.json', 'a staged folder')
+    results = read_results(folder)
+    if results is None:
+        raise HubError(f'{folder} has no results.json: stage it first.')
+    name = str(results.get('name'))
+    digest = sha256_of(folder / 'model.safetensors')
+    try:
+        text = render_card(
+            name, config, results, digest,
+            name if OWN_WEIGHTS.get(name) == digest else f'local-dir:{called or folder.resolve().name}',
+            [picture for picture in PICTURES if (folder / picture).is_file()])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise HubError(f'What {folder} tells of its run is not whole, or of another version ({error!r}).') from error
+    with replacing(folder / 'README.md') as temporary:
+        temporary.write_text(text, encoding='utf-8')
+    return folder / 'README.md'
+
+
+def card_of_registered(name: str, output: Path) -> Path:
+    """Write the README.md of weights that timm knows by name, and the results.json of those that have one.
+
+    Args:
+        name: Model and tag.
+        output: Folder, made where there is none.
+
+    Raises:
+        HubError: No such weights.
+    """
+    shipped = shipped_weights(name)
+    if name not in timm.list_pretrained('arl_*') or (name in OWN_WEIGHTS and shipped is None):
+        raise HubError(f'{name} is no staged folder, and no NAME.TAG of registered weights, as '
+                       f"timm.list_pretrained('arl_*') gives them.")
+    make_folder(output)
+    config, results, digest = registered_config(name), None, None
+    if shipped is not None:
+        config, results = _read(shipped / 'config.json', 'whole'), read_results(shipped)
+        digest = sha256_of(shipped / 'model.safetensors')
+        shutil.copyfile(shipped / 'results.json', output / 'results.json')
+    with replacing(output / 'README.md') as temporary:
+        temporary.write_text(render_card(name, config, results, digest, name), encoding='utf-8')
+    return output / 'README.md'
+
+
+def _evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path) -> Dict[str, Any]:
+    """The richer scores of an evaluation of a run, after a check that it is one."""
+    what = 'an output folder of evaluate_isic.py'
+    about = _read(evaluation / 'evaluation.json', what)
+    _check_weights(run, about, evaluation)
+    if about.get('alpha_zero'):
+        raise HubError(f'{evaluation} is an evaluation with every alpha at 0: pass it by --alpha-zero, and one of the '
+                       f'network as it was trained by --evaluation.')
+    richer = _read(evaluation / 'metrics.json', what)
+    for split, scores in richer.items():
+        probabilities = _predictions(evaluation / f'predictions_{split}.csv')
+        if split in metrics:
+            ours = _predictions(run / f'predictions_{split}.csv')
+            both = ours.keys() & probabilities.keys()
+            if not both or any(abs(a - b) > 2e-3 for key in both for a, b in zip(ours[key], probabilities[key])):
+                raise HubError(f'{evaluation} has other predictions on {split} than the run: it is not an evaluation '
+                               f'of {run} with the images and crops of its training.')
+        for k, label in enumerate(LABELS):
+            scores[label]['mean_probability'] = sum(p[k] for p in probabilities.values()) / len(probabilities)
+        scores.pop('comparison', None)  # which names files of this disk
+    return richer
+
+
+def _check_weights(run: Path, about: Dict[str, Any], evaluation: Path) -> None:
+    if 'tensors_sha256' not in about:
+        raise HubError(f'{evaluation} does not tell which weights it is of: evaluate {run} anew.')
+    if about['tensors_sha256'] != tensors_sha256(run / 'model.safetensors'):
+        raise HubError(f'{evaluation} is an evaluation of other weights than those of {run}: choose one of these.')
+
+
+def _differences(run: Path, metrics: Dict[str, Any], alpha_zero: Path) -> Dict[str, Any]:
+    """What setting every alpha to 0 changed, by split and label, paired on the images of these metrics."""
+    what = 'an output folder of evaluate_isic.py --alpha-zero --compare'
+    theirs = _read(alpha_zero / 'metrics.json', what)
+    found = {split: scores['comparison'] for split, scores in theirs.items() if 'comparison' in scores}
+    about = _read(alpha_zero / 'evaluation.json', what)
+    if not found or not about.get('alpha_zero'):
+        raise HubError(f'{alpha_zero} is not {what}.')
+    _check_weights(run, about, alpha_zero)
+    for split, pair in found.items():
+        for label in LABELS:
+            difference = pair[label]['difference']
+            before = metrics.get(split, {}).get(label, {}).get('auc')
+            if difference is not None and (
+                    before is None or abs(theirs[split][label]['auc'] - before - difference) > 1e-3):
+                raise HubError(f'{alpha_zero} was compared with other predictions on {split} than those of this run.')
+    return {split: {key: pair[key] for key in (*LABELS, 'mean_auc')} for split, pair in found.items()}
+
+
+def _usual_tag(architecture: str, arguments: Dict[str, Any], official: List[str]) -> str:
+    """What weights are called by the images of their training, but never as others that came with this package."""
+    data = _slug(Path(arguments['data']).name)
+    tag = 'isic2017' if 'train' in official else '-'.join(filter(None, [data, _slug(arguments.get('fold') or '')]))
+    if tag == 'isic2017' and 'train' not in official:
+        tag = 'isic2017-other'
+    if f'{architecture}.{tag}' in OWN_WEIGHTS:
+        tag += '-' + _slug(Path(arguments['recipe']).stem)
+    if not tag:
+        raise HubError(f'The data ({arguments["data"]}) have no name that could be that of the weights: pass --tag.')
+    return tag
+
+
+def _slug(text: str) -> str:
+    return re.sub('[^a-z0-9]+', '-', text.lower()).strip('-')
+
+
+def _check_tag(tag: str) -> str:
+    try:
+        validate_repo_id(f'user/model.{tag}')
+        good = bool(tag) and '/' not in tag
+    except HFValidationError:
+        good = False
+    if not good:
+        raise HubError(f'{tag!r} cannot be a tag: use letters, digits and - (it becomes a part of the name of a repo).')
+    return tag
+
+
+def _base_model(arguments: Dict[str, Any]) -> Optional[str]:
+    """The repo whose weights a run began with, or None."""
+    if not arguments.get('pretrained'):
+        return None
+    source, name = source_of(arguments['model'])
+    cfg = None if source else timm.get_pretrained_cfg(get_deprecated_models().get(name, name))
+    repo = name if source == 'hf-hub' else cfg and cfg.hf_hub_id
+    return (repo or '').partition('@')[0] or None
+
+
+def _operating_points(metrics: Dict[str, Any]) -> Dict[str, Any]:
+    """Thresholds by name and label, and temperatures by label where an evaluation fitted them on validation."""
+    tasks = {label: metrics['validation'][label] for label in LABELS}
+    names = [point['name'] for point in tasks[LABELS[0]].get('operating_points', ())]
+    thresholds = {'official': {label: task['threshold'] for label, task in tasks.items()}}
+    for k, name in enumerate(names):
+        thresholds[name] = {label: task['operating_points'][k]['threshold'] for label, task in tasks.items()}
+    temperatures = {label: task['calibration']['temperature'] for label, task in tasks.items() if 'calibration' in task}
+    return {'thresholds': thresholds, **({'temperatures': temperatures} if temperatures else {})}
+
+
+def _official_splits(arguments: Dict[str, Any], run: Path, evaluation: Optional[Path]) -> List[str]:
+    """Which splits are the challenge's own, by the ids of their images; train as the others where it recorded none."""
+    digests = {}
+    for name in ('validation', 'test'):
+        for folder in filter(None, (evaluation, run)):
+            if (folder / f'predictions_{name}.csv').is_file():
+                digests[name] = ids_digest(row['image_id'] for row in read_rows(folder / f'predictions_{name}.csv'))
+                break
+    official = [name for name, digest in digests.items() if digest == CHALLENGE_IDS[name]]
+    train = arguments.get('train_ids', CHALLENGE_IDS['train'] if len(official) == 2 else '')
+    whole = not arguments.get('fold') and train == CHALLENGE_IDS['train']
+    return ['train', *official] if whole else official
+
+
+def _predictions(path: Path) -> Dict[str, List[float]]:
+    try:
+        return {row['image_id']: [float(row[label]) for label in LABELS] for row in read_rows(path)}
+    except (OSError, KeyError, ValueError) as error:
+        raise HubError(f'{path} is missing or unreadable.') from error
+
+
+def _looks(run: Path) -> List[Dict[str, str]]:
+    if not (run / 'looks.csv').is_file():
+        return []
+    return [{**row, 'checkpoint': Path(row['checkpoint']).name, 'command': _without_folders(row['command'])}
+            for row in read_rows(run / 'looks.csv')]
+
+
+def _without_folders(command: str) -> str:
+    """A command line whose paths are names: whose disk it was is nobody's business."""
+    words = (word.rpartition('=') for word in shlex.split(command))
+    return shlex.join(flag + equals + _without_folder(value) for flag, equals, value in words)
+
+
+def _without_folder(value: str) -> str:
+    if value.lower().startswith('local-dir:'):
+        return value[:10] + _without_folder(value[10:])
+    return Path(value).name if os.path.isabs(value) or value.startswith(('./', '../', '~/')) else value
+
+
+def _read(path: Path, what: str) -> Dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError):
+        pass
+    raise HubError(f'{path.parent} is not {what}: {path.name} is missing or unreadable.')
+
+

@@ -1,0 +1,9 @@
+"""Dermoscopic images with their labels: from Parquet, image files, a Hub dataset, or the demo generator."""
+from ..images import decode, decode_mask, read_image, unreadable_images
+from .sources import DataError
+from .splits import SPLITS, StreamedSplit, check_usable, label_array, load_splits
+
+__all__ = [
+    'DataError', 'SPLITS', 'StreamedSplit', 'check_usable', 'decode', 'decode_mask', 'label_array', 'load_splits',
+    'read_image', 'unreadable_images',
+]

@@ -1,0 +1,105 @@
+"""Images that occur twice: the same bytes, or nearly the same pixels up to a flip or a quarter turn."""
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any, Dict, List, Tuple, Union
+
+import numpy as np
+from tqdm import tqdm
+
+from ...files import read_rows, write_rows
+from ..images import decode
+from .sources import DataError
+from .splits import load_splits
+
+__all__ = ['add_arguments', 'check', 'find_duplicates', 'read_pairs']
+
+SIDE = 32  # px of the copies that are compared
+COLUMNS = ('image_id_a', 'split_a', 'image_id_b', 'split_b', 'kind', 'correlation')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('source', metavar='SRC', help='any --data')
+    parser.add_argument('--output', metavar='LIST.csv', help='write the pairs, for --drop-duplicates')
+    parser.add_argument('--correlation', type=float, default=0.985,
+                        help='of 32 px copies from which on images count as near-identical (default: %(default)s)')
+
+
+def check(args: argparse.Namespace) -> int:
+    """Print, and write where asked to, the pairs of images that are the same or nearly so."""
+    if not 0 < args.correlation <= 1:
+        raise DataError('--correlation must be above 0 and at most 1.')
+    if args.output and not Path(args.output).parent.is_dir():  # told before the work, not after it
+        raise DataError(f'No folder {Path(args.output).parent} for {args.output}: make it first.')
+    pairs = find_duplicates(load_splits(args.source), args.correlation)
+    across = [p for p in pairs if p['split_a'] != p['split_b']]
+    for p in pairs:
+        print('{split_a} {image_id_a}  {split_b} {image_id_b}  {kind}  {correlation:.4f}'.format(**p))
+    print(f'{len(pairs)} pairs, {len(across)} of them across splits.')
+    if args.output:
+        write_rows(args.output, pairs, COLUMNS)
+        print(f'Written: {args.output}')
+    return 0
+
+
+def find_duplicates(splits: Dict[str, Any], correlation: float = 0.985) -> List[Dict[str, Any]]:
+    """Pairs of images, within and across splits.
+
+    Args:
+        splits: What load_splits gives.
+        correlation: Of the pixels of 32 x 32 copies, under the best of the eight flips and quarter turns.
+
+    Returns:
+        A dict of COLUMNS for each pair; kind is 'byte_identical' or 'near_identical'.
+
+    Raises:
+        DataError: An image that does not decode.
+    """
+    names, digests, copies = [], [], []
+    for name, split in splits.items():
+        for row in tqdm(split.select_columns(['image', 'image_id']), desc=f'reading {name}', leave=False):
+            try:
+                small = np.asarray(decode(row['image']).resize((SIDE, SIDE)), np.float32)
+            except OSError as error:
+                raise DataError(f'The image of {row["image_id"]} does not decode: {error}') from error
+            cell = row['image']
+            digests.append(hashlib.sha256(cell['bytes'] or Path(cell['path']).read_bytes()).hexdigest())
+            names.append((row['image_id'], name))
+            copies.append(small)
+    pictures = np.stack(copies)
+    unit = _unit(pictures)
+    _, numbers = np.unique(digests, return_inverse=True)
+    pairs = []
+    for start in range(0, len(names), 512):  # a block of rows against all later ones
+        block = pictures[start:start + 512]
+        best = np.max([
+            _unit(np.rot90(flipped, turns, (1, 2))) @ unit.T
+            for flipped in (block, block[:, :, ::-1]) for turns in range(4)], axis=0)
+        same = numbers[start:start + 512, None] == numbers[None]
+        for i, j in np.argwhere((best >= correlation) | same):
+            a, b = start + int(i), int(j)
+            if a < b:
+                pairs.append(dict(zip(COLUMNS, (
+                    *names[a], *names[b], 'byte_identical' if same[i, j] else 'near_identical',
+                    round(float(best[i, j]), 5)))))
+    return pairs
+
+
+def read_pairs(path: Union[str, Path]) -> List[Tuple[str, str]]:
+    """The pairs of a list of duplicates.
+
+    Raises:
+        DataError: No such file, or one without the columns image_id_a and image_id_b.
+    """
+    try:
+        return [(row['image_id_a'], row['image_id_b']) for row in read_rows(path) if row['image_id_a']]
+    except (OSError, KeyError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f'{"no column " * isinstance(error, KeyError)}{error}'
+        raise DataError(
+            f'{path} cannot be read as a list of pairs (columns image_id_a, image_id_b): {why}.') from error
+
+
+def _unit(pictures: np.ndarray) -> np.ndarray:
+    flat = pictures.reshape(len(pictures), -1)
+    flat = flat - flat.mean(1, keepdims=True)
+    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)

@@ -1,0 +1,295 @@
+"""Originals to Parquet shards of a size that trains: parallel, and resumable after a kill."""
+import argparse
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import datasets
+import pyarrow.parquet
+from PIL import Image
+from tqdm import tqdm
+
+from ...files import replacing, write_json
+from ..images import decode, decode_mask
+from ..task import LABELS
+from .duplicates import read_pairs
+from .sources import CHALLENGE_ZIPS, DataError, image_files, read_table
+from .splits import SPLITS, load_splits
+
+__all__ = ['add_arguments', 'prepare']
+
+SHARD = 256  # images
+JPEG_QUALITY = 92
+FEATURES = datasets.Features({
+    'image': datasets.Image(), 'image_id': datasets.Value('string'),
+    **{label: datasets.Value('int8') for label in LABELS},
+    'age_approximate': datasets.Value('float32'), 'sex': datasets.Value('string'),
+    'mask': datasets.Image(), 'width': datasets.Value('int32'), 'height': datasets.Value('int32'),
+    'aspect_ratio': datasets.Value('float32'),
+})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('source', metavar='SRC', help="the challenge's folders and CSVs, what `isic image download` wrote, any --data")
+    add('target', metavar='DST', help='folder for the Parquet shards; the same command again goes on after a kill')
+    add('--longest-side', type=int, default=768, metavar='PX', help='of a stored image (default: %(default)s)')
+    add('--extra-ids', metavar='LIST.csv', help='add to train what this list names (image_id, melanoma, '
+                                                'seborrheic_keratosis)')
+    add('--extra-images', metavar='DIR', help='the image files of --extra-ids, named ID.jpg (default: in SRC)')
+    add('--drop-duplicates', metavar='LIST.csv',
+        help='leave out of train what this list of pairs (image_id_a, image_id_b) names as a twin')
+    add('--skip-bad-images', action='store_true', help='leave out images that do not decode instead of stopping')
+    add('--workers', type=int, default=os.cpu_count(), help='processes (default: %(default)s)')
+
+
+def prepare(args: argparse.Namespace) -> int:
+    """Write the shards, prepare.json and a card.
+
+    Raises:
+        DataError: A source that cannot be used, a damaged zip, an image that does not decode, or a target that holds
+            something else.
+    """
+    if args.longest_side < 64 or args.workers < 1:
+        raise DataError('--longest-side must be at least 64 and --workers at least 1.')
+    target = Path(args.target)
+    _check_zips(Path(args.source))
+    splits = {name: _select(split) for name, split in load_splits(args.source).items()}
+    if args.extra_ids:
+        splits['train'] = datasets.concatenate_datasets([splits['train'], _extra(args, splits)])
+    dropped: List[str] = []
+    if args.drop_duplicates:
+        dropped = _twins(args.drop_duplicates, splits)
+        splits['train'] = splits['train'].select(
+            [i for i, image_id in enumerate(splits['train']['image_id']) if image_id not in set(dropped)])
+
+    tables = [str(split.remove_columns([c for c in ('image', 'mask') if c in split.column_names]).to_dict())
+              for split in splits.values()]
+    plan = {
+        'longest_side': args.longest_side, 'shard': SHARD, 'skip_bad_images': args.skip_bad_images,
+        'images': {name: len(split) for name, split in splits.items()},
+        'table': hashlib.sha256('\n'.join(tables).encode()).hexdigest(),
+    }
+    _check_target(target, plan)
+    (target / 'data').mkdir(parents=True, exist_ok=True)
+    for leftover in (target / 'data').glob('.*.tmp'):
+        leftover.unlink()
+    write_json(target / 'prepare.json', plan)
+
+    jobs = []
+    for name, split in splits.items():
+        shards = -(-len(split) // SHARD)
+        for i in range(shards):
+            jobs.append((target / 'data' / f'{name}-{i:05d}-of-{shards:05d}.parquet', split, i * SHARD))
+    open_jobs = [job for job in jobs if not job[0].exists()]
+    if len(open_jobs) < len(jobs):
+        print(f'Going on: {len(jobs) - len(open_jobs)} of {len(jobs)} shards are there.')
+    total = sum(len(range(start, min(start + SHARD, len(split)))) for _, split, start in open_jobs)
+    with (ProcessPoolExecutor(args.workers, initializer=_end_with_parent) as pool,
+          tqdm(total=total, unit='image') as bar):
+        futures = {
+            pool.submit(_write_shard, path, split.select(range(start, min(start + SHARD, len(split)))),
+                        args.longest_side, args.skip_bad_images): path for path, split, start in open_jobs}
+        try:
+            for future in as_completed(futures):
+                bar.update(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    skipped = _skipped(target, splits)
+    counts = _write_card(target, args, dropped, skipped)
+    if skipped:
+        print(f'Left out, since they do not decode: {", ".join(skipped)}. To have them, mend them, remove {target} and '
+              f'prepare it anew.')
+    print(f'Written: {target} ({", ".join(f"{n} {name}" for name, n in counts.items())}); use it with --data {target}')
+    return 0
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when the program is killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _check_zips(source: Path) -> None:
+    for name, expected in CHALLENGE_ZIPS.items():
+        path = source / name
+        if not path.is_file():
+            continue
+        digest = hashlib.md5(usedforsecurity=False)
+        with path.open('rb') as file, tqdm(
+                total=path.stat().st_size, unit='B', unit_scale=True, desc=f'md5 of {name}', leave=False) as bar:
+            while block := file.read(2 ** 20):
+                digest.update(block)
+                bar.update(len(block))
+        if digest.hexdigest() != expected:
+            raise DataError(f'{path} has the md5 {digest.hexdigest()}, not {expected}: it is damaged or not the '
+                            f'official file; download and unpack it again.')
+        if not (source / path.stem).is_dir():
+            raise DataError(f'{path} is there, but not unpacked: unzip it in {source}.')
+
+
+def _select(split: datasets.Dataset) -> datasets.Dataset:
+    split = split.select_columns([c for c in FEATURES if c in split.column_names])
+    for column in ('image', 'mask'):
+        if column in split.column_names:
+            split = split.cast_column(column, datasets.Image(decode=False))
+    return split
+
+
+def _extra(args: argparse.Namespace, splits: Dict[str, datasets.Dataset]) -> datasets.Dataset:
+    table = read_table(Path(args.extra_ids), ('image_id', *LABELS))
+    for image_id, row in table.items():
+        if [row[label] for label in LABELS] not in [[a, b] for a, b in product(('0', '1', '0.0', '1.0'), repeat=2)
+                                                    if float(a) + float(b) < 2]:
+            raise DataError(f'{args.extra_ids}: the labels of {image_id} must be 0 or 1, and not both 1, but are '
+                            f'{" and ".join(row[label] for label in LABELS)}.')
+    folder = Path(args.extra_images or args.source)
+    if not folder.is_dir():
+        raise DataError(f'No folder {folder}: --extra-images is where the files of --extra-ids are.')
+    files = image_files(folder)
+    missing = [i for i in table if i not in files]
+    if missing:
+        raise DataError(f'{folder} lacks {len(missing)} of the {len(table)} images that '
+                        f'{args.extra_ids} names, {missing[0]} among them: download them, or pass --extra-images.')
+    known = {i for split in splits.values() for i in split['image_id']}
+    twice = [i for i in table if i in known]
+    if twice:
+        raise DataError(f'{args.extra_ids} names {twice[0]}, which {args.source} holds already ({len(twice)} such).')
+    features = splits['train'].features
+    columns: Dict[str, List[Any]] = {c: [None] * len(table) for c in features}
+    columns['image_id'] = list(table)
+    columns['image'] = [{'bytes': None, 'path': str(files[i])} for i in table]
+    for label in LABELS:
+        columns[label] = [float(row[label]) for row in table.values()]
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _twins(path: str, splits: Dict[str, datasets.Dataset]) -> List[str]:
+    """Training images with a twin in another split, and the second of each pair within train."""
+    train = set(splits['train']['image_id'])
+    elsewhere = {i for name, split in splits.items() if name != 'train' for i in split['image_id']}
+    dropped: List[str] = []
+    for a, b in read_pairs(path):
+        for one, other in ((a, b), (b, a)):
+            if one in train and (other in elsewhere or (one == b and other in train and other not in dropped)):
+                dropped.append(one)
+    return sorted(set(dropped))
+
+
+def _check_target(target: Path, plan: Dict[str, Any]) -> None:
+    record = target / 'prepare.json'
+    if record.is_file():
+        saved = json.loads(record.read_text())
+        changed = ['table of ids, labels, age and sex' if key == 'table' else key for key in plan
+                   if saved.get(key) != plan[key]]
+        if changed:
+            raise DataError(f'{target} was prepared with another {" and ".join(changed)}: choose another folder, or '
+                            f'remove this one.')
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f'{target} exists and was not made by this command: choose another folder.')
+
+
+def _resized(image: Image.Image, longest_side: int, resample: Image.Resampling) -> Image.Image:
+    scale = longest_side / max(image.size)
+    if scale >= 1:
+        return image
+    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+    return image.resize(size, resample, reducing_gap=3)
+
+
+def _bytes(image: Image.Image, fmt: str, **options: Any) -> Dict[str, Any]:
+    file = io.BytesIO()
+    image.save(file, fmt, **options)
+    return {'bytes': file.getvalue(), 'path': None}
+
+
+def _write_shard(path: Path, rows: datasets.Dataset, longest_side: int, skip_bad_images: bool) -> int:
+    """Number of images, those that were left out among them."""
+    content = []
+    for row in rows:
+        try:
+            image = decode(row['image'])
+            if not 0.1 <= image.width / image.height <= 10:
+                raise OSError(f'{image.width} x {image.height} px')
+            mask = row.get('mask')
+            if mask is not None:
+                mask = _resized(decode_mask(mask, image.size).convert('1'), longest_side, Image.Resampling.NEAREST)
+        except OSError as error:
+            if skip_bad_images:
+                continue
+            raise DataError(f'The image of {row["image_id"]}{", or its mask," * bool(row.get("mask"))} does not decode '
+                            f'or is no photograph ({error}): mend it, or leave such images out with '
+                            f'--skip-bad-images.') from error
+        squashed = image.width == image.height and row.get('aspect_ratio') is not None
+        content.append({
+            **{column: row.get(column) for column in FEATURES},
+            **{label: int(row[label]) for label in LABELS},
+            'image': _bytes(_resized(image, longest_side, Image.Resampling.BICUBIC), 'JPEG', quality=JPEG_QUALITY),
+            'mask': None if mask is None else _bytes(mask, 'PNG'),
+            'width': row.get('width') or image.width, 'height': row.get('height') or image.height,
+            'aspect_ratio': row['aspect_ratio'] if squashed else image.width / image.height,
+        })
+    with replacing(path) as temporary:
+        datasets.Dataset.from_list(content, features=FEATURES).to_parquet(temporary)
+    return len(rows)
+
+
+def _skipped(target: Path, splits: Dict[str, datasets.Dataset]) -> List[str]:
+    """Ids of images that no shard has, now or before a kill."""
+    paths = [str(path) for path in (target / 'data').glob('*.parquet')]
+    written = set(pyarrow.parquet.read_table(paths, columns=['image_id'])['image_id'].to_pylist())
+    return [str(i) for split in splits.values() for i in split['image_id'] if str(i) not in written]
+
+
+def _write_card(target: Path, args: argparse.Namespace, dropped: List[str], skipped: List[str]) -> Dict[str, int]:
+    """Write README.md and return how many images each split has."""
+    lines = ['---', 'pretty_name: ISIC 2017 Part 3, prepared by timm-arl', 'task_categories:', '- image-classification',
+             'configs:', '- config_name: default', '  data_files:']
+    table = ['| split | images | melanoma | seborrheic keratosis | neither | masks | age known | sex known |',
+             '|---|---|---|---|---|---|---|---|']
+    written = {}
+    for name in SPLITS:
+        lines += [f'  - split: {name}', f'    path: data/{name}-*.parquet']
+        counts = _counts(sorted((target / 'data').glob(f'{name}-*.parquet')))
+        written[name] = counts[0]
+        table.append(f'| {name} | ' + ' | '.join(map(str, counts)) + ' |')
+    command = shlex.join(['python', '-m', 'timm_arl.isic.dataset', *sys.argv[1:]])
+    lines += ['---', '', '# ISIC 2017 Part 3', '',
+              f'Longest side {args.longest_side} px at most, aspect kept, JPEG quality {JPEG_QUALITY}; `width` and '
+              f'`height` are those of the originals. Made by `{command}` on {time.strftime("%Y-%m-%d")}.', '', *table]
+    if dropped:
+        lines += ['', f'Left out of train as twins of other images: {", ".join(dropped)}.']
+    if skipped:
+        lines += ['', f'Left out, since they do not decode: {", ".join(skipped)}.']
+    lines += ['', 'The licence is that of the source: the 2017 challenge data are CC0; external images have their own.']
+    with replacing(target / 'README.md') as temporary:
+        temporary.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    return written
+
+
+def _counts(paths: List[Path]) -> Tuple[int, ...]:
+    columns = [*LABELS, 'age_approximate', 'sex', 'mask']
+    table = pyarrow.parquet.read_table([str(p) for p in paths], columns=columns)
+    melanoma, keratosis = (sum(table[label].to_pylist()) for label in LABELS)
+    known: Dict[str, int] = {c: table.num_rows - table[c].null_count for c in columns[2:]}
+    return (table.num_rows, melanoma, keratosis, table.num_rows - melanoma - keratosis, known['mask'],
+            known['age_approximate'], known['sex'])
+
+

@@ -1,0 +1,197 @@
+"""Folders of image files: the challenge's zips as they unpack, and what the ISIC Archive's client writes."""
+import csv
+import hashlib
+from pathlib import Path
+from typing import Dict, Iterable, Optional, Tuple
+
+import datasets
+
+from ..task import DIAGNOSES, LABELS, label_words
+
+__all__ = [
+    'CHALLENGE_IDS', 'CHALLENGE_ZIPS', 'DataError', 'check_image_id', 'ids_digest', 'image_files', 'read_folder',
+    'read_table',
+]
+
+SPLIT_NAMES = {'train': 'Training', 'validation': 'Validation', 'test': 'Test_v2'}
+CHALLENGE_ZIPS = {  # md5
+    'ISIC-2017_Training_Data.zip': 'a14a7e622c67a358797ae59abb8a0b0c',
+    'ISIC-2017_Validation_Data.zip': '8d6419d942112f709894c0d82f6c9038',
+    'ISIC-2017_Test_v2_Data.zip': '5f6a0b5e1f2972bd1f5ea02680489f09',
+}
+CHALLENGE_IDS = {  # ids_digest of the official splits
+    'train': '3beb9655e6718b313f2a0386ac31d0961ff14bbc8d3a20c080cb1e81c450190c',
+    'validation': 'b613df27e71f83bcce1cb1c5da1451ed8501232eedd912bd0797e1fd498012cd',
+    'test': '8e7a85c979aef0597511c5d99791b2af10e62f0cf064ddfad7786583d09cbc03',
+}
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+FEATURES = datasets.Features({
+    'image': datasets.Image(), 'image_id': datasets.Value('string'),
+    **{label: datasets.Value('float32') for label in LABELS},
+    'age_approximate': datasets.Value('float32'), 'sex': datasets.Value('string'), 'mask': datasets.Image(),
+})
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names what is wrong and what to do."""
+
+
+def ids_digest(image_ids: Iterable[str]) -> str:
+    """sha256 of the sorted ids, one a line: by which two sets of images are known to be the same."""
+    return hashlib.sha256('\n'.join(sorted(image_ids)).encode()).hexdigest()
+
+
+def read_folder(folder: Path) -> Optional[datasets.DatasetDict]:
+    """The splits of a folder of image files, or None where it is laid out in neither of the two ways.
+
+    The challenge's: ``ISIC-2017_Training_Data/ISIC_*.jpg`` beside ``ISIC-2017_Training_Part3_GroundTruth.csv``; masks
+    in ``ISIC-2017_Training_Part1_GroundTruth/``, age and sex in a ``*_metadata.csv`` among the images. The same for
+    ``Validation`` and ``Test_v2``.
+
+    The archive client's (``isic image download``): ``train/``, ``validation/`` and ``test/``, each with images and a
+    ``metadata.csv``; labels from the challenge's CSV beside them where it is, else from the columns of the diagnosis.
+
+    Raises:
+        DataError: A table that cannot be read, an image without labels or labels without an image.
+    """
+    challenge = any((folder / f'ISIC-2017_{word}_Data').is_dir() for word in SPLIT_NAMES.values())
+    archive = any((folder / name / 'metadata.csv').is_file() for name in SPLIT_NAMES)
+    if not challenge and not archive:
+        if (folder / 'metadata.csv').is_file() and image_files(folder):
+            raise DataError(f'{folder} is one download of the archive, and not three splits: put each, with its '
+                            f'metadata.csv, in a folder train/, validation/ or test/.')
+        return None
+    splits = {}
+    for name, word in SPLIT_NAMES.items():
+        images = folder / (f'ISIC-2017_{word}_Data' if challenge else name)
+        truth = folder / f'ISIC-2017_{word}_Part3_GroundTruth.csv'
+        if not images.is_dir():
+            continue
+        if not challenge:
+            metadata = read_table(images / 'metadata.csv', ('isic_id',))
+            labels = (_labels_of_table(truth) if truth.is_file()
+                      else _labels_of_diagnoses(images / 'metadata.csv', metadata))
+        else:
+            labels = _labels_of_table(truth)
+            table = next(iter(sorted([*images.glob('*_metadata.csv'), *folder.glob(f'*_{word}_*metadata.csv')])), None)
+            metadata = read_table(table, ('image_id',)) if table else {}
+        masks = image_files(folder / f'ISIC-2017_{word}_Part1_GroundTruth', '_segmentation')
+        splits[name] = _split(images, labels, metadata, masks)
+    return datasets.DatasetDict(splits)
+
+
+def _split(
+        folder: Path,
+        labels: Dict[str, Tuple[float, ...]],
+        metadata: Dict[str, Dict[str, str]],
+        masks: Dict[str, Path],
+) -> datasets.Dataset:
+    files = image_files(folder)
+    for what, alone in (('no image', labels.keys() - files.keys()), ('no row of labels', files.keys() - labels.keys())):
+        if alone:
+            raise DataError(f'{folder}: there is {what} for {min(alone)} ({len(alone)} such of {len(labels)} rows and '
+                            f'{len(files)} images): add what is missing, or take out what is too much.')
+    ids = sorted(files)
+    about = [metadata.get(image_id, {}) for image_id in ids]
+    return datasets.Dataset.from_dict({
+        'image': [str(files[image_id]) for image_id in ids], 'image_id': ids,
+        **{label: [labels[image_id][k] for image_id in ids] for k, label in enumerate(LABELS)},
+        'age_approximate': [_number(row.get('age_approximate') or row.get('age_approx')) for row in about],
+        'sex': [_word(row.get('sex')) for row in about],
+        'mask': [str(masks[image_id]) if image_id in masks else None for image_id in ids],
+    }, features=FEATURES)
+
+
+def image_files(folder: Path, suffix: str = '') -> Dict[str, Path]:
+    """Image files of a folder by id, which is the name without ending and `suffix`; superpixels are left out.
+
+    Raises:
+        DataError: Two files of one id.
+    """
+    found: Dict[str, Path] = {}
+    for path in sorted(folder.glob('*')) if folder.is_dir() else ():
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.stem.endswith('_superpixels'):
+            continue
+        if not path.stem.endswith(suffix):
+            continue
+        image_id = path.stem[:len(path.stem) - len(suffix)]
+        if image_id in found:
+            raise DataError(
+                f'{folder} has two files for {image_id}, {found[image_id].name} and {path.name}: remove one.')
+        found[image_id] = path
+    return found
+
+
+def read_table(path: Path, required: Iterable[str]) -> Dict[str, Dict[str, str]]:
+    """Rows of a CSV by the first required column; a byte order mark, CRLF and blanks around values do not matter.
+
+    Raises:
+        DataError: No such file, not UTF-8, a column missing, or an id that is empty, unusable or there twice.
+    """
+    required = tuple(required)
+    try:
+        with path.open(newline='', encoding='utf-8-sig') as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            columns = [(name or '').strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            rows = list(reader)
+    except FileNotFoundError as error:
+        raise DataError(f'There is no {path}: download it, or move it there.') from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f'{path} cannot be read as CSV: {error}') from error
+    absent = [column for column in required if column not in columns]
+    if absent:
+        raise DataError(f'{path} has no column {", ".join(absent)} (it has {", ".join(columns)}).')
+    table: Dict[str, Dict[str, str]] = {}
+    for number, row in enumerate(rows, 2):
+        values = {key: (value or '').strip() for key, value in row.items() if isinstance(key, str)}
+        image_id = values[required[0]]
+        check_image_id(image_id, f'{path}, line {number}')
+        if image_id in table:
+            raise DataError(f'{path}, line {number}: {image_id} occurs twice; remove one.')
+        table[image_id] = values
+    return table
+
+
+def check_image_id(image_id: str, where: str) -> None:
+    """Refuse an id that is empty or would name another place on the disk.
+
+    Raises:
+        DataError: Such an id.
+    """
+    if not image_id or image_id.strip('.') == '' or any(c in '/\\' or ord(c) < 32 for c in image_id):
+        raise DataError(f'{where}: {image_id!r} is no usable image_id; it must be a name without path separators.')
+
+
+def _labels_of_table(path: Path) -> Dict[str, Tuple[float, ...]]:
+    labels = {}
+    for image_id, row in read_table(path, ('image_id', *LABELS)).items():
+        try:
+            labels[image_id] = tuple(float(row[label]) for label in LABELS)
+        except ValueError as error:
+            raise DataError(f'{path}: the labels of {image_id} are not numbers ({error}).') from error
+    return labels
+
+
+def _labels_of_diagnoses(path: Path, metadata: Dict[str, Dict[str, str]]) -> Dict[str, Tuple[float, ...]]:
+    labels: Dict[str, Tuple[float, ...]] = {}
+    for image_id, row in metadata.items():
+        words = ' '.join(value.lower() for key, value in row.items() if key.startswith('diagnosis'))
+        found = [name for name in DIAGNOSES if label_words(name) in words]
+        if len(found) != 1:
+            raise DataError(f'{path}: the diagnosis of {image_id} is {words!r}, not one of melanoma, seborrheic '
+                            f"keratosis and nevus; put the challenge's Part3_GroundTruth.csv beside the folder, whose "
+                            f'labels count.')
+        labels[image_id] = tuple(float(label == found[0]) for label in LABELS)
+    return labels
+
+
+def _number(text: Optional[str]) -> Optional[float]:
+    try:
+        return float(text) if text else None
+    except ValueError:  # "unknown"
+        return None
+
+
+def _word(text: Optional[str]) -> Optional[str]:
+    return text.lower() if text and text.lower() not in ('unknown', 'nan') else None

@@ -1,0 +1,41 @@
+"""Devices, processes, precision and trackers, by Accelerate."""
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin
+
+from .arguments import RunError
+
+__all__ = ['create_accelerator']
+
+
+def create_accelerator(args):
+    # a bare Accelerator() on a machine without an accelerator forms no process group
+    on_cpu = not torch.accelerator.is_available()
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    if args.tracker not in ('none', *trackers):
+        raise RunError(f'Accelerate finds no tracker {args.tracker} here (it finds {", ".join(trackers)}): install its '
+                       f'package, or pass --tracker none.')
+    steps = args.gradient_accumulation_steps
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps) if steps else None,
+            mixed_precision=args.mixed_precision, cpu=on_cpu and int(os.environ.get('WORLD_SIZE', 1)) > 1,
+            log_with=None if args.tracker == 'none' else args.tracker, project_dir='.')  # until out is known
+    except ValueError as error:  # fp16 on mps, for one
+        raise RunError(f'Accelerate refuses this configuration: {error}') from error
+    if accelerator.num_processes != int(os.environ.get('WORLD_SIZE', 1)):
+        raise RunError(f'{os.environ["WORLD_SIZE"]} processes were launched, but Accelerate sees '
+                       f'{accelerator.num_processes}: launch with --multi_gpu, or with torchrun.')
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
+    if args.cpu_threads:
+        torch.set_num_threads(args.cpu_threads)
+    elif on_cpu and launched and accelerator.num_processes == 1 and torch.get_num_threads() == 1 < cores:
+        torch.set_num_threads(cores)
+        accelerator.print(f'OMP_NUM_THREADS is 1, which accelerate launch sets by itself: using all {cores} cores '
+                          f'(--cpu-threads 1 keeps to one).')
+    args.cpu_threads = torch.get_num_threads()  # the sums of a resumed run must be split in the same way
+    return accelerator

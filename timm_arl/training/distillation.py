@@ -1,0 +1,168 @@
+"""What a network learns beside the labels: the probabilities and features of a teacher, and the lesion's mask.
+
+Hinton et al., `Distilling the Knowledge in a Neural Network` - https://arxiv.org/abs/1503.02531
+"""
+from typing import Any, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from timm.data import resolve_model_data_config
+from torch.nn.functional import (
+    adaptive_avg_pool2d,
+    binary_cross_entropy_with_logits,
+    cosine_similarity,
+    cross_entropy,
+)
+
+from ..factory import create_trained
+from ..isic.task import DIAGNOSES, has_isic_outputs, probabilities_of
+from .arguments import RunError
+
+
+def pooled_and_logits(model: Any, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Pooled features (B, C) of a timm model and the logits that its classifier makes of them."""
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    return pooled, model.get_classifier()(pooled)
+
+
+def feature_width(model: Any, img_size: int, what: str) -> int:
+    """Width of a timm model's pooled features.
+
+    Raises:
+        RunError: A network that does not take such images, or whose logits do not follow from pooled features.
+    """
+    training = model.training
+    images = torch.zeros(1, 3, img_size, img_size)
+    try:
+        with torch.inference_mode():
+            expected = model.eval()(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise RunError(f'{what} does not take images of {img_size} px: {error}') from error
+    try:
+        with torch.inference_mode():
+            pooled, logits = pooled_and_logits(model, images)
+        fits = pooled.ndim == 2 and torch.allclose(logits, expected, atol=1e-4)
+    except (AttributeError, TypeError, RuntimeError):
+        fits = False
+    model.train(training)
+    if not fits:
+        raise RunError(f'{what} cannot take part in a distillation, for which the logits must be what the classifier '
+                       f'makes of one vector of pooled features: choose another.')
+    return pooled.shape[1]
+
+
+class Student(nn.Module):
+    """A timm model that returns, beside its logits, what else it learns from: pooled features and the lesion's mask."""
+
+    def __init__(self, model: Any, img_size: int, width: Optional[int] = None, masks: bool = False) -> None:
+        """
+        Args:
+            model: The network that is trained, and alone is kept.
+            img_size: Side of its images.
+            width: Of the teacher's features, to which its own are projected; None where they are not learned.
+            masks: Whether it predicts the mask, from the feature maps before its last stage.
+
+        Raises:
+            RunError: For a teacher's features, a network without pooled ones of one vector an image; for masks, one
+                without feature maps.
+        """
+        super().__init__()
+        self.model: Any = model
+        self.projection = None if width is None else nn.Linear(feature_width(model, img_size, 'The model'), width)
+        self.mask_head = None
+        if masks:
+            try:
+                with torch.inference_mode():
+                    _, (maps,) = model.eval().forward_intermediates(torch.zeros(1, 3, img_size, img_size), indices=[-2])
+                self.mask_head = nn.Conv2d(maps.shape[1], 1, 1)
+            except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+                raise RunError(f'The model gives no feature maps to learn masks with, pass --mask-weight 0: '
+                               f'{" ".join(str(error).split())}') from error
+
+    def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """Logits (B, outputs), projected features (B, width) and mask logits (B, 1, H', W') of images (B, 3, H, W)."""
+        mask_logits = None
+        if self.mask_head is None:
+            features = self.model.forward_features(images)
+        else:
+            features, (maps,) = self.model.forward_intermediates(images, indices=[-2])
+            mask_logits = self.mask_head(maps)
+        if self.projection is None:
+            return self.model.forward_head(features), None, mask_logits
+        pooled = self.model.forward_head(features, pre_logits=True)
+        return self.model.get_classifier()(pooled), self.projection(pooled), mask_logits
+
+
+def mask_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of predicted masks with the share of lesion in each of their positions.
+
+    Args:
+        logits: (B, 1, H', W').
+        masks: (B, 1, H, W) in [0, 1]; an image whose mask is NaN does not count.
+    """
+    known = ~masks.isnan().flatten(1).any(1)
+    if not known.any():
+        return logits.sum() * 0.
+    targets = adaptive_avg_pool2d(masks[known], (logits.shape[-2], logits.shape[-1]))
+    return binary_cross_entropy_with_logits(logits[known], targets)
+
+
+class Teacher(nn.Module):
+    """A frozen network and the loss that pulls a student towards it."""
+
+    def __init__(self, name: str, data_config: dict, outputs: int, weight: float, feature_weight: float) -> None:
+        """
+        Args:
+            name: Output folder of finetune_isic.py, or a timm name with pretrained weights. Where those have other
+                outputs than LABELS or DIAGNOSES, as ImageNet's have, only the features are distilled.
+            data_config: The student's, whose normalisation the images carry.
+            outputs: How many the student has.
+            weight: Share of the loss that the teacher's probabilities take from the labels.
+            feature_weight: Weight of one minus the cosine of the features.
+
+        Raises:
+            RunError: A network without pooled features of one vector an image, or nothing to learn from it.
+        """
+        super().__init__()
+        self.network: Any = create_trained(name)
+        self.network.eval().requires_grad_(False)
+        self.weight = weight if has_isic_outputs(self.network) else 0.
+        if self.weight and outputs == len(DIAGNOSES) != self.network.num_classes:
+            raise RunError(f'The teacher {name} has two sigmoid outputs, of which a softmax over three diagnoses '
+                           f'cannot learn: pass --distill-weight 0, or a teacher that was trained with --head softmax.')
+        if not self.weight and not feature_weight:
+            raise RunError(f'Nothing would be learned from the teacher {name}: raise --distill-weight (for one that '
+                           f'knows the diagnoses) or --distill-features.')
+        self.feature_weight = feature_weight
+        own = resolve_model_data_config(self.network)
+        mean, std, own_mean, own_std = (
+            torch.tensor(config[key]).view(1, 3, 1, 1) for config in (data_config, own) for key in ('mean', 'std'))
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
+        self.register_buffer('scale', std / own_std)
+        self.register_buffer('shift', (mean - own_mean) / own_std)
+        width = feature_width(self.network, data_config['input_size'][-1], f'The teacher {name}')
+        self.width = width if feature_weight else None
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Pooled features (B, width) and logits of the student's images (B, 3, H, W)."""
+        return pooled_and_logits(self.network, images * self.scale + self.shift)
+
+    def loss(
+            self,
+            label_loss: torch.Tensor,
+            logits: torch.Tensor,
+            features: Optional[torch.Tensor],
+            images: torch.Tensor,
+    ) -> torch.Tensor:
+        """(1 - w) * label_loss + w * H(teacher's probabilities, student's) + v * (1 - cos(features, teacher's))."""
+        teacher_features, teacher_logits = self(images)
+        loss = (1 - self.weight) * label_loss
+        if self.weight and logits.shape[1] == len(DIAGNOSES):
+            loss = loss + self.weight * cross_entropy(logits, teacher_logits.softmax(1))
+        elif self.weight:
+            loss = loss + self.weight * binary_cross_entropy_with_logits(logits, probabilities_of(teacher_logits))
+        if features is not None:
+            loss = loss + self.feature_weight * (1 - cosine_similarity(features, teacher_features)).mean()
+        return loss

@@ -1,0 +1,156 @@
+"""Several runs of finetune_isic.py in one folder: the folds of a cross-validation, and seeds."""
+import copy
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+
+import numpy as np
+import timm
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import StratifiedGroupKFold
+
+from ..download import fetch_weights
+from ..factory import source_of
+from ..files import write_json, write_rows
+from ..isic.dataset import DataError, label_array
+from ..isic.dataset.duplicates import read_pairs
+from ..isic.metrics import auc_table, score_split
+from ..isic.predictions import read_predictions, write_predictions
+from ..isic.task import HEADS, LABELS, diagnoses_of
+from .arguments import RunError
+from .runs import arguments_of
+
+
+def fold_rows(
+        split,
+        folds: int,
+        seed: int,
+        duplicates: Optional[str] = None,
+) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
+    """Rows to train on and rows held out, for each fold; each diagnosis as frequent in one as in another.
+
+    Args:
+        split: A split of load_splits.
+        folds: How many.
+        seed: Seed of the division.
+        duplicates: List of pairs of images (image_id_a, image_id_b) that must not be parted, or None.
+
+    Raises:
+        DataError: A list that cannot be read, or too few images of a diagnosis for so many folds.
+    """
+    labels = label_array(split)
+    diagnoses = diagnoses_of(labels)
+    rarest = np.bincount(diagnoses)
+    if rarest[rarest > 0].min() < folds:
+        raise DataError(
+            f'--folds {folds} needs {folds} images of each diagnosis, but one has {rarest[rarest > 0].min()}.')
+    row_of = {image_id: row for row, image_id in enumerate(split['image_id'])}
+    pairs = [(row_of[a], row_of[b]) for a, b in (read_pairs(duplicates) if duplicates else ())
+             if a in row_of and b in row_of]
+    first, second = np.array(pairs, dtype=int).reshape(-1, 2).T
+    _, groups = connected_components(coo_array(
+        (np.ones(len(pairs)), (first, second)), shape=(len(row_of), len(row_of))), directed=False)
+    for kept, rest in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(groups, diagnoses, groups):
+        if not all(0 < labels[rows, k].sum() < len(rows) for rows in (kept, rest) for k in range(len(LABELS))):
+            raise DataError(f'--folds {folds} leaves a fold without images of {" or of ".join(LABELS)}: choose fewer.')
+        yield kept, rest
+
+
+def check_start(args: Any) -> None:
+    """Refuse to cross-validate from a network that has seen the images of every fold.
+
+    Args:
+        args: Arguments of finetune_isic.py.
+
+    Raises:
+        RunError: --init-checkpoint, --teacher or --pretrained name one that learned from the same data.
+    """
+    for flag, name in (('--init-checkpoint', args.init_checkpoint), ('--teacher', args.teacher),
+                       ('--pretrained', args.model if args.pretrained else None)):
+        if not name:
+            continue
+        saved = arguments_of(name)
+        if saved.get('train_ids') == args.train_ids or (not saved and tuple(_label_names(name)) in HEADS.values()):
+            raise RunError(f'{flag} {name} was trained on images that --folds would hold out, which would flatter the '
+                           f'scores: start from other weights.')
+
+
+def _label_names(name: str) -> Sequence[str]:
+    """What the outputs of a network are called, by its config, wherever that is."""
+    path = Path(name)
+    if not path.exists():
+        source, place = source_of(name)
+        if source is None:
+            config = timm.get_pretrained_cfg(name)
+            return config and config.label_names or ()
+        repo, _, revision = place.partition('@')
+        path = Path(place) if source == 'local-dir' else fetch_weights(repo, 'config.json', revision or None)
+    try:
+        file = (path if path.is_dir() else path.parent) / 'config.json'
+        return json.loads(file.read_text(encoding='utf-8')).get('label_names') or ()
+    except (OSError, ValueError, AttributeError):  # none, or another program's
+        return ()
+
+
+def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, train: Callable) -> None:
+    """Train a network for each seed and fold, each in a folder of its own, and put their scores together.
+
+    Finished ones are left alone, so that a killed cross-validation goes on where it was.
+    """
+    seeds = args.seeds or [args.seed]
+    scores: Dict[str, Any] = {}
+    rows = []
+    for seed in seeds:
+        held_out: Dict[str, np.ndarray] = {}
+        parts = [('', splits)]
+        if args.folds:
+            divided = fold_rows(splits['train'], args.folds, args.seed, args.duplicates)
+            parts = [(f'fold-{k}', {'train': splits['train'].select(kept), 'validation': splits['train'].select(rest)})
+                     for k, (kept, rest) in enumerate(divided)]
+        for fold, part in parts:
+            name = '/'.join(filter(None, [f'seed-{seed}' * bool(args.seeds), fold]))
+            folder = out / name
+            run = copy.copy(args)
+            run.seed, run.seeds, run.folds, run.output_dir = seed, None, 0, str(folder)
+            if args.folds:  # the held-out images choose nothing
+                run.fold, run.keep, run.patience = fold, 'last', 0
+            run.resume = (folder / 'run.json').exists()
+            if not (folder / 'metrics.json').exists():
+                accelerator.print(f'--- {name}')
+                train(run, accelerator, part, folder)
+                for tracker in accelerator.trackers:  # or the next run is logged as more of this one
+                    tracker.finish()
+                accelerator.trackers = []
+                accelerator.free_memory()
+            metrics = json.loads((folder / 'metrics.json').read_text())
+            rows.append({'run': name, 'seed': seed, **{
+                f'{split}_{key}': values[key] if key == 'mean_auc' else values[key]['auc']
+                for split, values in metrics.items() for key in (*LABELS, 'mean_auc')}})
+            if args.folds:
+                ids = list(part['validation']['image_id'])
+                held_out.update(zip(ids, read_predictions(folder / 'predictions_validation.csv', ids)))
+        if args.folds:
+            name = 'cross_validation' + f'_seed-{seed}' * bool(args.seeds)
+            ids = list(splits['train']['image_id'])
+            probabilities = np.array([held_out[image_id] for image_id in ids])
+            scores[name] = score_split(label_array(splits['train']), probabilities, seed=args.seed)
+            if accelerator.is_main_process:
+                write_predictions(out / f'predictions_{name}.csv', ids, probabilities)
+    if not accelerator.is_main_process:
+        return
+    write_rows(out / 'runs.csv', rows)
+    if scores:
+        print('AUC [95 % interval] of all held-out images together, each scored by the network that did not see it')
+        print(auc_table(scores))
+    scores['runs'] = {}
+    print('Means of the runs, each by itself:')
+    for column in [column for column in rows[0] if column.endswith(('auc', *LABELS))]:
+        values = [row[column] for row in rows if row[column] is not None]  # undefined where a split lacks a class
+        mean = float(np.mean(values)) if values else None
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        scores['runs'][column] = {'mean': mean, 'sd': sd, 'runs': len(values)}
+        print(f'{column:36} ' + ('undefined' if mean is None else f'{mean:.3f}')
+              + ('' if sd is None else f' (sd {sd:.3f} of {len(values)} runs)'))
+    write_json(out / 'metrics.json', scores)
+    print(f'In {out}: runs.csv, metrics.json, and a folder for each run')

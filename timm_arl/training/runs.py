@@ -1,0 +1,168 @@
+"""The output folder of finetune_isic.py: what is in it after every epoch, and how a killed run finds its way back."""
+import copy
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Union
+
+import accelerate
+import datasets
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+
+from .. import __version__
+from ..files import (
+    git_commit,
+    make_folder,
+    read_rows,
+    recover_folder,
+    replacing,
+    swap_folder,
+    write_json,
+    write_rows,
+)
+from ..isic.task import head_labels
+from .arguments import RunError
+
+PathLike = Union[str, Path]
+EMA_FILE = 'average.safetensors'
+SAVING = 'last.saving'  # becomes last/
+# may differ on --resume; but each worker that reads a stream has an order of its own
+NOT_OF_THE_RUN = ('output_dir', 'resume', 'workers', 'tracker', 'preview')
+
+
+def check_no_other_run(args, out):
+    """Refuse, unless resuming, an output folder in which another run left something."""
+    traces = ('run.json', 'summary.csv', 'metrics.json', 'config.json', 'model.safetensors', 'last', '.last.previous')
+    if not args.resume and any((out / trace).exists() for trace in traces):
+        raise RunError(f'{out} already holds a run: go on with it by --resume, or choose another --output-dir.')
+
+
+def prepare_output_dir(args, accelerator, out):
+    """Make the output folder, or find the summary of the epochs that are finished in it."""
+    launch = {
+        'processes': accelerator.num_processes,
+        'mixed_precision': accelerator.mixed_precision,
+        'gradient_accumulation_steps': accelerator.gradient_accumulation_steps,
+        'device': accelerator.device.type,
+    }
+    check_no_other_run(args, out)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        make_folder(out)
+        recover_folder(out / 'last')
+        shutil.rmtree(out / SAVING, ignore_errors=True)
+        if not args.resume:
+            write_json(out / 'run.json', {
+                'command': shlex.join(sys.argv),
+                'arguments': {k: v for k, v in vars(args).items()
+                              if k not in NOT_OF_THE_RUN or (k == 'workers' and args.streaming)},
+                'launch': launch,
+                'commit': git_commit(sys.argv[0]),
+                'versions': {'timm_arl': __version__, **{
+                    m.__name__: m.__version__ for m in (timm, torch, accelerate, datasets)}},
+                'python': platform.python_version(),
+            })
+    accelerator.wait_for_everyone()
+    if not args.resume:
+        return []
+    saved = json.loads((out / 'run.json').read_text())['launch']
+    if launch != saved:
+        raise RunError(f'The run in {out} was launched with {saved}, not {launch}: resume it in the same way.')
+    progress = out / 'last' / 'progress.json'
+    if not progress.exists():
+        if not (args.folds or args.seeds):
+            accelerator.print(f'No finished epoch to resume in {out}: starting with the first.')
+        return []
+    if accelerator.is_main_process:
+        publish(out)
+    return json.loads(progress.read_text())['summary']
+
+
+def save_progress(accelerator, network, averaged, out, summary, keep, data_config):
+    """Replace last/ by the state after this epoch and the kept network; killed at any moment, one of them survives."""
+    saving, last = out / SAVING, out / 'last'
+    try:
+        accelerator.save_state(saving)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if averaged:  # network is the moving average, which Accelerate does not know
+                safetensors.torch.save_file(
+                    {k: v.cpu().contiguous() for k, v in network.state_dict().items()}, saving / EMA_FILE)
+            if keep:
+                save_for_hf(
+                    copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format), saving / 'kept',
+                    safe_serialization=True, data_config=data_config, model_config=dict(
+                        label_names=list(head_labels(network.num_classes))))
+            else:
+                shutil.copytree(last / 'kept', saving / 'kept')
+            write_json(saving / 'progress.json', {'summary': summary})
+            swap_folder(saving, last)
+            publish(out)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these
+        shutil.rmtree(saving, ignore_errors=True)
+        done = len(summary) - 1
+        raise RunError(
+            f'What epoch {done + 1} left could not be written to {out} ({" ".join(str(error).split())}): make room, '
+            f'then --resume; ' + (f'epoch {done} is there, whole.' if done else 'nothing was saved yet.')) from error
+    accelerator.wait_for_everyone()
+
+
+def publish(out):
+    """Bring the summary and the kept network, which last/ holds, into the output folder."""
+    write_rows(out / 'summary.csv', json.loads((out / 'last' / 'progress.json').read_text())['summary'])
+    for file in ('model.safetensors', 'config.json'):
+        with replacing(out / file) as temporary:
+            shutil.copyfile(out / 'last' / 'kept' / file, temporary)
+
+
+def record_look(folder: PathLike, checkpoint: PathLike, scores: Dict[str, Any]) -> None:
+    """Add a row to looks.csv, which tells how often a checkpoint has met the test split, and by which command.
+
+    Args:
+        folder: Where looks.csv is, or is made.
+        checkpoint: What was scored.
+        scores: What score_split gave for the test split.
+    """
+    path = Path(folder, 'looks.csv')
+    rows: List[Dict[str, Any]] = []
+    if path.exists():
+        rows = [{key: value for key, value in row.items() if key} for row in read_rows(path)]
+    rows.append({
+        'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'checkpoint': str(checkpoint), 'mean_auc': scores['mean_auc'],
+        'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]) or ''})
+    write_rows(path, rows, list(dict.fromkeys(key for row in rows for key in row)))
+
+
+def check_output_dir(out):
+    """Refuse, before the work, an output folder that could not be made or written to after it."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunError(f'Cannot make the output folder {out}: {there} '
+                       + ('cannot be written to.' if there.is_dir() else 'is a file.'))
+
+
+def path_of(checkpoint):
+    """Where a checkpoint is, if it is on this disk."""
+    return Path(checkpoint[10:] if checkpoint.lower().startswith('local-dir:') else checkpoint)
+
+
+def arguments_of(checkpoint):
+    """The arguments of the run that a checkpoint is from, by the run.json of finetune_isic.py beside or above it."""
+    path = path_of(checkpoint).absolute()
+    for folder in (path, *path.parents[:3]) if path.exists() else ():  # OUT, OUT/model.safetensors, OUT/last/kept
+        try:
+            saved = json.loads((folder / 'run.json').read_text(encoding='utf-8'))['arguments']
+        except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
+            continue
+        if isinstance(saved, dict) and 'train_ids' in saved:
+            return saved
+    return {}
