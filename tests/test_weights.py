@@ -91,7 +91,7 @@ def test_model_without_its_tag():
 
 
 def test_card_is_there_with_the_figures_of_the_results(call, repo, tmp_path):
-    done = call('timm_arl.hub', 'card', NAME, '--output', tmp_path / 'c')
+    done = call('timm_arl.hub.__main__', 'card', NAME, '--output', tmp_path / 'c')
     assert done.returncode == 0, done.stderr
     for file in ('README.md', 'results.json'):  # else generate them again
         assert (tmp_path / 'c' / file).read_bytes() == (repo / 'hub_cards' / NAME / file).read_bytes()
@@ -107,10 +107,10 @@ def test_card_is_there_with_the_figures_of_the_results(call, repo, tmp_path):
 
 
 def test_staged_by_name(call, tmp_path):
-    done = call('timm_arl.hub', 'stage', NAME, tmp_path / 's')
+    done = call('timm_arl.hub.__main__', 'stage', NAME, tmp_path / 's')
     assert done.returncode == 0 and 'README.md' in done.stdout, done.stderr
     for file in shipped_weights(NAME).iterdir():
         assert (tmp_path / 's' / file.name).read_bytes() == file.read_bytes()
     assert f"timm.create_model('{NAME}', pretrained=True)" in (tmp_path / 's' / 'README.md').read_text()
-    done = call('timm_arl.hub', 'stage', NAME, tmp_path / 't', '--note', 'mine')
+    done = call('timm_arl.hub.__main__', 'stage', NAME, tmp_path / 't', '--note', 'mine')
     assert done.returncode == 2 and 'leave out --evaluation, --alpha-zero, --tag and --note' in done.stderr

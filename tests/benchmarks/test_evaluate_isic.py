@@ -190,7 +190,7 @@ def test_a_look_is_recorded_even_where_nothing_can_be_written_after_it(call, isi
 
 def test_a_staged_folder_is_scored_as_it_was_made_and_stays_as_it_is(call, repo, isic_sample, tmp_path):
     folder = tmp_path / 's'
-    assert call('timm_arl.hub', 'stage', 'arl_cnn14.isic2017', folder).returncode == 0
+    assert call('timm_arl.hub.__main__', 'stage', 'arl_cnn14.isic2017', folder).returncode == 0
     results = json.loads((folder / 'results.json').read_text())
     results['run']['arguments'].update(crops='center', grey_world=True)
     (folder / 'results.json').write_text(json.dumps(results))
