@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as nn_module
 
 from .attention import ATTENTIONS, MASK_SCALES, can_fuse, fused_attention_residual, fused_block_tail
 from .pretrained import HUB, local_weights
@@ -136,7 +136,8 @@ def _is_plain(module: nn.Module, cls: Type[nn.Module]) -> bool:
     """Whether a module is of this very class and calling it does no more than its forward: no hooks, no wrappers."""
     return type(module) is cls and 'forward' not in vars(module) and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or _has_any_global_hook())
+        or nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
 
 
 def _folds(norm: nn.Module, x: torch.Tensor) -> bool:

@@ -6,7 +6,6 @@ import torch
 import torch.nn as nn
 from test_attention import FORMATS, SHAPES, pair, paper_gate
 
-from timm_arl import kernels
 from timm_arl.attention import (
     ATTENTIONS,
     MASK_SCALES,
@@ -14,6 +13,7 @@ from timm_arl.attention import (
     fused_attention_residual,
     fused_block_tail,
 )
+from timm_arl.kernels import torch_ops
 
 every_gate = [pytest.mark.parametrize('attention', ATTENTIONS), pytest.mark.parametrize('mask_scale', MASK_SCALES)]
 
@@ -136,7 +136,7 @@ def test_the_default_device_is_not_ours():
 @pytest.mark.parametrize('shape', [*SHAPES, (5, 16, 9, 9)])
 @pytest.mark.parametrize('block', [1, 300, 2 ** 19])
 def test_float32_is_the_plain_gate(monkeypatch, attention, mask_scale, memory_format, shape, block):
-    monkeypatch.setattr(kernels, 'BLOCK_ELEMENTS', block)
+    monkeypatch.setattr(torch_ops, 'BLOCK_ELEMENTS', block)
     residual, shortcut = pair(shape, memory_format=memory_format)
     results = []
     for gate in (fused_attention_residual, attention_residual):
