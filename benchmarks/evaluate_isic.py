@@ -28,15 +28,13 @@ import numpy as np
 import timm
 import torch
 from accelerate.utils import set_seed
-from huggingface_hub.errors import RemoteEntryNotFoundError
 from timm.data import resolve_model_data_config
 
 import timm_arl
 from timm_arl.attention import alphas_of
-from timm_arl.download import WeightsError, fetch_weights
-from timm_arl.factory import create_trained, source_of, tensors_sha256
+from timm_arl.download import WeightsError
+from timm_arl.factory import Checkpoint, create_trained, tensors_sha256
 from timm_arl.files import git_commit, make_folder, read_rows, write_json
-from timm_arl.hub.cards import read_results
 from timm_arl.isic.calibration import (
     apply_temperature,
     expected_calibration_error,
@@ -61,7 +59,7 @@ from timm_arl.isic.transforms import CROPS
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number
 from timm_arl.training.images import check_images, image_loader, predict
-from timm_arl.training.runs import arguments_of, check_output_dir, path_of, record_look
+from timm_arl.training.runs import check_output_dir, record_look
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'evaluation.json', 'report.md', 'curves.png', 'alphas.png',
@@ -105,22 +103,14 @@ def build_parser():
     return parser
 
 
-def published_arguments(args, accelerator, folder):
-    """The arguments of the run that a staged folder, or a repo made from one, is from, by its results.json."""
-    source, place = (None, '') if path_of(args.checkpoint).exists() else source_of(args.checkpoint)
-    if source == 'hf-hub':
-        try:
-            fetch_weights(place.partition('@')[0], 'results.json', folder.name)  # of the commit that the weights are of
-        except WeightsError as error:
-            if not isinstance(error.__cause__, RemoteEntryNotFoundError):  # a repo without one is no failure
-                accelerator.print(f'The images that {args.checkpoint} was trained with are not known: no results.json, '
-                                  f'{error.cause}.')
-    return (read_results(folder) or {}).get('run', {}).get('arguments', {})
-
-
-def images_of_the_run(args, accelerator, folder):
+def images_of_the_run(args, accelerator, checkpoint):
     """Give the images of the checkpoint's own run to what the command line leaves open."""
-    saved = arguments_of(args.checkpoint) or published_arguments(args, accelerator, folder)
+    try:
+        saved = checkpoint.arguments()
+    except WeightsError as error:
+        accelerator.print(f'The images that {args.checkpoint} was trained with are not known: no {error.file}, '
+                          f'{error.cause}.')
+        saved = {}
     usual = {'crops': 'multiscale', 'aspect': 'keep', 'grey_world': False, 'lesion_crop': False}
     for name, value in usual.items():
         if getattr(args, name) is None:
@@ -173,8 +163,8 @@ def evaluate(args):
     accelerator = create_accelerator(args)
     set_seed(args.seed)
     model = load_network(args)
-    weights = Path(model.pretrained_cfg['file'])
-    images_of_the_run(args, accelerator, weights.parent)
+    weights, checkpoint = Path(model.pretrained_cfg['file']), Checkpoint(args.checkpoint)
+    images_of_the_run(args, accelerator, checkpoint)
     data_config = resolve_model_data_config(model)
     if args.img_size:
         data_config['input_size'] = (3, args.img_size, args.img_size)
@@ -218,7 +208,7 @@ def evaluate(args):
                 'ece_with_temperature': expected_calibration_error(t[:, k], calibrated[name][:, k])}
         columns = {c: list(splits[name][c]) for c in ('sex', 'age_approximate') if c in splits[name].column_names}
         metrics[name]['subgroups'] = subgroup_table(t, p, columns.get('sex'), columns.get('age_approximate'))
-    folder = path_of(args.checkpoint)
+    folder = checkpoint.folder or Path(args.checkpoint)
     shown = (folder.name if folder.exists() else args.checkpoint) + ', alpha zero' * args.alpha_zero
     if args.compare:
         other = read_predictions(args.compare, loaders[args.split].dataset.image_ids)

@@ -1,4 +1,6 @@
-"""Weights from files: what fits is loaded, what does not is named."""
+"""Weights from names and files: what fits is loaded, what does not is named."""
+import shutil
+
 import pytest
 import safetensors.torch
 import timm
@@ -7,7 +9,7 @@ from timm.models import save_for_hf
 
 import timm_arl  # noqa: F401  registers the models
 from timm_arl.download import WeightsError
-from timm_arl.factory import create_for_task, load_weights_file
+from timm_arl.factory import Checkpoint, create_for_task, create_trained, load_weights_file
 
 
 def save(model, path):
@@ -108,3 +110,44 @@ def test_files_by_timms_own_arguments(tmp_path):
 def test_models_that_cannot_be_had(name, kwargs, message):
     with pytest.raises(WeightsError, match=message):
         create_for_task(name, num_classes=2, **kwargs)
+
+
+def test_a_checkpoint_by_each_of_its_names(run, staged, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / 'out')
+    shutil.copytree(run, tmp_path / 'out' / 'last' / 'kept')
+    (tmp_path / 'out' / 'last' / 'kept' / 'run.json').unlink()
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (('out', 'out'), ('out/model.safetensors', 'out'), ('local-dir:out', 'out'),
+                         ('Local-Dir:out', 'out'), ('out/last/kept', 'out/last/kept'), (str(staged), str(staged))):
+        found = Checkpoint(name)
+        assert str(found.folder) == folder and found.repo is None
+        assert found.label_names() == ['melanoma', 'seborrheic_keratosis']
+        assert found.arguments()['recipe'] == 'modern' and found.arguments()['train_ids'] == '0'
+        assert found.arguments(published=False) == ({} if name == str(staged) else found.arguments())
+    assert torch.equal(create_trained('out').fc.bias, create_trained('local-dir:out').fc.bias)
+
+
+@pytest.mark.parametrize('name, repo, revision, labels', [
+    ('arl_cnn50.a1_in1k', 'timm/resnet50.a1_in1k', None, ()), ('arl_cnn50', 'timm/resnet50.a1_in1k', None, ()),
+    ('tv_resnet50', 'timm/resnet50.tv_in1k', None, ()), ('arl_cnn14', None, None, ()),
+    ('hf-hub:user/model@v1', 'user/model', 'v1', None),
+    ('arl_cnn14.isic2017', 'timm-arl/arl_cnn14.isic2017', 'v1', ('melanoma', 'seborrheic_keratosis')),
+])
+def test_a_checkpoint_that_is_no_folder(name, repo, revision, labels):
+    found = Checkpoint(name)
+    assert (found.path, found.repo, found.revision) == (None, repo, revision)
+    if labels is not None:  # else a Hub is asked
+        assert tuple(found.label_names()) == labels
+        assert bool(found.arguments()) == bool(found.folder) == name.endswith('.isic2017')
+
+
+def test_a_folder_with_the_name_of_a_model(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / 'resnet50')
+    monkeypatch.chdir(tmp_path)
+    assert Checkpoint('resnet50').arguments()  # as --checkpoint has it
+    assert Checkpoint('resnet50', paths=False).repo == 'timm/resnet50.a1_in1k'  # as --model has it
+    for name in ('nowhere', 'not/here', 'resnet51'):
+        with pytest.raises(WeightsError, match=f'No folder {name}, and no model of that name'):
+            Checkpoint(name)
+    with pytest.raises(WeightsError, match='No weights resnet14.a1: choose resnet14'):
+        Checkpoint('resnet14.a1')

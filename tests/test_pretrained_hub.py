@@ -19,12 +19,17 @@ import timm_arl  # noqa: F401  registers the models
 CLIENT = """
 import json, os, sys
 import huggingface_hub, timm, timm_arl
-from timm_arl.factory import create_for_task
+from timm_arl.factory import Checkpoint, create_for_task
 for line in sys.stdin:
     job = json.loads(line)
     os.environ.pop('HF_TOKEN', None)
     os.environ.update(job.get('env', {}))
     try:
+        if 'checkpoint' in job:
+            found = Checkpoint(job['checkpoint'])
+            print(json.dumps(dict(labels=found.label_names(), arguments=found.arguments())), flush=True)
+            print('END', file=sys.stderr, flush=True)
+            continue
         if 'name' in job:
             create = timm.create_model if job.get('plain') else create_for_task
             model = create(job['name'], pretrained=True)
@@ -109,6 +114,9 @@ def hub(weights, vit_tiny, library):
                   'timm/resnet34.tv_in1k': {'pytorch_model.bin': b'x'},  # once tv_resnet34
                   'row/vit-pickle': {'config.json': json.dumps(dict(
                       architecture='vit_tiny_patch16_224', pretrained_cfg={})).encode(), 'pytorch_model.bin': b'x'},
+                  'row/published': {**files, 'config.json': json.dumps(dict(
+                      json.loads(config), label_names=['a', 'b'])).encode(),
+                                    'results.json': b'{"run": {"arguments": {"crops": "center"}}}'},
                   'row/moved': dict(files), **{f'row/{name}': files for name in others}, **poisoned(path, config)})
     with Hub(repos, private=['row/private'], gated=['row/13-gated']) as hub:
         for repo, faults, *_ in [*LOADS, *REFUSED]:
@@ -280,6 +288,18 @@ def test_what_is_in_the_cache_is_used_though_the_hub_has_newer(client, hub, home
     (home / 'hub' / 'models--row--moved' / 'refs' / 'main').unlink()  # nothing is known of main any more
     moved = client(name='hf-hub:row/moved')[0]['sum']
     assert moved == pytest.approx(weights[2] + newer['fc.weight'].double().sum().item() / 2) and moved != weights[2]
+
+
+def test_what_a_repo_says_of_its_run(client, hub):
+    hub.tag('row/published', 'v1')
+    first = dict(labels=['a', 'b'], arguments={'crops': 'center'})
+    assert client(checkpoint='hf-hub:row/published@v1')[0] == first
+    hub.repos['row/published']['results.json'] = b'{"run": {"arguments": {"crops": "paper"}}}'
+    assert client(checkpoint='hf-hub:row/published')[0]['arguments'] == {'crops': 'paper'}
+    assert client(checkpoint='hf-hub:row/published@v1')[0] == first
+    assert client(checkpoint='hf-hub:row/whole')[0] == dict(labels=[], arguments={})  # no results.json: no failure
+    hub.fault('HEAD /row/shared/resolve/.*/results.json', 'status', code=403, times=-1)
+    assert 'results.json of row/shared' in client(checkpoint='hf-hub:row/shared')[0]['error']
 
 
 def test_warm_cache(client, hub, home, library, weights):

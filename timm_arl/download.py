@@ -42,6 +42,7 @@ class WeightsError(RuntimeError):
         repo, file, revision: Where they were looked for on the Hub, or None.
         cause: What went wrong.
         remedy: What to do.
+        missing: Whether the repo is there, but has no such file.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class WeightsError(RuntimeError):
             revision: Optional[str] = None,
             cause: str = '',
             remedy: str = '',
+            missing: bool = False,
     ) -> None:
         super().__init__(message or f'{file} of {repo} (revision {revision}) cannot be had from '
                                     f'{huggingface_hub.constants.ENDPOINT}: {cause}; {remedy}.')
         self.repo, self.file, self.revision = repo, file, revision
-        self.cause, self.remedy = cause or message, remedy
+        self.cause, self.remedy, self.missing = cause or message, remedy, missing
 
 
 def fetch_weights(
@@ -122,7 +124,7 @@ def fetch_weights(
             if not cause:
                 raise
             if not again or attempt == ATTEMPTS or time.monotonic() - start > PATIENCE:
-                raise WeightsError(**where, cause=cause, remedy=remedy) from error
+                raise WeightsError(**where, cause=cause, remedy=remedy, missing=cause == NO_FILE) from error
             say(f'{file} of {repo}: {cause}; trying again ({attempt} of {ATTEMPTS - 1}).')
             time.sleep(2 ** (attempt - 1) / 2)
             continue
@@ -166,6 +168,7 @@ def say(line: str) -> None:
     print(f'timm_arl: {line}', file=sys.stderr, flush=True)
 
 
+NO_FILE = 'there is no such file in the repo'
 LOG_IN = 'log in (hf auth login, or HF_TOKEN)'
 
 _lock = threading.Lock()
@@ -231,7 +234,7 @@ def diagnose_hub_error(error: BaseException, repo: str, otherwise: str = '') -> 
     if isinstance(error, LocalEntryNotFoundError):
         return f'it is not in the cache and the Hub cannot be reached ({text})', network, True
     if isinstance(error, EntryNotFoundError):
-        return ('there is no such file in the repo',
+        return (NO_FILE,
                 f'look at {page}/tree/main; weights in another format (.bin) are not opened', False)
     if isinstance(error, HfHubHTTPError):
         return _diagnose_status(getattr(error.response, 'status_code', None), text, network)

@@ -3,7 +3,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union, cast
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, cast
 
 import safetensors
 import safetensors.torch
@@ -14,9 +14,19 @@ from timm.models import clean_state_dict, get_deprecated_models, parse_model_nam
 
 from .arl_cnn import ARLCNN, checkpoint_filter_fn
 from .download import WeightsError, fetch_weights, is_of_network, plain_http
-from .pretrained import ANEW, OWN_WEIGHTS, check_file, local_weights, only_file, pinned_sha256, safe_name, tags_of
+from .pretrained import (
+    ANEW,
+    OWN_WEIGHTS,
+    check_file,
+    local_weights,
+    only_file,
+    pinned_sha256,
+    safe_name,
+    shipped_weights,
+    tags_of,
+)
 
-__all__ = ['create_for_task', 'create_trained', 'load_weights_file', 'source_of', 'tensors_sha256']
+__all__ = ['Checkpoint', 'create_for_task', 'create_trained', 'load_weights_file', 'source_of', 'tensors_sha256']
 
 
 def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
@@ -71,17 +81,20 @@ def _with_local_weights(name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     variant, _, tag = name.partition('.')
     tags = tags_of(variant)
     if tag and tags and tag not in tags:
-        raise WeightsError(f'No weights {name}: choose {" or ".join(f"{variant}.{each}" for each in tags)}.')
+        raise WeightsError(_unknown_tag(name))
     return local_weights(variant, {**kwargs, **({'pretrained_cfg': tag} if tag else {})})
+
+
+def _unknown_tag(name: str) -> str:
+    variant = name.partition('.')[0]
+    return f'No weights {name}: choose {" or ".join(f"{variant}.{tag}" for tag in tags_of(variant)) or variant}.'
 
 
 def _weights_name(config: Path) -> str:
     """The file of a repo that its config.json names, or the usual one."""
-    try:
-        content = json.loads(config.read_text(encoding='utf-8'))
-        return safe_name(content.get('pretrained_cfg', content).get('hf_hub_filename'))
-    except (OSError, ValueError, AttributeError):  # which timm will tell
-        return safe_name(None)
+    content = _read_json(config)
+    pretrained_cfg = content.get('pretrained_cfg', content)
+    return safe_name(pretrained_cfg.get('hf_hub_filename') if isinstance(pretrained_cfg, dict) else None)
 
 
 def source_of(name: str) -> Tuple[Optional[str], str]:
@@ -106,27 +119,128 @@ def _unknown(name: str, otherwise: str) -> str:
 
 
 def create_trained(source: str) -> nn.Module:
-    """The network of an output folder of finetune_isic.py, or of a timm name, with its weights.
+    """The network of a trained checkpoint, with its weights.
 
     Args:
-        source: Folder with config.json and model.safetensors, or what create_for_task takes.
+        source: As Checkpoint takes it.
 
     Raises:
-        WeightsError: Neither, or as create_for_task.
+        WeightsError: As Checkpoint.network.
     """
-    folder = Path(source)
-    if (folder / 'runs.csv').is_file():
-        raise WeightsError(f'{source} holds several runs: choose one of the folders in it that runs.csv names.')
-    missing = [name for name in ('config.json', 'model.safetensors') if not (folder / name).is_file()]
-    if folder.is_dir() and missing:
-        raise WeightsError(f'{source} holds no {" and no ".join(missing)}: pass the output folder of finetune_isic.py, '
-                           f'or the name of a model.')
-    if folder.is_file():
-        raise WeightsError(f'{source} is a file: pass the folder that holds it, beside its config.json.')
-    if not folder.is_dir() and ':' not in source and not timm.is_model(source):
-        raise WeightsError(f'No folder {source}, and no model of that name: {_near(source)}pass the output folder of '
-                           f'finetune_isic.py, or a name like {next(iter(OWN_WEIGHTS))}.')
-    return create_for_task(f'local-dir:{folder}' if folder.is_dir() else source, pretrained=True)
+    return Checkpoint(source).network()
+
+
+class Checkpoint:
+    """What a name stands for: a folder or file on this disk, a repo on the Hub, or a registered model.
+
+    Attributes:
+        name: As it was given.
+        path: Folder or file on this disk, or None.
+        folder: Folder on this disk with its config.json, or None. Weights that come with this package have one too.
+        repo: Repo on the Hub that the weights are from, or None.
+        revision: Branch, tag or commit of that repo, or None for main.
+    """
+
+    def __init__(self, name: str, paths: bool = True) -> None:
+        """
+        Args:
+            name: Output folder of finetune_isic.py, staged folder, or a file in one; or a timm name: `local-dir:OUT`,
+                `hf-hub:user/model@revision`, or a registered model with or without a tag.
+            paths: Whether a path without `local-dir:` counts, before a registered model of that name. It does for
+                --checkpoint, but not for --model.
+
+        Raises:
+            WeightsError: Nothing of that name.
+        """
+        self.name = name
+        is_path = paths and Path(name).exists()
+        if paths and not is_path and ':' not in name and not timm.is_model(name):
+            raise WeightsError(f'No folder {name}, and no model of that name: {_near(name)}pass the output folder of '
+                               f'finetune_isic.py, or a name like {next(iter(OWN_WEIGHTS))}.')
+        source, place = ('local-dir', name) if is_path else source_of(name)
+        self.path = path = Path(place) if source == 'local-dir' else None
+        self._on_hub = source == 'hf-hub'
+        try:
+            self._cfg = None if source else timm.get_pretrained_cfg(get_deprecated_models().get(place, place))
+        except RuntimeError as error:
+            raise WeightsError(_unknown_tag(place)) from error
+        location = place if self._on_hub else self._cfg and self._cfg.hf_hub_id or ''
+        self.repo, _, self.revision = (part or None for part in location.partition('@'))
+        if path is None:
+            self.folder = shipped_weights(place)
+        else:
+            self.folder = path.parent if path.is_file() else path
+
+    def network(self) -> nn.Module:
+        """The network with its weights.
+
+        Raises:
+            WeightsError: A file, or a folder without config.json or weights; else as create_for_task.
+        """
+        if self.path is None:
+            return create_for_task(self.name, pretrained=True)
+        if (self.path / 'runs.csv').is_file():
+            raise WeightsError(f'{self.path} holds several runs: choose one of the folders listed in its runs.csv.')
+        missing = [name for name in ('config.json', 'model.safetensors') if not (self.path / name).is_file()]
+        if self.path.is_dir() and missing:
+            raise WeightsError(f'{self.path} holds no {" and no ".join(missing)}: pass the output folder of '
+                               f'finetune_isic.py, or the name of a model.')
+        if self.path.is_file():
+            raise WeightsError(f'{self.path} is a file: pass the folder that holds it, beside its config.json.')
+        return create_for_task(f'local-dir:{self.path}', pretrained=True)
+
+    def label_names(self) -> Sequence[str]:
+        """What the outputs of the network are called; empty where its config does not tell.
+
+        Raises:
+            WeightsError: A config.json that could not be loaded from the Hub.
+        """
+        if self.path is None and not self._on_hub:
+            return self._cfg and self._cfg.label_names or ()
+        return _read_json(self._published('config.json')).get('label_names') or ()
+
+    def arguments(self, published: bool = True) -> Dict[str, Any]:
+        """Arguments of the run that made the weights; empty where they are not known.
+
+        They are in the run.json of finetune_isic.py, beside the weights or up to three folders above them (OUT,
+        OUT/last/kept), or in the results.json of a staged folder or a repo made of one.
+
+        Args:
+            published: Whether to look for a results.json too.
+
+        Raises:
+            WeightsError: A results.json that could not be loaded from the Hub; a repo without one is no error.
+        """
+        if self.path is not None and self.path.exists():
+            path = self.path.absolute()
+            for folder in (path, *path.parents[:3]):
+                saved = _read_json(folder / 'run.json').get('arguments')
+                if isinstance(saved, dict) and 'train_ids' in saved:  # else another program's
+                    return saved
+        try:
+            run = _read_json(self._published('results.json') if published else None).get('run')
+        except WeightsError as error:
+            if not error.missing:
+                raise
+            return {}
+        arguments = run.get('arguments') if isinstance(run, dict) else None
+        return arguments if isinstance(arguments, dict) else {}
+
+    def _published(self, file: str) -> Optional[Path]:
+        """A file beside the weights; from the Hub, of the commit that the weights are loaded from."""
+        if self.folder is not None or not self._on_hub:
+            return self.folder and self.folder / file
+        config = fetch_weights(cast(str, self.repo), 'config.json', self.revision)
+        return config if file == config.name else fetch_weights(cast(str, self.repo), file, config.parent.name)
+
+
+def _read_json(path: Optional[Path]) -> Dict[str, Any]:
+    """Content of a JSON file, empty where there is none, or none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8')) if path else None
+    except (OSError, ValueError):
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def _near(name: str) -> str:

@@ -13,10 +13,9 @@ import safetensors.torch
 import timm
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from timm.models import get_deprecated_models
 
 from ..download import sha256_of
-from ..factory import create_trained, source_of, tensors_sha256
+from ..factory import Checkpoint, create_trained, tensors_sha256
 from ..files import make_folder, read_rows, replacing, replacing_folder, write_json
 from ..isic.dataset.sources import CHALLENGE_IDS, ids_digest
 from ..isic.task import LABELS
@@ -127,12 +126,13 @@ def _results(
                            for key, value in record['arguments'].items()}
     official = _official_splits(record['arguments'], run, evaluation)
     tag = _check_tag(tag) if tag is not None else _usual_tag(config['architecture'], record['arguments'], official)
+    start = record['arguments']['model'] if record['arguments'].get('pretrained') else None
     versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
     config['pretrained_cfg'].update(tag=tag, license=config['pretrained_cfg'].get('license', 'apache-2.0'))
     config.update({f'{name}_version': version for name, version in versions.items()}, **_operating_points(metrics))
     return {
         'name': f'{config["architecture"]}.{tag}', 'metrics': metrics, 'run': record, 'epochs': len(summary),
-        'base_model': _base_model(record['arguments']),
+        'base_model': Checkpoint(start, paths=False).repo if start else None,
         'data': {'name': record['arguments']['data'], 'note': note, 'official_splits': official},
         'kept_epoch': int(kept['epoch']), 'img_size': config['pretrained_cfg']['input_size'][-1],
         'alphas': {key: float(value) for key, value in kept.items() if key.endswith('.alpha')}, 'looks': _looks(run),
@@ -286,16 +286,6 @@ def _check_tag(tag: str) -> str:
     if not good:
         raise HubError(f'{tag!r} cannot be a tag: use letters, digits and - (it becomes a part of the name of a repo).')
     return tag
-
-
-def _base_model(arguments: Dict[str, Any]) -> Optional[str]:
-    """The repo whose weights a run began with, or None."""
-    if not arguments.get('pretrained'):
-        return None
-    source, name = source_of(arguments['model'])
-    cfg = None if source else timm.get_pretrained_cfg(get_deprecated_models().get(name, name))
-    repo = name if source == 'hf-hub' else cfg and cfg.hf_hub_id
-    return (repo or '').partition('@')[0] or None
 
 
 def _operating_points(metrics: Dict[str, Any]) -> Dict[str, Any]:

@@ -2,16 +2,14 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import numpy as np
-import timm
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
-from ..download import fetch_weights
-from ..factory import source_of
+from ..factory import Checkpoint
 from ..files import write_json, write_rows
 from ..isic.dataset import DataError, label_array
 from ..isic.dataset.duplicates import read_pairs
@@ -19,7 +17,6 @@ from ..isic.metrics import auc_table, score_split
 from ..isic.predictions import read_predictions, write_predictions
 from ..isic.task import HEADS, LABELS, diagnoses_of
 from .arguments import RunError
-from .runs import arguments_of
 
 
 def fold_rows(
@@ -66,31 +63,16 @@ def check_start(args: Any) -> None:
     Raises:
         RunError: --init-checkpoint, --teacher or --pretrained name one that learned from the same data.
     """
-    for flag, name in (('--init-checkpoint', args.init_checkpoint), ('--teacher', args.teacher),
-                       ('--pretrained', args.model if args.pretrained else None)):
+    for flag, name, paths in (('--init-checkpoint', args.init_checkpoint, True), ('--teacher', args.teacher, True),
+                              ('--pretrained', args.model if args.pretrained else None, False)):
         if not name:
             continue
-        saved = arguments_of(name)
-        if saved.get('train_ids') == args.train_ids or (not saved and tuple(_label_names(name)) in HEADS.values()):
+        checkpoint = Checkpoint(name, paths)
+        saved = checkpoint.arguments(published=False)
+        knows_labels = not saved and tuple(checkpoint.label_names()) in HEADS.values()
+        if knows_labels or saved.get('train_ids') == args.train_ids:
             raise RunError(f'{flag} {name} was trained on images that --folds would hold out, which would flatter the '
                            f'scores: start from other weights.')
-
-
-def _label_names(name: str) -> Sequence[str]:
-    """What the outputs of a network are called, by its config, wherever that is."""
-    path = Path(name)
-    if not path.exists():
-        source, place = source_of(name)
-        if source is None:
-            config = timm.get_pretrained_cfg(name)
-            return config and config.label_names or ()
-        repo, _, revision = place.partition('@')
-        path = Path(place) if source == 'local-dir' else fetch_weights(repo, 'config.json', revision or None)
-    try:
-        file = (path if path.is_dir() else path.parent) / 'config.json'
-        return json.loads(file.read_text(encoding='utf-8')).get('label_names') or ()
-    except (OSError, ValueError, AttributeError):  # none, or another program's
-        return ()
 
 
 def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, train: Callable) -> None:

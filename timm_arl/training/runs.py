@@ -148,21 +148,3 @@ def check_output_dir(out):
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise RunError(f'Cannot make the output folder {out}: {there} '
                        + ('cannot be written to.' if there.is_dir() else 'is a file.'))
-
-
-def path_of(checkpoint):
-    """Where a checkpoint is, if it is on this disk."""
-    return Path(checkpoint[10:] if checkpoint.lower().startswith('local-dir:') else checkpoint)
-
-
-def arguments_of(checkpoint):
-    """The arguments of the run that a checkpoint is from, by the run.json of finetune_isic.py beside or above it."""
-    path = path_of(checkpoint).absolute()
-    for folder in (path, *path.parents[:3]) if path.exists() else ():  # OUT, OUT/model.safetensors, OUT/last/kept
-        try:
-            saved = json.loads((folder / 'run.json').read_text(encoding='utf-8'))['arguments']
-        except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
-            continue
-        if isinstance(saved, dict) and 'train_ids' in saved:
-            return saved
-    return {}
