@@ -29,7 +29,7 @@ PAGES = {str(path.relative_to(REPO)): path.read_text(encoding='utf-8') for path 
     *(REPO / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'hub_cards/README.md')),
     *sorted((REPO / 'docs').glob('*.md')))}
 COMMANDS = ('accelerate', 'make', 'pip', 'python', 'torchrun')
-NOT_OURS = ('isic', 'hf', 'pre-commit')  # programs of other projects, which the tests do not install
+NOT_OURS = ('git', 'hf', 'isic', 'pre-commit')  # programs of other projects, which the tests do not install
 NOT_OUR_FLAGS = {'--device-modules'}  # of timm's train.py
 COMING = {'check', 'dist', 'test-oldest', '--model-kwargs'}  # on their way to main
 
