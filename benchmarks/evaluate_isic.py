@@ -24,6 +24,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from timm_arl.extras import require
+
+require('train', __name__)
+
 import numpy as np
 import timm
 import torch

@@ -18,6 +18,10 @@ split, once. The output folder receives
 import time
 from pathlib import Path
 
+from timm_arl.extras import require
+
+require('train', __name__)
+
 import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, set_seed

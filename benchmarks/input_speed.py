@@ -13,6 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+from timm_arl.extras import require
+
+require('train', __name__)
+
 import numpy as np
 import timm
 import torch

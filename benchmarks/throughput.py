@@ -18,7 +18,6 @@ first.
 """
 import argparse
 import csv
-import importlib.util
 import itertools
 import json
 import os
@@ -27,6 +26,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Dict, List
+
+from timm_arl.extras import missing, require
+
+require('train', __name__)
 
 from throughput_report import bar_chart, growth_table, markdown_table
 from tqdm import tqdm
@@ -140,9 +143,7 @@ def refusal(args: argparse.Namespace) -> str:
     available = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available, 'cpu': lambda: True}
     if not available[args.device]():
         return f'PyTorch finds no {args.device} device here; --device cpu always runs.'
-    if 'onnx' in args.backend and importlib.util.find_spec('onnxruntime') is None:
-        return "--backend onnx needs ONNX Runtime: pip install 'timm-arl[export]'."
-    return ''
+    return missing('export') if 'onnx' in args.backend else ''
 
 
 def measure(specs: List[Dict[str, Any]], args: argparse.Namespace, bar: tqdm) -> List[Dict[str, Any]]:

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+from timm_arl.extras import require
+
+require('train', __name__)
+
 from timm_arl.files import replacing
 
 __all__ = ['bar_chart', 'growth_table', 'markdown_table']

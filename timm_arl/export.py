@@ -8,7 +8,6 @@ where the model knows them, label_names, as JSON.
 """
 import argparse
 import copy
-import importlib.util
 import json
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import torch.nn as nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from .download import WeightsError
+from .extras import require
 from .factory import create_for_task, create_trained
 
 __all__ = ['ExportError', 'OnnxModel', 'export_onnx', 'fold_batch_norm']
@@ -84,6 +84,7 @@ class OnnxModel:
             path: The file.
             threads: Of one image or batch, 0 for as many as there are cores.
         """
+        require('export', __name__)
         import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -119,16 +120,15 @@ def export_onnx(
         The path.
 
     Raises:
-        ExportError: The extra `export` is missing, or the file does not compute what the model computes.
+        ExportError: The file does not compute what the model computes.
+        ImportError: The extra `export` is missing.
     """
+    require('export', __name__)
     path = Path(path)
     model = copy.deepcopy(model).cpu().float().eval()
     side = img_size or cast(Any, model).pretrained_cfg['input_size'][-1]
     source = fold_batch_norm(model) if fold else model
     images = torch.randn(2, _in_channels(model), side, side, generator=torch.Generator().manual_seed(0))
-    for package in ('onnx', 'onnxruntime', 'onnxscript'):
-        if importlib.util.find_spec(package) is None:
-            raise ExportError(f"{package} is not installed: pip install 'timm-arl[export]'.")
     program: Any = torch.onnx.export(
         source.to(memory_format=torch.contiguous_format), (images,), dynamo=True, input_names=['images'],
         output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch', min=1)},), verbose=False)
@@ -166,6 +166,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(f'--img-size must be at least 32, not {args.img_size}.')
     if Path(args.output).is_dir():
         parser.error(f'--output {args.output} is a folder: name a file in it.')
+    require('export', __name__)  # before weights are downloaded
     try:
         trained = args.pretrained or Path(args.model).exists()
         model = create_trained(args.model) if trained else create_for_task(args.model)

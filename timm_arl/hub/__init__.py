@@ -1,4 +1,8 @@
 """Publishing: a model repo from a training output, with a card, pushed to a Hub or a folder and verified."""
+from ..extras import require
+
+require('train', __name__)
+
 from .publish import push, verify
 from .staging import HubError, card, stage
 

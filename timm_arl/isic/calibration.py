@@ -1,6 +1,10 @@
 """Whether a probability of 30 % means three in ten, and how scores differ between groups of patients."""
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from ..extras import require
+
+require('train', __name__)
+
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit

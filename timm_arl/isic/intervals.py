@@ -1,6 +1,10 @@
 """How sure a score is, and whether two networks differ: bootstrap over images, and DeLong's test for AUCs."""
 from typing import Tuple
 
+from ..extras import require
+
+require('train', __name__)
+
 import numpy as np
 from scipy.stats import norm, rankdata
 

@@ -4,6 +4,10 @@ import itertools
 import zlib
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+from ..extras import require
+
+require('train', __name__)
+
 import datasets
 import numpy as np
 import torch

@@ -1,6 +1,10 @@
 """Scores of the ISIC 2017 Part 3 task, as the challenge's official scorer counts them, and metrics.json."""
 from typing import Any, Dict, List, Optional, Sequence
 
+from ..extras import require
+
+require('train', __name__)
+
 import numpy as np
 from scipy.stats import rankdata
 from sklearn.metrics import auc as area_under

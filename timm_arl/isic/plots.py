@@ -2,6 +2,10 @@
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Union
 
+from ..extras import require
+
+require('train', __name__)
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure

@@ -1,1 +1,4 @@
 """What the programs in benchmarks/ share."""
+from ..extras import require
+
+require('train', __name__)

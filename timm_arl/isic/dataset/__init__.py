@@ -1,4 +1,8 @@
 """Dermoscopic images with their labels: from Parquet, image files, a Hub dataset, or the demo generator."""
+from ...extras import require
+
+require('train', __name__)
+
 from ..images import decode, decode_mask, read_image, unreadable_images
 from .sources import DataError
 from .splits import SPLITS, StreamedSplit, check_usable, label_array, load_splits

@@ -1,0 +1,138 @@
+"""What pip installs: the wheel without extras, in an environment away from any checkout; and what the sdist holds."""
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+pytestmark = pytest.mark.slow
+
+CREATE = """
+import sys
+import timm, timm_arl, torch
+model = timm.create_model('arl_cnn14.isic2017', pretrained=True).eval()
+with torch.inference_mode():
+    logits = model(torch.zeros(1, 3, 128, 128)).tolist()
+print(timm_arl.__file__, sorted({name.partition('.')[0] for name in sys.modules}), logits, sep='\\n')
+"""
+IMPORT_ALL = """
+import importlib, pkgutil, timm_arl
+for module in pkgutil.walk_packages(timm_arl.__path__, 'timm_arl.', onerror=lambda name: None):
+    if not module.name.endswith('__main__'):
+        try:
+            importlib.import_module(module.name)
+            print(module.name, 'imported')
+        except ImportError as error:
+            print(module.name, error)
+"""
+RUN_EACH = """
+import runpy, sys
+for program in sys.argv[1:]:
+    try:
+        runpy.run_path(program, run_name='__main__')
+    except SystemExit as stopped:
+        print(stopped.code)
+"""
+NOT_IN_THE_CORE = {'accelerate', 'datasets', 'matplotlib', 'scipy', 'sklearn', 'tensorboard', 'onnxruntime', 'gradio'}
+
+
+@pytest.fixture(scope='module')
+def dist(repo, tmp_path_factory):
+    """The folder of `make dist`: an sdist, and the wheel built from it."""
+    folder = tmp_path_factory.mktemp('dist')
+    subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder, repo], check=True,
+                   capture_output=True, text=True)
+    return folder
+
+
+def distributions(requirements, found):
+    """Add to found, by name, the installed distributions that requirements stand for, with their own."""
+    for text in requirements:
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({'extra': ''}):
+            package = distribution(requirement.name)
+            if package.name not in found or requirement.extras:
+                found[package.name] = package
+                asked = [r.partition(';')[0] for r in package.requires or [] for extra in ('', *requirement.extras)
+                         if Requirement(r).marker is None or Requirement(r).marker.evaluate({'extra': extra})]
+                distributions(asked, found)
+    return found
+
+
+@pytest.fixture(scope='module')
+def python(dist, tmp_path_factory):
+    """The interpreter of an environment with the wheel and what it requires, linked to here instead of downloaded."""
+    folder = tmp_path_factory.mktemp('fresh') / 'venv'
+    venv.create(folder, symlinks=True)
+    python = folder / 'bin' / 'python'
+    site = next(folder.glob('lib/python*/site-packages'))
+    wheel, = dist.glob('*.whl')
+    subprocess.run([sys.executable, '-m', 'pip', '--python', python, 'install', '--no-deps', '--no-index', wheel],
+                   check=True, capture_output=True, text=True)
+    metadata = next(site.glob('timm_arl-*.dist-info')) / 'METADATA'
+    requires = [line.partition(': ')[2] for line in metadata.read_text().splitlines()
+                if line.startswith('Requires-Dist')]
+    for package in distributions(requires, {}).values():
+        for top in {file.parts[0] for file in package.files or []} - {'..', '__pycache__'}:
+            link = site / top
+            if not link.exists():
+                link.symlink_to(Path(package.locate_file(top)))
+    return python
+
+
+def run(python, *args, cwd):
+    env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    return subprocess.run([python, *map(str, args)], cwd=cwd, env={**env, 'HF_HUB_OFFLINE': '1'}, text=True,
+                          capture_output=True)
+
+
+def test_the_wheel_alone_creates_a_trained_network(python, tmp_path):
+    done = run(python, '-c', CREATE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    file, modules, logits = done.stdout.splitlines()
+    assert Path(file).is_relative_to(python.parents[1])
+    assert not NOT_IN_THE_CORE & set(json.loads(modules.replace("'", '"')))
+    here = subprocess.run([sys.executable, '-c', CREATE], text=True, capture_output=True)
+    assert here.stdout.splitlines()[2] == logits, here.stderr
+
+
+def test_each_module_is_imported_or_names_its_extra(python, tmp_path):
+    lines = run(python, '-c', IMPORT_ALL, cwd=tmp_path).stdout.splitlines()
+    said = dict(line.split(' ', 1) for line in lines)
+    core = ('arl_cnn', 'attention', 'baselines', 'export', 'factory', 'isic', 'isic.crops', 'isic.images', 'isic.task',
+            'isic.transforms', 'kernels', 'pretrained')
+    assert {said[f'timm_arl.{name}'] for name in core} == {'imported'}
+    sentence = "accelerate is not installed: pip install 'timm-arl[train]'."
+    assert {said[f'timm_arl.{name}'] for name in ('hub', 'training', 'isic.dataset', 'isic.metrics')} == {sentence}
+    assert set(said.values()) == {'imported', sentence}
+
+
+def test_each_program_names_its_extra(python, repo, tmp_path):
+    programs = [path for path in sorted((repo / 'benchmarks').glob('*.py')) if "'__main__'" in path.read_text()
+                and not path.stem.endswith('_worker')]  # which throughput.py starts
+    assert len(programs) > 3
+    train, export = (f"error: {name} is not installed: pip install 'timm-arl[{extra}]'.\n"
+                     for name, extra in (('accelerate', 'train'), ('onnx', 'export')))
+    done = run(python, '-c', RUN_EACH, *programs, cwd=tmp_path)
+    assert (done.stderr, done.stdout) == (train * len(programs), '2\n' * len(programs))
+    for command, sentence in ((['timm_arl.hub', '--help'], train), (
+            ['timm_arl.export', '--model', 'arl_cnn14', '--output', 'm.onnx'], export)):
+        done = run(python, '-m', *command, cwd=tmp_path)
+        assert (done.returncode, done.stderr, done.stdout) == (2, sentence, ''), command
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sdist_holds_what_is_tracked(dist, repo):
+    if not (repo / '.git').exists():
+        pytest.skip('not a checkout')
+    tracked = subprocess.run(['git', 'ls-files'], cwd=repo, check=True, capture_output=True, text=True).stdout.split()
+    with tarfile.open(next(dist.glob('*.tar.gz'))) as archive:
+        packed = {name.partition('/')[2] for name in archive.getnames()}
+    assert set(tracked) - packed == set()
+    assert packed - set(tracked) <= {'PKG-INFO'}
