@@ -2,21 +2,26 @@
 
     python benchmarks/throughput.py --models resnet50 arl_cnn50 seresnet50 --mode infer train --results-file F.csv
 
-Each row is a process of its own, so that none inherits the memory or the caches of another. The rows of one setting run
-side by side: one repetition of the first model, one of the second, and so on, then again, in an order that turns round
-each time; and all of it again in `--restarts` fresh sets of processes, since where a process finds its memory is luck
-that can outweigh what is measured. A row's `ratio` is the median, over the repetitions, of its time divided by that of
-the first model in the same repetition; its `spread` is the distance between the quartiles of its own times, divided by
-their median.
+Each row runs in its own process and shares no memory or caches with another. The rows of one setting run side by side:
+one repetition of the first model, one of the second, and so on, in an order that reverses each time. All of it is
+repeated in `--restarts` new sets of processes, because where a process's memory lies can change its speed by more than
+what is measured. `ratio` is the median over the repetitions of a row's time divided by the first row's time in the same
+repetition. `spread` is the distance between the quartiles of a row's own times, divided by their median.
 
-Autocast is used for bf16 and fp16. `infer_gmacs` are those of torch.utils.flop_counter: convolutions and matrix
-products; normalisations, activations, pooling and the gate's own arithmetic are not in it. `infer_macts` are the
-outputs of convolutions and linear layers. `peak_memory_mb` is the most that PyTorch's allocator held during one step,
-weights included; `saved_memory_mb` is what autograd keeps for the backward pass (eager mode), `peak_rss_mb` the peak of
-the whole process. With `accelerate launch` each process drives a device: samples are those of all, times those of the
-first.
+Where the rows do not fit in memory together, they are measured one at a time (`side_by_side` is then False). Where one
+alone does not fit, all rows of the setting use a smaller batch.
+
+bf16 and fp16 use autocast. fp32 on CUDA uses TF32 and cuDNN's autotuner, as timm's benchmark does; --no-tf32 and
+--no-cudnn-benchmark turn them off. `infer_gmacs` are those of torch.utils.flop_counter: convolutions and matrix
+products, without normalization, activations, pooling and the gate's own arithmetic. `infer_macts` are the outputs of
+convolutions and linear layers. `peak_memory_mb` is the peak of PyTorch's allocator during one step, weights included;
+with CUDA graphs (--compile-mode reduce-overhead or max-autotune) it is what the allocator has reserved, because a graph
+replays in memory that was reserved when it was recorded. `saved_memory_mb` is what autograd saves for the backward pass
+(not with --compile), `peak_rss_mb` the peak of the whole process. With `accelerate launch` each process drives one
+device: samples are those of all processes, times those of the first.
 """
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -40,12 +45,13 @@ COLUMNS = [
     'model', 'mode', 'infer_samples_per_sec', 'infer_step_time', 'infer_batch_size', 'infer_img_size', 'infer_gmacs',
     'infer_macts', 'train_samples_per_sec', 'train_step_time', 'train_batch_size', 'train_img_size', 'param_count',
     'spread', 'relative_to', 'ratio', 'peak_memory_mb', 'saved_memory_mb', 'peak_rss_mb', 'precision', 'backend',
-    'compile', 'channels_last', 'repetitions', 'threads', 'processes', 'device', 'versions', 'commit',
+    'compile', 'compile_mode', 'channels_last', 'tf32', 'cudnn_benchmark', 'side_by_side', 'repetitions', 'threads',
+    'processes', 'device', 'versions', 'commit',
 ]
 
 
 class Failed(Exception):
-    """A row that could not be measured; ``out_of_memory`` if less of it might be."""
+    """A row that could not be measured; `out_of_memory` if a smaller batch might be."""
 
     def __init__(self, message: str, out_of_memory: bool = False):
         super().__init__(message)
@@ -53,11 +59,11 @@ class Failed(Exception):
 
 
 class Row:
-    """A model in a process of its own, which runs a repetition when told to."""
+    """A model in its own process, which runs a repetition when told to."""
 
     def __init__(self, spec: Dict[str, Any], index: int):
         port = int(os.environ.get('MASTER_PORT', 29500)) + 1 + index
-        env = dict(  # the processes of a row meet at a port of their own; the profiler's messages are not ours
+        env = dict(  # each row's process group has its own port; the profiler's messages are silenced
             os.environ, TORCHELASTIC_USE_AGENT_STORE='False', MASTER_PORT=str(port), KINETO_LOG_LEVEL='99',
             TORCH_CPP_LOG_LEVEL='ERROR')
         self.spec = spec
@@ -76,10 +82,14 @@ class Row:
             raise Failed(f'{self.spec["model"]}: {message["error"]}', message['out_of_memory'])
         return message
 
+    def ask(self, command: str) -> Dict[str, Any]:
+        with contextlib.suppress(BrokenPipeError):  # the process has ended: answer() reports how
+            self.process.stdin.write(command + '\n')
+            self.process.stdin.flush()
+        return self.answer()
+
     def repeat(self) -> None:
-        self.process.stdin.write('repeat\n')
-        self.process.stdin.flush()
-        self.times.append(self.answer()['step_time'])
+        self.times.append(self.ask('repeat')['step_time'])
 
     def close(self) -> None:
         self.process.kill()
@@ -91,43 +101,53 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.split('\n\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--models', nargs='+', default=['resnet50', 'arl_cnn50', 'seresnet50'], metavar='NAME',
                         help='timm models; ratios are to the first')
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda', 'mps'], help='where to run')
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda', 'mps'], help='device to run on')
     parser.add_argument('--mode', nargs='+', default=['infer'], choices=['infer', 'train'],
-                        help='inference; or a training step: forward, loss, backward and SGD')
+                        help='inference, or training steps: forward, loss, backward and SGD')
     parser.add_argument('--precision', nargs='+', default=['fp32'], choices=['fp32', 'bf16', 'fp16'],
                         help='fp32, or autocast to bf16 or fp16')
     parser.add_argument('--batch-size', nargs='+', type=int, default=[8], metavar='N', help='images a step')
     parser.add_argument('--img-size', nargs='+', type=int, default=[224], metavar='PX', help='side of the images')
     parser.add_argument('--backend', nargs='+', default=['eager'], choices=['eager', 'folded', 'onnx'],
-                        help='inference: as it is, with BatchNorm folded into the convolutions, or by ONNX Runtime '
-                             '(folded; needs the extra `export`; CPU)')
+                        help='inference only: the model unchanged, with BatchNorm folded into the convolutions, or '
+                             'folded and run by ONNX Runtime (CPU; needs the extra `export`)')
     parser.add_argument('--compile', action='store_true', help='torch.compile (needs a C++ compiler on a CPU)')
     parser.add_argument('--compile-mode', default='default', choices=['default', 'reduce-overhead', 'max-autotune'],
-                        help='mode of torch.compile; reduce-overhead uses CUDA graphs')
+                        help='mode of torch.compile; on CUDA the last two use CUDA graphs')
+    parser.add_argument('--tf32', action=argparse.BooleanOptionalAction, default=True,
+                        help='TF32 for convolutions and matrix products in fp32 (CUDA)')
+    parser.add_argument('--cudnn-benchmark', action=argparse.BooleanOptionalAction, default=True,
+                        help="cuDNN's autotuner chooses the convolutions (CUDA)")
     parser.add_argument('--channels-last', action=argparse.BooleanOptionalAction, default=True,
                         help='memory format of weights and images')
-    parser.add_argument('--repetitions', type=int, default=5, help='measured rounds of a set of processes')
-    parser.add_argument('--restarts', type=int, default=3, help='fresh sets of processes')
-    parser.add_argument('--warmup', type=int, default=2, help='rounds before those')
-    parser.add_argument('--threads', type=int, default=0, help='threads of PyTorch on a CPU, 0 for its default')
-    parser.add_argument('--seed', type=int, default=0, help='of weights and images')
-    parser.add_argument('--resume', action='store_true', help='keep the settings that the results file already holds')
+    parser.add_argument('--side-by-side', action=argparse.BooleanOptionalAction, default=True,
+                        help='alternate the rows of a setting, all in memory together; otherwise one after another')
+    parser.add_argument('--repetitions', type=int, default=5, help='measured repetitions per set of processes')
+    parser.add_argument('--restarts', type=int, default=3, help='new sets of processes')
+    parser.add_argument('--warmup', type=int, default=2, help='unmeasured repetitions before those')
+    parser.add_argument('--seconds', type=float, default=0.5,
+                        help='approximate length of a repetition, which runs its step 1 to 100 times')
+    parser.add_argument('--threads', type=int, default=0, help="PyTorch's threads on a CPU, 0 for its default")
+    parser.add_argument('--seed', type=int, default=0, help='seed of weights and images')
+    parser.add_argument('--resume', action='store_true', help='skip settings that the results file already has')
     parser.add_argument('--results-file', default='throughput.csv',
-                        help='CSV to write; the same name with .json, .md and .png holds the rest')
+                        help='CSV to write; .json, .md and .png files are written beside it')
     args = parser.parse_args()
     for name in ('batch_size', 'img_size'):
         if min(getattr(args, name)) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1.')
     if min(args.repetitions, args.restarts) < 1 or args.warmup < 0 or args.threads < 0:
         parser.error('--repetitions and --restarts must be at least 1, --warmup and --threads at least 0.')
+    if not 0 <= args.seconds <= 60:
+        parser.error('--seconds must be between 0 and 60.')
     if Path(args.results_file).suffix != '.csv':
         parser.error(f'--results-file must end in .csv: {args.results_file}')
     if len(set(args.models)) < len(args.models):
         parser.error('--models names a model twice.')
-    if args.backend != ['eager'] and ('train' in args.mode or args.compile):
-        parser.error('--backend folded and onnx are for --mode infer, without --compile.')
-    if 'onnx' in args.backend and (args.device != 'cpu' or args.precision != ['fp32']):
-        parser.error('--backend onnx runs with --device cpu --precision fp32.')
+    if args.backend != ['eager'] and 'train' in args.mode:
+        parser.error('--backend folded and onnx are for --mode infer.')
+    if 'onnx' in args.backend and (args.device != 'cpu' or args.precision != ['fp32'] or args.compile):
+        parser.error('--backend onnx needs --device cpu and --precision fp32, without --compile.')
     return args
 
 
@@ -146,34 +166,46 @@ def refusal(args: argparse.Namespace) -> str:
     return missing('export') if 'onnx' in args.backend else ''
 
 
-def measure(specs: List[Dict[str, Any]], args: argparse.Namespace, bar: tqdm) -> List[Dict[str, Any]]:
-    """The rows of one setting, side by side; a smaller batch for all of them where memory is short."""
+def measure(
+        specs: List[Dict[str, Any]],
+        args: argparse.Namespace,
+        bar: tqdm,
+        side_by_side: bool,
+) -> List[Dict[str, Any]]:
+    """The rows of one setting; one at a time, then with a smaller batch for all, where memory is short."""
     from timm.utils import decay_batch_step
     rows: List[Row] = []
     series: List[List[float]] = [[] for _ in specs]
+    facts: List[Dict[str, Any]] = [{} for _ in specs]
     try:
-        for restart in range(args.restarts):
+        for restart, group in itertools.product(
+                range(args.restarts), [range(len(specs))] if side_by_side else [[i] for i in range(len(specs))]):
             bar.set_postfix_str('{mode} {precision} {batch_size} x {img_size}'.format(**specs[0]))
-            rows = [Row(spec, index) for index, spec in enumerate(specs)]
-            facts = [row.answer() for row in rows]
+            rows = [Row(specs[i], i) for i in group]
+            for i, row in zip(group, rows):
+                facts[i].update(row.answer())
             for repetition in range(args.warmup + args.repetitions):
                 for row in rows if (restart + repetition) % 2 == 0 else rows[::-1]:
                     row.repeat()
-            for row, fact, times in zip(rows, facts, series):
-                times += row.times[args.warmup:]
+            for i, row in zip(group, rows):
+                series[i] += row.times[args.warmup:]
                 if restart == args.restarts - 1:
-                    row.process.stdin.write('memory\n')
-                    row.process.stdin.flush()
-                    fact.update(row.answer())
+                    facts[i].update(row.ask('memory'))
                 row.close()
     except Failed as e:
-        batch_size = decay_batch_step(specs[0]['batch_size'])
-        if not e.out_of_memory or not batch_size or int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        if not e.out_of_memory or int(os.environ.get('WORLD_SIZE', 1)) > 1:
             raise
-        tqdm.write(f'{e} Trying all models of this setting with a batch of {batch_size}.')
+        batch_size = specs[0]['batch_size']
+        if side_by_side and len(specs) > 1:
+            remedy = 'Measuring the rows of this setting one at a time.'
+        elif (batch_size := decay_batch_step(batch_size)):
+            remedy = f'Trying all models of this setting with a batch of {batch_size}.'
+        else:
+            raise
+        tqdm.write(f'{e} {remedy}')
         for row in rows:
             row.close()
-        return measure([dict(spec, batch_size=batch_size) for spec in specs], args, bar)
+        return measure([dict(spec, batch_size=batch_size) for spec in specs], args, bar, side_by_side=False)
     finally:
         for row in rows:
             row.close()
@@ -191,7 +223,8 @@ def measure(specs: List[Dict[str, Any]], args: argparse.Namespace, bar: tqdm) ->
             'relative_to': f'{specs[0]["model"]} {specs[0]["backend"]}',
             'ratio': round(statistics.median(a / b for a, b in zip(times, reference)), 4),
             'precision': spec['precision'], 'backend': spec['backend'], 'compile': spec['compile'],
-            'channels_last': spec['channels_last'], 'repetitions': len(times), **fact,
+            'compile_mode': spec['compile_mode'] if spec['compile'] else None, 'channels_last': spec['channels_last'],
+            'side_by_side': side_by_side, 'repetitions': len(times), **fact,
         })
     return results
 
@@ -226,17 +259,23 @@ def main() -> int:
         specs = [dict(
             model=model, backend=backend, mode=mode, precision=precision, img_size=img_size, batch_size=batch_size,
             device=args.device, compile=args.compile, compile_mode=args.compile_mode, threads=args.threads,
-            channels_last=args.channels_last, seed=args.seed,
+            channels_last=args.channels_last, tf32=args.tf32, cudnn_benchmark=args.cudnn_benchmark,
+            seconds=args.seconds, seed=args.seed,
         ) for model in args.models for backend in args.backend]
         names = {(s['model'], s['backend']) for s in specs}
-        key = {'mode': mode, 'precision': precision, 'device_type': args.device, 'compile': args.compile,
-               'channels_last': args.channels_last, 'repetitions': args.repetitions, 'restarts': args.restarts,
-               'requested_batch_size': batch_size, f'{mode}_img_size': img_size}
+        key = {  # None is the default, which older results files do not record
+            'mode': mode, 'precision': precision, 'device_type': args.device, 'compile': args.compile,
+            'compile_mode': args.compile_mode if args.compile else None, 'channels_last': args.channels_last,
+            'tf32': args.tf32 if args.device == 'cuda' else None,
+            'cudnn_benchmark': args.cudnn_benchmark if args.device == 'cuda' else None,
+            'side_by_side': None if args.side_by_side else False, 'threads': args.threads or None,
+            'repetitions': args.repetitions, 'restarts': args.restarts,
+            'requested_batch_size': batch_size, f'{mode}_img_size': img_size}
         known = [r for r in results if all(r['setting'].get(k) == v for k, v in key.items())]
         if names <= {(r['model'], r['backend']) for r in known}:
             continue
         try:
-            rows = measure(specs, args, bar)
+            rows = measure(specs, args, bar, args.side_by_side)
         except Failed as e:
             bar.close()
             print(f'throughput.py: error: {e}', file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A table, the growth of time and memory, and a bar chart from the rows of throughput.py.
+"""A table, the growth of time and memory, and a bar chart from results files of throughput.py, old ones too.
 
     python benchmarks/throughput_report.py benchmarks/results/arl_cnn50_infer.csv MORE.csv --chart docs/throughput.png
 """
@@ -24,7 +24,10 @@ def setting_of(row: Dict[str, Any]) -> Tuple[str, str, int, int]:
 
 
 def label_of(row: Dict[str, Any]) -> str:
-    return row['model'] + ('' if row['backend'] == 'eager' else f' ({row["backend"]})')
+    notes = [row['backend']] if row['backend'] != 'eager' else []
+    if row['compile']:
+        notes.append('compiled' if row.get('compile_mode') in (None, 'default') else row['compile_mode'])
+    return row['model'] + (f' ({", ".join(notes)})' if notes else '')
 
 
 def number(value: Any) -> str:
@@ -32,10 +35,10 @@ def number(value: Any) -> str:
 
 
 def markdown_table(rows: List[Dict[str, Any]]) -> str:
-    """A line a row: speed, ratio and memory."""
+    """One line per row: speed, ratio and memory."""
     lines = [
         '| model | mode | precision | batch x px | samples/s | ms/step | spread | ratio | peak MB '
-        '| kept for backward MB | GMACs |', '|---|---|---|---|---|---|---|---|---|---|---|']
+        '| saved for backward MB | GMACs |', '|---|---|---|---|---|---|---|---|---|---|---|']
     for row in rows:
         mode, precision, batch_size, img_size = setting_of(row)
         ratio = f'{row["ratio"]:.3f} of {row["relative_to"]}'
@@ -44,9 +47,14 @@ def markdown_table(rows: List[Dict[str, Any]]) -> str:
                                  f'{row["spread"]:.1%}', ratio, number(row.get('peak_memory_mb')),
                                  number(row.get('saved_memory_mb')), f'{row["infer_gmacs"]:.2f} |']))
     devices = sorted({f'{row["device"]}, {row["threads"]} threads, {row["processes"]} process(es); {row["versions"]}; '
-                      f'compile {row["compile"]}, channels_last {row["channels_last"]}; commit {row["commit"]}'
-                      for row in rows})
+                      f'{settings_of(row)}; commit {row["commit"]}' for row in rows})
     return '\n'.join(lines) + '\n\n' + '\n'.join(devices) + '\n'
+
+
+def settings_of(row: Dict[str, Any]) -> str:
+    """The switches of a row that are known: a CPU has no TF32, and older files have fewer columns."""
+    names = ('compile', 'compile_mode', 'channels_last', 'tf32', 'cudnn_benchmark', 'side_by_side')
+    return ', '.join(f'{name} {row[name]}' for name in names if row.get(name) is not None)
 
 
 def growth_table(rows: List[Dict[str, Any]]) -> str:
@@ -56,8 +64,9 @@ def growth_table(rows: List[Dict[str, Any]]) -> str:
         series.setdefault((label_of(row), row['mode'], row['precision']), []).append(row)
     if all(len(s) == 1 for s in series.values()):
         return ''
-    lines = ['', 'Growth: 1.00 throughout would be linear in the pixels of a batch.', '',
-             '| model | mode | precision | batch x px | time per pixel | kept per pixel |', '|---|---|---|---|---|---|']
+    lines = [
+        '', 'Growth: 1.00 means linear in the pixels of a batch.', '',
+        '| model | mode | precision | batch x px | time per pixel | saved per pixel |', '|---|---|---|---|---|---|']
     for (label, mode, precision), members in series.items():
         members = sorted(members, key=pixels)
         first = members[0]
@@ -105,11 +114,11 @@ def bar_chart(rows: List[Dict[str, Any]], path: Path) -> None:
 
 
 def read_csv(path: Path) -> List[Dict[str, Any]]:
-    """The rows of a results file, numbers as numbers and empty cells as None."""
+    """The rows of a results file, with numbers and booleans as such and empty cells as None."""
 
     def value(cell: str) -> Any:
         try:
-            return json.loads(cell) if cell else None
+            return json.loads({'True': 'true', 'False': 'false', '': 'null'}.get(cell, cell))
         except json.JSONDecodeError:
             return cell
 
@@ -127,7 +136,7 @@ def main() -> int:
         table = markdown_table(rows) + growth_table(rows)
         bar_chart(rows, args.chart)
     except (OSError, KeyError, TypeError) as error:
-        parser.error(f'not readable as results of throughput.py: {error}')
+        parser.error(f'cannot read results of throughput.py: {error}')
     print(f'{table}\nwritten: {args.chart}')
     return 0
 

@@ -1,7 +1,13 @@
-"""One row of throughput.py: a model in a process of its own, told over stdin when to run and when to weigh itself."""
+"""One row of throughput.py: a model in a process of its own, which times its step and measures its memory when told.
+
+The first argument is the row's specification as JSON. Each line of stdin is a command (`repeat` or `memory`), each line
+of stdout the reply as JSON.
+"""
+import contextlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from typing import Any, Callable, Dict, List, Tuple
@@ -19,11 +25,11 @@ from timm_arl import kernels
 from timm_arl.export import OnnxModel, fold_batch_norm
 from timm_arl.files import git_commit
 
-SECONDS = 0.5  # a repetition takes at least about this long, by repeating its step
-
 
 def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'allocate memory' in str(error)
+    """Whether a smaller batch may help: the words of PyTorch's allocators, of CUDA's libraries and of C++."""
+    return isinstance(error, MemoryError) or bool(re.search(
+        r'out of memory|allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|bad[_ ]alloc', str(error), re.IGNORECASE))
 
 
 def synchronize(device: torch.device) -> None:
@@ -34,7 +40,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(run: Callable[[], Any], times: int, device: torch.device) -> float:
-    """Seconds for one of ``times`` runs in a row; on CUDA by its own events."""
+    """Mean seconds of a run over `times` consecutive runs; on CUDA from CUDA events."""
     synchronize(device)
     if device.type == 'cuda':
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -49,6 +55,15 @@ def seconds(run: Callable[[], Any], times: int, device: torch.device) -> float:
         run()
     synchronize(device)
     return (time.perf_counter() - start) / times
+
+
+def steps_per_repetition(step: Callable[[], Any], spec: Dict[str, Any], device: torch.device) -> int:
+    """Number of steps that take about the seconds asked for, 1 to 100, from one step after the warm-up."""
+    for _ in range(3 if spec['compile'] else 1):  # the first compiles, and CUDA graphs record in the second and third
+        step()
+    once = [seconds(step, 1, device)]
+    broadcast_object_list(once)  # all processes repeat a step as often as the first
+    return max(1, min(100, round(spec['seconds'] / once[0])))
 
 
 def make_step(spec: Dict[str, Any], accelerator: Accelerator) -> Tuple[Callable[[], Any], List[Any]]:
@@ -90,7 +105,7 @@ def make_step(spec: Dict[str, Any], accelerator: Accelerator) -> Tuple[Callable[
 
 
 def macs_and_activations(spec: Dict[str, Any]) -> Dict[str, Any]:
-    """Of one image, from the network as it is (eager, not folded): see the words at the top of throughput.py."""
+    """For one image, from the eager and unfolded network; throughput.py says what is counted."""
     model = timm.create_model(spec['model']).eval()
     outputs = []
     for module in model.modules():
@@ -121,13 +136,17 @@ def memory(
         spec: Dict[str, Any],
         accelerator: Accelerator,
 ) -> Dict[str, Any]:
-    """What one step takes of PyTorch's allocator, what autograd keeps, and the peak of the process, in MB of 10^6."""
+    """Peak of PyTorch's allocator in one step, what autograd saves, peak of the process, in MB of 10^6 bytes."""
     result: Dict[str, Any] = {}
     device = accelerator.device
     if device.type == 'cuda':
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        result['peak_memory_mb'] = torch.cuda.max_memory_allocated(device) / 1e6
+        # a CUDA graph replays in a pool reserved when it was recorded, and allocates nothing
+        graphs = spec['compile'] and spec['compile_mode'] != 'default'
+        result['peak_memory_mb'] = (
+            torch.cuda.max_memory_reserved(device) if graphs else torch.cuda.max_memory_allocated(device)) / 1e6
     elif device.type == 'mps':
         step()
         result['peak_memory_mb'] = torch.mps.driver_allocated_memory() / 1e6
@@ -162,40 +181,45 @@ def memory(
     return {k: round(v, 1) for k, v in result.items()}
 
 
+def serve(spec: Dict[str, Any], reply: Callable[[Dict[str, Any]], None]) -> None:
+    accelerator = Accelerator(
+        cpu=spec['device'] == 'cpu', mixed_precision={'fp32': 'no'}.get(spec['precision'], spec['precision']))
+    if spec['threads']:
+        torch.set_num_threads(spec['threads'])
+    torch.backends.cudnn.benchmark = spec['cudnn_benchmark']
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = spec['tf32']
+    set_seed(spec['seed'])
+    facts = macs_and_activations(spec)
+    step, owned = make_step(spec, accelerator)
+    times = steps_per_repetition(step, spec, accelerator.device)
+    cuda = accelerator.device.type == 'cuda'
+    reply(dict(
+        facts, threads=torch.get_num_threads(), processes=accelerator.num_processes,
+        device=torch.cuda.get_device_name() if cuda else cpu_name(),
+        tf32=spec['tf32'] if cuda else None, cudnn_benchmark=spec['cudnn_benchmark'] if cuda else None,
+        versions=f'timm_arl {timm_arl.__version__}, timm {timm.__version__}, torch {torch.__version__}, '
+                 f'accelerate {accelerate.__version__}',
+        commit=git_commit(__file__)))
+    for line in sys.stdin:
+        if line == 'repeat\n':
+            reply({'step_time': seconds(step, times, accelerator.device)})
+        elif line == 'memory\n':
+            reply(memory(step, owned, spec, accelerator))
+
+
 def main() -> None:
-    spec = json.loads(sys.argv[1])
-    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the replies
+    replies = sys.stdout
 
     def reply(message: Dict[str, Any]) -> None:
         replies.write(json.dumps(message) + '\n')
         replies.flush()
 
-    try:
-        accelerator = Accelerator(
-            cpu=spec['device'] == 'cpu', mixed_precision={'fp32': 'no'}.get(spec['precision'], spec['precision']))
-        if spec['threads']:
-            torch.set_num_threads(spec['threads'])
-        set_seed(spec['seed'])
-        facts = macs_and_activations(spec)
-        step, owned = make_step(spec, accelerator)
-        seconds(step, 1, accelerator.device)
-        once = [seconds(step, 1, accelerator.device)]
-        broadcast_object_list(once)  # all processes repeat a step as often as the first
-        times = max(1, min(100, round(SECONDS / once[0])))
-        device = torch.cuda.get_device_name() if accelerator.device.type == 'cuda' else cpu_name()
-        reply(dict(
-            facts, threads=torch.get_num_threads(), processes=accelerator.num_processes, device=device,
-            versions=f'timm_arl {timm_arl.__version__}, timm {timm.__version__}, torch {torch.__version__}, '
-                     f'accelerate {accelerate.__version__}',
-            commit=git_commit(__file__)))
-        for line in sys.stdin:
-            if line == 'repeat\n':
-                reply({'step_time': seconds(step, times, accelerator.device)})
-            elif line == 'memory\n':
-                reply(memory(step, owned, spec, accelerator))
-    except Exception as e:  # whatever it is, the process that waits for an answer has to be told
-        reply({'error': f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}',
-               'out_of_memory': out_of_memory(e)})
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print must not mix with the replies
+        try:
+            serve(json.loads(sys.argv[1]), reply)
+        except Exception as e:  # whatever it is, the process that waits for an answer has to be told
+            reply({'error': f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}',
+                   'out_of_memory': out_of_memory(e)})
 
 
 def cpu_name() -> str:

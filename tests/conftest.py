@@ -18,7 +18,8 @@ from timm_arl.isic.predictions import write_predictions
 
 REPO = Path(__file__).resolve().parents[1]
 
-if 'PYTEST_XDIST_WORKER' in os.environ:  # `make test` runs two workers, which would else wait for each other's threads
+if 'PYTEST_XDIST_WORKER' in os.environ:  # workers share the cores: a thread each, also in programs they start
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
     torch.set_num_threads(1)
 
 
