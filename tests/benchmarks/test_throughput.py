@@ -50,6 +50,7 @@ def work(benchmarks, call, monkeypatch):
         setattr(module, name, value)
 
 
+@pytest.mark.slow
 def test_two_processes(repo, call, tmp_path):
     path = tmp_path / 'deep' / 'r.csv'
     arguments = ['--models', 'resnet14', 'arl_cnn14', '--mode', 'train', '--batch-size', '2', '--img-size', '32',
@@ -84,6 +85,7 @@ def test_two_processes(repo, call, tmp_path):
         assert picture.width > 400
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='limits memory as Linux does')
 def test_memory_is_short(harness, call, monkeypatch, tmp_path):
     """Too little for two processes, then too little for the batch in one of them; both really end for want of it."""
@@ -192,6 +194,7 @@ def test_resume(harness, call, monkeypatch, tmp_path):
     assert asked[1]['compile_mode'] == 'reduce-overhead' and asked[4]['batch_size'] == 16
 
 
+@pytest.mark.slow
 def test_work_that_trains(work):
     saved = {}
     for name, batch_size in (('resnet14', 4), ('arl_cnn14', 4), ('arl_cnn14', 8)):
@@ -202,7 +205,7 @@ def test_work_that_trains(work):
     assert saved['arl_cnn14', 8] == pytest.approx(2 * saved['arl_cnn14', 4], rel=0.1)
 
 
-@pytest.mark.parametrize('backend', ['eager', 'folded', 'onnx'])
+@pytest.mark.parametrize('backend', ['eager', 'folded', pytest.param('onnx', marks=pytest.mark.slow)])
 def test_work_of_a_backend(work, backend):
     facts, step, memory = work(backend=backend, tf32=False, cudnn_benchmark=True)
     assert step['step_time'] > 0 and 'saved_memory_mb' not in memory and ('peak_memory_mb' in memory) != (
@@ -212,6 +215,7 @@ def test_work_of_a_backend(work, backend):
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
+@pytest.mark.slow
 def test_work_that_is_folded_compiled_and_autocast(work):
     @register_model
     def one_convolution(pretrained=False, **kwargs):
