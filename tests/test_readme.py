@@ -31,7 +31,7 @@ PAGES = {str(path.relative_to(REPO)): path.read_text(encoding='utf-8') for path 
 COMMANDS = ('accelerate', 'make', 'pip', 'python', 'torchrun')
 NOT_OURS = ('git', 'hf', 'isic', 'pre-commit')  # programs of other projects, which the tests do not install
 NOT_OUR_FLAGS = {'--device-modules'}  # of timm's train.py
-COMING = {'check', 'dist', 'test-oldest', '--model-kwargs'}  # on their way to main
+COMING = {'--model-kwargs'}  # on their way to main
 
 SHOW = """
 print('SHAPES', *features.shape, *logits.shape)
