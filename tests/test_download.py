@@ -22,9 +22,9 @@ except timm_arl.WeightsError as error:
 
 
 @pytest.mark.parametrize('settings, message', [
-    ({'SSL_CERT_FILE': '/nowhere/ca.pem'}, 'SSL_CERT_FILE names /nowhere/ca.pem, which does not exist; mend or unset'),
-    ({'ALL_PROXY': 'socks://127.0.0.1:9', 'NO_PROXY': ''}, 'the proxy cannot be used .* mend or unset ALL_PROXY'),
-    ({'HF_ENDPOINT': 'mirror.example.org'}, 'HF_ENDPOINT is no address; let it begin with https:// or http://'),
+    ({'SSL_CERT_FILE': '/nowhere/ca.pem'}, 'SSL_CERT_FILE names /nowhere/ca.pem, which does not exist; fix or unset'),
+    ({'ALL_PROXY': 'socks://127.0.0.1:9', 'NO_PROXY': ''}, 'the proxy cannot be used .* fix or unset ALL_PROXY'),
+    ({'HF_ENDPOINT': 'mirror.example.org'}, 'HF_ENDPOINT is not an address; let it start with https:// or http://'),
     ({'HF_TOKEN': 'hf_\u00e9'}, 'the token holds a character that no token has; log in'),
 ])
 def test_settings_that_keep_a_client_away(tmp_path, settings, message):

@@ -89,3 +89,23 @@ def test_command(call, tmp_path):
         done = call('timm_arl.export', *command[3:], '--output', tmp_path / 'x.onnx', *wrong)
         assert done.returncode == 2 and sentence in done.stderr
     assert not (tmp_path / 'x.onnx').exists()
+
+
+def weights_of(path):
+    return {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}['weights']
+
+
+def test_a_name_with_a_tag_has_its_weights(call, tmp_path):
+    done = call('timm_arl.export', '--model', 'arl_cnn14.isic2017', '--output', tmp_path / 'm.onnx')
+    assert done.returncode == 0 and 'RANDOM' not in done.stdout, done.stderr
+    model = timm.create_model('arl_cnn14.isic2017', pretrained=True).eval()
+    with torch.inference_mode():
+        expected = model(image(128))
+    assert np.allclose(OnnxModel(tmp_path / 'm.onnx')(image(128).numpy()), expected, atol=1e-4, rtol=1e-3)
+    assert weights_of(tmp_path / 'm.onnx') == 'arl_cnn14.isic2017'
+
+
+def test_random_weights_are_called_so(call, tmp_path):
+    done = call('timm_arl.export', '--model', 'arl_cnn14', '--img-size', 64, '--output', tmp_path / 'm.onnx')
+    assert done.returncode == 0 and 'WARNING: arl_cnn14 has RANDOM WEIGHTS' in done.stdout, done.stderr
+    assert weights_of(tmp_path / 'm.onnx') == 'random'

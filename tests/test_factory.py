@@ -1,5 +1,9 @@
 """Weights from names and files: what fits is loaded, what does not is named."""
+import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -79,7 +83,7 @@ def test_files_by_timms_own_arguments(tmp_path):
                                       pretrained_cfg_overlay=dict(given, num_classes=2))
             assert torch.equal(found.fc.weight, model.fc.weight)
     torch.save(model.state_dict(), tmp_path / 'w.pth')
-    with pytest.raises(WeightsError, match='w.pth is no .safetensors file, and only those are opened: write'):
+    with pytest.raises(WeightsError, match='w.pth is no .safetensors file, and only those are opened: save the'):
         timm.create_model('arl_cnn14', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.pth')))
     (other / 'model.safetensors').unlink()
     torch.save(model.state_dict(), other / 'pytorch_model.bin')
@@ -107,7 +111,7 @@ def test_files_by_timms_own_arguments(tmp_path):
     ('vit_tiny_patch16_224', dict(attention='mixed'), 'vit_tiny_patch16_224 cannot be created: .*attention'),
     ('local-dir:/nowhere/at/all', dict(pretrained=True), '/nowhere/at/all'),
 ])
-def test_models_that_cannot_be_had(name, kwargs, message):
+def test_models_that_cannot_be_created(name, kwargs, message):
     with pytest.raises(WeightsError, match=message):
         create_for_task(name, num_classes=2, **kwargs)
 
@@ -151,3 +155,119 @@ def test_a_folder_with_the_name_of_a_model(run, tmp_path, monkeypatch):
             Checkpoint(name)
     with pytest.raises(WeightsError, match='No weights resnet14.a1: choose resnet14'):
         Checkpoint('resnet14.a1')
+
+
+@pytest.mark.parametrize('classes, overlay', [
+    (1000, {}), (2, {}), (7, {}), (None, {}), (2, dict(num_classes=2)), (2, dict(num_classes=1000))])
+def test_a_file_by_timms_overlay_is_loaded_whole(tmp_path, classes, overlay):
+    saved = timm.create_model('arl_cnn14', num_classes=2)
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(
+        file=str(save(saved, tmp_path / 'w.safetensors')), **overlay))
+    if overlay.get('num_classes') == 1000:  # what the caller says of the file is wrong: nothing is guessed
+        with torch.no_grad():
+            assert timm.create_model('arl_cnn14', num_classes=2, **given).conv1.weight.equal(saved.conv1.weight)
+        with pytest.raises(WeightsError, match=r'does not fit ARLCNN: 2 tensors .*\(fc.bias, fc.weight\)'):
+            timm.create_model('arl_cnn14', **given)
+        return
+    found = timm.create_model('arl_cnn14', **given, **(dict(num_classes=classes) if classes else {}))
+    expected = saved.state_dict()
+    assert found.num_classes == (classes or 2)
+    for key, value in found.state_dict().items():
+        assert (key.startswith('fc.') and classes in (7, 1000)) or value.equal(expected[key]), key
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=2), dict(num_classes=0), dict(features_only=True),
+                                    dict(in_chans=1, num_classes=2)])
+def test_a_file_by_timms_overlay_that_does_not_fit(tmp_path, kwargs):
+    other = save(timm.create_model('resnet26'), tmp_path / 'w.safetensors')
+    with pytest.raises(WeightsError, match=r'w.safetensors does not fit ARLCNN: \d+ tensors are missing') as raised:
+        timm.create_model('arl_cnn50', pretrained=True, pretrained_cfg_overlay=dict(file=str(other)), **kwargs)
+    assert len(str(raised.value)) < 400 + len(str(other))
+    with pytest.raises(WeightsError, match='The given state_dict does not fit ARLCNN'):
+        timm.create_model('arl_cnn50', pretrained=True, pretrained_cfg_overlay=dict(state_dict={'a': torch.ones(1)}),
+                          **kwargs)
+
+
+def test_what_timm_adapts_still_fits(tmp_path):
+    saved = timm.create_model('resnet14')
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(save(saved, tmp_path / 'w.safetensors'))))
+    grey = timm.create_model('arl_cnn14', in_chans=1, num_classes=2, **given)
+    assert torch.allclose(grey.conv1.weight, saved.conv1.weight.sum(1, keepdim=True))
+    assert timm.create_model('arl_cnn14', features_only=True, **given).conv1.weight.equal(saved.conv1.weight)
+    loose = timm.create_model('arl_cnn14', pretrained_strict=False, block_args=dict(attn_layer='se'), **given)
+    assert loose.conv1.weight.equal(saved.conv1.weight)  # timm's own way to ask for a part
+    tensors = {k: v for k, v in saved.state_dict().items() if not k.endswith('num_batches_tracked')}  # as of 2017
+    safetensors.torch.save_file(tensors, tmp_path / 'w.safetensors')
+    assert timm.create_model('arl_cnn14', **given).fc.weight.equal(saved.fc.weight)
+    assert load_weights_file(timm.create_model('arl_cnn14'), tmp_path / 'w.safetensors') == []
+
+
+@pytest.mark.parametrize('value, word', [(float('nan'), 'NaN'), (float('-inf'), 'infinite values')])
+def test_weights_that_are_not_numbers(run, tmp_path, value, word):
+    folder = tmp_path / 'out'
+    shutil.copytree(run, folder)
+    tensors = safetensors.torch.load_file(folder / 'model.safetensors')
+    tensors['layer1.0.conv1.weight'][3, 0] = value
+    safetensors.torch.save_file(tensors, folder / 'model.safetensors')
+    message = f'out.* holds {word} in layer1.0.conv1.weight: choose another checkpoint'
+    with pytest.raises(WeightsError, match=message):
+        load_weights_file(timm.create_model('arl_cnn14', num_classes=2), folder)
+    with pytest.raises(WeightsError, match=message):
+        create_trained(str(folder))
+
+
+@pytest.mark.parametrize('content', ['[]', '{}', '{"model_type": "bert"}', 'not JSON', ''])
+def test_a_config_of_something_else(run, tmp_path, content):
+    shutil.copytree(run, tmp_path / 'out')
+    (tmp_path / 'out' / 'config.json').write_text(content)
+    with pytest.raises(WeightsError, match=r'out/config.json does not describe a timm model \(it names no'):
+        create_trained(str(tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('architecture, message', [
+    ('arl_cnn50', r'does not fit ARLCNN: \d+ tensors'), ('resnet50', r'are of different networks: \d+ tensors'),
+    ('vit_tiny_patch16_224', 'are of different networks|cannot be created'), ('no_such_net', 'no_such_net')])
+def test_a_config_of_another_architecture(run, tmp_path, architecture, message):
+    shutil.copytree(run, tmp_path / 'out')
+    config = json.loads((run / 'config.json').read_text())
+    (tmp_path / 'out' / 'config.json').write_text(json.dumps(dict(config, architecture=architecture)))
+    with pytest.raises(WeightsError, match=message) as raised:
+        create_trained(str(tmp_path / 'out'))
+    assert len(str(raised.value)) < 350 + len(str(tmp_path)) and '\n' not in str(raised.value)
+
+
+FORBIDDEN = """
+import os, pathlib, sys
+import timm, timm_arl
+from timm_arl.factory import create_trained, load_weights_file
+model = timm.create_model('arl_cnn14', num_classes=2)
+os.chdir(sys.argv[1])
+if os.getuid() == 0:  # to whom nothing is forbidden
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+overlay = dict(file='out/model.safetensors')
+for load in (lambda: load_weights_file(model, 'out'), lambda: create_trained('out'), lambda: create_trained('shut'),
+             lambda: timm.create_model('arl_cnn14', pretrained=True, pretrained_cfg_overlay=overlay)):
+    try:
+        load()
+    except timm_arl.WeightsError as error:
+        print(error)
+"""
+
+
+def test_a_file_that_must_not_be_read_is_not_called_missing(run, tmp_path):
+    for name in ('out', 'shut'):
+        shutil.copytree(run, tmp_path / name)
+    (tmp_path / 'out' / 'model.safetensors').chmod(0)
+    (tmp_path / 'shut').chmod(0)
+    tmp_path.chmod(0o755)
+    try:
+        done = subprocess.run([sys.executable, '-c', FORBIDDEN, tmp_path], capture_output=True, text=True,
+                              env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
+    finally:
+        (tmp_path / 'shut').chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and all('ermission denied' in line for line in lines), done.stdout
+    assert 'shut' in lines[2] and all('out/model.safetensors' in lines[k] for k in (0, 1, 3))

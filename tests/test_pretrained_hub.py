@@ -59,9 +59,9 @@ LOADS = [  # repo, faults
     ('row/09-wrong-header', [(GET, 'corrupt', dict(at=20))]),
 ]
 REFUSED = [  # repo, faults, what the message says
-    ('row/08-always-wrong', [(GET, 'corrupt', dict(times=-1))], 'another digest .*HF_ENDPOINT'),
+    ('row/08-always-wrong', [(GET, 'corrupt', dict(times=-1))], 'wrong checksum; .*HF_ENDPOINT'),
     ('row/11-missing', [], 'no such repo, or it is private.*log in'),
-    ('row/13-gated', [], 'gated .*ask for it at http://127.0.0.1.*/row/13-gated'),
+    ('row/13-gated', [], 'gated .*ask for access at http://127.0.0.1.*/row/13-gated'),
     ('row/15-no-weights', [], 'no such file in the repo.*.bin'),
     ('row/16-head-fails-and-bin', [(RESOLVE, 'status', dict(code=500, times=-1))], 'answered 500.*HF_ENDPOINT'),
     ('row/20-pickle-alone', [], 'no such file in the repo'),
@@ -104,7 +104,7 @@ def hub(weights, vit_tiny, library):
     path, config, _ = weights
     files = {'model.safetensors': path, 'config.json': config}
     repos = {repo: files for repo, *_ in [*LOADS, *REFUSED] if repo != 'row/11-missing'}
-    others = ('whole', 'private', 'shared', 'unlinked', 'unlinked-2', 'both', '10-wrong-config',
+    others = ('whole', 'bare', 'refuses', 'private', 'shared', 'unlinked', 'unlinked-2', 'both', '10-wrong-config',
               '10-always-wrong-config')
     repos.update({'row/15-no-weights': {'config.json': config, 'pytorch_model.bin': b'x'},
                   'row/16-head-fails-and-bin': {**files, 'pytorch_model.bin': b'x'},
@@ -241,7 +241,7 @@ def test_a_config_with_a_wrong_byte(client, hub, weights):
     assert client(name='hf-hub:row/10-wrong-config')[0].get('sum') == weights[2]
     hub.fault('GET /row/10-always-wrong-config/resolve/.*/config.json', 'corrupt', at=20, times=-1)
     result, _ = client(name='hf-hub:row/10-always-wrong-config')
-    assert 'another digest' in result['error'] and result['file'] == 'config.json'
+    assert 'wrong checksum' in result['error'] and result['file'] == 'config.json'
 
 
 def test_other_models_of_timm(client, hub, vit_tiny):
@@ -249,7 +249,7 @@ def test_other_models_of_timm(client, hub, vit_tiny):
     name = 'vit_tiny_patch16_224.augreg_in21k'
     hub.fault(f'GET /_cdn/.*/timm/{name}', 'corrupt')
     result, said = client(name=name)
-    assert result.get('sum') == pytest.approx(vit_tiny[1]) and 'came damaged: downloading it again' in said, result
+    assert result.get('sum') == pytest.approx(vit_tiny[1]) and 'arrived damaged: downloading it again' in said, result
     for name, repo in (('resnet18', 'timm/resnet18.a1_in1k'), ('tv_resnet34', 'timm/resnet34.tv_in1k'),
                        ('hf-hub:row/vit-pickle', 'row/vit-pickle')):
         result, _ = client(name=name)
@@ -263,7 +263,7 @@ def test_a_config_that_names_other_weights(client, hub, weights):
         for repo in ('bad/state', 'bad/file'):
             assert client(name=f'hf-hub:{repo}', plain=plain)[0].get('sum') == weights[2]
         result, _ = client(name='hf-hub:timm-arl/arl_cnn14.isic2017', plain=plain)  # the name of pinned weights
-        assert 'another digest than it should have' in result['error']
+        assert 'wrong checksum' in result['error']
         result, _ = client(name='HF-Hub:bad/bin-alone', plain=plain)
         assert 'there is no such file in the repo' in result['error']
     assert 'sum' in client(name='hf-hub:row/other-name')[0]
@@ -297,9 +297,9 @@ def test_what_a_repo_says_of_its_run(client, hub):
     hub.repos['row/published']['results.json'] = b'{"run": {"arguments": {"crops": "paper"}}}'
     assert client(checkpoint='hf-hub:row/published')[0]['arguments'] == {'crops': 'paper'}
     assert client(checkpoint='hf-hub:row/published@v1')[0] == first
-    assert client(checkpoint='hf-hub:row/whole')[0] == dict(labels=[], arguments={})  # no results.json: no failure
-    hub.fault('HEAD /row/shared/resolve/.*/results.json', 'status', code=403, times=-1)
-    assert 'results.json of row/shared' in client(checkpoint='hf-hub:row/shared')[0]['error']
+    assert client(checkpoint='hf-hub:row/bare')[0] == dict(labels=[], arguments={})  # no results.json: no failure
+    hub.fault('HEAD /row/refuses/resolve/.*/results.json', 'status', code=403, times=-1)
+    assert 'results.json of row/refuses' in client(checkpoint='hf-hub:row/refuses')[0]['error']
 
 
 def test_warm_cache(client, hub, home, library, weights):
@@ -325,10 +325,10 @@ def test_a_cache_without_links(hub, tmp_path, library, weights):
     lone = Client({**hub.env(tmp_path), **library, 'HF_HUB_DISABLE_SYMLINKS': '1'})
     hub.fault('GET /_cdn/.*/row/unlinked', 'corrupt')
     result, said = lone(repo='row/unlinked')
-    assert result.get('sum') == weights[2] and 'came damaged: downloading it again' in said, (result, said)
+    assert result.get('sum') == weights[2] and 'arrived damaged: downloading it again' in said, (result, said)
     assert not [path for path in tmp_path.rglob('model.safetensors') if path.is_symlink()]
     hub.fault('GET /_cdn/.*/row/unlinked-2', 'corrupt', times=-1)
-    assert 'another digest' in lone(repo='row/unlinked-2')[0]['error']
+    assert 'wrong checksum' in lone(repo='row/unlinked-2')[0]['error']
     lone.close()
 
 
@@ -364,7 +364,7 @@ def test_without_a_network(hub, home, client, library, weights):
         free.bind(('127.0.0.1', 0))
         nowhere = f'http://127.0.0.1:{free.getsockname()[1]}'
     cases = [(dict(HF_ENDPOINT=nowhere), 'the connection failed'),
-             (dict(HF_HUB_OFFLINE='1'), 'not in the cache and HF_HUB_OFFLINE is set; unset that')]
+             (dict(HF_HUB_OFFLINE='1'), 'not in the cache and HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE')]
     for env, message in cases[1:] if library else cases:
         lone = Client({**hub.env(home), **library, **env})
         assert lone(repo='row/whole')[0]['sum'] == weights[2]
@@ -372,3 +372,15 @@ def test_without_a_network(hub, home, client, library, weights):
         assert all(part in result['error'] for part in (message, 'row/cold', 'pretrained_cfg_overlay'))
         assert said.count('trying again') == (3 if 'HF_ENDPOINT' in env else 0)
         lone.close()
+
+
+def test_the_sentence_is_not_lost_in_a_traceback(hub, tmp_path, library):
+    for name in ('arl_cnn50', 'hf-hub:row/cold'):
+        done = subprocess.run(
+            [sys.executable, '-c', f'import timm_arl\nfrom timm_arl.factory import create_for_task as c, timm\n'
+                                   f'timm.create_model("arl_cnn50", pretrained=True) if "{name}" == "arl_cnn50" '
+                                   f'else c("{name}")'], capture_output=True, text=True,
+            env={**os.environ, **hub.env(tmp_path), **library, 'HF_HUB_OFFLINE': '1'})
+        lines = [line for line in done.stderr.splitlines() if line.strip(' ^~')]
+        assert done.returncode == 1 and lines[-1].startswith('timm_arl.download.WeightsError: '), done.stderr
+        assert len(lines) <= 20 and done.stderr.count('Traceback') == 1, done.stderr

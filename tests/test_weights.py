@@ -50,7 +50,7 @@ def test_a_stranger_who_has_the_name_injects_nothing(tmp_path):
                 [sys.executable, '-c', LOAD], env=env, capture_output=True, text=True, timeout=200, cwd=tmp_path)
 
         done = load()
-        assert f'{repo} v1 what was downloaded has another digest' in done.stdout, done.stderr
+        assert f'{repo} v1 the downloaded file has the wrong checksum' in done.stdout, done.stderr
         assert not [p for p in (tmp_path / 'home').rglob('*') if p.is_file() and p.stat().st_size > 10 ** 6]
         hub.revisions[repo]['v1'] = hub.repos[repo] = {'model.safetensors': ours}
         done = load()

@@ -15,7 +15,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch.nn.modules import module as nn_module
 
 from .attention import ATTENTIONS, MASK_SCALES, can_fuse, fused_attention_residual, fused_block_tail
-from .pretrained import HUB, local_weights
+from .pretrained import HUB, check_loadable, local_weights
 
 __all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
 
@@ -188,10 +188,17 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return state_dict
 
 
+def _checked(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    state_dict = checkpoint_filter_fn(state_dict, model)
+    check_loadable(state_dict, model)  # with another number of classes timm would skip what does not fit
+    return state_dict
+
+
 def _create_arl_cnn(variant: str, pretrained: bool = False, **kwargs) -> ARLCNN:
     if pretrained:
         kwargs = local_weights(variant, kwargs)
-    return build_model_with_cfg(ARLCNN, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    filter_fn = _checked if kwargs.get('pretrained_strict', True) else checkpoint_filter_fn
+    return build_model_with_cfg(ARLCNN, variant, pretrained, pretrained_filter_fn=filter_fn, **kwargs)
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:

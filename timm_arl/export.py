@@ -3,8 +3,8 @@
     python -m timm_arl.export --model OUT --output arl_cnn50.onnx
 
 Needs the extra `export`. The file takes `images`, float32 (N, 3, H, W), normalised as the model's data config says, any
-N and the H and W it was exported for, and gives `logits`, (N, classes). Its metadata hold mean, std, input_size and,
-where the model knows them, label_names, as JSON.
+N and the H and W it was exported for, and gives `logits`, (N, classes). Its metadata hold, as JSON, mean, std,
+input_size, label_names where the model knows them, and weights: where they are from, or "random".
 """
 import argparse
 import copy
@@ -40,7 +40,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         A copy in eval mode with `nn.Identity` where the norms were.
 
     Raises:
-        ExportError: The copy does not compute the same, so that the order of its layers is another.
+        ExportError: The copy does not compute the same: the layers run in another order.
     """
     model = copy.deepcopy(model).eval()
     folded = copy.deepcopy(model)
@@ -82,7 +82,7 @@ class OnnxModel:
         """
         Args:
             path: The file.
-            threads: Of one image or batch, 0 for as many as there are cores.
+            threads: Threads for a batch; 0 for one per core.
         """
         require('export', __name__)
         import onnxruntime
@@ -97,7 +97,7 @@ class OnnxModel:
 
     @classmethod
     def of(cls, model: nn.Module, img_size: Optional[int] = None, threads: int = 0) -> 'OnnxModel':
-        """Export a model and load the result, without a file that stays."""
+        """Export a model to a temporary file and load it."""
         with tempfile.TemporaryDirectory() as folder:
             return cls(export_onnx(model, Path(folder) / 'model.onnx', img_size), threads)
 
@@ -107,14 +107,16 @@ def export_onnx(
         path: Union[str, Path],
         img_size: Optional[int] = None,
         fold: bool = True,
+        weights: Optional[str] = None,
 ) -> Path:
     """Write a model as ONNX by torch.export, any batch size, and check it against eager on ONNX Runtime.
 
     Args:
         model: A timm model.
-        path: File to write; it appears whole, and only when the check has passed.
+        path: File to write; it appears complete, and only when the check has passed.
         img_size: Side of the images, by default that of the model's config.
         fold: Whether to fold BatchNorm into the convolutions first.
+        weights: Where the weights are from, for the metadata of the file.
 
     Returns:
         The path.
@@ -134,7 +136,7 @@ def export_onnx(
         output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch', min=1)},), verbose=False)
     config = cast(Any, model).pretrained_cfg
     about = dict(mean=config['mean'], std=config['std'], input_size=[images.shape[1], side, side],
-                 label_names=config.get('label_names'))
+                 label_names=config.get('label_names'), weights=weights)
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items() if value is not None})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.tmp')
@@ -152,11 +154,11 @@ def export_onnx(
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(
-        prog='python -m timm_arl.export', description='A model as an ONNX file, checked against what it was made from.')
+        prog='python -m timm_arl.export', description='Write a model as an ONNX file and check it against the model.')
     parser.add_argument('--model', required=True, metavar='NAME|DIR',
                         help='a timm model, or the output folder of a training run')
     parser.add_argument('--pretrained', action='store_true',
-                        help='load the weights of a NAME; those of a DIR always are')
+                        help='load the default weights of a NAME; those of a DIR or a NAME.TAG are always loaded')
     parser.add_argument('--img-size', type=int, metavar='PX', help="side of the images (default: the model's own)")
     parser.add_argument('--fold', action=argparse.BooleanOptionalAction, default=True,
                         help='fold BatchNorm into the convolutions (default: yes)')
@@ -168,13 +170,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(f'--output {args.output} is a folder: name a file in it.')
     require('export', __name__)  # before weights are downloaded
     try:
-        trained = args.pretrained or Path(args.model).exists()
+        trained = args.pretrained or ':' in args.model or '.' in args.model or Path(args.model).exists()
         model = create_trained(args.model) if trained else create_for_task(args.model)
-        path = export_onnx(model, args.output, args.img_size, args.fold)
+        path = export_onnx(model, args.output, args.img_size, args.fold, args.model if trained else 'random')
     except (ExportError, WeightsError, OSError) as error:
         print(f'python -m timm_arl.export: error: {error}', file=sys.stderr)
         return 2
     print(f'written: {path} ({path.stat().st_size / 1e6:.1f} MB), same logits as the model in eager mode')
+    if not trained:
+        print(f'WARNING: {args.model} has RANDOM WEIGHTS, and so has {path}: --pretrained, a NAME.TAG or the output '
+              f'folder of a training run loads trained ones.')
     return 0
 
 

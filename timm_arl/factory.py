@@ -2,6 +2,8 @@
 import difflib
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, cast
 
@@ -15,10 +17,15 @@ from timm.models import clean_state_dict, get_deprecated_models, parse_model_nam
 from .arl_cnn import ARLCNN, checkpoint_filter_fn
 from .download import WeightsError, fetch_weights, is_of_network, plain_http
 from .pretrained import (
-    ANEW,
+    CONVERT,
     OWN_WEIGHTS,
     check_file,
+    check_finite,
+    check_fit,
+    classifiers_of,
+    find_file,
     local_weights,
+    misfits,
     only_file,
     pinned_sha256,
     safe_name,
@@ -38,7 +45,8 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
         **kwargs: Passed to `timm.create_model`, num_classes among them.
 
     Raises:
-        WeightsError: An unknown model or tag, a model without weights, or weights that cannot be had.
+        WeightsError: An unknown model or tag, a model without weights, or weights that could not be loaded, do not fit
+            or hold NaN or infinite values.
     """
     asked, overlay = name, dict(kwargs.get('pretrained_cfg_overlay') or {})
     source, place = source_of(name)
@@ -53,7 +61,7 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
             config = Path(place, 'config.json')
             repo, _, revision = place.partition('@')
             where = dict(cache_dir=kwargs.get('cache_dir'))
-            if source == 'hf-hub':  # verified files: timm would take them from the cache, whole or not
+            if source == 'hf-hub':  # verified files: timm would take them from the cache, damaged or not
                 config = fetch_weights(repo, 'config.json', revision or None, **where)
                 overlay.setdefault('hf_hub_id', place)
             if pretrained and overlay.get('state_dict'):
@@ -63,18 +71,33 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
                     check_file(Path(overlay['file'])) if overlay.get('file') else
                     check_file(config.with_name('model.safetensors')) if source == 'local-dir' else
                     fetch_weights(repo, _weights_name(config), config.parent.name, pinned_sha256(repo), **where)))
+            if config.is_file() and os.access(config, os.R_OK) and 'architecture' not in _read_json(config):
+                raise WeightsError(
+                    f'{config} does not describe a timm model (it names no architecture): restore it.')
             name, kwargs = f'local-dir:{config.parent}', {**kwargs, 'pretrained_cfg_overlay': overlay}
         with plain_http():
-            return timm.create_model(name, pretrained=pretrained, **kwargs)
+            model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except WeightsError:
         raise
-    except Exception as error:  # of an HTTP library that depends on huggingface_hub's version; others go on
+    except Exception as error:  # HTTP errors differ with huggingface_hub's version; unrelated ones are raised
         usual = (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError)
-        odd = (AssertionError, AttributeError, IndexError) if source else ()  # of a config.json that holds other things
+        odd = (AssertionError, AttributeError, IndexError) if source else ()  # from an unusual config.json
         if not (isinstance(error, usual + odd) or is_of_network(error)):
             raise
         raise WeightsError(f'Model {asked} cannot be created{" with its weights" if pretrained else ""}: '
-                           f'{" ".join(str(error).split()) or repr(error)}') from error
+                           f'{_short(error)}') from None
+    if pretrained:
+        check_finite(model.state_dict(), asked)
+    return model
+
+
+def _short(error: Exception) -> str:
+    """The text of an error on one line; of load_state_dict's, which lists every tensor, the first three."""
+    text = ' '.join(str(error).split()) or repr(error)
+    if text.startswith('Error(s) in loading state_dict for '):
+        keys = [a or b for a, b in re.findall(r'"([^"]+)"|size mismatch for ([^:]+):', text)]
+        return f'its config.json and its weights are of different networks: {misfits(keys)}' if keys else text
+    return text
 
 
 def _with_local_weights(name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
@@ -109,7 +132,7 @@ def source_of(name: str) -> Tuple[Optional[str], str]:
     try:
         return parse_model_name(name)
     except ValueError as error:
-        raise WeightsError(_unknown(name, f'{error}')) from error
+        raise WeightsError(_unknown(name, f'{error}')) from None
 
 
 def _unknown(name: str, otherwise: str) -> str:
@@ -162,8 +185,8 @@ class Checkpoint:
         self._on_hub = source == 'hf-hub'
         try:
             self._cfg = None if source else timm.get_pretrained_cfg(get_deprecated_models().get(place, place))
-        except RuntimeError as error:
-            raise WeightsError(_unknown_tag(place)) from error
+        except RuntimeError:
+            raise WeightsError(_unknown_tag(place)) from None
         location = place if self._on_hub else self._cfg and self._cfg.hf_hub_id or ''
         self.repo, _, self.revision = (part or None for part in location.partition('@'))
         if path is None:
@@ -179,6 +202,8 @@ class Checkpoint:
         """
         if self.path is None:
             return create_for_task(self.name, pretrained=True)
+        if self.path.exists() and not os.access(self.path, os.R_OK):
+            raise WeightsError(f'{self.path} cannot be read: permission denied.')
         if (self.path / 'runs.csv').is_file():
             raise WeightsError(f'{self.path} holds several runs: choose one of the folders listed in its runs.csv.')
         missing = [name for name in ('config.json', 'model.safetensors') if not (self.path / name).is_file()]
@@ -262,41 +287,35 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
         Names of the parameters that were left as they are: the classifier's, or none.
 
     Raises:
-        WeightsError: No such file, another format, tensors that do not fit the model, or another kind of attention.
+        WeightsError: No such file, another format, tensors that do not fit the model or are not finite, or another
+            kind of attention.
     """
-    path = Path(path)
-    file = path / 'model.safetensors' if path.is_dir() else path
-    if not file.is_file():
-        raise WeightsError(f'No weights at {file}: pass a .safetensors file or a folder that holds model.safetensors.')
+    file = find_file(Path(path))
     try:
         state_dict = safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(
-            f'{file} is not a readable safetensors file ({error}), and only those are opened: {ANEW}.') from error
+            f'{file} is not a readable safetensors file ({error}), and only those are opened: {CONVERT}.') from None
+    check_finite(state_dict, file)
     state_dict = dict(clean_state_dict(state_dict))
     if isinstance(model, ARLCNN):
         state_dict = checkpoint_filter_fn(state_dict, model)
         _check_attention(model, file)
 
     own = model.state_dict()
-    classifiers = cast(Any, model).pretrained_cfg.get('classifier') or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    classifiers = classifiers_of(cast(Any, model).pretrained_cfg)
     left = [k for k in own.keys() | state_dict.keys() if k.rpartition('.')[0] in classifiers]
     if all(k in own and k in state_dict and own[k].shape == state_dict[k].shape for k in left):
         left = []
     for key in left:
         state_dict.pop(key, None)
-    wrong = [k for k in own.keys() ^ state_dict.keys() if k not in left]
-    wrong += [k for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape]
-    if wrong:
-        raise WeightsError(f'{file} does not fit {type(model).__name__}: {len(wrong)} tensors are missing, unexpected '
-                           f'or of another shape, {sorted(wrong)[0]} among them; choose the model it was saved from.')
+    check_fit(state_dict, model, file, left)
     model.load_state_dict(state_dict, strict=False)
     return sorted(own.keys() & set(left), reverse=True)
 
 
 def _check_attention(model: Any, file: Path) -> None:
-    """Refuse weights whose config.json beside them tells of another mask: every tensor would fit, and mean another."""
+    """Refuse weights whose config.json names another mask: every tensor would fit, but compute something else."""
     config = file.with_name('config.json')
     if not config.is_file():
         return
@@ -308,7 +327,7 @@ def _check_attention(model: Any, file: Path) -> None:
 
 
 def tensors_sha256(path: Path) -> str:
-    """Digest of the names, shapes, types and values in a safetensors file, whatever its metadata are.
+    """sha256 of the names, shapes, types and values in a safetensors file, whatever its metadata are.
 
     Args:
         path: .safetensors file.

@@ -1,25 +1,27 @@
-"""A registered name -> a verified weights file on this disk."""
+"""A registered name -> a verified weights file on this disk; and whether its tensors fit a model."""
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Collection, Dict, List, Optional, Tuple
 
 import safetensors
 import timm
+import torch
+import torch.nn as nn
 from timm.models import resolve_pretrained_cfg
 
 from .download import LOCAL_FILE, WeightsError, fetch_weights, is_whole, say
 
 __all__ = [
-    'HUB', 'OWN_WEIGHTS', 'check_file', 'local_weights', 'only_file', 'pinned_sha256', 'safe_name', 'shipped_weights',
-    'tags_of',
+    'HUB', 'OWN_WEIGHTS', 'check_file', 'check_finite', 'check_fit', 'check_loadable', 'classifiers_of', 'find_file',
+    'local_weights', 'only_file', 'pinned_sha256', 'safe_name', 'shipped_weights', 'tags_of',
 ]
 
-HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # whose repos on the Hub this project's own are
-# sha256 of model.safetensors in them: other content is refused, whoever has the name there
+HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # user or organisation of this project's repos on the Hub
+# sha256 of model.safetensors in them: other content is refused, whoever owns the name there
 OWN_WEIGHTS = {
     'arl_cnn14.isic2017': '3dbce88df54dd412c145ce1a0a288c4b7cc6b08d0451430e924cef027d5bb9a1',
 }
-ANEW = 'write the weights anew with safetensors.torch.save_file'
+CONVERT = 'save the weights again with safetensors.torch.save_file'
 
 
 def safe_name(file: Optional[str]) -> str:
@@ -33,9 +35,12 @@ def tags_of(variant: str) -> List[str]:
 def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Keyword arguments of a timm entry point, with weights of the Hub replaced by their verified file on this disk.
 
+    A local file also says how many classes its classifier has, unless the caller does: timm would drop the classifier
+    where that differs from the config of the model.
+
     Args:
         variant: Model name.
-        kwargs: What the entry point was called with, pretrained=True apart.
+        kwargs: What the entry point was called with, without pretrained=True.
 
     Raises:
         WeightsError: No such weights, a file that cannot be read, or as fetch_weights.
@@ -47,32 +52,33 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         raise WeightsError(f'No pretrained weights exist for {variant}' + (
             f' without a tag: choose {" or ".join(f"{variant}.{tag}" for tag in tags)}.' if tags else
             f': leave pretrained out, or {LOCAL_FILE}.'))
-    by_config = cfg.source in ('hf-hub', 'local-dir')  # a config.json, whose own file and state_dict count for nothing
+    by_config = cfg.source in ('hf-hub', 'local-dir')  # a config.json, whose own file and state_dict are ignored
     if overlay.get('state_dict') if by_config else cfg.state_dict:
         return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'source': ''}}
     file = overlay.get('file') if by_config else cfg.file
     if file or cfg.source == 'local-dir':
         path = check_file(Path(file or Path(cfg.file, 'model.safetensors')))
-        return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **only_file(path)}}
+        classes = _num_classes(path, cfg.classifier) if overlay.get('file') else {}
+        return {**kwargs, 'pretrained_cfg_overlay': {**classes, **overlay, **only_file(path)}}
     if not cfg.hf_hub_id:
         raise WeightsError(f'The weights of {variant} are a pickle at {cfg.url}, and only safetensors are opened: '
-                           f'{ANEW}, and {LOCAL_FILE}.')
+                           f'{CONVERT}, and {LOCAL_FILE}.')
     repo, _, revision = cfg.hf_hub_id.partition('@')
     name = f'{variant}.{cfg.tag}'
-    own = cfg.source != 'hf-hub' and repo == f'{HUB}/{name}'  # the registered weights, not a repo that was asked for
+    own = cfg.source != 'hf-hub' and repo == f'{HUB}/{name}'  # the registered weights, not a repo given by name
     sha256 = OWN_WEIGHTS.get(name) if own else pinned_sha256(repo)
     shipped = shipped_weights(name) if own else None
     if shipped is not None and is_whole(shipped / 'model.safetensors', sha256):
         path = shipped / 'model.safetensors'
     else:
         if shipped is not None:
-            say(f'{shipped / "model.safetensors"} is damaged: asking the Hub for it.')
+            say(f'{shipped / "model.safetensors"} is damaged: loading it from the Hub.')
         path = fetch_weights(repo, safe_name(cfg.hf_hub_filename), revision or None, sha256, kwargs.get('cache_dir'))
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **only_file(path)}}
 
 
 def only_file(path: Path) -> Dict[str, Any]:
-    """What has timm load this file, whatever else a config names."""
+    """The overlay with which timm loads this file, whatever else a config names."""
     return {'file': str(path), 'source': '', 'state_dict': None}
 
 
@@ -80,22 +86,113 @@ def pinned_sha256(repo: str) -> Optional[str]:
     return OWN_WEIGHTS.get(repo.removeprefix('timm-arl/'))
 
 
+def find_file(path: Path) -> Path:
+    """A weights file, or the model.safetensors of a folder, that can be read.
+
+    Raises:
+        WeightsError: It is missing, or reading it is not permitted.
+    """
+    try:
+        path = path / 'model.safetensors' if path.is_dir() else path
+        with path.open('rb'):
+            return path
+    except PermissionError:
+        raise WeightsError(f'{path} cannot be read: permission denied.') from None
+    except OSError:
+        raise WeightsError(
+            f'No weights at {path}: pass a .safetensors file, or a folder that holds model.safetensors.') from None
+
+
 def check_file(path: Path) -> Path:
-    path = path / 'model.safetensors' if path.is_dir() else path
-    if not path.is_file():
-        raise WeightsError(f'No weights at {path}: pass a .safetensors file, or a folder that holds model.safetensors.')
+    """As find_file, for a file that timm will open.
+
+    Raises:
+        WeightsError: It is missing, cannot be read, or is no safetensors file.
+    """
+    path = find_file(path)
     if path.suffix != '.safetensors':  # which timm would open as a pickle
-        raise WeightsError(f'{path} is no .safetensors file, and only those are opened: {ANEW}.')
+        raise WeightsError(f'{path} is no .safetensors file, and only those are opened: {CONVERT}.')
     try:
         with safetensors.safe_open(path, 'pt'):
             pass
     except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f'{path} is not a readable safetensors file ({error}): fetch or write it anew.') from error
+        raise WeightsError(
+            f'{path} is not a readable safetensors file ({error}): download or save it again.') from None
     return path
 
 
+def _num_classes(path: Path, classifier: Any) -> Dict[str, int]:
+    """Number of classes of a file's classifier, as an overlay; empty where it has none."""
+    with safetensors.safe_open(path, 'pt') as file:
+        weight = f'{classifier}.weight'
+        return {'num_classes': file.get_slice(weight).get_shape()[0]} if weight in file.keys() else {}
+
+
+def classifiers_of(cfg: Dict[str, Any]) -> Tuple[str, ...]:
+    """Names of the classifier layers, from a model's pretrained_cfg."""
+    classifiers = cfg.get('classifier') or ()
+    return (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+
+
+def check_loadable(state_dict: Dict[str, torch.Tensor], model: Any) -> None:
+    """Refuse what timm is about to load into a model, if the tensors do not fit.
+
+    A classifier for another number of classes, and a first convolution for another number of channels, may differ:
+    timm drops the one and adapts the other.
+
+    Raises:
+        WeightsError: As check_fit.
+    """
+    cfg, own = model.pretrained_cfg, model.state_dict()
+    free = {f'{name}.{part}' for name in classifiers_of(cfg) for part in ('weight', 'bias')}
+    may_differ = free if model.num_classes != cfg['num_classes'] else set()
+    first = f'{cfg.get("first_conv")}.weight'
+    if first in own and own[first].shape[1] != (cfg.get('input_size') or (3,))[0]:
+        may_differ = may_differ | {first}
+    check_fit(state_dict, model, cfg.get('file') or 'The given state_dict', may_differ)
+
+
+def check_fit(state_dict: Dict[str, Any], model: nn.Module, what: Any, may_differ: Collection[str] = ()) -> None:
+    """Refuse tensors of which not every one has its place in a model, and the other way round.
+
+    Args:
+        state_dict: Tensors by name.
+        model: The model.
+        what: What the tensors are of, for the message.
+        may_differ: Names that do not count.
+
+    Raises:
+        WeightsError: Tensors are missing, unexpected or of another shape; it names three of them.
+    """
+    own = model.state_dict()
+    wrong = sorted(key for key in own.keys() | state_dict.keys() if key not in may_differ and (
+        key not in own or (not key.endswith('num_batches_tracked') if key not in state_dict  # old files have none
+                           else own[key].shape != state_dict[key].shape)))
+    if wrong:
+        raise WeightsError(f'{what} does not fit {type(model).__name__}: {misfits(wrong)}; choose the model it was '
+                           f'saved from.')
+
+
+def misfits(names: List[str]) -> str:
+    """How many tensors do not fit, and the first three of them."""
+    more = ', ...' if len(names) > 3 else ''
+    return f'{len(names)} tensors are missing, unexpected or of another shape ({", ".join(names[:3])}{more})'
+
+
+def check_finite(state_dict: Dict[str, torch.Tensor], what: Any) -> None:
+    """Refuse weights that hold NaN or infinite values.
+
+    Raises:
+        WeightsError: It names the first such tensor.
+    """
+    for key, tensor in state_dict.items():
+        if not tensor.is_meta and not tensor.isfinite().all():
+            raise WeightsError(f'{what} holds {"NaN" if tensor.isnan().any() else "infinite values"} in {key}: choose '
+                               f'another checkpoint.')
+
+
 def shipped_weights(name: str) -> Optional[Path]:
-    """Folder of weights that came with this package, a model repo with its results, or None.
+    """Folder of weights that come with this package, a model repo with its results, or None.
 
     Args:
         name: Model and tag.
