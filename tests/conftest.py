@@ -9,8 +9,8 @@ import safetensors.torch
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from timm.models import save_for_hf
 
+from timm_arl.factory import save_network
 from timm_arl.files import write_json, write_rows
 from timm_arl.hub import stage
 from timm_arl.isic.metrics import score_split
@@ -72,9 +72,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run') / 'out'
     torch.manual_seed(0)
     model = timm.create_model('arl_cnn14', num_classes=2)
-    save_for_hf(model, folder, safe_serialization=True, model_config=dict(
-        label_names=['melanoma', 'seborrheic_keratosis']), data_config=dict(
-            timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
+    save_network(model, folder, ['melanoma', 'seborrheic_keratosis'], dict(
+        timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
     truth = torch.arange(60).reshape(30, 2).remainder(7).eq(0).float().numpy()
     probabilities = torch.rand(30, 2, generator=torch.Generator().manual_seed(1)).numpy()
     write_json(folder / 'metrics.json', {name: score_split(truth, probabilities) for name in ('validation', 'test')})

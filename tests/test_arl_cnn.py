@@ -9,11 +9,12 @@ import safetensors.torch
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import is_model_pretrained, save_for_hf
+from timm.models import is_model_pretrained
 from timm.optim import create_optimizer_v2
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_arl
+from timm_arl.factory import save_network
 
 FAMILY = [
     'arl_cnn14', 'arl_cnn14_spatial', 'arl_cnn14_channel', 'arl_cnn14_mixed',
@@ -371,7 +372,7 @@ def test_incomplete_checkpoint_is_refused(resnet50_file, tmp_path, lost):
 
 def test_hub_repo_layout_round_trip(tmp_path):
     model = with_alpha(create(num_classes=2, attention='mixed', mask_scale='mean1'), 0.5)
-    save_for_hf(model, tmp_path, safe_serialization=True, model_config=dict(label_names=['a', 'b']))
+    save_network(model, tmp_path, ['a', 'b'])
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(again(image()), model(image()))
     assert again.pretrained_cfg['label_names'] == ['a', 'b']

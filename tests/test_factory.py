@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 
 import timm_arl  # noqa: F401  registers the models
 from timm_arl.download import WeightsError
-from timm_arl.factory import Checkpoint, create_for_task, create_trained, load_weights_file
+from timm_arl.factory import Checkpoint, create_for_task, create_trained, load_weights_file, save_network
 
 
 def save(model, path):
@@ -43,7 +43,7 @@ def test_no_classifier_takes_any(tmp_path):
 
 
 def test_another_attention_is_refused(tmp_path):
-    save_for_hf(timm.create_model('arl_cnn14_mixed', num_classes=2), tmp_path, safe_serialization=True)
+    save_network(timm.create_model('arl_cnn14_mixed', num_classes=2), tmp_path)
     assert load_weights_file(timm.create_model('arl_cnn14', num_classes=2, attention='mixed'), tmp_path) == []
     for kwargs in ({}, dict(attention='mixed', mask_scale='mean1')):
         with pytest.raises(WeightsError, match='trained with mixed attention and mask_scale softmax, not'):

@@ -130,6 +130,9 @@ def export_onnx(
     model = copy.deepcopy(model).cpu().float().eval()
     side = img_size or cast(Any, model).pretrained_cfg['input_size'][-1]
     source = fold_batch_norm(model) if fold else model
+    for module in source.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # PyTorch 2.6 cannot export one after a cast that changes nothing
     images = torch.randn(2, _in_channels(model), side, side, generator=torch.Generator().manual_seed(0))
     program: Any = torch.onnx.export(
         source.to(memory_format=torch.contiguous_format), (images,), dynamo=True, input_names=['images'],

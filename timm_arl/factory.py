@@ -1,6 +1,8 @@
 """A name, a folder or a file -> a network with its weights, or one clear error."""
+import copy
 import difflib
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -12,7 +14,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-from timm.models import clean_state_dict, get_deprecated_models, parse_model_name
+from timm.models import clean_state_dict, get_deprecated_models, parse_model_name, save_for_hf
 
 from .arl_cnn import ARLCNN, checkpoint_filter_fn
 from .download import WeightsError, fetch_weights, is_of_network, plain_http
@@ -33,7 +35,10 @@ from .pretrained import (
     tags_of,
 )
 
-__all__ = ['Checkpoint', 'create_for_task', 'create_trained', 'load_weights_file', 'source_of', 'tensors_sha256']
+__all__ = [
+    'Checkpoint', 'create_for_task', 'create_trained', 'load_weights_file', 'save_network', 'source_of',
+    'tensors_sha256',
+]
 
 
 def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
@@ -312,6 +317,36 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
     check_fit(state_dict, model, file, left)
     model.load_state_dict(state_dict, strict=False)
     return sorted(own.keys() & set(left), reverse=True)
+
+
+def save_network(
+        model: Any,
+        folder: Union[str, Path],
+        label_names: Sequence[str] = (),
+        data_config: Optional[Dict[str, Any]] = None,
+        **model_args,
+) -> None:
+    """Write config.json and model.safetensors, which `timm.create_model('local-dir:FOLDER', pretrained=True)` reads.
+
+    Args:
+        model: A timm model.
+        folder: Where to; made if it does not exist.
+        label_names: Names of the outputs.
+        data_config: timm's data config of its images, where the model's own says something else.
+        **model_args: Further arguments of `timm.create_model` that the model was created with.
+    """
+    keywords: Dict[str, Any] = dict(data_config=data_config)
+    if 'data_config' not in inspect.signature(save_for_hf).parameters:  # timm < 1.0.31 writes the architecture's config
+        del keywords['data_config']
+        model = copy.copy(model)
+        model.pretrained_cfg = {**model.pretrained_cfg, 'num_classes': model.num_classes, **(data_config or {})}
+        if data_config:
+            for key in ('pool_size', 'test_input_size', 'test_pool_size', 'test_crop_pct'):
+                model.pretrained_cfg.pop(key, None)
+        if isinstance(model, ARLCNN):
+            model_args = dict(attention=model.attention, mask_scale=model.mask_scale, **model_args)
+    save_for_hf(model, str(folder), safe_serialization=True, model_args=model_args,
+                model_config=dict(label_names=list(label_names)), **keywords)
 
 
 def _check_attention(model: Any, file: Path) -> None:

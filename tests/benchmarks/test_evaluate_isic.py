@@ -11,10 +11,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.models import save_for_hf
 
 import timm_arl  # noqa: F401  registers the models
-from timm_arl.factory import tensors_sha256
+from timm_arl.factory import save_network, tensors_sha256
 from timm_arl.isic.dataset import label_array, load_splits
 from timm_arl.isic.metrics import auc
 
@@ -39,9 +38,8 @@ def checkpoint(tmp_path_factory):
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = None
         model.train()(torch.randn(8, 3, 64, 64))
-    save_for_hf(model.eval(), folder, safe_serialization=True, model_config=dict(
-        label_names=['melanoma', 'seborrheic_keratosis']), data_config=dict(
-            timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
+    save_network(model.eval(), folder, ['melanoma', 'seborrheic_keratosis'], dict(
+        timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
     names = [name for name, _ in model.named_parameters() if name.endswith('.alpha')]
     columns = ['train_loss', 'validation_loss', 'validation_auc_melanoma', 'validation_auc_seborrheic_keratosis',
                'validation_mean_auc', *names]
@@ -122,7 +120,7 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
     import safetensors.torch
     state = safetensors.torch.load_file(checkpoint / 'model.safetensors')
     resnet.load_state_dict({k: v for k, v in state.items() if not k.endswith('.alpha')})
-    save_for_hf(resnet, tmp_path / 'resnet', safe_serialization=True, data_config=dict(
+    save_network(resnet, tmp_path / 'resnet', data_config=dict(
         timm.data.resolve_model_data_config(resnet), input_size=(3, 64, 64)))
     done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', tmp_path / 'resnet', '--output-dir',
                 tmp_path / 's', '--crops', 'center', '--workers', 0)

@@ -16,9 +16,9 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.models import save_for_hf
 
 from .. import __version__
+from ..factory import save_network
 from ..files import (
     git_commit,
     make_folder,
@@ -98,10 +98,8 @@ def save_progress(accelerator, network, averaged, out, summary, keep, data_confi
                 safetensors.torch.save_file(
                     {k: v.cpu().contiguous() for k, v in network.state_dict().items()}, saving / EMA_FILE)
             if keep:
-                save_for_hf(
-                    copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format), saving / 'kept',
-                    safe_serialization=True, data_config=data_config, model_config=dict(
-                        label_names=list(head_labels(network.num_classes))))
+                save_network(copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format), saving / 'kept',
+                             head_labels(network.num_classes), data_config)
             else:
                 shutil.copytree(last / 'kept', saving / 'kept')
             write_json(saving / 'progress.json', {'summary': summary})
