@@ -17,7 +17,7 @@ __all__ = [
     'AGE_BANDS', 'apply_temperature', 'expected_calibration_error', 'fit_temperature', 'reliability', 'subgroup_table',
 ]
 
-AGE_BANDS = ((0, 30), (30, 50), (50, 70), (70, 200))  # years, from the first up to but without the second
+AGE_BANDS = ((0, 30), (30, 50), (50, 70), (70, 200))  # years; the upper end is not part of the band
 
 
 def reliability(truth: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> List[Dict[str, float]]:
@@ -51,8 +51,8 @@ def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
     Guo et al., `On Calibration of Modern Neural Networks` - https://arxiv.org/abs/1706.04599
 
     Args:
-        truth: 0 or 1, shape (N,), or (N, 2) for one temperature of both tasks.
-        probabilities: Shape of truth.
+        truth: 0 or 1, shape (N,), or (N, labels) for one temperature of all labels.
+        probabilities: Same shape.
     """
     def cross_entropy(log_temperature: float) -> float:
         p = np.clip(apply_temperature(probabilities, float(np.exp(log_temperature))), 1e-12, 1 - 1e-12)
@@ -73,19 +73,19 @@ def subgroup_table(
         age: Optional[Sequence[Optional[float]]] = None,
         thresholds: Sequence[float] = (OFFICIAL_THRESHOLD,) * len(LABELS),
 ) -> List[Dict[str, Any]]:
-    """Scores by sex and by age band; patients of unknown sex or age are a group too.
+    """Scores by sex and by age band; patients of unknown sex or age are groups too.
 
     Args:
-        truth: 0 or 1, shape (N, 2), columns in the order of LABELS.
-        probabilities: Shape (N, 2).
+        truth: 0 or 1, shape (N, labels), columns in the order of LABELS.
+        probabilities: Shape (N, labels).
         sex: N words or codes, or None for unknown.
-        age: N ages in years; None, and what is no number, for unknown.
+        age: N ages in years; None, or anything that is not a number, for unknown.
         thresholds: Operating point of each label.
 
     Returns:
         A row for each group and label: group, label, score_task's scores, and auc_ci95 by DeLong (None with fewer than
-        two images of a class, and for a perfect AUC, where DeLong's has no width). Empty where nothing is known of
-        anyone.
+        two images of a class, and for an AUC of 0 or 1, where DeLong's interval has no width). An empty list where
+        neither sex nor age of any patient is known.
     """
     groups: List[Tuple[str, np.ndarray]] = []
     if sex is not None and any(s is not None for s in sex):
@@ -98,9 +98,9 @@ def subgroup_table(
                         (years >= low) & (years < high)) for low, high in AGE_BANDS]
             groups.append(('age unknown', np.isnan(years)))
     return [
-        {'group': name, 'label': label, **score_task(truth[which, k], probabilities[which, k], thresholds[k]),
-         'auc_ci95': _interval(truth[which, k], probabilities[which, k])}
-        for name, which in groups if which.any() for k, label in enumerate(LABELS)
+        {'group': name, 'label': label, **score_task(t, p, threshold), 'auc_ci95': _interval(t, p)}
+        for name, which in groups if which.any()
+        for label, t, p, threshold in zip(LABELS, truth[which].T, probabilities[which].T, thresholds)
     ]
 
 
@@ -114,6 +114,6 @@ def _years(age: Any) -> float:
 def _interval(truth: np.ndarray, probabilities: np.ndarray) -> Optional[Tuple[float, float]]:
     try:
         low, high = delong_interval(truth, probabilities)
-    except ValueError:  # too few images
+    except ValueError:  # too few images of a class
         return None
     return (low, high) if high - low > 1e-9 else None

@@ -1,5 +1,5 @@
 """Scores of the ISIC 2017 Part 3 task, as the challenge's official scorer counts them, and metrics.json."""
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 from ..extras import require
 
@@ -103,7 +103,7 @@ def threshold_for_sensitivity(truth: np.ndarray, probabilities: np.ndarray, sens
 
 
 def _just_below(probabilities: np.ndarray, lowest_positive: float) -> float:
-    """Half way between the lowest score that counts as positive, or 1, and the next lower one, or 0.
+    """Halfway between the lowest score that counts as positive (at most 1) and the next lower score, or 0.
 
     scikit-learn calls a score positive from its threshold on, the official scorer strictly above.
     """
@@ -143,14 +143,14 @@ def score_split(
         seed: int = 0,
         operating_points: Optional[Dict[str, Sequence[float]]] = None,
 ) -> Dict[str, Any]:
-    """Scores of both tasks, as metrics.json keeps them for one split.
+    """Scores of all labels, as metrics.json keeps them for one split.
 
-    AUC intervals are 95 % percentile bootstrap intervals over images, both tasks resampled together. Resamples that
-    miss a class are left out.
+    AUC intervals are 95 % percentile bootstrap intervals over images; the same resamples serve all labels. Resamples
+    without images of both classes are left out.
 
     Args:
-        truth: 0 or 1, shape (N, 2), columns in the order of LABELS.
-        probabilities: In [0, 1], shape (N, 2).
+        truth: 0 or 1, shape (N, labels), columns in the order of LABELS.
+        probabilities: In [0, 1], shape (N, labels).
         resamples: Number of bootstrap resamples.
         seed: Seed of the resampling.
         operating_points: By name, a threshold for each label, chosen elsewhere.
@@ -160,24 +160,16 @@ def score_split(
         mean_auc_ci95.
     """
     index = resampled_indices(len(truth), resamples, seed)
-    each = [auc(truth[:, k], probabilities[:, k]) for k in range(len(LABELS))]
-    resampled = [auc(truth[index, k], probabilities[index, k]) for k in range(len(LABELS))]
-    value = [*each, np.mean(each)]
-    intervals = [
-        percentile_interval(distribution) if np.isfinite(v) else None
-        for v, distribution in zip(value, [*resampled, np.mean(resampled, axis=0)])
-    ]
-
     scores: Dict[str, Any] = {}
-    for k, label in enumerate(LABELS):
-        task = score_task(truth[:, k], probabilities[:, k])
-        points = [
-            {'name': name, **operating_point(truth[:, k], probabilities[:, k], thresholds[k])}
-            for name, thresholds in (operating_points or {}).items()]
-        scores[label] = {'auc': task.pop('auc'), 'auc_ci95': intervals[k], **task, 'operating_points': points}
-    scores['mean_auc'] = float(value[-1]) if np.isfinite(value[-1]) else None
-    scores['mean_auc_ci95'] = intervals[-1]
-    return scores
+    values, distributions = [], []
+    for k, (label, t, p) in enumerate(zip(LABELS, truth.T, probabilities.T)):
+        values.append(auc(t, p))
+        distributions.append(auc(t[index], p[index]))
+        scores[label] = {
+            **_with_interval('auc', values[-1], distributions[-1]), **score_task(t, p), 'operating_points': [
+                {'name': name, **operating_point(t, p, thresholds[k])}
+                for name, thresholds in (operating_points or {}).items()]}
+    return {**scores, **_with_interval('mean_auc', np.mean(values), np.mean(distributions, axis=0))}
 
 
 def compare(
@@ -190,44 +182,44 @@ def compare(
     """The AUC of the second network minus that of the first, paired on the same images.
 
     Args:
-        truth: 0 or 1, shape (N, 2), columns in the order of LABELS.
-        first, second: Probabilities, shape (N, 2).
+        truth: 0 or 1, shape (N, labels), columns in the order of LABELS.
+        first, second: Probabilities, shape (N, labels).
         resamples: Number of bootstrap resamples, the same for both networks.
         seed: Seed of the resampling.
 
     Returns:
         For each label, and for mean_auc: difference and difference_ci95 (bootstrap); for the labels also DeLong's z and
-        p_value. None where one is undefined, as z and p_value are with fewer than two images of a class, and z alone
-        where one network ranks all images as the other but for a difference without variance.
+        p_value. None where a score is undefined: z and p_value with fewer than two images of a class; z alone where the
+        difference has no variance.
     """
     index = resampled_indices(len(truth), resamples, seed)
     result: Dict[str, Any] = {}
-    differences: List[np.ndarray] = []
-    for k, label in enumerate(LABELS):
-        t, a, b = truth[:, k], first[:, k], second[:, k]
+    values, distributions = [], []
+    for label, t, a, b in zip(LABELS, truth.T, first.T, second.T):
+        values.append(auc(t, b) - auc(t, a))
+        distributions.append(auc(t[index], b[index]) - auc(t[index], a[index]))
         z, p_value = delong_test(t, a, b) if 2 <= np.sum(t) <= len(t) - 2 else (None, None)
-        differences.append(auc(t[index], b[index]) - auc(t[index], a[index]))
         result[label] = {
-            **_difference(auc(t, b) - auc(t, a), differences[-1]),
+            **_with_interval('difference', values[-1], distributions[-1]),
             'z': z if z is not None and np.isfinite(z) else None, 'p_value': p_value}
-    each = [result[label]['difference'] for label in LABELS]
-    result['mean_auc'] = _difference(np.nan if None in each else np.mean(each), np.mean(differences, axis=0))
+    result['mean_auc'] = _with_interval('difference', np.mean(values), np.mean(distributions, axis=0))
     return result
 
 
-def _difference(value: Any, distribution: np.ndarray) -> Dict[str, Any]:
+def _with_interval(name: str, value: Any, distribution: np.ndarray) -> Dict[str, Any]:
+    """A score and the 95 % interval of its bootstrap distribution; None for both where the score is undefined."""
     if not np.isfinite(value):
-        return {'difference': None, 'difference_ci95': None}
-    return {'difference': float(value), 'difference_ci95': percentile_interval(distribution)}
+        return {name: None, f'{name}_ci95': None}
+    return {name: float(value), f'{name}_ci95': percentile_interval(distribution)}
 
 
 def interval_text(value: Optional[float], interval: Optional[Sequence[float]], sign: str = '') -> str:
-    """A score, or with the sign '+' a difference, and its interval, as tables show them.
+    """A score and its interval, as tables show them.
 
     Args:
-        value: Score; None for an undefined one.
-        interval: Its ends, or None.
-        sign: '' or '+'.
+        value: Score; None where it is undefined.
+        interval: Its two ends, or None.
+        sign: '+' for a difference, which shows its sign.
     """
     if value is None:
         return 'undefined'
@@ -235,12 +227,11 @@ def interval_text(value: Optional[float], interval: Optional[Sequence[float]], s
 
 
 def auc_table(metrics: Dict[str, Dict[str, Any]]) -> str:
-    """A line of AUCs with their intervals for each split of metrics.json, under a heading."""
+    """AUCs with their intervals as text: a heading, then a line for each split of metrics.json."""
     width = max(12, *(len(split) + 1 for split in metrics))
     lines = [' ' * width + ''.join(f'{label_words(label):24}' for label in LABELS) + 'mean']
     for split, scores in metrics.items():
-        cells = [(scores[label]['auc'], scores[label]['auc_ci95']) for label in LABELS]
-        cells.append((scores['mean_auc'], scores['mean_auc_ci95']))
-        texts = [interval_text(value, ci) for value, ci in cells]
+        texts = [interval_text(scores[label]['auc'], scores[label]['auc_ci95']) for label in LABELS]
+        texts.append(interval_text(scores['mean_auc'], scores['mean_auc_ci95']))
         lines.append(f'{split:{width}}' + ''.join(f'{text:24}' for text in texts).rstrip())
     return '\n'.join(lines)
