@@ -5,22 +5,21 @@
     python benchmarks/evaluate_isic.py --data path/to/isic2017 --checkpoint OUT --output-dir R \\
         --compare OTHER/predictions_test.csv                                 # paired, on the same images
 
-Thresholds and the temperature of the calibration are chosen on the validation split, never on the split that is scored.
-The output folder receives
+Thresholds and temperatures are chosen on the validation split, never on the test split. The output folder receives
     metrics.json              scores keyed by split; at the threshold 0.5, and a list of other operating points
     predictions_SPLIT.csv     image_id,melanoma,seborrheic_keratosis
     roc_SPLIT.png, reliability_SPLIT.png; curves.png and alphas.png where the checkpoint has a summary.csv
     report.md                 with --report: all of it on one page
     evaluation.json           what was scored and how: digest of the weights, command, versions, crops, --alpha-zero
-and takes the place of an earlier evaluation there, whole. Each look at the test split is recorded in looks.csv, in the
-output folder and in that of the checkpoint's run.
+These files replace an earlier evaluation in that folder; other files there stay. Each look at the test split is
+recorded in looks.csv, in the output folder and in the folder of the checkpoint's run.
 """
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from timm_arl.extras import require
 
 require('train', __name__)
 
-import numpy as np
 import timm
 import torch
 from accelerate.utils import set_seed
@@ -80,27 +78,28 @@ def build_parser():
     add('--data', required=True, metavar='DIR|HUB_ID|demo', help='as for finetune_isic.py')
     add('--checkpoint', required=True, metavar='OUT|NAME',
         help='output folder of finetune_isic.py, or a timm name whose pretrained weights have its outputs')
-    add('--split', default='test', choices=['validation', 'test'], help='what is scored (default: %(default)s)')
+    add('--split', default='test', choices=['validation', 'test'],
+        help='the split to score; validation is always scored (default: %(default)s)')
     add('--crops', choices=CROPS,
-        help="crops of an image, whose probabilities are averaged (default: as the checkpoint's run, else multiscale)")
-    add('--output-dir', required=True, help="not that of the checkpoint's run, whose scores stay")
+        help="crops per image, whose probabilities are averaged (default: as in the checkpoint's run, or multiscale)")
+    add('--output-dir', required=True, help='another folder than the run of the checkpoint')
     add('--report', action='store_true', help='write report.md')
     add('--alpha-zero', action='store_true', help='set every alpha to 0: the same network without its attention')
     add('--compare', metavar='PREDICTIONS.csv',
-        help="of another network on the same images: paired differences, this checkpoint's minus the other's")
+        help="predictions of another network on the same images: paired differences, this checkpoint minus the other")
     add('--drop-duplicates', metavar='LIST.csv',
-        help='leave out images that this list of pairs names as twins of training images')
+        help='leave out images that are twins of training images, by this list of pairs')
     add('--img-size', type=number(int, 64), help="side of the network's input (default: the checkpoint's)")
     add('--aspect', choices=['keep', 'squash'],
-        help="shape of square copies with an aspect_ratio (default: as the checkpoint's run, else keep)")
+        help="shape of square copies with an aspect_ratio (default: as in the checkpoint's run, or keep)")
     add('--grey-world', action=argparse.BooleanOptionalAction,
-        help="colour constancy (default: as the checkpoint's run)")
+        help="colour constancy (default: as in the checkpoint's run)")
     add('--lesion-crop', action=argparse.BooleanOptionalAction,
-        help="cut to the lesion, given a mask (default: as the checkpoint's run)")
-    add('--batch-size', type=number(int, 1), default=32, help='images a process and step (default: %(default)s)')
-    add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='of random crops and bootstrap (default: 0)')
+        help="crop images that have a mask to the lesion (default: as in the checkpoint's run)")
+    add('--batch-size', type=number(int, 1), default=32, help='images per process and step (default: %(default)s)')
+    add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='seed of random crops and bootstrap (default: 0)')
     add('--workers', type=number(int, 0), default=2, help='data loading processes (default: %(default)s)')
-    add('--cpu-threads', type=number(int, 1), help='threads a process')
+    add('--cpu-threads', type=number(int, 1), help='threads per process')
     add('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="(default: accelerate's configuration)")
     add('--skip-bad-images', action='store_true', help='leave out images that do not decode instead of stopping')
     parser.set_defaults(tracker='none', gradient_accumulation_steps=None)
@@ -108,11 +107,11 @@ def build_parser():
 
 
 def images_of_the_run(args, accelerator, checkpoint):
-    """Give the images of the checkpoint's own run to what the command line leaves open."""
+    """Prepare the images as in the checkpoint's own run, where the command line does not say how."""
     try:
         saved = checkpoint.arguments()
     except WeightsError as error:
-        accelerator.print(f'The images that {args.checkpoint} was trained with are not known: no {error.file}, '
+        accelerator.print(f'How the training images of {args.checkpoint} were prepared is not known: no {error.file}, '
                           f'{error.cause}.')
         saved = {}
     usual = {'crops': 'multiscale', 'aspect': 'keep', 'grey_world': False, 'lesion_crop': False}
@@ -120,25 +119,41 @@ def images_of_the_run(args, accelerator, checkpoint):
         if getattr(args, name) is None:
             setattr(args, name, saved.get(name, value))
     accelerator.print('Images: ' + ', '.join(f'{name.replace("_", "-")} {getattr(args, name)}' for name in usual) + (
-        ' (where not given, as in training)' if saved else ''))
+        ' (as in training, where not given)' if saved else ''))
 
 
 def load_network(args):
     model = create_trained(args.checkpoint)
     if not has_isic_outputs(model):
-        raise WeightsError(f'{args.checkpoint} has {model.num_classes} outputs, not those of {" and ".join(LABELS)}: '
-                           f'fine-tune it first, with finetune_isic.py.')
-    alphas = list(alphas_of(model).values())
-    if args.alpha_zero and not alphas:
-        raise RunError(f'--alpha-zero: {args.checkpoint} has no alphas.')
-    with torch.no_grad():
-        for alpha in alphas if args.alpha_zero else []:
-            alpha.zero_()
+        raise WeightsError(f'The {model.num_classes} outputs of {args.checkpoint} are not {", ".join(LABELS)}: '
+                           f'fine-tune it first with finetune_isic.py.')
+    if args.alpha_zero:
+        alphas = alphas_of(model)
+        if not alphas:
+            raise RunError(f'--alpha-zero: {args.checkpoint} has no alphas.')
+        with torch.no_grad():
+            for alpha in alphas.values():
+                alpha.zero_()
     return model.to(memory_format=torch.channels_last).eval()
 
 
+def epochs_of(folder, accelerator):
+    """Rows of the summary.csv of a run; none where there is none."""
+    path = folder / 'summary.csv'
+    if not path.is_file():
+        return []
+    try:
+        rows = read_rows(path)
+    except ValueError:
+        rows = []
+    if not rows or 'validation_mean_auc' not in rows[0]:
+        accelerator.print(f'{path} is not from a run of finetune_isic.py: no curves.png and no alphas.png.')
+        return []
+    return rows
+
+
 def without_duplicates(splits, args):
-    """The splits without the images that a list names as twins of training images."""
+    """The splits without the images that are twins of training images, by a list of pairs."""
     pairs = read_pairs(args.drop_duplicates)
     train = set(splits['train']['image_id'])
     twins = {a for pair in pairs for a, b in (pair, pair[::-1]) if b in train and a not in train}
@@ -148,16 +163,41 @@ def without_duplicates(splits, args):
 
 
 def check_free(out, compared):
-    """Refuse an output folder with a run, with what is compared, or with files of others by our names."""
+    """Refuse an output folder with a run, with the predictions to compare, or with files that we would overwrite."""
     check_output_dir(out)
     if compared and Path(compared).resolve().parent == out.resolve():
-        raise RunError(f'{compared} would be replaced: choose another --output-dir than that of what is compared.')
+        raise RunError(f'{compared} would be replaced: choose another --output-dir than the folder of --compare.')
     for name in ('run.json', 'model.safetensors'):
         if (out / name).exists():
             raise RunError(f'{out} holds a run or weights ({name}): choose another --output-dir for the evaluation.')
     theirs = [] if (out / 'evaluation.json').exists() else sorted(name for name in FILES if (out / name).exists())
     if theirs:
         raise RunError(f'{out} holds a {theirs[0]} that is not from an evaluation: choose another --output-dir.')
+
+
+def has_masks(split):
+    return 'mask' in split.column_names and any(
+        table['mask'].null_count < len(table) for table in split.select_columns('mask').with_format('arrow').iter(100))
+
+
+@contextlib.contextmanager
+def replacing_evaluation(out):
+    """Give an empty folder to fill; its files then replace those of an earlier evaluation in `out`.
+
+    metrics.json goes first and comes last, so that it is never beside the files of another evaluation.
+    """
+    new = out / '.evaluation'
+    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+    new.mkdir()
+    try:
+        yield new
+        written = {path.name for path in new.iterdir()}
+        for name in ('metrics.json', *FILES - written):
+            (out / name).unlink(missing_ok=True)
+        for name in ('evaluation.json', *sorted(written - {'evaluation.json', 'metrics.json'}), 'metrics.json'):
+            os.replace(new / name, out / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def evaluate(args):
@@ -168,6 +208,10 @@ def evaluate(args):
     set_seed(args.seed)
     model = load_network(args)
     weights, checkpoint = Path(model.pretrained_cfg['file']), Checkpoint(args.checkpoint)
+    folder = (checkpoint.folder or weights.parent).absolute()
+    shown = (folder.name if checkpoint.folder else args.checkpoint) + ', alpha zero' * args.alpha_zero
+    summary = [] if args.alpha_zero else epochs_of(folder, accelerator)
+    alphas = [name for name in alphas_of(model) if summary and name in summary[0]]
     images_of_the_run(args, accelerator, checkpoint)
     data_config = resolve_model_data_config(model)
     if args.img_size:
@@ -178,7 +222,10 @@ def evaluate(args):
         splits = without_duplicates(splits, args)
         check_usable(splits, f'{args.data} without duplicates')
     splits = {name: splits[name] for name in dict.fromkeys(('validation', args.split))}
-    if args.compare:  # told before the work, not after it
+    for name, split in splits.items() if args.lesion_crop else ():
+        if not has_masks(split):
+            accelerator.print(f'The {name} images have no masks: --lesion-crop does not change them.')
+    if args.compare:  # a fault in it is told before the work, not after
         try:
             read_predictions(args.compare, splits[args.split]['image_id'])
         except ValueError as error:
@@ -194,26 +241,21 @@ def evaluate(args):
         return
 
     # Chosen on validation
+    validation = list(zip(truth['validation'].T, probabilities['validation'].T))
     choosers = {'youden': youden_threshold, 'sensitivity 0.9': threshold_for_sensitivity}
-    points = {f'{name} on validation': [chooser(truth['validation'][:, k], probabilities['validation'][:, k])
-                                        for k in range(len(LABELS))] for name, chooser in choosers.items()}
-    temperatures = [fit_temperature(truth['validation'][:, k], probabilities['validation'][:, k].astype(float))
-                    for k in range(len(LABELS))]
+    points = {f'{name} on validation': [chooser(t, p) for t, p in validation] for name, chooser in choosers.items()}
+    temperatures = [fit_temperature(t, p) for t, p in validation]
 
-    metrics, calibrated = {}, {}
-    for name, p in probabilities.items():
-        t = truth[name]
-        metrics[name] = score_split(t, p, seed=args.seed, operating_points=points)
-        calibrated[name] = np.stack(
-            [apply_temperature(p[:, k], temperatures[k]) for k in range(len(LABELS))], axis=1)
-        for k, label in enumerate(LABELS):
-            metrics[name][label]['calibration'] = {
-                'ece': expected_calibration_error(t[:, k], p[:, k]), 'temperature': temperatures[k],
-                'ece_with_temperature': expected_calibration_error(t[:, k], calibrated[name][:, k])}
-        columns = {c: list(splits[name][c]) for c in ('sex', 'age_approximate') if c in splits[name].column_names}
-        metrics[name]['subgroups'] = subgroup_table(t, p, columns.get('sex'), columns.get('age_approximate'))
-    folder = checkpoint.folder or Path(args.checkpoint)
-    shown = (folder.name if folder.exists() else args.checkpoint) + ', alpha zero' * args.alpha_zero
+    metrics = {}
+    for name, split in splits.items():
+        scores = metrics[name] = score_split(truth[name], probabilities[name], seed=args.seed, operating_points=points)
+        for label, t, p, temperature in zip(LABELS, truth[name].T, probabilities[name].T, temperatures):
+            scores[label]['calibration'] = {
+                'ece': expected_calibration_error(t, p), 'temperature': temperature,
+                'ece_with_temperature': expected_calibration_error(t, apply_temperature(p, temperature))}
+        columns = {c: list(split[c]) for c in ('sex', 'age_approximate') if c in split.column_names}
+        scores['subgroups'] = subgroup_table(
+            truth[name], probabilities[name], columns.get('sex'), columns.get('age_approximate'))
     if args.compare:
         other = read_predictions(args.compare, loaders[args.split].dataset.image_ids)
         metrics[args.split]['comparison'] = {
@@ -228,40 +270,27 @@ def evaluate(args):
         elif (folder / 'run.json').is_file():
             print(f'{folder} cannot be written to: this look at the test split is recorded in {out} alone.')
 
-    # Files: made elsewhere, then moved, metrics.json last, without which it is no evaluation
     record = {
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
         'timm': timm.__version__, 'torch': torch.__version__, 'img_size': data_config['input_size'][-1],
         'crops': args.crops, 'aspect': args.aspect, 'grey_world': args.grey_world, 'lesion_crop': args.lesion_crop,
         'seed': args.seed, 'alpha_zero': args.alpha_zero, 'tensors_sha256': tensors_sha256(weights)}
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
-    with tempfile.TemporaryDirectory(prefix='.evaluation-', dir=out) as temporary:
-        new = Path(temporary)
-        for leftover in out.glob('.evaluation-*'):  # of one that was killed, and is not at work
-            if leftover.stat().st_mtime < time.time() - 3600:
-                shutil.rmtree(leftover, ignore_errors=True)
+    with replacing_evaluation(out) as new:
         write_json(new / 'metrics.json', metrics)
         write_json(new / 'evaluation.json', record)
-        for name in splits:
+        for name, scores in metrics.items():
             title = f'{shown}, {name}, {len(truth[name])} images{synthetic}'
             write_predictions(new / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities[name])
-            roc_plot(new / f'roc_{name}.png', truth[name], probabilities[name], metrics[name], title)
-            reliability_plot(new / f'reliability_{name}.png', truth[name], {
-                'as given': probabilities[name], 'with temperature': calibrated[name]}, title)
-        if (folder / 'summary.csv').is_file() and not args.alpha_zero:
-            summary = read_rows(folder / 'summary.csv')
+            roc_plot(new / f'roc_{name}.png', truth[name], probabilities[name], scores, title)
+            reliability_plot(new / f'reliability_{name}.png', truth[name], probabilities[name], scores, title)
+        if summary:
             curve_plot(new / 'curves.png', summary, folder.name)
-            names = [column for column in summary[0] if column.endswith('.alpha')]
-            if names:
-                alpha_plot(new / 'alphas.png', summary, names, folder.name)
+        if alphas:
+            alpha_plot(new / 'alphas.png', summary, alphas, folder.name)
         if args.report:
             (new / 'report.md').write_text(markdown_report(metrics, record, new, args), encoding='utf-8')
-        written = {path.name for path in new.iterdir()}
-        order = ('evaluation.json', *sorted(written - {'evaluation.json', 'metrics.json'}), 'metrics.json')
-        for name in ('metrics.json', *FILES - written):  # of an earlier evaluation
-            (out / name).unlink(missing_ok=True)
-        for name in order:
-            os.replace(new / name, out / name)
+        written = sorted(path.name for path in new.iterdir())
     print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics))
     if args.compare:
         print(f'AUC of {shown} minus that of {args.compare}, on the same images:')
@@ -269,7 +298,7 @@ def evaluate(args):
             pair = metrics[args.split]['comparison'][name]
             print(f'  {label_words(name):22}' + interval_text(pair['difference'], pair['difference_ci95'], '+')
                   + (f", DeLong's p {pair['p_value']:.3g}" if pair.get('p_value') is not None else ''))
-    print(f'{time.time() - start_time:.0f} s. In {out}: {", ".join(sorted(written))}'
+    print(f'{time.time() - start_time:.0f} s. In {out}: {", ".join(written)}'
           + ', looks.csv' * (args.split == 'test'))
 
 

@@ -1,5 +1,7 @@
 """The evaluation program on a checkpoint of known quality, on real images."""
 import csv
+import importlib
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +18,7 @@ import timm_arl  # noqa: F401  registers the models
 from timm_arl.factory import save_network, tensors_sha256
 from timm_arl.isic.dataset import label_array, load_splits
 from timm_arl.isic.metrics import auc
+from timm_arl.isic.task import LABELS
 
 
 def run(repo, *args, cwd=None):
@@ -32,16 +35,16 @@ def rows(path):
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp('checkpoint') / 'out'
     torch.manual_seed(0)
-    model = timm.create_model('arl_cnn14', num_classes=2, alpha_init=2., zero_init_last=False)
+    model = timm.create_model('arl_cnn14', num_classes=len(LABELS), alpha_init=2., zero_init_last=False)
     with torch.no_grad():  # statistics of images, or an untrained network answers the same to all of them
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = None
         model.train()(torch.randn(8, 3, 64, 64))
-    save_network(model.eval(), folder, ['melanoma', 'seborrheic_keratosis'], dict(
+    save_network(model.eval(), folder, LABELS, dict(
         timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
     names = [name for name, _ in model.named_parameters() if name.endswith('.alpha')]
-    columns = ['train_loss', 'validation_loss', 'validation_auc_melanoma', 'validation_auc_seborrheic_keratosis',
+    columns = ['train_loss', 'validation_loss', *(f'validation_auc_{label}' for label in LABELS),
                'validation_mean_auc', *names]
     (folder / 'summary.csv').write_text(
         ','.join(['epoch', *columns]) + '\n' + ''.join(f'{e}{f",{e / 10}" * len(columns)}\n' for e in (1, 2)))
@@ -83,7 +86,7 @@ def test_figures_follow_from_the_predictions(evaluated, isic_sample):
         truth = label_array(splits[name])
         table = rows(out / f'predictions_{name}.csv')
         assert [r['image_id'] for r in table] == list(splits[name]['image_id'])
-        for k, label in enumerate(('melanoma', 'seborrheic_keratosis')):
+        for k, label in enumerate(LABELS):
             p, scores = np.array([float(r[label]) for r in table]), metrics[name][label]
             assert scores['auc'] == pytest.approx(float(auc(truth[:, k], p)), abs=1e-6)
             assert scores['threshold'] == 0.5
@@ -110,13 +113,13 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
     assert json.loads((tmp_path / 'r' / 'evaluation.json').read_text())['alpha_zero'] is True
     before = json.loads((evaluated[0] / 'metrics.json').read_text())['test']
     pair = metrics['comparison']
-    for label in ('melanoma', 'seborrheic_keratosis'):
+    for label in LABELS:
         assert pair[label]['difference'] == pytest.approx(metrics[label]['auc'] - before[label]['auc'], abs=1e-6)
         assert 0 <= pair[label]['p_value'] <= 1
     assert 'alpha zero' in pair['second'] and 'Paired differences' in (tmp_path / 'r' / 'report.md').read_text()
 
     # with every alpha at 0 the network is timm's ResNet, so its file gives the same probabilities
-    resnet = timm.create_model('resnet14', num_classes=2)
+    resnet = timm.create_model('resnet14', num_classes=len(LABELS))
     import safetensors.torch
     state = safetensors.torch.load_file(checkpoint / 'model.safetensors')
     resnet.load_state_dict({k: v for k, v in state.items() if not k.endswith('.alpha')})
@@ -125,20 +128,22 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
     done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', tmp_path / 'resnet', '--output-dir',
                 tmp_path / 's', '--crops', 'center', '--workers', 0)
     assert done.returncode == 0, done.stderr
-    ours, theirs = (np.array([[float(r['melanoma']), float(r['seborrheic_keratosis'])] for r in rows(
+    ours, theirs = (np.array([[float(r[label]) for label in LABELS] for r in rows(
         tmp_path / folder / 'predictions_test.csv')]) for folder in ('r', 's'))
     assert np.allclose(ours, theirs, atol=1e-6)
 
 
-def test_twins_are_left_out(call, isic_sample, checkpoint, tmp_path):
+def test_twins_are_left_out_and_the_summary_of_another_program_is_not_drawn(call, isic_sample, checkpoint, tmp_path):
     splits = load_splits(isic_sample)
     train, test = splits['train']['image_id'][0], splits['test']['image_id'][5]
     (tmp_path / 'twins.csv').write_text(f'image_id_a,image_id_b\n{train},{test}\n')
     copy = tmp_path / 'copy'
     shutil.copytree(checkpoint, copy)
+    (copy / 'summary.csv').write_text('epoch,train_loss,eval_loss\n0,1.0,1.0\n')  # as timm's train.py writes it
     done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', copy, '--output-dir', tmp_path / 'r',
-                '--workers', 0, '--drop-duplicates', tmp_path / 'twins.csv')
-    assert done.returncode == 0, done.stderr
+                '--workers', 0, '--drop-duplicates', tmp_path / 'twins.csv', '--crops', 'center')
+    assert done.returncode == 0 and 'summary.csv is not from a run of finetune_isic.py' in done.stdout, done.stderr
+    assert not (tmp_path / 'r' / 'curves.png').exists()
     ids = [r['image_id'] for r in rows(tmp_path / 'r' / 'predictions_test.csv')]
     assert test not in ids and len(ids) == len(splits['test']) - 1
 
@@ -160,8 +165,8 @@ def test_an_output_folder_holds_one_evaluation_and_no_run(call, isic_sample, che
     assert {path.name: path.read_text() for path in out.iterdir()} == dict.fromkeys(
         ('roc_test.png', 'report.md', 'notes.txt', 'looks.csv'), 'earlier')
     (out / 'evaluation.json').write_text('{}')  # then they are
-    (out / '.evaluation-killed').mkdir()
-    os.utime(out / '.evaluation-killed', (0, 0))
+    (out / '.evaluation').mkdir()
+    (out / '.evaluation' / 'curves.png').write_text('of one that was killed')
     done = call('evaluate_isic', *usual, '--split', 'validation', '--output-dir', out)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {
@@ -184,6 +189,38 @@ def test_a_look_is_recorded_even_where_nothing_can_be_written_after_it(call, isi
     assert len(rows(copy / 'looks.csv')) == 2
     assert not [path for path in out.iterdir() if path.name.startswith('.')]
     assert not (out / 'metrics.json').exists()  # no scores of one network beside the predictions of another
+
+
+def die_at(moment):
+    """Let this process die at its n-th renaming or removal of a file."""
+    steps = itertools.count()
+    for name in ('replace', 'unlink'):
+        change = getattr(os, name)
+        setattr(os, name, lambda *args, change=change: os._exit(9) if next(steps) == moment else change(*args))
+
+
+def test_killed_at_any_moment_no_two_evaluations_are_mixed(repo, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(repo / 'benchmarks')
+    replacing_evaluation = importlib.import_module('evaluate_isic').replacing_evaluation
+    seen = set()
+    for moment in range(16):
+        out = tmp_path / str(moment)
+        out.mkdir()
+        for name in ('metrics.json', 'evaluation.json', 'predictions_test.csv', 'report.md'):
+            (out / name).write_text('earlier')
+        child = os.fork()
+        if not child:
+            die_at(moment)
+            with replacing_evaluation(out) as new:
+                for name in ('metrics.json', 'evaluation.json', 'predictions_test.csv', 'curves.png'):
+                    (new / name).write_text('later')
+            os._exit(0)
+        os.waitpid(child, 0)
+        files = {path.name: path.read_text() for path in out.iterdir() if path.is_file()}
+        if 'metrics.json' in files:
+            assert len(set(files.values())) == 1, files
+        seen.add(files.get('metrics.json'))
+    assert seen == {'earlier', 'later', None}
 
 
 def test_a_staged_folder_is_scored_as_it_was_made_and_stays_as_it_is(call, repo, isic_sample, tmp_path):
@@ -221,3 +258,10 @@ def test_bad_arguments(call, isic_sample, checkpoint, tmp_path, args, message):
     done = call('evaluate_isic', '--data', isic_sample, '--output-dir', 'r', *args, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lesion_crop_without_masks_says_so(call, isic_sample, checkpoint, tmp_path):
+    done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', checkpoint, '--output-dir', tmp_path / 'r',
+                '--lesion-crop', '--compare', 'no.csv')
+    assert done.returncode == 2 and done.stdout.count('have no masks') == 1
+    assert 'The test images have no masks: --lesion-crop does not change them.' in done.stdout
