@@ -1,5 +1,6 @@
 """The networks, held against the paper and against what timm promises of its own models."""
 import copy
+import os
 import subprocess
 import sys
 
@@ -378,8 +379,10 @@ def test_hub_repo_layout_round_trip(tmp_path):
     assert again.pretrained_cfg['label_names'] == ['a', 'b']
 
 
+@pytest.mark.slow
 def test_import_is_quiet_and_light():
     script = ("import sys, timm_arl; heavy = {'datasets', 'accelerate', 'sklearn', 'matplotlib'} & set(sys.modules); "
-              'sys.exit(f"imported {heavy}" if heavy else 0)')
-    done = subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', script], capture_output=True, text=True)
+              'assert timm_arl.pretrained.HUB == "timm-arl"; sys.exit(f"imported {heavy}" if heavy else 0)')
+    done = subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', script], capture_output=True, text=True,
+                          env={**os.environ, 'TIMM_ARL_HUB': ''})  # empty is as good as unset
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')

@@ -153,6 +153,7 @@ def test_unknown_names_are_refused():
         attention_residual(residual, shortcut, torch.ones(1), 'mixed', 'mean')
 
 
+@pytest.mark.slow
 def test_inductor_computes_the_same():
     residual, shortcut = (t.requires_grad_() for t in pair((2, 8, 6, 6), memory_format=torch.channels_last))
     alpha = torch.tensor([0.7], requires_grad=True)

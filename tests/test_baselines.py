@@ -31,6 +31,7 @@ def test_timm_promises(name):
     assert name not in timm.list_pretrained()
 
 
+@pytest.mark.slow
 def test_a_name_that_timm_has_taken_is_left_to_timm():
     script = (
         'import warnings, timm; warnings.simplefilter("error")\n'

@@ -1,7 +1,5 @@
 """What is exported computes what the model computes, on ONNX Runtime."""
 import json
-import subprocess
-import sys
 
 import numpy as np
 import onnx
@@ -75,18 +73,19 @@ def test_onnx(name, tmp_path):
     assert 'BatchNormalization' not in operators
 
 
+@pytest.mark.slow
 def test_command(call, tmp_path):
     model = randomise(with_alpha(create(num_classes=2), 2.))
     save_for_hf(model, tmp_path / 'run', safe_serialization=True)
-    command = [sys.executable, '-m', 'timm_arl.export', '--model', str(tmp_path / 'run'), '--img-size', '64']
-    done = subprocess.run([*command, '--output', str(tmp_path / 'deep' / 'm.onnx')], capture_output=True, text=True)
+    command = ['timm_arl.export', '--model', tmp_path / 'run', '--img-size', '64']
+    done = call(*command, '--output', tmp_path / 'deep' / 'm.onnx')
     assert done.returncode == 0 and 'm.onnx' in done.stdout, done.stderr
     with torch.inference_mode():
         expected = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True).eval()(image())
     assert np.allclose(OnnxModel(tmp_path / 'deep' / 'm.onnx')(image().numpy()), expected, atol=1e-4, rtol=1e-3)
     for wrong, sentence in ((['--model', 'arl_cnn15'], 'Unknown model arl_cnn15'),
                             (['--output', str(tmp_path)], 'is a folder'), (['--img-size', '3'], 'at least 32')):
-        done = call('timm_arl.export', *command[3:], '--output', tmp_path / 'x.onnx', *wrong)
+        done = call(*command, '--output', tmp_path / 'x.onnx', *wrong)
         assert done.returncode == 2 and sentence in done.stderr
     assert not (tmp_path / 'x.onnx').exists()
 

@@ -12,7 +12,7 @@ import timm
 import torch
 from loopback_hub import Hub
 from sklearn.metrics import roc_auc_score
-from test_cards import front_matter, run_snippets
+from test_cards import front_matter, run_snippets_here
 
 import timm_arl
 from timm_arl.isic.dataset import decode, load_splits
@@ -20,21 +20,26 @@ from timm_arl.pretrained import shipped_weights
 
 NAME = 'arl_cnn14.isic2017'
 LOAD = f"""
+import sys
 import timm, timm_arl
-try:
-    print(timm.create_model('{NAME}', pretrained=True).fc.bias.sum().item())
-except timm_arl.WeightsError as error:
-    print(error.repo, error.revision, error.cause)
+for line in sys.stdin:  # as often as it is told
+    try:
+        print(timm.create_model('{NAME}', pretrained=True).fc.bias.sum().item(), flush=True)
+    except timm_arl.WeightsError as error:
+        print(error.repo, error.revision, error.cause, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_no_network_is_needed(tmp_path):
     env = {**os.environ, 'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path)}
-    done = subprocess.run([sys.executable, '-c', LOAD], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, '-c', LOAD], env=env, input='load\n', capture_output=True, text=True, timeout=200)
     expected = safetensors.torch.load_file(shipped_weights(NAME) / 'model.safetensors')['fc.bias'].sum().item()
     assert done.returncode == 0 and float(done.stdout) == pytest.approx(expected, abs=1e-7), done.stderr
 
 
+@pytest.mark.slow
 def test_a_stranger_who_has_the_name_injects_nothing(tmp_path):
     """On an installation without the file: the repo of that name gives these weights or none."""
     shutil.copytree(Path(timm_arl.__file__).parent, tmp_path / 'timm_arl', ignore=shutil.ignore_patterns('weights'))
@@ -45,17 +50,21 @@ def test_a_stranger_who_has_the_name_injects_nothing(tmp_path):
         hub.tag(repo, 'v1')
         env = {**os.environ, **hub.env(tmp_path / 'home'), 'PYTHONPATH': str(tmp_path)}
 
-        def load():
-            return subprocess.run(  # with the copy in the current folder, which comes first
-                [sys.executable, '-c', LOAD], env=env, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+        process = subprocess.Popen(  # with the copy in the current folder, which comes first
+            [sys.executable, '-c', LOAD], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=tmp_path)
 
-        done = load()
-        assert f'{repo} v1 the downloaded file has the wrong checksum' in done.stdout, done.stderr
+        def load():
+            process.stdin.write('load\n')
+            process.stdin.flush()
+            return process.stdout.readline()
+
+        assert f'{repo} v1 the downloaded file has the wrong checksum' in load()
         assert not [p for p in (tmp_path / 'home').rglob('*') if p.is_file() and p.stat().st_size > 10 ** 6]
         hub.revisions[repo]['v1'] = hub.repos[repo] = {'model.safetensors': ours}
-        done = load()
-        assert float(done.stdout) == pytest.approx(
-            safetensors.torch.load(ours)['fc.bias'].sum().item(), abs=1e-7), done.stderr
+        assert float(load()) == pytest.approx(safetensors.torch.load(ours)['fc.bias'].sum().item(), abs=1e-7)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
 
 
 def test_labels_and_preprocessing_travel_with_them(isic_sample):
@@ -73,6 +82,7 @@ def test_labels_and_preprocessing_travel_with_them(isic_sample):
         assert roc_auc_score(split[label], logits[:, k]) > 0.75
 
 
+@pytest.mark.slow
 def test_another_repo_of_that_name_is_another(tmp_path):
     """Whose weights are called arl_cnn14.isic2017 too: they are not exchanged for those of the package."""
     ours = safetensors.torch.load_file(shipped_weights(NAME) / 'model.safetensors')
@@ -81,7 +91,7 @@ def test_another_repo_of_that_name_is_another(tmp_path):
     with Hub({f'lab/{NAME}': {'model.safetensors': theirs, 'config.json': config}}) as hub:
         env = {**os.environ, **hub.env(tmp_path / 'home'), 'TIMM_ARL_HUB': 'lab'}
         done = subprocess.run([sys.executable, '-c', LOAD.replace(NAME, f'hf-hub:lab/{NAME}')], env=env,
-                              capture_output=True, text=True, timeout=200)
+                              input='load\n', capture_output=True, text=True, timeout=200)
     assert float(done.stdout) == pytest.approx(ours['fc.bias'].sum().item() + 2, abs=1e-5), done.stderr
 
 
@@ -102,8 +112,7 @@ def test_card_is_there_with_the_figures_of_the_results(call, repo, tmp_path):
     assert found == {(split, 'AUC, ' + label.replace('_', ' ')): results['metrics'][split][label]['auc']
                      for split in ('validation', 'test') for label in ('melanoma', 'seborrheic_keratosis')}
     assert results['data']['official_splits'] == ['train', 'validation', 'test']
-    done = run_snippets(card, tmp_path)
-    assert done.returncode == 0 and 'seborrheic_keratosis' in done.stdout, done.stderr
+    assert 'seborrheic_keratosis' in '\n'.join(run_snippets_here(card, tmp_path))
 
 
 def test_staged_by_name(call, tmp_path):

@@ -11,6 +11,7 @@ path.write_text(e.get('WORLD_SIZE', '1') + ' ' + e['ACCELERATE_MIXED_PRECISION']
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, nodes, processes', [('one_gpu', 1, 1), ('eight_gpus', 1, 8), ('two_nodes', 2, 16)])
 def test_launch(repo, tmp_path, name, nodes, processes):
     (tmp_path / 'script.py').write_text(SCRIPT)

@@ -43,6 +43,7 @@ def hub(tmp_path_factory):
         yield hub
 
 
+@pytest.mark.slow
 def test_data_from_a_hub(repo, hub, tmp_path):
     process = subprocess.Popen(
         [sys.executable, '-c', RUNS], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -75,6 +75,7 @@ def test_weights_are_named_after_their_images(run, tmp_path, monkeypatch, change
     assert json.loads((staged / 'results.json').read_text())['name'] == f'{config["architecture"]}.{tag}'
 
 
+@pytest.mark.slow
 def test_push_push_again_verify(run, tmp_path):
     staged = publishing.stage(run, tmp_path / 'staged')
     with Hub({}) as server:
@@ -290,7 +291,7 @@ def test_pictures_of_an_earlier_evaluation_go(run, staged, call, tmp_path):
     assert call('timm_arl.hub.__main__', 'verify', './there', '--against', staged, cwd=tmp_path).returncode == 0
 
 
-def test_places_that_are_not_for_a_push(run, staged, call, repo, tmp_path):
+def test_places_that_are_not_for_a_push(run, staged, call, monkeypatch, tmp_path):
     copy = tmp_path / 'run'
     shutil.copytree(run, copy)
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
@@ -307,11 +308,9 @@ def test_places_that_are_not_for_a_push(run, staged, call, repo, tmp_path):
     done = call('timm_arl.hub.__main__', 'card', 'arl_cnn50.a1_in1k', '--output', tmp_path / 'thesis' / 'README.md')
     assert done.returncode == 2 and 'Cannot make' in done.stderr
     again = publishing.stage(run, tmp_path / 'again')
-    for hub, folders, message in (('', [staged], 'needs a place to go: --to user/arl_cnn14.isic2017-other'),
-                                  ('me', [staged, again], 'Two of the folders would go to me/arl_cnn14.isic2017-o')):
-        done = subprocess.run([sys.executable, '-m', 'timm_arl.hub', 'push', *folders, '--yes'], text=True, cwd=repo,
-                              capture_output=True, env={**os.environ, 'TIMM_ARL_HUB': hub}, timeout=200)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+    monkeypatch.setattr('timm_arl.hub.publish.HUB', 'me')
+    done = call('timm_arl.hub.__main__', 'push', staged, again, '--yes')
+    assert done.returncode == 2 and 'Two of the folders would go to me/arl_cnn14.isic2017-o' in done.stderr, done.stderr
 
 
 def test_staging_again(run, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from PIL import Image
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import roc_auc_score
 
+from timm_arl.isic.dataset import decode, load_splits
 from timm_arl.isic.dataset.demo import DEMO_SIZES, demo_dataset
 
 
@@ -31,12 +32,16 @@ def test_columns_ids_and_labels():
     assert splits['train'][0]['image'].size == (160, 160) and splits['train'][0]['image'].mode == 'RGB'
 
 
-def test_classes_differ_but_not_trivially():
+@pytest.mark.slow
+def test_classes_of_the_default_set_differ_but_not_trivially():
     # a classifier of 12 x 12 thumbnails finds the classes, imperfectly: there is something to learn
-    splits = demo_dataset({'train': 240, 'test': 160})
+    splits = load_splits('demo')
+    assert {name: len(split) for name, split in splits.items()} == DEMO_SIZES
+    assert splits['train']['image_id'][0].startswith('DEMO_')
 
     def thumbnails(split):
-        return np.stack([np.asarray(row.resize((12, 12)), dtype=float).ravel() / 255 for row in split['image']])
+        return np.stack([np.asarray(decode(cell).resize((12, 12)), dtype=float).ravel() / 255
+                         for cell in split['image']])
 
     for label in ('melanoma', 'seborrheic_keratosis'):
         model = RandomForestClassifier(200, random_state=0).fit(thumbnails(splits['train']), splits['train'][label][:])

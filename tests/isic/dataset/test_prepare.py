@@ -18,7 +18,7 @@ from timm_arl.isic.dataset import decode, load_splits
 
 @pytest.fixture
 def run(call):
-    return partial(call, 'timm_arl.isic.dataset')
+    return partial(call, 'timm_arl.isic.dataset.__main__')
 
 
 @pytest.fixture
@@ -57,11 +57,12 @@ def test_prepared_data_are_the_originals_made_small(run, source, tmp_path):
     assert done.returncode == 2 and 'was prepared with another table of ids, labels, age and sex' in done.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(run, tmp_path):
     source = tmp_path / 'isic'
     challenge(source, count=3)
     for i in range(3, 520):  # three shards
-        picture(i, (500, 400)).save(source / 'ISIC-2017_Training_Data' / f'ISIC_0{i:06d}.jpg')
+        picture(i, (250, 200)).save(source / 'ISIC-2017_Training_Data' / f'ISIC_0{i:06d}.jpg')
     edit(truth(source), lambda t: t + ''.join(f'ISIC_0{i:06d},0.0,0.0\n' for i in range(3, 520)))
     target = tmp_path / 'parquet'
     command = [sys.executable, '-m', 'timm_arl.isic.dataset', 'prepare', str(source), str(target), '--workers', '2']

@@ -34,11 +34,6 @@ def test_real_sample(isic_sample):
     assert (sizes[:, 1] == 256).all() and (sizes[:, 0] > 256).all()  # squashed to 256 x 256, restored
 
 
-def test_demo_needs_no_files():
-    splits = load_splits('demo')
-    assert set(splits) == {'train', 'validation', 'test'} and splits['train']['image_id'][0].startswith('DEMO_')
-
-
 @pytest.mark.parametrize('make, message', [
     (lambda f: str(f / 'nowhere'), 'No folder .*nowhere: pass a folder'),
     (lambda f: './nowhere', r'No folder \./nowhere'),
