@@ -100,7 +100,7 @@ def test_files_by_timms_own_arguments(tmp_path):
 @pytest.mark.parametrize('name, kwargs, message', [
     ('arl_cnn15', {}, 'did you mean arl_cnn1'),
     ('', {}, r'Unknown model \(an empty name\)'),
-    ('user/model', {}, "Unknown model user/model: .*Use 'hf-hub:user/model'"),
+    ('user/model', {}, "Unknown model user/model: .*(Use 'hf-hub:user/model'|timm.list_models)"),
     ('Local-Dir:/nowhere/at/all', dict(pretrained=True), 'No weights at /nowhere/at/all/model.safetensors'),
     ('nothing-like-it', {}, "Unknown model nothing-like-it: timm.list_models"),
     ('arl_cnn50.no_such_tag', {}, 'no_such_tag'),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -195,7 +196,8 @@ def test_faults_that_pass(client, home, hub, weights, repo):
     if repo[4:6] == '05':
         assert [r for r in hub.requests if re.search(rf'{repo} bytes=[1-9]\d{{6,}}-', r)]  # not sent twice
     if repo[4:6] not in ('05', '07'):  # which the client resumes by itself
-        assert repo in said and ('trying again' in said or 'downloading it again' in said)
+        assert repo in said and any(words in said for words in (
+            'trying again', 'downloading it again', 'Retrying in'))  # older huggingface_hub waits by itself
     assert left_behind(home) == []
 
 
@@ -320,6 +322,8 @@ def damage(path):
     path.write_bytes(content)
 
 
+@pytest.mark.skipif(not hasattr(huggingface_hub.constants, 'HF_HUB_DISABLE_SYMLINKS'),
+                    reason='this huggingface_hub makes links wherever it can')
 def test_a_cache_without_links(hub, tmp_path, library, weights):
     """Its files do not bear the Hub's digests in their names: what comes is compared with what the Hub says."""
     lone = Client({**hub.env(tmp_path), **library, 'HF_HUB_DISABLE_SYMLINKS': '1'})

@@ -255,14 +255,14 @@ HUB_ERRORS: Tuple[Tuple[Test, str, str, bool], ...] = (
     (_is(HfHubHTTPError), 'the Hub answered {text}', NETWORK, False),
     (_is((FileMetadataError, json.JSONDecodeError)),
      'the server does not answer as a Hub does ({text})', NETWORK, True),
+    (_is((ImportError, ValueError), 'proxy', 'socks'), 'the proxy cannot be used ({text})',
+     'fix or unset ALL_PROXY, HTTP_PROXY and HTTPS_PROXY', False),
     (lambda error, text: is_of_network(error), 'the connection failed ({kind}: {text})', NETWORK, True),
     (_is(OSError, 'consistency check'), 'the download was shorter or longer than announced', NETWORK, True),
     (lambda error, text: isinstance(error, OSError) and bool(_lost_certificates()),
      '{setting} names {value}, which does not exist', 'fix or unset it', False),
     (_is(PermissionError), 'permission denied ({text})', 'allow reading and writing the cache (HF_HOME)', False),
     (_is(OSError), 'it could not be stored ({text})', 'free space for the cache, or move it (HF_HOME)', False),
-    (_is((ImportError, ValueError), 'proxy', 'socks'), 'the proxy cannot be used ({text})',
-     'fix or unset ALL_PROXY, HTTP_PROXY and HTTPS_PROXY', False),
     (_is(UnicodeEncodeError), 'the token holds a character that no token has', LOG_IN, False),
 )
 

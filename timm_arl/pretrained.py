@@ -79,7 +79,7 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
 
 def only_file(path: Path) -> Dict[str, Any]:
     """The overlay with which timm loads this file, whatever else a config names."""
-    return {'file': str(path), 'source': '', 'state_dict': None}
+    return {'file': str(path), 'source': '', 'state_dict': None, 'custom_load': False}  # older timm would expect .npz
 
 
 def pinned_sha256(repo: str) -> Optional[str]:
