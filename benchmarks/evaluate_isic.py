@@ -7,7 +7,7 @@
 
 Thresholds and temperatures are chosen on the validation split, never on the test split. The output folder receives
     metrics.json              scores keyed by split; at the threshold 0.5, and a list of other operating points
-    predictions_SPLIT.csv     image_id,melanoma,seborrheic_keratosis
+    predictions_SPLIT.csv     image_id and a probability for each label
     roc_SPLIT.png, reliability_SPLIT.png; curves.png and alphas.png where the checkpoint has a summary.csv
     report.md                 with --report: all of it on one page
     evaluation.json           what was scored and how: digest of the weights, command, versions, crops, --alpha-zero

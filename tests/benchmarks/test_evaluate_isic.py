@@ -126,26 +126,27 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
     save_network(resnet, tmp_path / 'resnet', data_config=dict(
         timm.data.resolve_model_data_config(resnet), input_size=(3, 64, 64)))
     done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', tmp_path / 'resnet', '--output-dir',
-                tmp_path / 's', '--crops', 'center', '--workers', 0)
+                tmp_path / 's', '--crops', 'center', '--workers', 0, '--split', 'validation')
     assert done.returncode == 0, done.stderr
     ours, theirs = (np.array([[float(r[label]) for label in LABELS] for r in rows(
-        tmp_path / folder / 'predictions_test.csv')]) for folder in ('r', 's'))
+        tmp_path / folder / 'predictions_validation.csv')]) for folder in ('r', 's'))
     assert np.allclose(ours, theirs, atol=1e-6)
 
 
 def test_twins_are_left_out_and_the_summary_of_another_program_is_not_drawn(call, isic_sample, checkpoint, tmp_path):
     splits = load_splits(isic_sample)
-    train, test = splits['train']['image_id'][0], splits['test']['image_id'][5]
-    (tmp_path / 'twins.csv').write_text(f'image_id_a,image_id_b\n{train},{test}\n')
+    train, twin = splits['train']['image_id'][0], splits['validation']['image_id'][5]
+    (tmp_path / 'twins.csv').write_text(f'image_id_a,image_id_b\n{train},{twin}\n')
     copy = tmp_path / 'copy'
     shutil.copytree(checkpoint, copy)
     (copy / 'summary.csv').write_text('epoch,train_loss,eval_loss\n0,1.0,1.0\n')  # as timm's train.py writes it
     done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', copy, '--output-dir', tmp_path / 'r',
-                '--workers', 0, '--drop-duplicates', tmp_path / 'twins.csv', '--crops', 'center')
+                '--workers', 0, '--drop-duplicates', tmp_path / 'twins.csv', '--crops', 'center',
+                '--split', 'validation')
     assert done.returncode == 0 and 'summary.csv is not from a run of finetune_isic.py' in done.stdout, done.stderr
     assert not (tmp_path / 'r' / 'curves.png').exists()
-    ids = [r['image_id'] for r in rows(tmp_path / 'r' / 'predictions_test.csv')]
-    assert test not in ids and len(ids) == len(splits['test']) - 1
+    ids = [r['image_id'] for r in rows(tmp_path / 'r' / 'predictions_validation.csv')]
+    assert twin not in ids and len(ids) == len(splits['validation']) - 1
 
 
 def test_an_output_folder_holds_one_evaluation_and_no_run(call, isic_sample, checkpoint, tmp_path):

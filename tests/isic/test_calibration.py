@@ -29,9 +29,9 @@ def test_temperature_is_found_again():
     for temperature in (0.4, 1., 3.):
         overconfident = expit(logits * temperature)
         assert fit_temperature(truth, overconfident) == pytest.approx(temperature, rel=0.03)
-        mended = apply_temperature(overconfident, temperature)
-        assert np.allclose(logit(mended), logits, atol=1e-6)
-        assert expected_calibration_error(truth, mended) < 0.005
+        calibrated = apply_temperature(overconfident, temperature)
+        assert np.allclose(logit(calibrated), logits, atol=1e-6)
+        assert expected_calibration_error(truth, calibrated) < 0.005
     assert expected_calibration_error(truth, expit(logits * 3)) > 0.05
     assert np.isfinite(apply_temperature(np.array([0., 1.]), 2.)).all()
 

@@ -7,6 +7,7 @@ from scipy.stats import norm
 
 from timm_arl.isic.intervals import delong_covariance, delong_interval, delong_test
 from timm_arl.isic.metrics import auc, compare
+from timm_arl.isic.task import LABELS
 
 
 def structural_components(truth, scores):
@@ -70,7 +71,7 @@ def test_comparison_of_two_files():
     truth = np.stack(truth, 1)
     first, second = (np.stack([s[i] for s in scores], 1) for i in (0, 1))
     result = compare(truth, first, second)
-    for k, label in enumerate(('melanoma', 'seborrheic_keratosis')):
+    for k, label in enumerate(LABELS):
         row = result[label]
         assert row['difference'] == pytest.approx(auc(truth[:, k], second[:, k]) - auc(truth[:, k], first[:, k]))
         low, high = row['difference_ci95']

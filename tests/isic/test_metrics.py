@@ -16,6 +16,7 @@ from timm_arl.isic.metrics import (
     threshold_for_sensitivity,
     youden_threshold,
 )
+from timm_arl.isic.task import LABELS
 
 
 def pairs_auc(truth, scores):
@@ -34,13 +35,13 @@ def test_figures_of_the_official_scorer(repo):
             rows = {row['image_id']: row for row in csv.DictReader(file)}
         tables.append(rows)
     truth, predictions = (
-        np.array([[float(rows[i][label]) for label in ('melanoma', 'seborrheic_keratosis')] for i in tables[0]])
+        np.array([[float(rows[i][label]) for label in LABELS] for i in tables[0]])
         for rows in tables)
     scores = score_split(truth, predictions, resamples=10)
     assert scores['mean_auc'] == pytest.approx(official['mean_auc'], abs=1e-9)
     names = {'accuracy': 'accuracy', 'sensitivity': 'sensitivity', 'specificity': 'specificity', 'ppv': 'ppv',
              'npv': 'npv', 'auc': 'auc', 'auc_sens_80': 'auc_sens_80', 'ap': 'average_precision'}
-    for label in ('melanoma', 'seborrheic_keratosis'):
+    for label in LABELS:
         for theirs, ours in names.items():
             assert scores[label][ours] == pytest.approx(official[label][theirs], abs=1e-9), (label, ours)
 
@@ -104,14 +105,14 @@ def test_split_scores_and_intervals():
     truth = (rng.random((150, 2)) < 0.25).astype(np.float32)
     probabilities = np.clip(truth * 0.3 + rng.random((150, 2)) * 0.7, 0, 1)
     scores = score_split(truth, probabilities)
-    assert set(scores) == {'melanoma', 'seborrheic_keratosis', 'mean_auc', 'mean_auc_ci95'}
-    for k, label in enumerate(('melanoma', 'seborrheic_keratosis')):
+    assert set(scores) == {*LABELS, 'mean_auc', 'mean_auc_ci95'}
+    for k, label in enumerate(LABELS):
         value, (low, high) = scores[label]['auc'], scores[label]['auc_ci95']
         assert value == pytest.approx(pairs_auc(truth[:, k], probabilities[:, k]), abs=1e-12)
         assert low < value < high and 0.02 < high - low < 0.4
     assert scores['mean_auc'] == pytest.approx((scores['melanoma']['auc'] + scores['seborrheic_keratosis']['auc']) / 2)
     assert scores['mean_auc_ci95'][1] - scores['mean_auc_ci95'][0] < min(
-        np.diff(scores[label]['auc_ci95'])[0] for label in ('melanoma', 'seborrheic_keratosis'))
+        np.diff(scores[label]['auc_ci95'])[0] for label in LABELS)
     assert score_split(truth, probabilities) == scores  # seeded
 
 
