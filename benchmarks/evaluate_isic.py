@@ -75,14 +75,14 @@ def build_parser():
         description=__doc__.split('\n\n')[0], epilog=__doc__.split('\n\n', 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--data', required=True, metavar='DIR|HUB_ID|demo', help='as for finetune_isic.py')
+    add('--data', required=True, metavar='DIR|HUB_ID|demo', help='folder, Hub id or demo, as for finetune_isic.py')
     add('--checkpoint', required=True, metavar='OUT|NAME',
-        help='output folder of finetune_isic.py, or a timm name whose pretrained weights have its outputs')
+        help='output folder of finetune_isic.py, or a timm name whose weights have the same outputs')
     add('--split', default='test', choices=['validation', 'test'],
         help='the split to score; validation is always scored (default: %(default)s)')
     add('--crops', choices=CROPS,
         help="crops per image, whose probabilities are averaged (default: as in the checkpoint's run, or multiscale)")
-    add('--output-dir', required=True, help='another folder than the run of the checkpoint')
+    add('--output-dir', required=True, help="where to write; not the folder of the checkpoint's run")
     add('--report', action='store_true', help='write report.md')
     add('--alpha-zero', action='store_true', help='set every alpha to 0: the same network without its attention')
     add('--compare', metavar='PREDICTIONS.csv',
