@@ -230,7 +230,7 @@ def evaluate(args):
             read_predictions(args.compare, splits[args.split]['image_id'])
         except ValueError as error:
             raise RunError(f'--compare: {error}') from error
-    check_images(splits, args, accelerator)
+    check_images(splits, args, accelerator, data_config)
     loaders = {name: image_loader(args, split, data_config, accelerator) for name, split in splits.items()}
     truth = {name: loader.dataset.labels.numpy() for name, loader in loaders.items()}
     if accelerator.is_main_process:

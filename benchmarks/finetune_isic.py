@@ -41,12 +41,12 @@ from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, auc_table, score_split
 from timm_arl.isic.predictions import write_predictions
 from timm_arl.isic.task import DIAGNOSES, HEADS, LABELS, balancing_weights, diagnoses_of, label_words
-from timm_arl.isic.transforms import CROP_PCT, train_transform
+from timm_arl.isic.transforms import CROP_PCT
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError
 from timm_arl.training.distillation import Student, Teacher, mask_loss
 from timm_arl.training.folds import check_start, run_each
-from timm_arl.training.images import check_images, image_loader, learns_masks, predict
+from timm_arl.training.images import check_images, epoch_sides, image_loader, learns_masks, predict
 from timm_arl.training.options import build_parser, parse_args
 from timm_arl.training.preview import preview
 from timm_arl.training.runs import (
@@ -194,12 +194,6 @@ def train(args, accelerator, splits, out):
             for module in model.modules():
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                     module.eval()
-        side = img_size
-        if args.start_size:
-            grown = (img_size - args.start_size) * epoch / max(args.epochs - 1, 1)
-            side = args.start_size + 32 * round(grown / 32)
-            side = img_size if img_size - side < 32 or epoch == args.epochs - 1 else side
-            train_set.transform = train_transform(side, data_config['mean'], data_config['std'], args.augmentation)
         loaders['train'].set_epoch(epoch)  # of its batches and its images
         total_loss, total_mask_loss = torch.zeros(2, device=accelerator.device)
         bar = tqdm(loaders['train'], desc=f'epoch {epoch + 1}/{args.epochs}', leave=False,
@@ -256,7 +250,7 @@ def train(args, accelerator, splits, out):
             **{f'validation_auc_{label}': value for label, value in zip(LABELS, aucs)},
             'validation_mean_auc': float(np.mean(aucs)),
             'lr': optimizer.param_groups[0]['lr'],
-            'img_size': side,
+            'img_size': epoch_sides(args, img_size)[epoch],
             **{name: kept_network.get_parameter(name).item() for name in alphas},
         }
         accelerator.log(row, step=epoch + 1)
@@ -337,7 +331,7 @@ def main():
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))
             accelerator.print(f'No fold parts the pairs of {args.duplicates}.')
-        check_images(splits, args, accelerator)
+        check_images(splits, args, accelerator, None if args.folds else data_config)
         name = f'{args.model}-{Path(args.data).name}-{time.strftime("%Y%m%d-%H%M%S")}'
         name = name.replace('/', '-').replace(':', '-')
         out = Path(broadcast_object_list([args.output_dir or f'runs/{name}'])[0])

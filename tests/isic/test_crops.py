@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from timm_arl.isic.crops import SCALES, patch_boxes, patches, shorter_side_for
-from timm_arl.isic.images import open_reduced
+from timm_arl.isic.images import decode
 
 
 def picture(width=1600, height=1200):
@@ -17,8 +17,7 @@ def picture(width=1600, height=1200):
 def encoded(image, fmt='JPEG'):
     file = io.BytesIO()
     image.save(file, fmt, **(dict(quality=95) if fmt == 'JPEG' else {}))
-    file.seek(0)
-    return file
+    return {'bytes': file.getvalue(), 'path': None}
 
 
 def test_scales_and_place_are_the_papers():
@@ -39,12 +38,11 @@ def test_scales_and_place_are_the_papers():
     ('JPEG', 1120, (1600, 1200)), ('JPEG', 600, (800, 600)), ('JPEG', 300, (400, 300)), ('JPEG', 1, (200, 150)),
     ('JPEG', 5000, (1600, 1200)), ('PNG', 300, (1600, 1200))])
 def test_decoding_is_reduced_as_far_as_asked_and_no_further(fmt, shorter, expected):
-    assert open_reduced(encoded(picture(), fmt), shorter).size == expected
+    assert decode(encoded(picture(), fmt), shorter).size == expected
 
 
 def test_reduced_decoding_gives_the_same_patches():
-    jpeg = encoded(picture()).getvalue()
-    full, reduced = (open_reduced(io.BytesIO(jpeg), side) for side in (10 ** 6, shorter_side_for(56)))
+    full, reduced = (decode(encoded(picture()), side) for side in (None, shorter_side_for(56)))
     assert reduced.size == (400, 300)
     for k in range(3):
         both = []
@@ -58,13 +56,16 @@ def test_reduced_decoding_gives_the_same_patches():
 def test_no_patch_is_enlarged():
     assert min(SCALES) * shorter_side_for(224) >= 224
     assert min(SCALES) * 3000 / 2 >= 224  # so a 12-megapixel photograph is decoded at half its size
-    assert open_reduced(encoded(picture(4000, 3000)), shorter_side_for(224)).size == (2000, 1500)
+    assert decode(encoded(picture(4000, 3000)), shorter_side_for(224)).size == (2000, 1500)
 
 
 def test_modes_and_faults():
-    assert open_reduced(encoded(picture().convert('CMYK')), 300).mode == 'RGB'
-    assert open_reduced(encoded(picture().convert('L')), 300).mode == 'RGB'
-    with pytest.raises(OSError):
-        open_reduced(io.BytesIO(encoded(picture()).getvalue()[:5000]), 300)
-    with pytest.raises(OSError):
-        open_reduced(io.BytesIO(b'no picture'), 300)
+    for mode in ('CMYK', 'L'):
+        small = decode(encoded(picture().convert(mode)), 300)
+        assert small.mode == 'RGB' and small.size == (400, 300)
+    whole = encoded(picture())['bytes']
+    for side in (None, 1):  # a small decode finds a truncated file too
+        with pytest.raises(OSError, match='truncated'):
+            decode({'bytes': whole[:len(whole) * 3 // 4], 'path': None}, side)
+    with pytest.raises(OSError, match='not an image in a format that Pillow knows'):
+        decode({'bytes': b'no picture', 'path': None}, 300)

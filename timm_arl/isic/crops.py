@@ -1,19 +1,26 @@
-"""Patches of several scales from one picture, as the paper cuts them, decoded no larger than they need."""
+"""Patches of several scales from one picture, as the paper cuts them, and how large the picture must be for them."""
+import math
 from typing import Iterator, List, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
 
-__all__ = ['SCALES', 'multiscale_boxes', 'patch_boxes', 'patches', 'shorter_side_for']
+__all__ = ['MULTISCALE', 'SCALES', 'multiscale_boxes', 'patch_boxes', 'patches', 'shorter_side_for']
 
-SCALES = (1 / 5, 2 / 5, 3 / 5, 4 / 5)  # side of a patch, as a share of the picture's shorter side
+SCALES = (1 / 5, 2 / 5, 3 / 5, 4 / 5)  # side of a patch of the paper, as a share of the picture's shorter side
+MULTISCALE = (1., 4 / 5, 3 / 5)  # the same of the centred squares of multiscale_boxes
 
 Box = Tuple[float, float, float, float]
 
 
-def shorter_side_for(img_size: int) -> int:
-    """Shorter side in pixels that a picture needs so that no patch has to be enlarged to ``img_size``."""
-    return round(img_size / min(SCALES))
+def shorter_side_for(img_size: float, share: float = min(SCALES)) -> int:
+    """Shorter side in pixels that a picture needs so that no patch has to be enlarged to ``img_size``.
+
+    Args:
+        img_size: Side of the network's input in pixels.
+        share: Side of the smallest patch, as a share of the picture's shorter side.
+    """
+    return math.ceil(round(img_size / share, 6))
 
 
 def patch_boxes(
@@ -44,7 +51,7 @@ def patch_boxes(
 
 
 def multiscale_boxes(size: Tuple[int, int]) -> List[Box]:
-    """Five squares that see a whole picture: centred ones of 1, 4/5 and 3/5 of its shorter side, and its two ends.
+    """Five squares that cover a picture: centred ones of 1, 4/5 and 3/5 of its shorter side, and one at each end.
 
     Args:
         size: Width and height of the picture.
@@ -55,7 +62,7 @@ def multiscale_boxes(size: Tuple[int, int]) -> List[Box]:
     width, height = size
     shorter = min(size)
     boxes = []
-    for share in (1., 4 / 5, 3 / 5):
+    for share in MULTISCALE:
         half = share * shorter / 2
         boxes.append((width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half))
     return [*boxes, (0., 0., shorter, shorter), (width - shorter, height - shorter, width, height)]

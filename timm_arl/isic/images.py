@@ -1,52 +1,78 @@
 """From an image file to an upright RGB picture of 8 bits."""
 import io
+import re
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Tuple, Union
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader
 
-__all__ = ['decode', 'decode_mask', 'open_reduced', 'read_image', 'unreadable_images']
+__all__ = ['decode', 'decode_mask', 'read_image', 'readings', 'reason_of', 'unreadable_images']
 
 
-def decode(image: Optional[Dict]) -> Image.Image:
+def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Image:
     """Decode an undecoded image cell to an RGB picture, turned as its EXIF orientation says.
 
     16-bit grey is scaled to 8 bits, CMYK and palettes are converted, an alpha channel is dropped.
 
+    Args:
+        cell: ``{'bytes': ..., 'path': ...}``, one of them None.
+        shorter_side: Pixels that the shorter side should keep, where it has them. A JPEG is then decoded at 1/2, 1/4 or
+            1/8 of its size straight from its coefficients, other formats in full. None: in full.
+
     Raises:
-        OSError: No bytes, a format unknown to Pillow, a truncated file, one of unreasonably many pixels, or of
-            floating-point ones, whose white is not known.
+        OSError: No bytes, a file that may not be read, a format unknown to Pillow, a truncated file, one of too many
+            pixels, or of floating-point ones, whose white is not known.
     """
-    if image is None or (image['bytes'] is None and image['path'] is None):
-        raise OSError('no bytes')
-    source = image['path'] if image['bytes'] is None else io.BytesIO(image['bytes'])
+    if cell is None or (cell['bytes'] is None and cell['path'] is None):
+        raise OSError('it has no bytes')
+    source = cell['path'] if cell['bytes'] is None else io.BytesIO(cell['bytes'])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # 100 megapixels are a photograph here
             with Image.open(source) as picture:
+                if shorter_side:
+                    _reduce(picture, shorter_side)
                 picture = ImageOps.exif_transpose(picture)
                 if picture.mode == 'F':
-                    raise OSError('floating-point pixels')
+                    raise OSError('it has floating-point pixels')
                 if picture.mode.startswith('I'):  # 16 bits of grey, which convert would cut off at 255
                     values = np.asarray(picture, np.float32)
                     picture = Image.fromarray((values / 257 if values.max() > 255 else values).round().astype(np.uint8))
                 return picture.convert('RGB')
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises beside OSError
+    except UnidentifiedImageError as error:
+        raise OSError('it is not an image in a format that Pillow knows') from error
+    except Image.DecompressionBombError as error:
+        pixels, limit = (int(number) / 1e6 for number in re.findall(r'\d+', str(error))[:2])
+        raise OSError(f'it has {pixels:.0f} megapixels, above the limit of {limit:.0f}') from error
+    except (SyntaxError, ValueError) as error:  # what else Pillow raises beside OSError
         raise OSError(str(error)) from error
 
 
-def read_image(path: Union[str, Path]) -> Image.Image:
-    """A picture of any format as the networks here have been shown it: RGB, upright.
+def _reduce(picture: Image.Image, shorter_side: int) -> None:
+    """Let a JPEG be decoded smaller, but never make it square by rounding: a square is taken for a squashed copy."""
+    width, height = picture.size
+    for scale in (8, 4, 2):
+        square = -(-width // scale) == -(-height // scale)
+        if min(width, height) // scale >= shorter_side and square == (width == height):
+            picture.draft(None, (width // scale, height // scale))
+            return
+
+
+def read_image(path: Union[str, Path], shorter_side: Optional[int] = None) -> Image.Image:
+    """Read a picture of any format as the networks here are shown it: RGB, upright.
 
     Args:
         path: Image file.
+        shorter_side: As for decode.
 
     Raises:
         OSError: As decode.
     """
-    return decode({'bytes': None, 'path': str(path)})
+    return decode({'bytes': None, 'path': str(path)}, shorter_side)
 
 
 def decode_mask(mask: Dict, size: Tuple[int, int]) -> Image.Image:
@@ -57,7 +83,7 @@ def decode_mask(mask: Dict, size: Tuple[int, int]) -> Image.Image:
         size: Width and height of the image it belongs to, decoded.
 
     Raises:
-        OSError: As decode, or a mask that lies across its image, one of them turned and the other not.
+        OSError: As decode, or a mask that is turned by 90 degrees against its image.
     """
     picture = decode(mask).convert('L')
     if (picture.width - picture.height) * (size[0] - size[1]) < 0:
@@ -65,44 +91,61 @@ def decode_mask(mask: Dict, size: Tuple[int, int]) -> Image.Image:
     return picture
 
 
-def unreadable_images(split: Any, progress: Callable = iter, masks: bool = False) -> List[int]:
-    """Row numbers of the images that do not decode.
+def reason_of(error: OSError) -> str:
+    """Why an image cannot be read: 'Permission denied: /data/ISIC_1.jpg'."""
+    return f'{error.strerror}: {error.filename}' if error.strerror else str(error)
+
+
+class _Readings:
+    """For a DataLoader: (row, what `read` gives of it, None), or (row, None, reason)."""
+
+    def __init__(self, read: Callable[[int], Any], rows: Sequence[int]) -> None:
+        self.read, self.rows = read, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Tuple[int, Any, Optional[str]]:
+        try:
+            return self.rows[i], self.read(self.rows[i]), None
+        except OSError as error:
+            return self.rows[i], None, reason_of(error)
+
+
+def readings(read: Callable[[int], Any], rows: Sequence[int], workers: int = 0) -> Iterable:
+    """Read images in worker processes: (row, what `read` gives, None) of each, or (row, None, why it cannot be read).
+
+    Args:
+        read: Takes a row number; raises OSError where its image cannot be read.
+        rows: Row numbers.
+        workers: Processes; 0: this one.
+    """
+    return DataLoader(_Readings(read, rows), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+
+
+def unreadable_images(
+        split: Any,
+        progress: Callable = iter,
+        masks: bool = False,
+        rows: Optional[Sequence[int]] = None,
+        workers: int = 0,
+) -> Dict[int, str]:
+    """Row numbers of the images that cannot be read, and why.
 
     Args:
         split: A split of load_splits.
         progress: Wraps the iteration, for a progress bar.
-        masks: Whether those whose mask does not decode are named too.
+        masks: Whether masks are read too.
+        rows: Row numbers to look at; None: all.
+        workers: Processes that read; 0: this one.
     """
-    columns = ['image', *['mask'] * (masks and 'mask' in split.column_names)]
-    cells, bad = split.select_columns(columns), []
-    for row in progress(range(len(cells))):
-        try:
-            cell = cells[row]
-            size = decode(cell['image']).size
-            if cell.get('mask') is not None:
-                decode_mask(cell['mask'], size)
-        except OSError:
-            bad.append(row)
-    return bad
+    cells = split.select_columns(['image', *['mask'] * (masks and 'mask' in split.column_names)])
+    found = readings(partial(_read, cells), range(len(cells)) if rows is None else rows, workers)
+    return {row: reason for row, _, reason in progress(found) if reason}
 
 
-def open_reduced(source: Union[str, BinaryIO], shorter_side: int) -> Image.Image:
-    """Decode a picture at the smallest size a JPEG gives cheaply, with at least the shorter side that is asked for.
-
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size straight from its coefficients; other formats at full size.
-
-    Args:
-        source: File name or binary file.
-        shorter_side: Pixels that the shorter side should keep, where it has them.
-
-    Returns:
-        RGB picture, of the whole field of view.
-
-    Raises:
-        OSError: Not a picture, or a truncated one.
-    """
-    with Image.open(source) as picture:
-        # Pillow takes the largest reduction that leaves both sides at least this long
-        scale = shorter_side / min(picture.size)
-        picture.draft('RGB', (round(picture.width * scale), round(picture.height * scale)))
-        return picture.convert('RGB')
+def _read(cells: Any, row: int) -> None:
+    cell = cells[row]
+    size = decode(cell['image'], shorter_side=1).size  # as small as can be: all of the file is read all the same
+    if cell.get('mask') is not None:
+        decode_mask(cell['mask'], size)

@@ -1,8 +1,9 @@
 """What a DataLoader is given: images as the network is shown them, the batches of an epoch, and streams."""
 import collections
 import itertools
+import math
 import zlib
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 from ..extras import require
 
@@ -17,7 +18,7 @@ from torch.utils.data import default_collate, get_worker_info
 from torchvision import tv_tensors
 
 from .dataset import DataError, StreamedSplit, label_array
-from .images import decode, decode_mask
+from .images import decode, decode_mask, reason_of
 from .task import LABELS, balancing_weights, diagnoses_of
 from .transforms import grey_world, lesion_crop, restore_aspect
 
@@ -36,7 +37,7 @@ class IsicImages:
 
     def __init__(
             self,
-            transform: Callable,
+            transform: Union[Callable, List[Callable]],
             seed: int = 0,
             keep_aspect: bool = True,
             colour_constancy: bool = False,
@@ -47,7 +48,8 @@ class IsicImages:
         """
         Args:
             transform: RGB picture to tensor; with_masks, picture and mask to two tensors, as those of
-                torchvision.transforms.v2 do.
+                torchvision.transforms.v2 do. JPEGs are decoded no larger than its ``shorter_side`` needs, where it has
+                one. A list: one for each epoch.
             seed: Seed of the random transforms.
             keep_aspect: Undo the squash of square copies.
             colour_constancy: Grey-world.
@@ -63,24 +65,38 @@ class IsicImages:
         self.crop_to_lesion = crop_to_lesion
         self.with_masks = with_masks
         self.every_epoch = every_epoch
-        self.epoch = 0
+        self.shared_epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive an epoch
+
+    @property
+    def epoch(self) -> int:
+        return int(self.shared_epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation of another epoch."""
-        self.epoch = epoch if self.every_epoch else 0
+        """Choose the augmentation of another epoch, for the workers of a loader too."""
+        self.shared_epoch.fill_(epoch if self.every_epoch else 0)
+
+    def epoch_transform(self) -> Callable:
+        """The transform of this epoch."""
+        return self.transform[self.epoch] if isinstance(self.transform, list) else self.transform
 
     def prepared(self, cells: Dict[str, Any]) -> Tuple[Image.Image, Optional[Image.Image]]:
         """The RGB picture that is handed to the transform, and the lesion's mask, of its size, where one is wanted.
 
         Raises:
-            OSError: An image or mask that does not decode.
+            OSError: An image or mask that cannot be read.
         """
-        image = decode(cells['image'])
+        has_mask = cells.get('mask') is not None
+        shorter_side = getattr(self.epoch_transform(), 'shorter_side', None)
+        if shorter_side and self.crop_to_lesion and has_mask:
+            shorter_side = None  # the lesion may be a small part of the picture
+        elif shorter_side and (cells.get('aspect_ratio') or 1) < 1:
+            shorter_side = math.ceil(shorter_side / cells['aspect_ratio'])  # a square copy will be made narrower
+        image = decode(cells['image'], shorter_side)
         size = image.size
         if 'aspect_ratio' in cells:  # first, since a square crop is no squashed copy
             image = restore_aspect(image, cells['aspect_ratio'])
         mask = None
-        if cells.get('mask') is not None:
+        if has_mask:
             mask = decode_mask(cells['mask'], size).resize(image.size, Image.Resampling.BILINEAR)
             if self.crop_to_lesion:
                 image, mask = lesion_crop(image, mask), lesion_crop(mask, mask)
@@ -101,20 +117,28 @@ class IsicImages:
             occurrence: How often the epoch has shown it before.
         """
         entropy = (self.seed, self.epoch, occurrence, zlib.crc32(image_id.encode()))
+        transform = self.epoch_transform()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+            # the CPU's generator alone: torch.manual_seed would seed those of all devices
+            torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             if not self.with_masks:
-                return self.transform(image),
+                return transform(image),
             known = mask is not None
             pixels = torch.from_numpy(np.array(mask if known else Image.new('L', image.size)))[None]
-            tensor, pixels = self.transform(image, tv_tensors.Mask(pixels))
+            tensor, pixels = transform(image, tv_tensors.Mask(pixels))
             return tensor, pixels.as_subclass(torch.Tensor) / 255. if known else torch.full(pixels.shape, torch.nan)
 
 
 class IsicSplit(IsicImages, torch.utils.data.Dataset):
     """One split for a DataLoader."""
 
-    def __init__(self, split: datasets.Dataset, transform: Callable, seed: int = 0, **kwargs) -> None:
+    def __init__(
+            self,
+            split: datasets.Dataset,
+            transform: Union[Callable, List[Callable]],
+            seed: int = 0,
+            **kwargs,
+    ) -> None:
         """
         Args:
             split: A split of load_splits.
@@ -133,21 +157,30 @@ class IsicSplit(IsicImages, torch.utils.data.Dataset):
         """The RGB picture that is handed to the transform."""
         return self.prepared(self.cells[row])[0]
 
-    def __getitem__(self, index: int) -> Tuple:
-        """What the transform makes of an image, labels (2,) as float32, the row number, and, with_masks, the mask.
+    def shown(self, index: int) -> Tuple[torch.Tensor, ...]:
+        """What the transform makes of an image and, with_masks, of its mask.
 
         Args:
             index: Row number, plus the number of rows for each time that the epoch has shown the image before.
+
+        Raises:
+            OSError: An image or mask that cannot be read.
         """
         occurrence, row = divmod(index, len(self))
-        image, *mask = self.transformed(*self.prepared(self.cells[row]), self.image_ids[row], occurrence)
+        return self.transformed(*self.prepared(self.cells[row]), self.image_ids[row], occurrence)
+
+    def __getitem__(self, index: int) -> Tuple:
+        """What the transform makes of an image, its labels as float32, the row number, and, with_masks, the mask."""
+        row = index % len(self)
+        image, *mask = self.shown(index)
         return image, self.labels[row], row, *mask
 
 
 class EpochBatches(torch.utils.data.Sampler):
-    """The batches of a training epoch: drawn from seed and epoch alone, and each image once, however many processes.
+    """The batches of a training epoch: drawn from seed and epoch alone, each image once for any number of processes.
 
-    A last batch that is not full is divided among the processes; one too small for that joins the batch before it.
+    A last batch that is not full is divided among the processes, or joins the batch before it where that would leave a
+    process fewer than two images.
     """
 
     def __init__(
@@ -162,8 +195,8 @@ class EpochBatches(torch.utils.data.Sampler):
     ) -> None:
         """
         Args:
-            labels: Shape (N, 2).
-            batch_size: Images a process.
+            labels: Shape (N, labels).
+            batch_size: Images per process.
             seed: Seed of the order.
             patches_per_image: How often an epoch shows each image.
             balanced: Draw N * patches_per_image images with replacement instead, each diagnosis as often as another.
@@ -221,16 +254,16 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
     """The batches of a training epoch from Parquet shards, for a DataLoader of ``batch_size=None``.
 
     There are as many as EpochBatches gives, of the same sizes. Each process, and each worker of its loader, reads
-    shards of its own, in an order of the epoch, where there are enough for all; processes that find a number of shards
-    that they cannot share evenly read all of them and show every so-manieth image. A reader that has none left begins
-    again, until the epoch is full.
+    shards of its own, in an order of the epoch. Where the number of shards is no multiple of the number of processes,
+    each process reads all shards and takes every n-th image. A reader that has no image left starts again, until the
+    epoch is full.
     """
 
     def __init__(
             self,
             split: StreamedSplit,
             batches: EpochBatches,
-            transform: Callable,
+            transform: Union[Callable, List[Callable]],
             seed: int = 0,
             skip_bad_images: bool = False,
             **kwargs,
@@ -238,10 +271,10 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
         """
         Args:
             split: The split train of load_splits.
-            batches: How many images a process and step, and how often an epoch shows an image: where they are
-                balanced, one of a rare diagnosis comes several times, and one of a frequent diagnosis not always.
+            batches: Number of images per process and step, and how often an epoch shows an image: if balanced, one of
+                a rare diagnosis several times, and one of a frequent diagnosis not in every epoch.
             transform, seed, **kwargs: Of :class:`IsicImages`.
-            skip_bad_images: Leave out an image that does not decode, with a line that names it.
+            skip_bad_images: Leave out an image that cannot be read, with a line that names it.
         """
         super().__init__(transform, seed, **kwargs)
         self.batches = batches
@@ -259,13 +292,13 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
         return len(self.batches)
 
     def workers(self, wanted: int) -> int:
-        """How many workers of a loader find shards of their own.
+        """Number of workers of a loader that can have shards of their own.
 
         Args:
-            wanted: No more than so many.
+            wanted: Upper limit.
 
         Raises:
-            DataError: Several readers of shards that lack a diagnosis could not balance them.
+            DataError: The diagnoses are to be balanced by several readers, but a shard lacks one.
         """
         workers = min(wanted, self.stream.num_shards)
         readers = max(workers, 1) * self.batches.processes
@@ -273,8 +306,8 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
         if self.batches.balanced and readers > 1 and min(kinds) < self.kinds:
             raise DataError(
                 f'The shards of train do not all have every diagnosis, so that {readers} readers (processes times '
-                f'--workers) could not balance them: mix the images before they are written, pass --workers 1 to a '
-                f'single process, or choose --balance weights.')
+                f'--workers) cannot balance them: shuffle the images before the shards are written, use one process '
+                f'with --workers 1, or choose --balance weights.')
         return workers
 
     def __iter__(self) -> Iterator[List]:
@@ -286,10 +319,11 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
 
     def _examples(self) -> Iterator[Tuple]:
         stream = self.stream.map(self._repeat, batched=True).shuffle(self.seed, buffer_size=SHUFFLE_BUFFER)
-        any_shown, bad = False, []
+        any_shown = False
+        bad: Dict[str, str] = {}  # image_id: reason
         for self.passes in itertools.count():
             self.rows = 0
-            shown: Dict[str, int] = collections.Counter()  # what a reader has in a pass, no other has in it
+            shown: Dict[str, int] = collections.Counter()  # within a pass, no two readers have the same image
             stream.set_epoch(self.epoch + self.passes * MANY_EPOCHS)
             for cells in stream:
                 image_id = str(cells['image_id'])
@@ -297,11 +331,12 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
                     prepared = self.prepared(cells)
                 except OSError as error:
                     if not self.skip_bad_images:
-                        raise DataError(f'The train image {image_id} does not decode: mend it, or leave such images '
-                                        f'out with --skip-bad-images.') from error
+                        raise DataError(f'The train image {image_id} cannot be read ({reason_of(error)}): fix it, or '
+                                        f'leave such images out with --skip-bad-images.') from error
                     if image_id not in bad:
-                        print(f'Leaving out the train image {image_id}, which does not decode.', flush=True)
-                        bad.append(image_id)
+                        bad[image_id] = reason_of(error)
+                        print(f'Leaving out the train image {image_id}: it cannot be read ({bad[image_id]}).',
+                              flush=True)
                     continue
                 occurrence = shown[image_id] + self.passes * MANY_EPOCHS
                 shown[image_id] += 1
@@ -310,13 +345,13 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
                 image, *mask = self.transformed(*prepared, image_id, occurrence)
                 yield image, labels, image_id, *mask
             if not self.rows:
-                raise DataError('There are more processes than train images to stream: start fewer.')
+                raise DataError('There are more processes than train images to stream: start fewer processes.')
             if bad and not any_shown:
-                raise DataError(f'Of the images that one reader streams none decodes ({", ".join(bad[:10])}): '
-                                f'mend them, or read with fewer processes and --workers 1.')
+                raise DataError(f'One reader can read none of the images that it streams ({", ".join(list(bad)[:10])}: '
+                                f'{next(iter(bad.values()))}): fix them, or use fewer processes and --workers 1.')
 
     def _repeat(self, rows: Dict[str, List]) -> Dict[str, List]:
-        """Each row as often as the epoch shows it; what is left of a whole number is drawn by lot."""
+        """Each row as often as the epoch shows it; fractions are rounded up or down at random."""
         which: List[int] = []
         for i, image_id in enumerate(rows['image_id']):
             expected = self.copies[diagnoses_of([rows[label][i] for label in LABELS])]

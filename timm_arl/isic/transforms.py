@@ -1,17 +1,17 @@
 """From a picture of any size to what the network sees. torchvision.transforms.v2 does the pixel work."""
 import math
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, Optional, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from .crops import SCALES, multiscale_boxes, patch_boxes, patches
+from .crops import MULTISCALE, SCALES, multiscale_boxes, patch_boxes, patches, shorter_side_for
 
 __all__ = [
-    'AUGMENTATIONS', 'CROPS', 'CROP_PCT', 'USUAL_ASPECT_RATIO', 'eval_transform', 'grey_world', 'lesion_crop',
-    'restore_aspect', 'train_transform',
+    'AUGMENTATIONS', 'CROPS', 'CROP_PCT', 'USUAL_ASPECT_RATIO', 'EvalCrops', 'Transform', 'eval_transform',
+    'grey_world', 'lesion_crop', 'normalisation', 'restore_aspect', 'train_transform',
 ]
 
 AUGMENTATIONS = ('modern', 'paper', 'plain')
@@ -19,6 +19,7 @@ CROPS = ('multiscale', 'paper', 'center')
 CROP_PCT = 0.875  # a centre crop's share of the shorter side, as timm's
 USUAL_ASPECT_RATIO = 1.5  # of ISIC 2017 images whose own is not known
 PAPER_TEST_PATCHES = 9
+ZOOM = (0.9, 1.1)  # of the paper's training patches, in width and height
 
 
 def restore_aspect(image: Image.Image, aspect_ratio: Optional[float]) -> Image.Image:
@@ -75,18 +76,30 @@ def lesion_crop(image: Image.Image, mask: Optional[Image.Image], margin: float =
 class RandomPatch:
     """A patch of the paper's: one of four scales, from the central part, zoomed by 90 to 110 % in width and height."""
 
-    def __init__(self, img_size: int, zoom: Tuple[float, float] = (0.9, 1.1)) -> None:
+    def __init__(self, img_size: int) -> None:
         self.img_size = img_size
-        self.zoom = zoom
 
     def __call__(self, image: Image.Image) -> Image.Image:
         rng = _generator()
         (left, top, right, bottom), = patch_boxes(image.size, 1, rng, scales=[rng.choice(SCALES)])
         x, y = (left + right) / 2, (top + bottom) / 2
-        half_width, half_height = ((right - left) / 2 / rng.uniform(*self.zoom) for _ in range(2))
+        half_width, half_height = ((right - left) / 2 / rng.uniform(*ZOOM) for _ in range(2))
         box = (max(x - half_width, 0), max(y - half_height, 0),
                min(x + half_width, image.width), min(y + half_height, image.height))
         return next(patches(image, [box], self.img_size))
+
+
+class Transform(v2.Compose):
+    """Steps one after another, and what they need.
+
+    Attributes:
+        shorter_side: Pixels that the shorter side of a picture should have, so that no part of it is enlarged because
+            it was decoded small; None: all that there are.
+    """
+
+    def __init__(self, steps: Sequence[Callable], shorter_side: Optional[int]) -> None:
+        super().__init__(steps)
+        self.shorter_side = shorter_side
 
 
 def train_transform(
@@ -94,7 +107,7 @@ def train_transform(
         mean: Sequence[float],
         std: Sequence[float],
         augmentation: str = 'modern',
-) -> v2.Transform:
+) -> Transform:
     """RGB picture to a randomly changed tensor (3, img_size, img_size).
 
     Args:
@@ -108,21 +121,53 @@ def train_transform(
     bilinear = InterpolationMode.BILINEAR
     margin = math.ceil(img_size / 2)  # mirrored, so that no corner turns black
     if augmentation == 'paper':
+        shorter_side = shorter_side_for(img_size, min(SCALES) / max(ZOOM))
         steps = [
             RandomPatch(img_size), v2.Pad(margin, padding_mode='reflect'), v2.RandomRotation(10, bilinear),
             v2.CenterCrop(img_size), *flips]
     elif augmentation == 'modern':
+        shorter_side = math.floor(img_size / CROP_PCT)
         steps = [
-            v2.Resize(math.floor(img_size / CROP_PCT), bilinear), v2.Pad(margin, padding_mode='reflect'),
+            v2.Resize(shorter_side, bilinear), v2.Pad(margin, padding_mode='reflect'),
             v2.RandomAffine(180, (0.05, 0.05), (0.8, 1.5), 10, bilinear), v2.CenterCrop(img_size), *flips,
             v2.ColorJitter(brightness=0.25, contrast=0.25, saturation=0.25, hue=0.03)]
     elif augmentation == 'plain':
+        area, ratios = (0.4, 1.), (3 / 4, 4 / 3)
+        shorter_side = shorter_side_for(img_size, math.sqrt(min(area) * min(ratios)))
         steps = [
-            v2.RandomResizedCrop(img_size, scale=(0.4, 1.0), interpolation=bilinear), *flips,
+            v2.RandomResizedCrop(img_size, area, ratios, bilinear), *flips,
             v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02)]
     else:
         raise ValueError(f'Unknown augmentation {augmentation!r}: choose {", ".join(AUGMENTATIONS)}.')
-    return v2.Compose([*steps, *_to_normalised_tensor(mean, std)])
+    return Transform([*steps, v2.ToImage(), normalisation(mean, std)], shorter_side)
+
+
+def normalisation(mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
+    """Tensors of 8 bits, shape (..., 3, H, W), to normalised float32."""
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+class EvalCrops:
+    """RGB picture to the crops of :func:`eval_transform` before normalisation, uint8 (K, 3, img_size, img_size)."""
+
+    def __init__(self, img_size: int, crops: str) -> None:
+        self.img_size, self.crops = img_size, crops
+        resized = math.floor(img_size / CROP_PCT)
+        self.center = v2.Compose([v2.Resize(resized, InterpolationMode.BILINEAR), v2.CenterCrop(img_size)])
+        needs = {'center': resized, 'multiscale': shorter_side_for(img_size, min(MULTISCALE)),
+                 'paper': shorter_side_for(img_size)}
+        if crops not in needs:
+            raise ValueError(f'Unknown crops {crops!r}: choose {", ".join(CROPS)}.')
+        self.shorter_side = needs[crops]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        if self.crops == 'center':
+            cut = [self.center(image)]
+        else:
+            boxes = (multiscale_boxes(image.size) if self.crops == 'multiscale'
+                     else patch_boxes(image.size, PAPER_TEST_PATCHES, _generator()))
+            cut = list(patches(image, boxes, self.img_size))
+        return torch.stack([v2.functional.pil_to_tensor(crop) for crop in cut])
 
 
 def eval_transform(
@@ -130,7 +175,7 @@ def eval_transform(
         mean: Sequence[float],
         std: Sequence[float],
         crops: str = 'center',
-) -> Callable[[Image.Image], torch.Tensor]:
+) -> Transform:
     """RGB picture to the crops whose probabilities are averaged, shape (K, 3, img_size, img_size).
 
     Args:
@@ -140,26 +185,10 @@ def eval_transform(
             :func:`~timm_arl.isic.crops.multiscale_boxes`. 'paper': nine random patches at the paper's four scales,
             which the state of torch's random generator decides.
     """
-    normalise = v2.Compose(_to_normalised_tensor(mean, std))
-    if crops == 'center':
-        center = v2.Compose([
-            v2.Resize(math.floor(img_size / CROP_PCT), interpolation=InterpolationMode.BILINEAR),
-            v2.CenterCrop(img_size), normalise])
-        return lambda image: center(image).unsqueeze(0)
-    if crops == 'multiscale':
-        boxes_of = multiscale_boxes
-    elif crops == 'paper':
-        def boxes_of(size: Tuple[int, int]) -> List:
-            return patch_boxes(size, PAPER_TEST_PATCHES, _generator())
-    else:
-        raise ValueError(f'Unknown crops {crops!r}: choose {", ".join(CROPS)}.')
-    return lambda image: torch.stack([normalise(p) for p in patches(image, boxes_of(image.size), img_size)])
+    cut = EvalCrops(img_size, crops)
+    return Transform([cut, normalisation(mean, std)], cut.shorter_side)
 
 
 def _generator() -> np.random.Generator:
     """NumPy's generator, seeded from torch's state: one seed decides all."""
     return np.random.default_rng(int(torch.randint(2 ** 62, ())))
-
-
-def _to_normalised_tensor(mean: Sequence[float], std: Sequence[float]) -> Sequence[v2.Transform]:
-    return v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)

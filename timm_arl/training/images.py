@@ -1,38 +1,67 @@
 """The images of a run: checked, loaded, and what a network says of them."""
+import weakref
 from functools import partial
+from typing import Any, Dict, Iterator, List, MutableMapping, Tuple
 
+import numpy as np
+import psutil
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..isic.dataset import DataError, StreamedSplit, check_usable, label_array
-from ..isic.images import unreadable_images
+from ..isic.images import readings, unreadable_images
 from ..isic.loading import EpochBatches, IsicSplit, IsicStream
 from ..isic.task import probabilities_of
-from ..isic.transforms import eval_transform, train_transform
+from ..isic.transforms import EvalCrops, eval_transform, normalisation, train_transform
 
-__all__ = ['check_images', 'image_loader', 'learns_masks', 'predict']
+__all__ = ['CropLoader', 'check_images', 'epoch_sides', 'image_loader', 'learns_masks', 'predict']
+
+MEMORY_SHARE = 1 / 8  # of the available memory, which the crops of a split may take
+
+# of splits that still exist: the settings that crops were cut with, and the crops by image_id
+_kept: MutableMapping[Any, Tuple[Tuple, Dict[str, torch.Tensor]]] = weakref.WeakKeyDictionary()
 
 
-def check_images(splits, args, accelerator):
-    """Decode every image once, so that a bad one stops the run now and not in an hour."""
-    for name in splits:
-        if isinstance(splits[name], StreamedSplit):  # told when they arrive
+def check_images(splits, args, accelerator, data_config=None):
+    """Read every image once, so that a bad one stops the run now and not in an hour; each process reads its share.
+
+    Args:
+        splits: By name; one with bad images is replaced, if such images may be left out.
+        args: Of the program.
+        accelerator: Accelerate's.
+        data_config: Of the network: keep the crops of validation and test images, which need not be read again then.
+    """
+    for name, split in splits.items():
+        if isinstance(split, StreamedSplit):  # told when they arrive
             continue
-        bad = unreadable_images(splits[name], partial(
-            tqdm, desc=f'checking {name} images', leave=False, disable=not accelerator.is_local_main_process),
-            masks=args.lesion_crop or (name == 'train' and learns_masks(args, splits[name])))
+        bar = partial(tqdm, desc=f'checking {name} images', leave=False, disable=not accelerator.is_local_main_process)
+        rows = list(dict.fromkeys(_own_rows(len(split), accelerator)))
+        masks = args.lesion_crop or (name == 'train' and learns_masks(args, split))
+        if name == 'train' or data_config is None:
+            bad = unreadable_images(split, bar, masks, rows, args.workers)
+        else:
+            images, bad = _Crops(split, args, data_config['input_size'][-1]), {}
+            for row, cut, reason in bar(readings(images.cut, rows, args.workers)):
+                if reason:
+                    bad[row] = reason
+                else:
+                    images.keep(row, cut)
+        bad = dict(sorted(item for each in gather_object([bad]) for item in each.items()))
         if not bad:
             continue
-        ids = [splits[name][row]['image_id'] for row in bad[:10]]
-        named = ', '.join(map(str, ids)) + (f' and {len(bad) - 10} more' if len(bad) > 10 else '')
+        ids = [str(split[row]['image_id']) for row in list(bad)[:10]]
+        named = ', '.join(ids) + (f' and {len(bad) - 10} more' if len(bad) > 10 else '')
+        named += f' ({ids[0]}: {next(iter(bad.values()))})'
         if not args.skip_bad_images:
-            masks = ', or their masks,' * (args.lesion_crop or learns_masks(args, splits[name]))
-            raise DataError(f'{len(bad)} of {len(splits[name])} {name} images{masks} do not decode: {named}; mend them '
-                            f'or leave them out with --skip-bad-images.')
-        accelerator.print(f'Leaving out {len(bad)} of {len(splits[name])} {name} images that do not decode: {named}')
-        splits[name] = splits[name].select(sorted(set(range(len(splits[name]))) - set(bad)))
+            raise DataError(f'{len(bad)} of {len(split)} {name} images{", or their masks," * masks} cannot be read: '
+                            f'{named}. Fix them, or leave them out with --skip-bad-images.')
+        accelerator.print(f'Leaving out {len(bad)} of {len(split)} {name} images that cannot be read: {named}')
+        splits[name] = split.select([row for row in range(len(split)) if row not in bad])
+        if split in _kept:
+            _kept[splits[name]] = _kept[split]
     check_usable(splits, args.data)
 
 
@@ -42,41 +71,119 @@ def learns_masks(args, split):
     return bool(getattr(args, 'mask_weight', 0)) and 'mask' in columns
 
 
+def epoch_sides(args, img_size) -> List[int]:
+    """Side of the training images in each epoch: from --start-size to img_size in steps of 32 px."""
+    start, last = args.start_size or img_size, args.epochs - 1
+    sides = [start + 32 * round((img_size - start) * epoch / max(last, 1) / 32) for epoch in range(last)]
+    return [*(img_size if img_size - side < 32 else side for side in sides), img_size]
+
+
 def image_loader(args, split, data_config, accelerator, training=False):
-    """A prepared DataLoader of one split, in the order of its rows; when training, in that of the epoch, augmented."""
-    img_size, mean_std = data_config['input_size'][-1], (data_config['mean'], data_config['std'])
-    shown = dict(
-        transform=train_transform(img_size, *mean_std, args.augmentation) if training
-        else eval_transform(img_size, *mean_std, args.crops), seed=args.seed, keep_aspect=args.aspect == 'keep',
-        colour_constancy=args.grey_world, crop_to_lesion=args.lesion_crop, every_epoch=training,
-        with_masks=training and learns_masks(args, split))
-    options = dict(num_workers=args.workers, pin_memory=torch.cuda.is_available())
+    """Batches of one split: its crops in the order of its rows or, when training, augmented in the epoch's order."""
     if not training:
-        return accelerator.prepare(DataLoader(IsicSplit(split, **shown), args.batch_size, **options))
+        return CropLoader(args, split, data_config, accelerator)
+    mean_std = data_config['mean'], data_config['std']
+    sides = epoch_sides(args, data_config['input_size'][-1])
+    transforms = {side: train_transform(side, *mean_std, args.augmentation) for side in set(sides)}
+    shown = dict(transform=[transforms[side] for side in sides], with_masks=learns_masks(args, split), **_look(args))
     streamed = isinstance(split, StreamedSplit)
     batches = EpochBatches(
         torch.from_numpy(label_array(split.table if streamed else split)), args.batch_size, args.seed,
         args.patches_per_image, args.balance == 'sampler', accelerator.num_processes, accelerator.process_index)
     if streamed:
         images = IsicStream(split, batches, skip_bad_images=args.skip_bad_images, **shown)
-        options['num_workers'] = images.workers(args.workers)
-        loader = DataLoader(images, batch_size=None, **options)
+        loader = DataLoader(images, batch_size=None, **_workers(images.workers(args.workers)))
     else:
-        loader = DataLoader(IsicSplit(split, **shown), batch_sampler=batches, **options)
+        loader = DataLoader(IsicSplit(split, **shown), batch_sampler=batches, **_workers(args.workers))
     # the batches know the processes; Accelerate would show some images twice to make them even
     return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True,
-                               dispatch_batches=False)
+                               dispatch_batches=False, non_blocking=torch.cuda.is_available())
+
+
+class CropLoader:
+    """Batches of a validation or test split: crops, shape (B, K, 3, H, W), and row numbers, for one process.
+
+    The crops are kept as 8 bits, so that images are read once, where those of the split take at most MEMORY_SHARE of
+    the available memory. They are normalised on the device.
+    """
+
+    def __init__(self, args, split, data_config, accelerator) -> None:
+        img_size, mean_std = data_config['input_size'][-1], (data_config['mean'], data_config['std'])
+        transform = eval_transform(img_size, *mean_std, args.crops)
+        self.dataset = IsicSplit(split, transform, every_epoch=False, **_look(args))
+        self.images = _Crops(split, args, img_size)
+        self.rows = _own_rows(len(split), accelerator)
+        self.normalise, self.device, self.batch_size = normalisation(*mean_std), accelerator.device, args.batch_size
+        self.loader = self._loader(args.workers)
+
+    def _loader(self, workers: int) -> DataLoader:
+        return DataLoader(self.images, self.batch_size, sampler=self.rows, **_workers(workers))
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        read = [row for row in self.rows if not self.images.has(row)]
+        if not read and self.loader.num_workers:
+            self.loader = self._loader(0)
+        for crops, rows in self.loader:
+            if read:
+                for row, cut in zip(rows.tolist(), crops):
+                    self.images.keep(row, cut)
+            yield self.normalise(crops.to(self.device, non_blocking=torch.cuda.is_available())), rows.to(self.device)
 
 
 @torch.inference_mode()
 def predict(accelerator, model, loader, description):
-    """Probabilities of every image, shape (N, 2), in the order of the split: the means over its crops."""
+    """Probabilities of every image, shape (N, labels), in the order of the split: the means over its crops."""
     model.eval()
     probabilities, rows = [], []
-    for crops, _, row in tqdm(loader, desc=description, leave=False, disable=not accelerator.is_local_main_process):
-        logits = model(crops.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+    for crops, row in tqdm(loader, desc=description, leave=False, disable=not accelerator.is_local_main_process):
+        with accelerator.autocast():
+            logits = model(crops.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         mean = probabilities_of(logits).unflatten(0, crops.shape[:2]).mean(1)
-        gathered = accelerator.gather_for_metrics((mean, row))
+        gathered = accelerator.gather((mean, row))
         probabilities.append(gathered[0].cpu())
         rows.append(gathered[1].cpu())
-    return torch.cat(probabilities)[torch.cat(rows).argsort()]
+    _, first = np.unique(torch.cat(rows), return_index=True)  # each row once, in order
+    return torch.cat(probabilities)[first]
+
+
+class _Crops(IsicSplit):
+    """The crops of a split as 8 bits: (K, 3, H, W) and the row number; from memory, where they are kept."""
+
+    def __init__(self, split, args, img_size) -> None:
+        super().__init__(split, EvalCrops(img_size, args.crops), every_epoch=False, **_look(args))
+        settings = img_size, args.crops, *_look(args).values()
+        if split not in _kept or _kept[split][0] != settings:
+            _kept[split] = settings, {}
+        self.kept = _kept[split][1]
+
+    def __getitem__(self, row: int) -> Tuple[torch.Tensor, int]:
+        return self.kept[self.image_ids[row]] if self.has(row) else self.cut(row), row
+
+    def has(self, row: int) -> bool:
+        return self.image_ids[row] in self.kept
+
+    def cut(self, row: int) -> torch.Tensor:
+        return self.shown(row)[0]
+
+    def keep(self, row: int, crops: torch.Tensor) -> None:
+        """Keep the crops of an image, if those of all images fit."""
+        if self.kept or crops.nbytes * len(self) <= psutil.virtual_memory().available * MEMORY_SHARE:
+            self.kept[self.image_ids[row]] = crops.clone()  # not in memory that is shared with a worker
+
+
+def _look(args) -> Dict[str, Any]:
+    return dict(seed=args.seed, keep_aspect=args.aspect == 'keep', colour_constancy=args.grey_world,
+                crop_to_lesion=args.lesion_crop)
+
+
+def _workers(count: int) -> Dict[str, Any]:
+    return dict(num_workers=count, persistent_workers=count > 0, pin_memory=torch.cuda.is_available())
+
+
+def _own_rows(count: int, accelerator) -> List[int]:
+    """Every n-th row, for the n-th process; as many for each process, for which some begin again at the first row."""
+    n = accelerator.num_processes
+    return [row % count for row in range(accelerator.process_index, -(-count // n) * n, n)]
