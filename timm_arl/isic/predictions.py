@@ -18,7 +18,7 @@ def write_predictions(path: PathLike, image_ids: Sequence[str], probabilities: A
     Args:
         path: CSV file to write.
         image_ids: N ids.
-        probabilities: Shape (N, 2), in the order of LABELS; nine digits, which give a float32 back exactly.
+        probabilities: Shape (N, labels), in the order of LABELS; nine digits, which give a float32 back exactly.
     """
     rows: List[Dict[str, Any]] = [
         {'image_id': image_id, **{label: f'{float(value):.9g}' for label, value in zip(LABELS, values)}}
@@ -35,7 +35,7 @@ def read_predictions(path: PathLike, image_ids: Sequence[str]) -> np.ndarray:
         image_ids: N ids, each of which must be there; others are left out.
 
     Returns:
-        Probabilities, shape (N, 2), float64.
+        Probabilities, shape (N, labels), float64.
 
     Raises:
         ValueError: No such file, a column or image missing, an image twice, or a value that is no probability.

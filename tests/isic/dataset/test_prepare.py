@@ -47,10 +47,10 @@ def test_prepared_data_are_the_originals_made_small(run, source, tmp_path):
     assert '| train | 6 | 2 | 2 | 2 | 1 | 1 | 5 |' in card  # images, M, SK, neither, masks, age, sex
 
     done = run('prepare', source, target, '--longest-side', 300)
-    assert done.returncode == 0 and 'Going on: 3 of 3 shards are there' in done.stdout
+    assert done.returncode == 0 and 'Continuing: 3 of 3 shards are there' in done.stdout
     done = run('prepare', source, target, '--longest-side', 200)
     assert done.returncode == 2 and 'was prepared with another longest_side' in done.stderr
-    table = source / 'ISIC-2017_Training_Part3_GroundTruth.csv'  # a label that was mended must not stay in a shard
+    table = source / 'ISIC-2017_Training_Part3_GroundTruth.csv'  # a corrected label must not be lost
     table.write_text(re.sub(r'(ISIC_0000000),\S+', r'\1,0.0,1.0', table.read_text()))
     assert load_splits(str(source))['train'][0]['seborrheic_keratosis'] == 1
     done = run('prepare', source, target, '--longest-side', 300)
@@ -117,17 +117,17 @@ def test_faults(run, source, tmp_path):
     whole = image.read_bytes()
     image.write_bytes(whole[:400])
     done = run('prepare', source, tmp_path / 'out')
-    assert done.returncode == 2 and 'The image of ISIC_1000002 does not decode' in done.stderr
+    assert done.returncode == 2 and 'The image of ISIC_1000002 cannot be used (image file is truncated' in done.stderr
     done = run('prepare', source, tmp_path / 'other', '--skip-bad-images')
-    assert done.returncode == 0 and 'do not decode: ISIC_1000002. To have' in done.stdout, done.stderr
+    assert done.returncode == 0 and 'cannot be read: ISIC_1000002. To include' in done.stdout, done.stderr
     assert len(load_splits(str(tmp_path / 'other'))['validation']) == 5
-    assert 'Left out, since they do not decode: ISIC_1000002.' in (tmp_path / 'other' / 'README.md').read_text()
+    assert 'Left out, since they cannot be read: ISIC_1000002.' in (tmp_path / 'other' / 'README.md').read_text()
     picture(3, (400, 20)).save(image)
     done = run('prepare', source, tmp_path / 'thin')
-    assert done.returncode == 2 and 'is no photograph (400 x 20 px)' in done.stderr  # nor would training take it
+    assert done.returncode == 2 and 'it has 400 x 20 px, which is no photograph' in done.stderr
     image.write_bytes(whole)
-    done = run('prepare', source, tmp_path / 'other', '--skip-bad-images')  # which makes no shard anew
-    assert done.returncode == 0 and 'do not decode: ISIC_1000002. To have' in done.stdout, done.stderr
+    done = run('prepare', source, tmp_path / 'other', '--skip-bad-images')  # which makes no shard again
+    assert done.returncode == 0 and 'cannot be read: ISIC_1000002. To include' in done.stdout, done.stderr
 
     (source / 'ISIC-2017_Training_Data.zip').write_bytes(b'not the zip')
     done = run('prepare', source, tmp_path / 'zip')

@@ -1,6 +1,7 @@
 """Folders of image files, as the challenge and the archive's client leave them, whole and damaged."""
 import csv
 import io
+import json
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def archive(folder, diagnosis='diagnosis_3'):
 
 def test_one_download_is_not_three_splits(tmp_path):
     folder = archive(tmp_path / 'isic')
-    with pytest.raises(DataError, match='is one download of the archive, and not three splits: put each'):
+    with pytest.raises(DataError, match='is one download of the archive, not three splits: put each'):
         load_splits(str(folder / 'train'))
 
 
@@ -95,6 +96,27 @@ def test_the_challenges_labels_count_before_a_diagnosis(tmp_path):
     assert label_array(load_splits(str(folder))['train'])[:, 0].tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize('table', ['metadata.csv', 'metadata.jsonl'])
+def test_an_image_folder_of_the_datasets_library(tmp_path, table):
+    """Whose metadata.csv is not that of the archive's client: its rows name files."""
+    for number, name in enumerate(WORDS):
+        (tmp_path / name).mkdir()
+        content = []
+        for i in range(4):
+            picture(i).save(tmp_path / name / f'{i}.jpg')
+            content.append({'file_name': f'{i}.jpg', 'image_id': f'I{number}{i}', 'melanoma': int(i == 1),
+                            'seborrheic_keratosis': int(i == 2)})
+        if table.endswith('csv'):
+            write_csv(tmp_path / name / table, content)
+        else:
+            (tmp_path / name / table).write_text('\n'.join(map(json.dumps, content)))
+    splits = load_splits(str(tmp_path))
+    assert {name: list(split['image_id']) for name, split in splits.items()} == {
+        name: [f'I{n}{i}' for i in range(4)] for n, name in enumerate(WORDS)}
+    assert label_array(splits['train']).tolist() == [[0, 0], [1, 0], [0, 1], [0, 0]]
+    assert decode(splits['test'][0]['image']).size == (60, 40)
+
+
 def truth(folder, word='Training'):
     return folder / f'ISIC-2017_{word}_Part3_GroundTruth.csv'
 
@@ -107,6 +129,9 @@ def edit(path, change):
     (lambda f: truth(f).unlink(), r'There is no .*Training_Part3_GroundTruth.csv: download it'),
     (lambda f: edit(truth(f), lambda t: t.replace('ISIC_0000002,', 'ISIC_0000009,')),
      'there is no image for ISIC_0000009 .1 such of 4 rows and 4 images'),
+    (lambda f: picture(0).save((f / 'ISIC-2017_Training_Data' / 'ISIC_0000001.jpg').rename(
+        f / 'ISIC-2017_Training_Data' / 'ISIC_0000001.gif')),
+     'ISIC_0000001.gif is in a format that is not read .1 such files.: convert it to JPEG or PNG; .*tiff, .webp'),
     (lambda f: edit(truth(f), lambda t: t.rsplit('ISIC', 1)[0]), 'there is no row of labels for ISIC_0000003'),
     (lambda f: (f / 'ISIC-2017_Validation_Data' / 'ISIC_1000001.jpg').unlink(), 'there is no image for ISIC_1000001'),
     (lambda f: edit(truth(f), lambda t: t + 'ISIC_0000001,0.0,0.0\n'), 'line 6: ISIC_0000001 occurs twice'),

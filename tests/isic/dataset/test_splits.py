@@ -45,7 +45,7 @@ def test_real_sample(isic_sample):
      'split test: melanoma must be 0 or 1, but is 2.0 for image ISIC_0000202'),
     (lambda f: write(f / 'd', train=rows(melanoma={0: None, 1: None})),
      r'melanoma must be 0 or 1, but is None .*\(2 such'),
-    (lambda f: write(f / 'd', train=rows(melanoma={3: 1.0})), 'ISIC_0000003 is labelled both melanoma and'),
+    (lambda f: write(f / 'd', train=rows(melanoma={3: 1.0})), 'ISIC_0000003 has more than one label .melanoma and'),
     (lambda f: write(f / 'd', test=rows(first=5)), 'image_id ISIC_0000005 occurs twice .splits train and test'),
     (lambda f: write(f / 'd', features=WITH_ASPECT, test=rows(first=200, aspect_ratio={0: 1.5, 1: None, 3: 1e9})),
      'split test: aspect_ratio is 1000000000.0 for image ISIC_0000203'),
@@ -68,7 +68,7 @@ def test_what_is_left_must_be_usable(tmp_path):
         check_usable({**splits, 'test': splits['test'].select([])}, 'it')
 
 
-def test_a_folder_that_changed_is_read_anew(tmp_path):
+def test_a_folder_that_changed_is_read_again(tmp_path):
     """With a card, the datasets library would give what it read the first time, or from another folder of that name."""
     card = '---\nconfigs:\n- config_name: default\n  data_files:\n' + ''.join(
         f'  - split: {name}\n    path: data/{name}-*.parquet\n' for name in ('train', 'validation', 'test')) + '---\n'

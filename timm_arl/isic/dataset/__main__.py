@@ -19,7 +19,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (DataError, OSError) as error:
         parser.exit(2, f'{parser.prog} {args.command}: error: {error}\n')
     except KeyboardInterrupt:
-        parser.exit(130, '\nInterrupted: the same command goes on.\n')
+        parser.exit(130, '\nInterrupted: run the same command again to continue.\n')
 
 
 if __name__ == '__main__':

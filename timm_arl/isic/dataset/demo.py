@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFilter
 
 from ...files import replacing
-from ..task import DIAGNOSES
+from ..task import DIAGNOSES, LABELS, label_words
 
 __all__ = ['DEMO_SIZES', 'add_arguments', 'contact_sheet', 'demo_dataset', 'draw', 'draw_lesion']
 
@@ -24,8 +24,7 @@ DEMO_SIZES = {'train': 384, 'validation': 96, 'test': 96}
 FEATURES = Features({
     'image': Image(),
     'image_id': Value('string'),
-    'melanoma': Value('int8'),
-    'seborrheic_keratosis': Value('int8'),
+    **{label: Value('int8') for label in LABELS},
     'diagnosis': ClassLabel(names=list(DIAGNOSES)),
 })
 
@@ -122,7 +121,7 @@ def demo_dataset(sizes: Dict[str, int] = DEMO_SIZES, size: int = 160, seed: int 
         seed: Same seed, same images.
 
     Returns:
-        Splits with the columns image, image_id (``DEMO_...``), melanoma, seborrheic_keratosis and diagnosis.
+        Splits with the columns image, image_id (``DEMO_...``), diagnosis, and those of LABELS.
     """
     splits, number = {}, 0
     for s, (split, count) in enumerate(sizes.items()):
@@ -135,8 +134,7 @@ def demo_dataset(sizes: Dict[str, int] = DEMO_SIZES, size: int = 160, seed: int 
             rows.append({
                 'image': {'bytes': buffer.getvalue(), 'path': None},
                 'image_id': f'DEMO_{number:07d}',
-                'melanoma': int(diagnosis == 'melanoma'),
-                'seborrheic_keratosis': int(diagnosis == 'seborrheic_keratosis'),
+                **{label: int(label == diagnosis) for label in LABELS},
                 'diagnosis': DIAGNOSES.index(diagnosis),
             })
             number += 1
@@ -152,7 +150,7 @@ def contact_sheet(columns: int = 8, size: int = 120, seed: int = 0) -> PILImage.
     draw.text((4, 5), 'SYNTHETIC images (timm-arl demo set), not dermoscopy', fill='black')
     for row, diagnosis in enumerate(DIAGNOSES):
         top = title + row * (size + label)
-        draw.text((4, top + 3), diagnosis.replace('_', ' '), fill='black')
+        draw.text((4, top + 3), label_words(diagnosis), fill='black')
         for column in range(columns):
             rng = np.random.default_rng((seed, row, column))
             sheet.paste(draw_lesion(diagnosis, rng, 160).resize((size, size)), (column * size, top + label))

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...files import read_rows, write_rows
-from ..images import decode
+from ..images import decode, reason_of
 from .sources import DataError
 from .splits import load_splits
 
@@ -53,7 +53,7 @@ def find_duplicates(splits: Dict[str, Any], correlation: float = 0.985) -> List[
         A dict of COLUMNS for each pair; kind is 'byte_identical' or 'near_identical'.
 
     Raises:
-        DataError: An image that does not decode.
+        DataError: An image that cannot be read.
     """
     names, digests, copies = [], [], []
     for name, split in splits.items():
@@ -61,7 +61,7 @@ def find_duplicates(splits: Dict[str, Any], correlation: float = 0.985) -> List[
             try:
                 small = np.asarray(decode(row['image']).resize((SIDE, SIDE)), np.float32)
             except OSError as error:
-                raise DataError(f'The image of {row["image_id"]} does not decode: {error}') from error
+                raise DataError(f'The image of {row["image_id"]} cannot be read: {reason_of(error)}') from error
             cell = row['image']
             digests.append(hashlib.sha256(cell['bytes'] or Path(cell['path']).read_bytes()).hexdigest())
             names.append((row['image_id'], name))

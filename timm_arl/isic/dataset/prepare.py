@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import product
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -20,8 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...files import replacing, write_json
-from ..images import decode, decode_mask
-from ..task import LABELS
+from ..images import decode, decode_mask, reason_of
+from ..task import LABELS, label_words
 from .duplicates import read_pairs
 from .sources import CHALLENGE_ZIPS, DataError, image_files, read_table
 from .splits import SPLITS, load_splits
@@ -42,14 +41,14 @@ FEATURES = datasets.Features({
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('source', metavar='SRC', help="the challenge's folders and CSVs, what `isic image download` wrote, any --data")
-    add('target', metavar='DST', help='folder for the Parquet shards; the same command again goes on after a kill')
+    add('target', metavar='DST', help='folder for the Parquet shards; run the command again to continue after a kill')
     add('--longest-side', type=int, default=768, metavar='PX', help='of a stored image (default: %(default)s)')
-    add('--extra-ids', metavar='LIST.csv', help='add to train what this list names (image_id, melanoma, '
-                                                'seborrheic_keratosis)')
+    add('--extra-ids', metavar='LIST.csv',
+        help=f'add the images of this list to train (columns image_id, {", ".join(LABELS)})')
     add('--extra-images', metavar='DIR', help='the image files of --extra-ids, named ID.jpg (default: in SRC)')
     add('--drop-duplicates', metavar='LIST.csv',
-        help='leave out of train what this list of pairs (image_id_a, image_id_b) names as a twin')
-    add('--skip-bad-images', action='store_true', help='leave out images that do not decode instead of stopping')
+        help='leave images out of train that are twins of others by this list of pairs (image_id_a, image_id_b)')
+    add('--skip-bad-images', action='store_true', help='leave out images that cannot be read instead of stopping')
     add('--workers', type=int, default=os.cpu_count(), help='processes (default: %(default)s)')
 
 
@@ -57,7 +56,7 @@ def prepare(args: argparse.Namespace) -> int:
     """Write the shards, prepare.json and a card.
 
     Raises:
-        DataError: A source that cannot be used, a damaged zip, an image that does not decode, or a target that holds
+        DataError: A source that cannot be used, a damaged zip, an image that cannot be read, or a target that holds
             something else.
     """
     if args.longest_side < 64 or args.workers < 1:
@@ -93,7 +92,7 @@ def prepare(args: argparse.Namespace) -> int:
             jobs.append((target / 'data' / f'{name}-{i:05d}-of-{shards:05d}.parquet', split, i * SHARD))
     open_jobs = [job for job in jobs if not job[0].exists()]
     if len(open_jobs) < len(jobs):
-        print(f'Going on: {len(jobs) - len(open_jobs)} of {len(jobs)} shards are there.')
+        print(f'Continuing: {len(jobs) - len(open_jobs)} of {len(jobs)} shards are there.')
     total = sum(len(range(start, min(start + SHARD, len(split)))) for _, split, start in open_jobs)
     with (ProcessPoolExecutor(args.workers, initializer=_end_with_parent) as pool,
           tqdm(total=total, unit='image') as bar):
@@ -109,14 +108,14 @@ def prepare(args: argparse.Namespace) -> int:
     skipped = _skipped(target, splits)
     counts = _write_card(target, args, dropped, skipped)
     if skipped:
-        print(f'Left out, since they do not decode: {", ".join(skipped)}. To have them, mend them, remove {target} and '
-              f'prepare it anew.')
+        print(f'Left out, since they cannot be read: {", ".join(skipped)}. To include them, fix them, remove {target} '
+              f'and run the command again.')
     print(f'Written: {target} ({", ".join(f"{n} {name}" for name, n in counts.items())}); use it with --data {target}')
     return 0
 
 
 def _end_with_parent() -> None:
-    """Let a worker end when the program is killed: it would wait for work for ever."""
+    """Let a worker end when the program is killed: it would wait for work forever."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -156,22 +155,23 @@ def _select(split: datasets.Dataset) -> datasets.Dataset:
 def _extra(args: argparse.Namespace, splits: Dict[str, datasets.Dataset]) -> datasets.Dataset:
     table = read_table(Path(args.extra_ids), ('image_id', *LABELS))
     for image_id, row in table.items():
-        if [row[label] for label in LABELS] not in [[a, b] for a, b in product(('0', '1', '0.0', '1.0'), repeat=2)
-                                                    if float(a) + float(b) < 2]:
-            raise DataError(f'{args.extra_ids}: the labels of {image_id} must be 0 or 1, and not both 1, but are '
-                            f'{" and ".join(row[label] for label in LABELS)}.')
+        values = [row[label] for label in LABELS]
+        if not set(values) <= {'0', '1', '0.0', '1.0'} or sum(map(float, values)) > 1:
+            raise DataError(f'{args.extra_ids}: the labels of {image_id} must be 0 or 1, at most one of them 1, but '
+                            f'are {" and ".join(values)}.')
     folder = Path(args.extra_images or args.source)
     if not folder.is_dir():
         raise DataError(f'No folder {folder}: --extra-images is where the files of --extra-ids are.')
     files = image_files(folder)
     missing = [i for i in table if i not in files]
     if missing:
-        raise DataError(f'{folder} lacks {len(missing)} of the {len(table)} images that '
-                        f'{args.extra_ids} names, {missing[0]} among them: download them, or pass --extra-images.')
+        raise DataError(f'{folder} lacks {len(missing)} of the {len(table)} images of {args.extra_ids}, for example '
+                        f'{missing[0]}: download them, or pass --extra-images.')
     known = {i for split in splits.values() for i in split['image_id']}
     twice = [i for i in table if i in known]
     if twice:
-        raise DataError(f'{args.extra_ids} names {twice[0]}, which {args.source} holds already ({len(twice)} such).')
+        raise DataError(f'{args.extra_ids} names {twice[0]}, which {args.source} already has ({len(twice)} such '
+                        f'images): remove such lines.')
     features = splits['train'].features
     columns: Dict[str, List[Any]] = {c: [None] * len(table) for c in features}
     columns['image_id'] = list(table)
@@ -221,21 +221,21 @@ def _bytes(image: Image.Image, fmt: str, **options: Any) -> Dict[str, Any]:
 
 
 def _write_shard(path: Path, rows: datasets.Dataset, longest_side: int, skip_bad_images: bool) -> int:
-    """Number of images, those that were left out among them."""
+    """Returns the number of images, including those that were left out."""
     content = []
     for row in rows:
         try:
             image = decode(row['image'])
             if not 0.1 <= image.width / image.height <= 10:
-                raise OSError(f'{image.width} x {image.height} px')
+                raise OSError(f'it has {image.width} x {image.height} px, which is no photograph')
             mask = row.get('mask')
             if mask is not None:
                 mask = _resized(decode_mask(mask, image.size).convert('1'), longest_side, Image.Resampling.NEAREST)
         except OSError as error:
             if skip_bad_images:
                 continue
-            raise DataError(f'The image of {row["image_id"]}{", or its mask," * bool(row.get("mask"))} does not decode '
-                            f'or is no photograph ({error}): mend it, or leave such images out with '
+            raise DataError(f'The image of {row["image_id"]}{", or its mask," * bool(row.get("mask"))} cannot be '
+                            f'used ({reason_of(error)}): fix it, or leave such images out with '
                             f'--skip-bad-images.') from error
         squashed = image.width == image.height and row.get('aspect_ratio') is not None
         content.append({
@@ -252,7 +252,7 @@ def _write_shard(path: Path, rows: datasets.Dataset, longest_side: int, skip_bad
 
 
 def _skipped(target: Path, splits: Dict[str, datasets.Dataset]) -> List[str]:
-    """Ids of images that no shard has, now or before a kill."""
+    """Ids of images that no shard has, including shards of an earlier, interrupted command."""
     paths = [str(path) for path in (target / 'data').glob('*.parquet')]
     written = set(pyarrow.parquet.read_table(paths, columns=['image_id'])['image_id'].to_pylist())
     return [str(i) for split in splits.values() for i in split['image_id'] if str(i) not in written]
@@ -262,8 +262,8 @@ def _write_card(target: Path, args: argparse.Namespace, dropped: List[str], skip
     """Write README.md and return how many images each split has."""
     lines = ['---', 'pretty_name: ISIC 2017 Part 3, prepared by timm-arl', 'task_categories:', '- image-classification',
              'configs:', '- config_name: default', '  data_files:']
-    table = ['| split | images | melanoma | seborrheic keratosis | neither | masks | age known | sex known |',
-             '|---|---|---|---|---|---|---|---|']
+    columns = ['split', 'images', *map(label_words, LABELS), 'neither', 'masks', 'age known', 'sex known']
+    table = [f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
     written = {}
     for name in SPLITS:
         lines += [f'  - split: {name}', f'    path: data/{name}-*.parquet']
@@ -277,7 +277,7 @@ def _write_card(target: Path, args: argparse.Namespace, dropped: List[str], skip
     if dropped:
         lines += ['', f'Left out of train as twins of other images: {", ".join(dropped)}.']
     if skipped:
-        lines += ['', f'Left out, since they do not decode: {", ".join(skipped)}.']
+        lines += ['', f'Left out, since they cannot be read: {", ".join(skipped)}.']
     lines += ['', 'The licence is that of the source: the 2017 challenge data are CC0; external images have their own.']
     with replacing(target / 'README.md') as temporary:
         temporary.write_text('\n'.join(lines) + '\n', encoding='utf-8')
@@ -285,11 +285,10 @@ def _write_card(target: Path, args: argparse.Namespace, dropped: List[str], skip
 
 
 def _counts(paths: List[Path]) -> Tuple[int, ...]:
-    columns = [*LABELS, 'age_approximate', 'sex', 'mask']
-    table = pyarrow.parquet.read_table([str(p) for p in paths], columns=columns)
-    melanoma, keratosis = (sum(table[label].to_pylist()) for label in LABELS)
-    known: Dict[str, int] = {c: table.num_rows - table[c].null_count for c in columns[2:]}
-    return (table.num_rows, melanoma, keratosis, table.num_rows - melanoma - keratosis, known['mask'],
-            known['age_approximate'], known['sex'])
+    about = ['mask', 'age_approximate', 'sex']
+    table = pyarrow.parquet.read_table([str(p) for p in paths], columns=[*LABELS, *about])
+    positives = [sum(table[label].to_pylist()) for label in LABELS]
+    known = [table.num_rows - table[column].null_count for column in about]
+    return table.num_rows, *positives, table.num_rows - sum(positives), *known
 
 

@@ -42,23 +42,24 @@ def ids_digest(image_ids: Iterable[str]) -> str:
 
 
 def read_folder(folder: Path) -> Optional[datasets.DatasetDict]:
-    """The splits of a folder of image files, or None where it is laid out in neither of the two ways.
+    """The splits of a folder of image files, or None if it has neither of the two layouts.
 
     The challenge's: ``ISIC-2017_Training_Data/ISIC_*.jpg`` beside ``ISIC-2017_Training_Part3_GroundTruth.csv``; masks
     in ``ISIC-2017_Training_Part1_GroundTruth/``, age and sex in a ``*_metadata.csv`` among the images. The same for
     ``Validation`` and ``Test_v2``.
 
     The archive client's (``isic image download``): ``train/``, ``validation/`` and ``test/``, each with images and a
-    ``metadata.csv``; labels from the challenge's CSV beside them where it is, else from the columns of the diagnosis.
+    ``metadata.csv``; labels from the challenge's CSV beside them if it is there, else from the diagnosis columns. A
+    ``metadata.csv`` with the column ``file_name`` is that of an image folder of the datasets library, and left to it.
 
     Raises:
         DataError: A table that cannot be read, an image without labels or labels without an image.
     """
     challenge = any((folder / f'ISIC-2017_{word}_Data').is_dir() for word in SPLIT_NAMES.values())
-    archive = any((folder / name / 'metadata.csv').is_file() for name in SPLIT_NAMES)
+    archive = any(_of_archive(folder / name / 'metadata.csv') for name in SPLIT_NAMES)
     if not challenge and not archive:
-        if (folder / 'metadata.csv').is_file() and image_files(folder):
-            raise DataError(f'{folder} is one download of the archive, and not three splits: put each, with its '
+        if _of_archive(folder / 'metadata.csv') and image_files(folder):
+            raise DataError(f'{folder} is one download of the archive, not three splits: put each split, with its '
                             f'metadata.csv, in a folder train/, validation/ or test/.')
         return None
     splits = {}
@@ -80,6 +81,14 @@ def read_folder(folder: Path) -> Optional[datasets.DatasetDict]:
     return datasets.DatasetDict(splits)
 
 
+def _of_archive(metadata: Path) -> bool:
+    """Whether there is such a file, and it is not one of the datasets library."""
+    if not metadata.is_file():
+        return False
+    with metadata.open(encoding='utf-8-sig', errors='replace') as file:  # what else is wrong, read_table says
+        return 'file_name' not in file.readline()
+
+
 def _split(
         folder: Path,
         labels: Dict[str, Tuple[float, ...]],
@@ -89,8 +98,12 @@ def _split(
     files = image_files(folder)
     for what, alone in (('no image', labels.keys() - files.keys()), ('no row of labels', files.keys() - labels.keys())):
         if alone:
+            others = sorted(path for path in folder.glob('*') if path.stem in alone and path.stem not in files)
+            if others:
+                raise DataError(f'{others[0]} is in a format that is not read ({len(others)} such files): convert it '
+                                f'to JPEG or PNG; the endings that are read are {", ".join(IMAGE_SUFFIXES)}.')
             raise DataError(f'{folder}: there is {what} for {min(alone)} ({len(alone)} such of {len(labels)} rows and '
-                            f'{len(files)} images): add what is missing, or take out what is too much.')
+                            f'{len(files)} images): add what is missing, or remove what has no counterpart.')
     ids = sorted(files)
     about = [metadata.get(image_id, {}) for image_id in ids]
     return datasets.Dataset.from_dict({
@@ -103,7 +116,7 @@ def _split(
 
 
 def image_files(folder: Path, suffix: str = '') -> Dict[str, Path]:
-    """Image files of a folder by id, which is the name without ending and `suffix`; superpixels are left out.
+    """Image files of a folder by id, which is the name without its ending and `suffix`; superpixels are left out.
 
     Raises:
         DataError: Two files of one id.
@@ -123,10 +136,10 @@ def image_files(folder: Path, suffix: str = '') -> Dict[str, Path]:
 
 
 def read_table(path: Path, required: Iterable[str]) -> Dict[str, Dict[str, str]]:
-    """Rows of a CSV by the first required column; a byte order mark, CRLF and blanks around values do not matter.
+    """Rows of a CSV by the first required column; a byte order mark, CRLF and spaces around values are accepted.
 
     Raises:
-        DataError: No such file, not UTF-8, a column missing, or an id that is empty, unusable or there twice.
+        DataError: No such file, not UTF-8, a column missing, or an id that is empty, unusable or duplicated.
     """
     required = tuple(required)
     try:
@@ -179,9 +192,9 @@ def _labels_of_diagnoses(path: Path, metadata: Dict[str, Dict[str, str]]) -> Dic
         words = ' '.join(value.lower() for key, value in row.items() if key.startswith('diagnosis'))
         found = [name for name in DIAGNOSES if label_words(name) in words]
         if len(found) != 1:
-            raise DataError(f'{path}: the diagnosis of {image_id} is {words!r}, not one of melanoma, seborrheic '
-                            f"keratosis and nevus; put the challenge's Part3_GroundTruth.csv beside the folder, whose "
-                            f'labels count.')
+            raise DataError(f'{path}: the diagnosis of {image_id} is {words!r}, not one of '
+                            f"{', '.join(map(label_words, DIAGNOSES))}; put the challenge's Part3_GroundTruth.csv "
+                            f'beside the folder: its labels are used instead.')
         labels[image_id] = tuple(float(label == found[0]) for label in LABELS)
     return labels
 

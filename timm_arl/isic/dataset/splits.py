@@ -19,7 +19,7 @@ from .sources import DataError, check_image_id, read_folder
 __all__ = ['SPLITS', 'StreamedSplit', 'check_usable', 'label_array', 'load_splits']
 
 SPLITS = ('train', 'validation', 'test')
-NO_SHARDS = ('--streaming reads Parquet shards, and {} is none: leave it out, or make some with python -m '
+NO_SHARDS = ('--streaming reads Parquet shards, and {} has none: leave out --streaming, or make shards with python -m '
              'timm_arl.isic.dataset prepare.')
 
 
@@ -46,13 +46,13 @@ def load_splits(data: str, seed: int = 0, streaming: bool = False) -> Dict[str, 
         streaming: Leave the images of train where they are, in Parquet shards, until they are needed.
 
     Returns:
-        The splits train, validation and test, each with the columns image (undecoded), image_id, melanoma and
-        seborrheic_keratosis, and whatever else the source has. When streaming, train is a StreamedSplit.
+        The splits train, validation and test, each with the columns image (undecoded), image_id and those of LABELS,
+        and whatever else the source has. When streaming, train is a StreamedSplit.
 
     Raises:
-        DataError: No such data, a split or column missing, a label that is not 0 or 1, both labels 1, an impossible
-            aspect_ratio, an image_id that occurs twice, or a validation split that lacks a class (no AUC could choose
-            an epoch).
+        DataError: No such data, a split or column missing, a label that is not 0 or 1, two labels of one image that
+            are 1, an impossible aspect_ratio, an image_id that occurs twice, or a validation split that lacks a class
+            (no AUC could choose an epoch).
     """
     if streaming:
         return _load_streaming(data)
@@ -94,10 +94,10 @@ def check_splits(
 
 
 def check_usable(splits: Mapping[str, Any], data: str) -> None:
-    """Refuse a split without images, and a validation split without one of the classes, before and after some are left.
+    """Refuse a split without images, and a validation split that lacks a class; again after images were left out.
 
     Raises:
-        DataError: Such a split.
+        DataError: There is one.
     """
     for name, split in splits.items():
         if not len(split.table if isinstance(split, StreamedSplit) else split):
@@ -125,7 +125,7 @@ def undecoded(split: AnySplit, column: str, where: str) -> AnySplit:
     """The split with a column of images left as bytes or paths.
 
     Raises:
-        DataError: A column of something else.
+        DataError: The column holds something else.
     """
     try:
         return split.cast_column(column, datasets.Image(decode=False))
@@ -214,11 +214,10 @@ def _check_labels(split: datasets.Dataset, where: str) -> None:
         if wrong:
             raise DataError(f'{where}: {label} must be 0 or 1, but is {wrong[0][1]!r} for image {wrong[0][0]} '
                             f'({len(wrong)} such images).')
-    melanoma, keratosis = (split[label] for label in LABELS)
-    both = [i for i, m, k in zip(split['image_id'], melanoma, keratosis) if m and k]
-    if both:
-        raise DataError(f'{where}: image {both[0]} is labelled both melanoma and seborrheic_keratosis '
-                        f'({len(both)} such images): a lesion has one diagnosis.')
+    several = np.flatnonzero(label_array(split).sum(1) > 1)
+    if len(several):
+        raise DataError(f'{where}: image {split[int(several[0])]["image_id"]} has more than one label '
+                        f'({" and ".join(LABELS)}; {len(several)} such images): a lesion has one diagnosis.')
 
 
 def _check_aspect_ratios(split: datasets.Dataset, where: str) -> None:
@@ -238,10 +237,10 @@ def _check_ids(splits: Dict[str, datasets.Dataset], data: str) -> None:
             check_image_id(str(image_id), f'{data}, split {name}')
             if image_id in seen:
                 raise DataError(f'{data}: image_id {image_id} occurs twice (splits {seen[image_id]} and {name}): '
-                                f'remove one, or scores count it double or test on what was trained on.')
+                                f'remove one, or it counts twice in the scores, or the test has images of training.')
             seen[image_id] = name
 
 
 def label_array(split: datasets.Dataset) -> np.ndarray:
-    """The labels as float32, shape (N, 2), columns in the order of LABELS."""
+    """The labels as float32, shape (N, labels), columns in the order of LABELS."""
     return np.stack([np.asarray(list(split[label]), dtype=np.float32) for label in LABELS], axis=1)
