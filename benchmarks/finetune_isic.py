@@ -131,6 +131,7 @@ def train(args, accelerator, splits, out):
     # Loaders: the order is drawn from seed and epoch, the augmentation from seed, epoch and image
     loaders = {name: image_loader(args, splits[name], data_config, accelerator, name == 'train') for name in splits}
     if args.preview:
+        loaders['train'].dataset.set_epoch(args.epochs - 1)  # the final size
         preview(args, {name: loader.dataset for name, loader in loaders.items()}, data_config)
         return
     truth = {name: loader.dataset.labels for name, loader in loaders.items()}

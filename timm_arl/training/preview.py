@@ -17,15 +17,9 @@ LINE, MARGIN = 16, 12  # height of a line of text, space around a tile, in pixel
 
 def preview(args, images, data_config):
     """Draw a contact sheet: a row of training images, augmented, at the final size, and crops of each other split."""
-<<<<<<< HEAD
     side, font = data_config['input_size'][-1], ImageFont.load_default(size=12)
     width = max(side, 124) + MARGIN  # room for the captions
     height = side + 3 * LINE + 2 * MARGIN
-=======
-    images['train'].set_epoch(args.epochs - 1)  # the final size
-    columns, side, title, caption = 8, data_config['input_size'][-1], 18, 14
-    cell = max(side, 108)  # room for the caption
->>>>>>> ed343ee (One decoder: JPEGs no larger than needed in training, evaluation and checks; crops kept in memory; workers persist)
     mean, std = (torch.tensor(data_config[name]).view(3, 1, 1) for name in ('mean', 'std'))
     sheet = Image.new('RGB', (COLUMNS * width + MARGIN, len(images) * height), 'white')
     draw = ImageDraw.Draw(sheet)
