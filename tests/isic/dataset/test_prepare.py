@@ -117,7 +117,7 @@ def test_faults(run, source, tmp_path):
     whole = image.read_bytes()
     image.write_bytes(whole[:400])
     done = run('prepare', source, tmp_path / 'out')
-    assert done.returncode == 2 and 'The image of ISIC_1000002 cannot be used (image file is truncated' in done.stderr
+    assert done.returncode == 2 and 'The image of ISIC_1000002 cannot be used (Truncated File Read' in done.stderr
     done = run('prepare', source, tmp_path / 'other', '--skip-bad-images')
     assert done.returncode == 0 and 'cannot be read: ISIC_1000002. To include' in done.stdout, done.stderr
     assert len(load_splits(str(tmp_path / 'other'))['validation']) == 5
