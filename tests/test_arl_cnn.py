@@ -292,6 +292,7 @@ def test_torch_export_with_dynamic_batch(name):
 
 
 @pytest.mark.parametrize('name', SMALL)
+@pytest.mark.slow
 def test_torch_compile_has_no_graph_break(name):
     model = with_alpha(create(name, num_classes=2), 2.).double().train()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')

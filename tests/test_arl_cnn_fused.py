@@ -43,7 +43,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize('mode', ['train', 'frozen norms', 'frozen modules', 'eval'])
+@pytest.mark.parametrize('mode', ['train', 'eval', *(
+    pytest.param(mode, marks=pytest.mark.slow) for mode in ('frozen norms', 'frozen modules'))])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_blocks_are_the_plain_ones(variant, mode):
     model = create('arl_cnn26', num_classes=2, trained_look=variant != 'bare', **VARIANTS[variant]).double()
@@ -182,7 +183,8 @@ def saved_bytes(model, x, dtype=None):
 @pytest.mark.parametrize('drop_path_rate', [0., 0.2])
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
 @pytest.mark.parametrize('name, plain, attention', [
-    *(('arl_cnn14', 'resnet14', attention) for attention in ATTENTIONS), ('arl_cnn50', 'resnet50', 'spatial')])
+    *(('arl_cnn14', 'resnet14', attention) for attention in ATTENTIONS),
+    pytest.param('arl_cnn50', 'resnet50', 'spatial', marks=pytest.mark.slow)])
 def test_memory_for_backward(name, plain, dtype, attention, drop_path_rate):
     x = image(96).to(memory_format=torch.channels_last)
     models = [timm.create_model(n, drop_path_rate=drop_path_rate, **kwargs).to(memory_format=torch.channels_last)

@@ -53,6 +53,7 @@ def test_folding_a_network_of_another_order_is_refused():
 
 
 @pytest.mark.parametrize('name', ['arl_cnn14', 'arl_cnn14_channel', 'arl_cnn14_mixed', 'arl_cnn50'])
+@pytest.mark.slow
 def test_onnx(name, tmp_path):
     model = randomise(with_alpha(create(name, num_classes=2), 2.))
     path = export_onnx(model, tmp_path / 'm.onnx', img_size=64)
@@ -94,6 +95,7 @@ def weights_of(path):
     return {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}['weights']
 
 
+@pytest.mark.slow
 def test_a_name_with_a_tag_has_its_weights(call, tmp_path):
     done = call('timm_arl.export', '--model', 'arl_cnn14.isic2017', '--output', tmp_path / 'm.onnx')
     assert done.returncode == 0 and 'RANDOM' not in done.stdout, done.stderr
@@ -104,6 +106,7 @@ def test_a_name_with_a_tag_has_its_weights(call, tmp_path):
     assert weights_of(tmp_path / 'm.onnx') == 'arl_cnn14.isic2017'
 
 
+@pytest.mark.slow
 def test_random_weights_are_called_so(call, tmp_path):
     done = call('timm_arl.export', '--model', 'arl_cnn14', '--img-size', 64, '--output', tmp_path / 'm.onnx')
     assert done.returncode == 0 and 'WARNING: arl_cnn14 has RANDOM WEIGHTS' in done.stdout, done.stderr

@@ -16,6 +16,8 @@ from loopback_hub import Hub
 
 import timm_arl  # noqa: F401  registers the models
 
+pytestmark = pytest.mark.slow
+
 # in a process of its own, since huggingface_hub reads the environment when it is imported: a line of JSON for each repo
 CLIENT = """
 import json, os, sys, time

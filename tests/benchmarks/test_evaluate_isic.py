@@ -60,6 +60,7 @@ def evaluated(repo, isic_sample, checkpoint, tmp_path_factory):
     return out, done.stdout
 
 
+@pytest.mark.slow
 def test_files(evaluated, checkpoint):
     out, stdout = evaluated
     assert {p.name for p in out.iterdir()} == {
@@ -78,6 +79,7 @@ def test_files(evaluated, checkpoint):
         assert len(looks) == 1 and 'evaluate_isic.py' in looks[0]['command'] and float(looks[0]['mean_auc']) > 0
 
 
+@pytest.mark.slow
 def test_figures_follow_from_the_predictions(evaluated, isic_sample):
     out, _ = evaluated
     metrics = json.loads((out / 'metrics.json').read_text())
@@ -102,6 +104,7 @@ def test_figures_follow_from_the_predictions(evaluated, isic_sample):
     assert metrics['validation']['subgroups'] and not metrics['test']['subgroups']  # the test split has no age and sex
 
 
+@pytest.mark.slow
 def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, checkpoint, tmp_path):
     copy = tmp_path / 'copy'
     shutil.copytree(checkpoint, copy)
@@ -133,6 +136,7 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
     assert np.allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_twins_are_left_out_and_the_summary_of_another_program_is_not_drawn(call, isic_sample, checkpoint, tmp_path):
     splits = load_splits(isic_sample)
     train, twin = splits['train']['image_id'][0], splits['validation']['image_id'][5]
@@ -149,6 +153,7 @@ def test_twins_are_left_out_and_the_summary_of_another_program_is_not_drawn(call
     assert twin not in ids and len(ids) == len(splits['validation']) - 1
 
 
+@pytest.mark.slow
 def test_an_output_folder_holds_one_evaluation_and_no_run(call, isic_sample, checkpoint, tmp_path):
     copy, out = tmp_path / 'copy', tmp_path / 'r'
     shutil.copytree(checkpoint, copy)
@@ -176,6 +181,7 @@ def test_an_output_folder_holds_one_evaluation_and_no_run(call, isic_sample, che
     assert (out / 'looks.csv').read_text() == 'earlier'  # validation is no look at test
 
 
+@pytest.mark.slow
 def test_a_look_is_recorded_even_where_nothing_can_be_written_after_it(call, isic_sample, checkpoint, tmp_path):
     copy, out = tmp_path / 'copy', tmp_path / 'r'
     shutil.copytree(checkpoint, copy)
@@ -224,6 +230,7 @@ def test_killed_at_any_moment_no_two_evaluations_are_mixed(repo, monkeypatch, tm
     assert seen == {'earlier', 'later', None}
 
 
+@pytest.mark.slow
 def test_a_staged_folder_is_scored_as_it_was_made_and_stays_as_it_is(call, repo, isic_sample, tmp_path):
     folder = tmp_path / 's'
     assert call('timm_arl.hub.__main__', 'stage', 'arl_cnn14.isic2017', folder).returncode == 0

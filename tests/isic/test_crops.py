@@ -53,6 +53,7 @@ def test_reduced_decoding_gives_the_same_patches():
         assert np.abs(both[0] - both[1])[..., :2].mean() < 2  # of 255, on the smooth channels
 
 
+@pytest.mark.slow
 def test_no_patch_is_enlarged():
     assert min(SCALES) * shorter_side_for(224) >= 224
     assert min(SCALES) * 3000 / 2 >= 224  # so a 12-megapixel photograph is decoded at half its size

@@ -187,7 +187,7 @@ def ids_of(batches):
     return [image_id for _, _, ids in batches for image_id in ids]
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stream_shows_each_image_once_as_a_split_does(tmp_path, workers):
     data = in_shards(tmp_path / 'd', [7, 8, 6])
     split = load_splits(data)['train']
@@ -203,6 +203,7 @@ def test_a_stream_shows_each_image_once_as_a_split_does(tmp_path, workers):
     assert ids_of(stream(data, epoch=2, workers=workers)) != ids_of(shown)
 
 
+@pytest.mark.slow
 def test_processes_stream_shards_of_their_own(tmp_path):
     data = in_shards(tmp_path / 'd', [6, 6, 6, 6])
     ranks = [stream(data, processes=2, rank=rank, workers=rank) for rank in (0, 1)]
@@ -216,6 +217,7 @@ def test_processes_stream_shards_of_their_own(tmp_path):
     assert len(first + second) == 9 and set(first + second) == set(load_splits(data)['train']['image_id'])
 
 
+@pytest.mark.slow
 def test_a_stream_balances_and_repeats(tmp_path):
     data = in_shards(tmp_path / 'd', [40, 40])  # half of them nevi, a quarter of each other diagnosis
     assert len(ids_of(stream(data, patches=3))) == 240
@@ -224,6 +226,7 @@ def test_a_stream_balances_and_repeats(tmp_path):
     assert labels.mean(0).tolist() == pytest.approx([1 / 3] * 2, abs=0.06)
 
 
+@pytest.mark.slow
 def test_readers_of_unequal_shards_start_again_with_other_changes(tmp_path):
     data = in_shards(tmp_path / 'd', [3, 21])
     shown = stream(data, processes=2, rank=0, epoch=1) + stream(data, processes=2, rank=1, epoch=1)
@@ -236,6 +239,7 @@ def test_readers_of_unequal_shards_start_again_with_other_changes(tmp_path):
         assert len(ids_of(stream(data, processes=2, rank=0, balanced=True, epoch=epoch))) == 22
 
 
+@pytest.mark.slow
 def test_shards_sorted_by_diagnosis_are_not_balanced_by_several_readers(tmp_path):
     nevi = {label: dict.fromkeys(range(8), 0.) for label in ('melanoma', 'seborrheic_keratosis')}
     data = in_shards(tmp_path / 'd', [8, 8], **nevi)
@@ -244,6 +248,7 @@ def test_shards_sorted_by_diagnosis_are_not_balanced_by_several_readers(tmp_path
     assert len(ids_of(stream(data, balanced=True, workers=1))) == len(ids_of(stream(data, workers=2))) == 16
 
 
+@pytest.mark.slow
 def test_a_bad_image_in_a_stream_is_named_and_may_be_left_out(tmp_path, capfd):
     data = in_shards(tmp_path / 'd', [6, 6], image={2: {'bytes': b'none', 'path': None}})
     with pytest.raises(DataError, match='train image ISIC_0001002 cannot be read .it is not an image.*: fix it, or'):

@@ -8,6 +8,7 @@ from test_finetune_isic import SMALL, read_csv, run
 from timm_arl.training.distillation import mask_loss
 
 
+@pytest.mark.slow
 def test_masks_are_learned_beside_the_diagnoses(repo, isic_sample, tmp_path):
     args = ['--data', isic_sample, *SMALL, '--model', 'resnet14', '--tracker', 'none', '--mask-weight', 1]
     done = run(repo, *args, '--epochs', 3, '--ema', 0, '--mixup', 0.2, '--output-dir', tmp_path / 'out')

@@ -28,6 +28,7 @@ def source(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_prepared_data_are_the_originals_made_small(run, source, tmp_path):
     target = tmp_path / 'deep' / 'parquet'
     done = run('prepare', source, target, '--longest-side', 300, '--workers', 2)
@@ -112,6 +113,7 @@ def test_external_images_and_twins(run, source, tmp_path):
     assert 'twins of other images: ISIC_0000001, ISIC_0000003' in (tmp_path / 'out' / 'README.md').read_text()
 
 
+@pytest.mark.slow
 def test_faults(run, source, tmp_path):
     image = source / 'ISIC-2017_Validation_Data' / 'ISIC_1000002.jpg'
     whole = image.read_bytes()

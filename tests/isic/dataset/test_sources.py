@@ -188,6 +188,7 @@ def test_every_kind_of_picture_comes_out_as_it_looks():
         assert decode(encoded(image.convert(mode), fmt)).mode == 'RGB'
 
 
+@pytest.mark.slow
 def test_a_hundred_megapixels_and_far_too_many(recwarn):
     large = encoded(Image.new('L', (11000, 9100), 90), 'PNG')
     assert decode(large).size == (11000, 9100) and not recwarn
