@@ -256,6 +256,7 @@ for load in (lambda: load_weights_file(model, 'out'), lambda: create_trained('ou
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_must_not_be_read_is_not_called_missing(run, tmp_path):
     for name in ('out', 'shut'):
         shutil.copytree(run, tmp_path / name)
