@@ -103,7 +103,7 @@ def test_model_without_its_tag():
 def test_card_is_there_with_the_figures_of_the_results(call, repo, tmp_path):
     done = call('timm_arl.hub.__main__', 'card', NAME, '--output', tmp_path / 'c')
     assert done.returncode == 0, done.stderr
-    for file in ('README.md', 'results.json'):  # else generate them again
+    for file in ('README.md', 'config.json', 'results.json'):  # else generate them again
         assert (tmp_path / 'c' / file).read_bytes() == (repo / 'hub_cards' / NAME / file).read_bytes()
     card = (tmp_path / 'c' / 'README.md').read_text()
     results = json.loads((shipped_weights(NAME) / 'results.json').read_text())

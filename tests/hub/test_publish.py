@@ -92,7 +92,7 @@ def test_push_push_again_verify(run, tmp_path):
         assert done.returncode == 0 and 'would be sent; pass --yes' in done.stdout and not server.repos, done.stderr
         server.fault('POST .*/commit/', 'status', code=500)
         done = program('push', staged, '--to', 'user/model', '--yes')
-        assert done.returncode == 2 and 'The same command goes on' in done.stderr and 'Traceback' not in done.stderr
+        assert done.returncode == 2 and 'Run the same command again' in done.stderr and 'Traceback' not in done.stderr
         done = program('push', staged, '--to', 'user/model', '--yes')
         assert done.returncode == 0, done.stderr
         assert set(server.repos['user/model']) == {p.name for p in staged.iterdir()}
@@ -101,7 +101,7 @@ def test_push_push_again_verify(run, tmp_path):
         assert "create_model('local-dir:staged'" in (staged / 'README.md').read_text()  # which stays as it was
         server.repos['user/model']['curves.png'] = b'of an earlier evaluation'
         done = program('push', staged, '--to', 'user/model', '--yes')
-        assert done.returncode == 0 and 'without curves.png sent' in done.stdout, done.stderr
+        assert done.returncode == 0 and 'removal of curves.png sent' in done.stdout, done.stderr
         assert set(server.repos['user/model']) == {p.name for p in staged.iterdir()}
         commits = len(server.commits['user/model'])
         done = program('push', staged, '--to', 'user/model', '--yes')
@@ -121,8 +121,8 @@ def test_push_push_again_verify(run, tmp_path):
         done = program('push', staged, '--to', 'user/new', '--yes', token='')
         assert done.returncode == 2 and 'log in' in done.stderr and 'is wrong' not in done.stderr, done.stderr
 
-        for fault, code, words in (('PUT /_lfs/', 403, 'that may do that'), ('/objects/batch', 507, 'the network'),
-                                   ('POST /api/repos/create', 403, 'that may do that')):
+        for fault, code, words in (('PUT /_lfs/', 403, 'with that permission'), ('/objects/batch', 507, 'the network'),
+                                   ('POST /api/repos/create', 403, 'with that permission')):
             server.blobs.clear()
             server.fault(fault, 'status', code=code, times=-1)
             done = program('push', staged, '--to', f'user/refused-{code}{len(fault)}', '--yes')
@@ -164,7 +164,7 @@ def test_push_push_again_verify(run, tmp_path):
         assert program('push', other, '--yes', '--tag', 'v1').returncode == 0  # the tag has still what is here
         (other / 'README.md').write_text('# Mine\n')
         done = program('push', other, '--yes', '--tag', 'v1')
-        assert done.returncode == 2 and 'has a tag v1 already, of other content' in done.stderr
+        assert done.returncode == 2 and 'already has a tag v1 with other content' in done.stderr
         done = program('verify', 'lab/arl_cnn14.mine', '--against', other, token='')
         assert done.returncode == 2 and 'or it is private' in done.stderr and 'HF_TOKEN' in done.stderr
         process.stdin.close()
@@ -191,7 +191,7 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.txt').write_text('dear')
     done = call('timm_arl.hub.__main__', 'stage', run, tmp_path / 'mine')
-    assert done.returncode == 2 and 'holds what this command did not put there' in done.stderr
+    assert done.returncode == 2 and 'holds files that this command did not write' in done.stderr
     assert (tmp_path / 'mine' / 'thesis.txt').read_text() == 'dear'
     other = tmp_path / 'r'
     other.mkdir()
@@ -206,12 +206,12 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
     for args, message in ((('stage', 'arl_cnn14.isic2018', 's'), 'no weights of that name in this package (it has arl'),
                           (('stage', run, 's', '--tag', 'my tag/x'), "'my tag/x' cannot be a tag"),
                           (('stage', run, 's', '--tag', ''), "'' cannot be a tag"),
-                          (('stage', run, 's', '--tag', 'isic2017'), 'is the name of weights that came with'),
+                          (('stage', run, 's', '--tag', 'isic2017'), 'is the name of weights that come with'),
                           (('stage', run, run / 'run.json' / 'x' / 's'), 'Cannot make'),
                           (('push', staged, '--to', ''), "'' is neither a repo"),
                           (('push', staged, '--to', 'a/b/c'), "'a/b/c' is neither a repo (user/name) nor a folder"),
-                          (('push', staged), 'needs a place to go: --to user/arl_cnn14.isic2017-other'),
-                          (('push', staged, '--to', 'u/m', '--tag', 'main'), 'since the usual branch has it: choose'),
+                          (('push', staged), 'say where to push it: --to user/arl_cnn14.isic2017-other'),
+                          (('push', staged, '--to', 'u/m', '--tag', 'main'), 'is the name of the default branch'),
                           (('push', staged, '--to', 'u/m', '--tag', 'v 1'), "'v 1' cannot be the name of a tag"),
                           (('verify', 'nope', '--against', staged), "'nope' is neither a repo (user/name) nor a"),
                           (('verify', './nope', '--against', staged), 'No folder ./nope: push')):
@@ -231,10 +231,12 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
 
 
 @pytest.mark.parametrize('name, content, message', [
-    ('run.json', '{}', 'is not whole'), ('run.json', '[]', 'run.json is missing or unreadable'),
-    ('run.json', '{"arguments": 3}', 'is not whole'), ('run.json', 'BALANCE', 'is not whole'),
-    ('summary.csv', '', 'is not whole'),
-    ('summary.csv', 'epoch,validation_mean_auc\n', 'is not whole'), ('metrics.json', '{"test": {}}', 'is not whole'),
+    ('run.json', '{}', 'is incomplete ('), ('run.json', '[]', 'run.json is missing or unreadable'),
+    ('run.json', '{"arguments": 3}', 'is incomplete ('),
+    ('run.json', 'BALANCE', 'is incomplete or of another version ('),
+    ('summary.csv', '', 'is incomplete ('),
+    ('summary.csv', 'epoch,validation_mean_auc\n', 'is incomplete ('),
+    ('metrics.json', '{"test": {}}', 'is incomplete ('),
 ])
 def test_damaged_runs(run, call, tmp_path, name, content, message):
     copy = tmp_path / 'run'
@@ -285,7 +287,7 @@ def test_pictures_of_an_earlier_evaluation_go(run, staged, call, tmp_path):
     done = call('timm_arl.hub.__main__', 'verify', './there', '--against', staged, cwd=tmp_path)
     assert done.returncode == 2 and 'differs from' in done.stderr and 'roc_test.png' in done.stderr
     done = call('timm_arl.hub.__main__', *push[:-1], cwd=tmp_path)
-    assert 'without roc_test.png would be sent' in done.stdout and (tmp_path / 'there' / 'roc_test.png').exists()
+    assert 'removal of roc_test.png would be sent' in done.stdout and (tmp_path / 'there' / 'roc_test.png').exists()
     assert call('timm_arl.hub.__main__', *push, cwd=tmp_path).returncode == 0
     assert not (tmp_path / 'there' / 'roc_test.png').exists()
     assert call('timm_arl.hub.__main__', 'verify', './there', '--against', staged, cwd=tmp_path).returncode == 0
@@ -300,7 +302,7 @@ def test_places_that_are_not_for_a_push(run, staged, call, monkeypatch, tmp_path
     (tmp_path / 'thesis' / 'results.json').write_text('{"mine": 1}')
     for place in (copy, tmp_path / 'thesis', tmp_path / 'thesis' / 'README.md'):
         done = call('timm_arl.hub.__main__', 'push', staged, '--to', place, '--yes')
-        assert done.returncode == 2 and 'is no folder that this command wrote' in done.stderr, done.stderr
+        assert done.returncode == 2 and 'exists and this command did not write it' in done.stderr, done.stderr
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert (tmp_path / 'thesis' / 'README.md').read_text() == 'dear'
     done = call('timm_arl.hub.__main__', 'card', staged, '--output', tmp_path / 'c')

@@ -1,15 +1,15 @@
 """Publishing: a model repo from a training output, with a card, pushed to a Hub or a folder and verified.
 
     python -m timm_arl.hub stage OUT STAGED --evaluation R    # a model repo, ready to publish, from a finished run
-    python -m timm_arl.hub stage NAME.TAG STAGED              # the same from weights that came with this package
-    python -m timm_arl.hub card STAGED                        # write its README.md anew
-    python -m timm_arl.hub push STAGED --to user/model        # lists what would go; --yes sends it
-    TIMM_ARL_HUB=me python -m timm_arl.hub push STAGED STAGED ... --yes    # each to a repo of its name under me
-    python -m timm_arl.hub verify user/model --against STAGED # downloads it into an empty cache and compares
+    python -m timm_arl.hub stage NAME.TAG STAGED              # the same for weights that come with this package
+    python -m timm_arl.hub card STAGED                        # write its README.md again
+    python -m timm_arl.hub push STAGED --to user/model        # list what would be sent; --yes sends it
+    TIMM_ARL_HUB=me python -m timm_arl.hub push STAGED STAGED ... --yes    # each to me/NAME.TAG
+    python -m timm_arl.hub verify user/model --against STAGED # download it into an empty cache and compare
 
---to and verify take a folder (./FOLDER) too, and verify a revision (user/model@REVISION). HF_ENDPOINT names another
-Hub, HF_TOKEN or `hf auth login` the account, TIMM_ARL_HUB the user or organisation whose repos are pushed to without
---to. The README.md that goes is the staged one, with the repo's or the folder's name where it loads the model.
+A folder (./FOLDER) can stand for a repo; verify also takes user/model@REVISION. Log in with `hf auth login` or
+HF_TOKEN. HF_ENDPOINT names another Hub, TIMM_ARL_HUB the user or organisation to push to without --to. The staged
+README.md is sent as it is, but with the name of the repo or folder in its call of timm.create_model.
 """
 import argparse
 import sys
@@ -30,14 +30,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
     sub = commands.add_parser('stage', help='build a model repo from a finished run, or from shipped weights')
-    sub.add_argument('run', metavar='OUT|NAME.TAG', help='output folder, or weights that came with this package')
+    sub.add_argument('run', metavar='OUT|NAME.TAG', help='output folder, or weights that come with this package')
     sub.add_argument('target', metavar='STAGED', type=Path)
     sub.add_argument('--evaluation', metavar='R', type=Path, help='output folder of evaluate_isic.py on that run')
     sub.add_argument('--alpha-zero', metavar='R0', type=Path,
                      help='output folder of evaluate_isic.py --alpha-zero --compare R/predictions_test.csv')
-    sub.add_argument('--tag', help='of the weights (default: isic2017 for images of the challenge, demo for synthetic '
-                                   'ones, else by the name of the data)')
-    sub.add_argument('--note', default='', help='what the card says of the images ("copies at 256 px", for example)')
+    sub.add_argument('--tag', help='tag of the weights (default: isic2017 for the images of the challenge, demo for '
+                                   'synthetic ones, else the name of the data)')
+    sub.add_argument('--note', default='', help='what the card says about the images ("copies at 256 px", for example)')
     sub = commands.add_parser('card', help='write the README.md of a staged folder, or of registered weights')
     sub.add_argument('what', metavar='STAGED|NAME.TAG')
     sub.add_argument('--output', metavar='DIR', type=Path, help='for NAME.TAG: folder for its README.md')
@@ -45,8 +45,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     sub.add_argument('folders', metavar='STAGED', type=Path, nargs='+')
     sub.add_argument('--to', metavar='REPO|./DIR', help='(default: NAME.TAG of each, under TIMM_ARL_HUB)')
     sub.add_argument('--yes', action='store_true', help='send; without it, list what would be sent')
-    sub.add_argument('--private', action='store_true', help='make the repo a private one, where it is new')
-    sub.add_argument('--tag', help='give what is sent this tag (v1, for what this package looks for)')
+    sub.add_argument('--private', action='store_true', help='make a new repo private')
+    sub.add_argument('--tag', help='tag what is sent (v1: the tag that this package loads)')
     sub = commands.add_parser('verify', help='fetch published weights into an empty cache and compare')
     sub.add_argument('source', metavar='REPO|./DIR')
     sub.add_argument('--against', metavar='STAGED', type=Path, required=True)
@@ -57,14 +57,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(f'Staged: {args.target} ({", ".join(sorted(path.name for path in args.target.iterdir()))})')
         elif args.command == 'card':
             if Path(args.what).is_dir() and args.output:
-                raise HubError(f'{args.what} is a staged folder, whose card is in it: leave out --output.')
+                raise HubError(f'{args.what} is a staged folder and its card goes there: leave out --output.')
             elif Path(args.what).is_dir():
                 print(f'Written: {card(Path(args.what))}')
             elif args.output:
                 print(f'Written: {card_of_registered(args.what, args.output)}')
             else:
-                raise HubError(f'{args.what} is no folder here; the card of registered weights of that name needs '
-                               f'--output DIR.')
+                raise HubError(f'No folder {args.what}; for the card of registered weights pass --output DIR.')
         elif args.command == 'push':
             if args.to is not None and len(args.folders) > 1:
                 raise HubError('--to names one place: push one folder at a time, or leave it out.')
@@ -85,7 +84,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (HubError, WeightsError, OSError, SafetensorError) as error:
         parser.exit(2, f'{parser.prog} {args.command}: error: {error}\n')
     except KeyboardInterrupt:
-        parser.exit(130, '\nInterrupted: the same command goes on.\n')
+        parser.exit(130, '\nInterrupted: run the same command again to continue.\n')
     return 0
 
 

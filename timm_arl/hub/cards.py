@@ -1,4 +1,4 @@
-"""Model cards: what a reader must know of weights, with no figure that was typed."""
+"""Model cards: what a reader must know about weights; every figure comes from results.json."""
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -6,19 +6,24 @@ from typing import Any, Dict, List, Optional, Tuple
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..isic.metrics import interval_text
+from ..isic.report import (
+    calibration_table,
+    differences_table,
+    groups_table,
+    markdown_table,
+    points_table,
+    scores_table,
+)
 from ..isic.task import LABELS, label_words
 
 __all__ = ['render_card']
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
-CALIBRATION = ('ece', 'ece_with_temperature', 'temperature')
-POINT = ('threshold', 'accuracy', 'sensitivity', 'specificity', 'ppv', 'npv')
 WORDS = {label: label_words(label) for label in LABELS}
 MIXES = {  # by --balance
-    'none': 'those of the mix of diagnoses in training',
-    'weights': 'those of a training in which every diagnosis weighed the same (`--balance weights`)',
-    'sampler': 'those of a training that saw every diagnosis as often as another (`--balance sampler`)',
+    'none': 'They follow the mix of diagnoses in the training images.',
+    'weights': 'In training, every diagnosis had the same weight (`--balance weights`).',
+    'sampler': 'In training, every diagnosis was shown equally often (`--balance sampler`).',
 }
 
 
@@ -36,8 +41,8 @@ def render_card(
         name: Model and tag.
         config: Content of config.json, or for weights of timm's a dict of architecture and pretrained_cfg.
         results: Content of results.json; None for weights that were not measured.
-        sha256: Digest of model.safetensors, or None for that of the repo it comes from.
-        load_name: What timm.create_model is given.
+        sha256: Checksum of model.safetensors, or None where it is that of the repo the weights come from.
+        load_name: The name that timm.create_model gets.
         pictures: File names beside the card.
     """
     cfg = config['pretrained_cfg']
@@ -69,7 +74,7 @@ def render_card(
         splits=[_split(split, results) for split in _ordered(results['metrics'])] if results else [],
         looks=_times(len(results['looks'])) if results else '',
         pictures=[(name, _words_of(name)) for name in pictures or []],
-        training=_training(results) if results else [], mix=MIXES[arguments.get('balance', 'none')], sha256=sha256)
+        training=_training(results) if results else '', mix=MIXES[arguments.get('balance', 'none')], sha256=sha256)
     return str(card).rstrip() + '\n'
 
 
@@ -85,12 +90,12 @@ def _eval_results(results: Dict[str, Any]) -> List[EvalResult]:
 
 
 def _ordered(metrics: Dict[str, Any]) -> Dict[str, Any]:
-    """The test split first, whose images chose nothing."""
+    """The test split first: its images chose nothing."""
     return {split: metrics[split] for split in sorted(metrics, key=lambda split: split != 'test')}
 
 
 def _data_set(split: str, data: Dict[str, Any]) -> Tuple[str, str]:
-    """Id and name of what a split's images are of."""
+    """Id and name of the data set of a split."""
     if data['name'] == 'demo':
         return 'synthetic', 'synthetic demo images'
     return ('isic-2017', 'ISIC 2017 Part 3') if split in data['official_splits'] else ('other', data['name'])
@@ -102,36 +107,24 @@ def _split(name: str, results: Dict[str, Any]) -> Dict[str, Any]:
     chosen = any(task.get('operating_points') for task in tasks.values())
     kept = 'the epoch that was kept' if results['run']['arguments']['keep'] == 'best' else ''
     by_validation = ' and '.join(filter(None, [kept, 'thresholds and temperatures' * chosen]))
+    alpha_zero = results.get('alpha_zero', {}).get(name)
+    groups = [row for row in scores.get('subgroups', ()) if row['auc'] is not None]
     return {
         'title': f'{name.capitalize()}, {tasks[LABELS[0]]["images"]} images of {_data_set(name, results["data"])[1]}'
                  .replace('synthetic', '**synthetic**'),
-        'note': f'These images chose {by_validation}: their figures are better than those of new images would be.'
+        'note': f'These images chose {by_validation}: their figures are too good.'
                 if name == 'validation' and by_validation else '',
-        'rows': [
-            *(_cells(WORDS[label], interval_text(t['auc'], t['auc_ci95']), _number(t.get('average_precision')),
-                     _number(t['sensitivity']), _number(t['specificity'])) for label, t in tasks.items()),
-            _cells('mean', interval_text(scores['mean_auc'], scores['mean_auc_ci95']), '', '', '')],
-        'points': [_cells(f'{WORDS[label]}, {point["name"]}', *(_number(point[key]) for key in POINT))
-                   for label, t in tasks.items() for point in t.get('operating_points', ())],
-        'calibration': [
-            _cells(WORDS[label], _number(t['positives'] / t['images']), _number(t.get('mean_probability')),
-                   *(_number(t['calibration'][key]) for key in CALIBRATION))
-            for label, t in tasks.items() if 'calibration' in t],
+        'scores': scores_table(scores), 'points': points_table(scores), 'chosen': chosen,
+        'calibration': calibration_table(scores) if 'calibration' in tasks[LABELS[0]] else '',
         'warnings': [
-            f'**The AUC of {WORDS[label]} cannot be told from chance** (0.5) by these images.'
+            f'**The AUC of {WORDS[label]} cannot be told from chance** (0.5) with these images.'
             for label, t in tasks.items() if t['auc_ci95'] and t['auc_ci95'][0] <= 0.5] + [
             f'**Probabilities of {WORDS[label]} are {direction}** here, by {abs(gap):.3f} on average: do not read them '
             f'as risks.' for label, t in tasks.items() if 'mean_probability' in t
             for gap in [t['mean_probability'] - t['positives'] / t['images']]
             for direction in ['too high' if gap > 0 else 'too low'] if abs(gap) > 0.05],
-        'alpha_zero': [
-            _cells(WORDS.get(key, 'mean'), interval_text(pair['difference'], pair['difference_ci95'], '+'),
-                   _number(pair.get('p_value')))
-            for key, pair in results.get('alpha_zero', {}).get(name, {}).items()],
-        'subgroups': [
-            _cells(row['group'], WORDS[row['label']], row['images'], row['positives'],
-                   interval_text(row['auc'], row['auc_ci95']))
-            for row in scores.get('subgroups', ()) if row['auc'] is not None],
+        'alpha_zero': differences_table(alpha_zero) if alpha_zero else '',
+        'groups': groups_table(groups) if groups else '',
     }
 
 
@@ -141,13 +134,13 @@ def _words_of(picture: str) -> str:
             'curves': 'Losses and validation AUCs over the epochs', 'alphas': 'The alphas over the epochs'}[kind]
 
 
-def _training(results: Dict[str, Any]) -> List[Any]:
+def _training(results: Dict[str, Any]) -> str:
     run = results['run']
     arguments = run['arguments']
     start = (results['base_model'] or arguments.get('init_checkpoint')
              or (arguments.get('pretrained') and arguments.get('model')))
     images = f', {arguments["train_images"]:,} images' if 'train_images' in arguments else ''
-    rows = [
+    return markdown_table(['', ''], [
         ('data', ', '.join(filter(None, [
             'of a cross-validation, ' + arguments['fold'] if arguments.get('fold') else '',
             'ISIC 2017, the 2,000 training images of the challenge' if 'train' in results['data']['official_splits']
@@ -155,24 +148,15 @@ def _training(results: Dict[str, Any]) -> List[Any]:
         ('started from', f'`{start}`' if start else 'scratch'),
         ('command', f'`{run["command"]}`'), ('recipe', arguments['recipe']), ('seed', arguments['seed']),
         ('image size', f'{results["img_size"]} px'),
-        ('crops', f'{arguments.get("crops")}, whose probabilities are averaged'),
+        ('crops', f'{arguments.get("crops")}; their probabilities are averaged'),
         ('commit', run.get('commit') or 'unknown'),
         ('versions', ', '.join(f'{key} {value}' for key, value in run['versions'].items())),
         ('device', f'{run["launch"]["processes"]} process(es), {run["launch"]["device"]}, mixed precision '
                    f'{run["launch"]["mixed_precision"]}'),
-        ('epochs', f'{results["epochs"]}; the kept one: {results["kept_epoch"]}, ' + (
+        ('epochs', f'{results["epochs"]}; epoch {results["kept_epoch"]} was kept, ' + (
             'the best by mean AUC on validation' if arguments['keep'] == 'best' else 'the last')),
         ('alphas', ', '.join(f'{key.removesuffix(".alpha")} {value:.3g}' for key, value in results['alphas'].items())),
-    ]
-    return [(key, str(value).replace('|', '\\|')) for key, value in rows]
-
-
-def _cells(*values: Any) -> str:
-    return ' | '.join(str(value) for value in values)
-
-
-def _number(value: Any) -> str:
-    return '' if value is None else f'{value:.3f}'
+    ])
 
 
 def _times(count: int) -> str:
@@ -180,7 +164,7 @@ def _times(count: int) -> str:
 
 
 def registered_config(name: str) -> Dict[str, Any]:
-    """What render_card needs of registered weights of timm's.
+    """What render_card needs for weights that timm hosts.
 
     Args:
         name: Model and tag.
@@ -190,7 +174,7 @@ def registered_config(name: str) -> Dict[str, Any]:
 
 
 def read_results(folder: Path) -> Optional[Dict[str, Any]]:
-    """Content of results.json of a staged folder, or None where there is none, or none that can be read."""
+    """Content of results.json of a staged folder, or None where it is missing or unreadable."""
     try:
         results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
     except (OSError, ValueError):

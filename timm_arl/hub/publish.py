@@ -24,47 +24,48 @@ LOADING = re.compile(r'''timm\.create_model\((['"])(?:hf-hub|local-dir):.*?\1'''
 
 
 def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: Optional[str] = None) -> List[str]:
-    """Send a staged folder to a Hub repo or another folder; a second time sends what is missing, and no empty commit.
+    """Send a staged folder to a Hub repo or another folder; a second push sends what is missing, and no empty commit.
 
-    The staged folder stays as it is; in the card that goes, what is given to timm.create_model names the place.
+    Push removes stale pictures: those of an earlier evaluation that are not staged. The staged folder stays as it is;
+    in the card that is sent, the name for timm.create_model is that of the repo or folder.
 
     Args:
         folder: Staged.
         to: Repo id, or a folder that starts with . / or ~.
-        yes: Send; else only find out what would be sent.
-        private: Make the repo private, where it is made.
-        tag: Give what is sent this tag, on a Hub.
+        yes: Send; otherwise only find out what would be sent.
+        private: Make a new repo a private one.
+        tag: Tag for what is sent, on a Hub.
 
     Returns:
-        What differs from what is there: names of files, 'without NAME' for pictures of an earlier evaluation, which
-        go, and 'the tag TAG'.
+        What differs from what is there: names of files, 'removal of NAME' for stale pictures, and 'the tag TAG'.
 
     Raises:
-        HubError: Not a staged folder, no name of a repo or of a tag, or the Hub refuses.
+        HubError: Not a staged folder, an invalid name of a repo or tag, or the Hub refuses.
     """
     if _is_folder(to):
         if private or tag:
-            raise HubError(f'{to} is a folder: leave out --private and --tag, which are of a Hub.')
+            raise HubError(f'{to} is a folder: leave out --private and --tag, which are for a Hub.')
         there = Path(to).expanduser()
         staged = staged_files(folder, f'local-dir:{there.resolve().name}')
         files = {path.name for path in there.iterdir()} if there.is_dir() else set()
         if (there.exists() and not there.is_dir()) or (files and 'name' not in (read_results(there) or {})):
-            raise HubError(f'{to} is no folder that this command wrote, and would lose what it holds: choose another.')
+            raise HubError(f'{to} exists and this command did not write it: choose another folder.')
         changed = [name for name, content in staged.items()
                    if not (there / name).is_file() or sha256_of(there / name) != _sha256(content)]
         stale = [name for name in PICTURES if name in files and name not in staged]
         if yes:
             there.mkdir(parents=True, exist_ok=True)
-            for name in sorted(changed, key=lambda name: name != 'results.json'):  # by which it goes on
+            for name in sorted(changed, key=lambda name: name != 'results.json'):  # marks it as ours
                 with replacing(there / name) as temporary:
                     temporary.write_bytes(_bytes(staged[name]))
             for name in stale:
                 (there / name).unlink()
-        return changed + [f'without {name}' for name in stale]
+        return changed + [f'removal of {name}' for name in stale]
     _check_repo(to)
     if tag is not None and not re.fullmatch(r'(?!main$)[A-Za-z0-9][A-Za-z0-9._-]*', tag):
-        why = ', since the usual branch has it: choose another' if tag == 'main' else ': use letters, digits, . and -'
-        raise HubError(f'--tag {tag!r} cannot be the name of a tag{why} (v1, for example).')
+        why = 'is the name of the default branch: choose another' if tag == 'main' else (
+            'cannot be the name of a tag: use letters, digits, . and -')
+        raise HubError(f'--tag {tag!r} {why} (v1, for example).')
     staged = staged_files(folder, f'hf-hub:{to}')
     api = huggingface_hub.HfApi()
     try:
@@ -75,7 +76,7 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
             raise HubError(f'{to} has a branch {tag}: choose another --tag.')
         tagged = refs is not None and tag in [ref.name for ref in refs.tags]
         if tagged and any(_differing(api, staged, to, tag) or ()):
-            raise HubError(f'{to} has a tag {tag} already, of other content: choose another --tag.')
+            raise HubError(f'{to} already has a tag {tag} with other content: choose another --tag.')
         if yes and (changed or stale):
             api.create_repo(to, private=private or None, exist_ok=True)  # None: as the account's settings have it
             with plain_http():
@@ -87,27 +88,27 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
             api.create_tag(to, tag=tag)
     except HubError:
         raise
-    except Exception as error:  # of an HTTP library that depends on huggingface_hub's version; others go on
+    except Exception as error:  # HTTP errors differ with huggingface_hub's version; unrelated ones are raised
         cause, remedy, _ = diagnose_hub_error(error, to)
         if not cause:
             raise
-        raise HubError(f'{to} at {huggingface_hub.constants.ENDPOINT}: {cause}; {remedy}. The same command goes on '
-                       f'where it stopped.') from error
-    return changed + [f'without {name}' for name in stale] + [f'the tag {tag}'] * bool(tag and not tagged)
+        raise HubError(f'{to} at {huggingface_hub.constants.ENDPOINT}: {cause}; {remedy}. Run the same command '
+                       f'again to continue.') from None
+    return changed + [f'removal of {name}' for name in stale] + [f'the tag {tag}'] * bool(tag and not tagged)
 
 
 def verify(source: str, against: Path) -> Dict[str, str]:
     """Fetch a published model into an empty cache and compare files and outputs with a staged folder.
 
     Args:
-        source: Repo id, of which revision after an @, or a folder that starts with . / or ~.
+        source: Repo id, with @revision if wanted, or a folder that starts with . / or ~.
         against: Staged folder.
 
     Returns:
         The sha256 of each file.
 
     Raises:
-        HubError: A file is missing or another, or the outputs differ.
+        HubError: A file is missing or differs, or the outputs differ.
     """
     staged = staged_files(against)
     with tempfile.TemporaryDirectory(prefix='timm_arl-verify-') as cache:
@@ -119,34 +120,34 @@ def verify(source: str, against: Path) -> Dict[str, str]:
         else:
             _check_repo(repo)
             try:
-                huggingface_hub.model_info(repo, revision=revision or None, timeout=10)  # which the next one has not
+                huggingface_hub.model_info(repo, revision=revision or None, timeout=10)  # the next call has no timeout
                 with plain_http():
                     found = Path(huggingface_hub.snapshot_download(
                         repo, revision=revision or None, cache_dir=cache, allow_patterns=[*staged, *PICTURES]))
-            except Exception as error:  # of that library too
+            except Exception as error:  # as in push
                 cause, remedy, _ = diagnose_hub_error(error, repo)
                 if not cause:
                     raise
-                raise HubError(f'{source} at {huggingface_hub.constants.ENDPOINT}: {cause}; {remedy}.') from error
+                raise HubError(f'{source} at {huggingface_hub.constants.ENDPOINT}: {cause}; {remedy}.') from None
         wrong = [name for name in staged if not (found / name).is_file() or (
             _named(found, 'it') != _named(against, 'it') if name == 'README.md' else
             sha256_of(found / name) != sha256_of(against / name))]
         wrong += [name for name in PICTURES if name not in staged and (found / name).is_file()]
         if wrong:
-            raise HubError(f'{source} differs from {against} in {", ".join(wrong)}: push again, or, where '
-                           f'that finds nothing to send, verify again.')
+            raise HubError(f'{source} differs from {against} in {", ".join(wrong)}: push again, then verify again.')
         theirs, ours = (cast(Any, create_for_task(f'local-dir:{each}', pretrained=True)).eval()
                         for each in (found, against))
         side = ours.pretrained_cfg['input_size'][-1]
         images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             if not torch.equal(theirs(images), ours(images)):
-                raise HubError(f'{source} and {against} hold the same files, but give other outputs on one image.')
+                raise HubError(f'{source} and {against} hold the same files, but give different outputs for the same '
+                               f'images.')
         return {name: sha256_of(found / name) for name in staged}
 
 
 def staged_files(folder: Path, load_name: str = 'it') -> Dict[str, Union[str, bytes]]:
-    """What is published of a staged folder, by name: paths, and the card with what it gives to timm.create_model."""
+    """The files to publish, by name: paths; for the card its content, with this name for timm.create_model."""
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing or 'name' not in (read_results(folder) or {}):
         raise HubError(f'{folder} has no {", ".join(missing) or "results.json that can be read"}: stage it first.')
@@ -155,11 +156,12 @@ def staged_files(folder: Path, load_name: str = 'it') -> Dict[str, Union[str, by
 
 
 def _named(folder: Path, load_name: str) -> bytes:
-    """The card of a folder with this name where it tells how to load the model; the rest may have been edited."""
+    """The card of a folder, edited or not, with this name in its call of timm.create_model."""
     try:
         text = (folder / 'README.md').read_text(encoding='utf-8')
-    except UnicodeDecodeError as error:
-        raise HubError(f'{folder / "README.md"} is not UTF-8: save it so, or write it anew: card {folder}.') from error
+    except UnicodeDecodeError:
+        raise HubError(
+            f'{folder / "README.md"} is not UTF-8: save it as UTF-8, or write it again: card {folder}.') from None
     return LOADING.sub(lambda _: f'timm.create_model({load_name!r}', text, count=1).encode()
 
 
@@ -180,7 +182,7 @@ def _check_repo(repo: str) -> None:
     if not good:
         raise HubError(f'{repo!r} is neither a repo (user/name) nor a folder (./name).')
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise HubError('HF_HUB_OFFLINE is set, so that no Hub is asked: unset it, or name a folder (./name).')
+        raise HubError('HF_HUB_OFFLINE is set: unset it, or name a folder (./name).')
 
 
 def _is_folder(name: str) -> bool:
@@ -193,7 +195,7 @@ def _differing(
         repo: str,
         revision: Optional[str] = None,
 ) -> Optional[Tuple[List[str], List[str]]]:
-    """Of what is staged, what a repo has not, or not so, and pictures it has beside; None where there is no repo."""
+    """Staged files that a repo lacks or has otherwise, and its stale pictures; None if there is no such repo."""
     try:
         about = api.model_info(repo, revision=revision, files_metadata=True, timeout=10)
     except GatedRepoError:  # a RepositoryNotFoundError too
@@ -218,6 +220,6 @@ def _is_there(content: Union[str, bytes], remote: Any) -> bool:
 def usual_repo(folder: Path) -> str:
     name = (read_results(folder) or {}).get('name', folder.name)
     if HUB == 'timm-arl' and OWN_WEIGHTS.get(name) != sha256_of(folder / 'model.safetensors'):
-        raise HubError(f'{folder} needs a place to go: --to user/{name}, or TIMM_ARL_HUB=user (timm-arl is the name of '
-                       f'this project).')
+        raise HubError(f'{folder}: say where to push it: --to user/{name}, or TIMM_ARL_HUB=user (timm-arl is reserved '
+                       f'for weights of this project).')
     return f'{HUB}/{name}'

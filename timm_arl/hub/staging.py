@@ -32,7 +32,7 @@ PICTURES = (
 
 
 class HubError(RuntimeError):
-    """Something that cannot be staged, pushed or verified; the message says why and what to do."""
+    """Staging, pushing or verifying failed; the message says why and what to do."""
 
 
 def stage(
@@ -45,42 +45,41 @@ def stage(
 ) -> Path:
     """Build a model repo from a finished run: config.json, model.safetensors, results.json, pictures, README.md.
 
-    config.json is what timm reads, and beside that the versions, the thresholds and, after an evaluation, temperatures.
+    config.json is what timm reads, with versions, thresholds and, after an evaluation, temperatures.
 
     Args:
-        run: Output folder of finetune_isic.py; or the name of weights that came with this package.
+        run: Output folder of finetune_isic.py; or the name of weights that come with this package.
         target: Folder to make; one that was staged before is replaced.
-        evaluation: Output folder of evaluate_isic.py on that run, whose richer scores and pictures are taken.
-        tag: Of the weights, by default what their training images are called: isic2017 for the challenge's, demo for
-            synthetic ones, else by the name of the data. The name of weights that came with this package is not given
-            to others.
-        note: What the card should say of the images, their size for example.
-        alpha_zero: Output folder of evaluate_isic.py with --alpha-zero and --compare, whose differences are taken.
+        evaluation: Output folder of evaluate_isic.py on that run, for its richer scores and its pictures.
+        tag: Tag of the weights. By default the name of the training images: isic2017 for the challenge's, demo for
+            synthetic ones, else the name of the data. Names of weights that come with this package are reserved.
+        note: What the card should say about the images, their size for example.
+        alpha_zero: Output folder of evaluate_isic.py with --alpha-zero and --compare, for the differences.
 
     Returns:
         target.
 
     Raises:
-        HubError: A run that is not finished, an evaluation of something else, a tag that no Hub takes, or a target that
-            is something else.
+        HubError: An unfinished run, an evaluation of something else, a tag that no Hub accepts, or a target with other
+            files.
         WeightsError: Weights that do not fit their config.
     """
     if target.exists() and not (target.is_dir() and {path.name for path in target.iterdir()} <= {*NEEDED, *PICTURES}):
-        raise HubError(f'{target} exists and holds what this command did not put there: choose another folder.')
+        raise HubError(f'{target} exists and holds files that this command did not write: choose another folder.')
     shipped = None if Path(run).is_dir() else shipped_weights(str(run))
     if shipped is not None:
         if evaluation or tag or note or alpha_zero:
-            raise HubError(f'{run} came with the package, results and all: leave out --evaluation, --alpha-zero, --tag '
-                           f'and --note.')
+            raise HubError(f'{run} comes with the package and its results: leave out --evaluation, --alpha-zero, '
+                           f'--tag and --note.')
         if sha256_of(shipped / 'model.safetensors') != OWN_WEIGHTS[str(run)]:
-            raise HubError(f'{shipped / "model.safetensors"} is damaged: install the package anew.')
+            raise HubError(f'{shipped / "model.safetensors"} is damaged: install the package again.')
         return _replace_folder(target, partial(shutil.copytree, shipped, dirs_exist_ok=True))
     run = Path(run)
     if not run.is_dir():
         raise HubError(f'No folder {run}, and no weights of that name in this package (it has '
                        f'{", ".join(OWN_WEIGHTS)}): pass the output folder of finetune_isic.py.')
     if (run / 'runs.csv').is_file():
-        raise HubError(f'{run} holds several runs: choose one of the folders in it that runs.csv names.')
+        raise HubError(f'{run} holds several runs: choose one of the folders listed in its runs.csv.')
     record, metrics, config = (_read(run / name, 'a finished run of finetune_isic.py') for name in (
         'run.json', 'metrics.json', 'config.json'))
     model = create_trained(str(run))
@@ -89,13 +88,12 @@ def stage(
             metrics = {**metrics, **_evaluated(run, metrics, evaluation)}
         results = _results(run, record, metrics, config, evaluation, alpha_zero, tag, ' '.join(note.split()))
     except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
-        raise HubError(f'{run}, or an evaluation of it, is not whole: what should be in its files is missing or '
-                       f'unreadable ({error!r}); bring it back, or run it anew.') from error
+        raise HubError(f'{run} or its evaluation is incomplete ({_brief(error)}): restore the file or rerun.') from None
     versions = {key: config[f'{key}_version'] for key in ('timm_arl', 'timm')}
     weights = _safetensors(model.state_dict(), {'format': 'pt', 'name': results['name'], **versions})
     digest = hashlib.sha256(weights).hexdigest()
     if OWN_WEIGHTS.get(results['name'], digest) != digest:
-        raise HubError(f'{results["name"]} is the name of weights that came with this package: choose another --tag.')
+        raise HubError(f'{results["name"]} is the name of weights that come with this package: choose another --tag.')
 
     def write(new: Path) -> None:
         (new / 'model.safetensors').write_bytes(weights)
@@ -141,7 +139,7 @@ def _results(
 
 
 def _safetensors(state_dict: Dict[str, Any], metadata: Dict[str, str]) -> bytes:
-    """The same bytes each time, or a second push would send the weights again: safetensors shuffles the metadata."""
+    """A file of the same bytes each time, so that a second push sends nothing: safetensors shuffles the metadata."""
     content = safetensors.torch.save({key: value.contiguous() for key, value in state_dict.items()}, metadata)
     size = int.from_bytes(content[:8], 'little')
     header = json.loads(content[8:8 + size])
@@ -151,7 +149,7 @@ def _safetensors(state_dict: Dict[str, Any], metadata: Dict[str, str]) -> bytes:
 
 
 def _replace_folder(target: Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a folder, add its card, and put it where `target` is."""
+    """Replace `target` by a folder that `write` fills, with its card."""
     with replacing_folder(target) as new:
         write(new)
         card(new, target.resolve().name)
@@ -163,7 +161,7 @@ def card(folder: Path, called: str = '') -> Path:
 
     Args:
         folder: Staged.
-        called: Name that the folder will have, where that is another.
+        called: Name that the folder will have, if it is not its present one.
 
     Raises:
         HubError: Not a staged folder.
@@ -180,39 +178,41 @@ def card(folder: Path, called: str = '') -> Path:
             name if OWN_WEIGHTS.get(name) == digest else f'local-dir:{called or folder.resolve().name}',
             [picture for picture in PICTURES if (folder / picture).is_file()])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise HubError(f'What {folder} tells of its run is not whole, or of another version ({error!r}).') from error
+        raise HubError(f'results.json or config.json of {called or folder} is incomplete or of another version '
+                       f'({_brief(error)}): stage it again.') from None
     with replacing(folder / 'README.md') as temporary:
         temporary.write_text(text, encoding='utf-8')
     return folder / 'README.md'
 
 
 def card_of_registered(name: str, output: Path) -> Path:
-    """Write the README.md of weights that timm knows by name, and the results.json of those that have one.
+    """Write the README.md of registered weights; with config.json and results.json for those of this package.
 
     Args:
         name: Model and tag.
-        output: Folder, made where there is none.
+        output: Folder; it is made if it does not exist.
 
     Raises:
         HubError: No such weights.
     """
     shipped = shipped_weights(name)
     if name not in timm.list_pretrained('arl_*') or (name in OWN_WEIGHTS and shipped is None):
-        raise HubError(f'{name} is no staged folder, and no NAME.TAG of registered weights, as '
-                       f"timm.list_pretrained('arl_*') gives them.")
+        raise HubError(f'{name} is neither a staged folder nor NAME.TAG of registered weights '
+                       f"(timm.list_pretrained('arl_*') lists them).")
     make_folder(output)
     config, results, digest = registered_config(name), None, None
     if shipped is not None:
-        config, results = _read(shipped / 'config.json', 'whole'), read_results(shipped)
+        config, results = _read(shipped / 'config.json', 'complete'), read_results(shipped)
         digest = sha256_of(shipped / 'model.safetensors')
-        shutil.copyfile(shipped / 'results.json', output / 'results.json')
+        for file in ('config.json', 'results.json'):
+            shutil.copyfile(shipped / file, output / file)
     with replacing(output / 'README.md') as temporary:
         temporary.write_text(render_card(name, config, results, digest, name), encoding='utf-8')
     return output / 'README.md'
 
 
 def _evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path) -> Dict[str, Any]:
-    """The richer scores of an evaluation of a run, after a check that it is one."""
+    """The scores of an evaluation, after checking that it is one of this run."""
     what = 'an output folder of evaluate_isic.py'
     about = _read(evaluation / 'evaluation.json', what)
     _check_weights(run, about, evaluation)
@@ -226,23 +226,23 @@ def _evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path) -> Dict[str
             ours = _predictions(run / f'predictions_{split}.csv')
             both = ours.keys() & probabilities.keys()
             if not both or any(abs(a - b) > 2e-3 for key in both for a, b in zip(ours[key], probabilities[key])):
-                raise HubError(f'{evaluation} has other predictions on {split} than the run: it is not an evaluation '
-                               f'of {run} with the images and crops of its training.')
+                raise HubError(f'{evaluation} has other predictions on {split} than the run: evaluate {run} again, '
+                               f'with the images and crops of its training.')
         for k, label in enumerate(LABELS):
             scores[label]['mean_probability'] = sum(p[k] for p in probabilities.values()) / len(probabilities)
-        scores.pop('comparison', None)  # which names files of this disk
+        scores.pop('comparison', None)  # it names files of this disk
     return richer
 
 
 def _check_weights(run: Path, about: Dict[str, Any], evaluation: Path) -> None:
     if 'tensors_sha256' not in about:
-        raise HubError(f'{evaluation} does not tell which weights it is of: evaluate {run} anew.')
+        raise HubError(f'{evaluation} does not say which weights it is of: evaluate {run} again.')
     if about['tensors_sha256'] != tensors_sha256(run / 'model.safetensors'):
-        raise HubError(f'{evaluation} is an evaluation of other weights than those of {run}: choose one of these.')
+        raise HubError(f'{evaluation} is an evaluation of other weights than those of {run}: choose one of {run}.')
 
 
 def _differences(run: Path, metrics: Dict[str, Any], alpha_zero: Path) -> Dict[str, Any]:
-    """What setting every alpha to 0 changed, by split and label, paired on the images of these metrics."""
+    """What setting every alpha to 0 changed, by split and label, on the same images."""
     what = 'an output folder of evaluate_isic.py --alpha-zero --compare'
     theirs = _read(alpha_zero / 'metrics.json', what)
     found = {split: scores['comparison'] for split, scores in theirs.items() if 'comparison' in scores}
@@ -261,7 +261,7 @@ def _differences(run: Path, metrics: Dict[str, Any], alpha_zero: Path) -> Dict[s
 
 
 def _usual_tag(architecture: str, arguments: Dict[str, Any], official: List[str]) -> str:
-    """What weights are called by the images of their training, but never as others that came with this package."""
+    """Tag for weights from the name of their training images; never that of weights that come with this package."""
     data = _slug(Path(arguments['data']).name)
     tag = 'isic2017' if 'train' in official else '-'.join(filter(None, [data, _slug(arguments.get('fold') or '')]))
     if tag == 'isic2017' and 'train' not in official:
@@ -269,7 +269,7 @@ def _usual_tag(architecture: str, arguments: Dict[str, Any], official: List[str]
     if f'{architecture}.{tag}' in OWN_WEIGHTS:
         tag += '-' + _slug(Path(arguments['recipe']).stem)
     if not tag:
-        raise HubError(f'The data ({arguments["data"]}) have no name that could be that of the weights: pass --tag.')
+        raise HubError(f'The name of the data ({arguments["data"]}) gives no tag for the weights: pass --tag.')
     return tag
 
 
@@ -284,12 +284,12 @@ def _check_tag(tag: str) -> str:
     except HFValidationError:
         good = False
     if not good:
-        raise HubError(f'{tag!r} cannot be a tag: use letters, digits and - (it becomes a part of the name of a repo).')
+        raise HubError(f'{tag!r} cannot be a tag: use letters, digits and - (it becomes part of the name of a repo).')
     return tag
 
 
 def _operating_points(metrics: Dict[str, Any]) -> Dict[str, Any]:
-    """Thresholds by name and label, and temperatures by label where an evaluation fitted them on validation."""
+    """Thresholds by name and label; temperatures by label, if an evaluation fitted them on validation."""
     tasks = {label: metrics['validation'][label] for label in LABELS}
     names = [point['name'] for point in tasks[LABELS[0]].get('operating_points', ())]
     thresholds = {'official': {label: task['threshold'] for label, task in tasks.items()}}
@@ -300,7 +300,7 @@ def _operating_points(metrics: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _official_splits(arguments: Dict[str, Any], run: Path, evaluation: Optional[Path]) -> List[str]:
-    """Which splits are the challenge's own, by the ids of their images; train as the others where it recorded none."""
+    """Which splits are the challenge's own, by their image ids. A run that did not record train's: as the others."""
     digests = {}
     for name in ('validation', 'test'):
         for folder in filter(None, (evaluation, run)):
@@ -317,7 +317,7 @@ def _predictions(path: Path) -> Dict[str, List[float]]:
     try:
         return {row['image_id']: [float(row[label]) for label in LABELS] for row in read_rows(path)}
     except (OSError, KeyError, ValueError) as error:
-        raise HubError(f'{path} is missing or unreadable.') from error
+        raise HubError(f'{path} is missing or unreadable: restore it or evaluate again.') from error
 
 
 def _looks(run: Path) -> List[Dict[str, str]]:
@@ -328,7 +328,7 @@ def _looks(run: Path) -> List[Dict[str, str]]:
 
 
 def _without_folders(command: str) -> str:
-    """A command line whose paths are names: whose disk it was is nobody's business."""
+    """A command line without the folders of the disk it ran on: paths become names."""
     words = (word.rpartition('=') for word in shlex.split(command))
     return shlex.join(flag + equals + _without_folder(value) for flag, equals, value in words)
 
@@ -337,6 +337,11 @@ def _without_folder(value: str) -> str:
     if value.lower().startswith('local-dir:'):
         return value[:10] + _without_folder(value[10:])
     return Path(value).name if os.path.isabs(value) or value.startswith(('./', '../', '~/')) else value
+
+
+def _brief(error: Exception) -> str:
+    """What is wrong with a file, in a few words."""
+    return f'no {error}' if isinstance(error, KeyError) else ' '.join(str(error).split()) or type(error).__name__
 
 
 def _read(path: Path, what: str) -> Dict[str, Any]:
