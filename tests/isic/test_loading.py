@@ -9,9 +9,9 @@ from PIL import Image
 from small_data import FEATURES, WITH_ASPECT, jpeg, rows, write
 from torch.utils.data import DataLoader
 
-from timm_arl.isic.dataset import DataError, label_array, load_splits, unreadable_images
+from timm_arl.isic.dataset import DataError, decode, label_array, load_splits, unreadable_images
 from timm_arl.isic.loading import EpochBatches, IsicSplit, IsicStream
-from timm_arl.isic.transforms import eval_transform, train_transform
+from timm_arl.isic.transforms import eval_transform, restore_aspect, train_transform
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -138,6 +138,16 @@ def test_a_mask_is_changed_as_its_image_is(tmp_path, augmentation):
         assert ((found > 0.5) & white).sum() / ((found > 0.5) | white).sum() > 0.9
         shown.add(round(found.sum().item()))
     assert len(shown) > 2 and dataset[1][3].isnan().all()  # the second image has no mask
+
+
+def test_copies_of_256_px_are_decoded_in_full_for_the_published_crops(isic_sample):
+    """So that the figures of arl_cnn14.isic2017, 128 px and multiscale crops, stay what they are, bit for bit."""
+    split = load_splits(isic_sample)['test'].select(range(8))
+    transform = eval_transform(128, MEAN, STD, 'multiscale')
+    dataset = IsicSplit(split, transform, every_epoch=False)
+    for row, cells in enumerate(split):
+        whole = restore_aspect(decode(cells['image']), cells['aspect_ratio'])
+        assert torch.equal(dataset[row][0], transform(whole))
 
 
 def test_crops_of_a_test_image_stay_the_same_all_epochs(isic_sample):
