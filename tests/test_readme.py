@@ -200,6 +200,12 @@ def test_pages_fit_the_screen():
         assert not long, (name, long)
 
 
+def test_versions_are_those_that_pip_asks_for():
+    bounds = dict(re.findall(r'^ +"([a-z-]+)>=([\d.]+)"', (REPO / 'pyproject.toml').read_text(), re.MULTILINE))
+    for name in ('README.md', 'CHANGELOG.md'):
+        assert f'PyTorch {bounds["torch"]} ' in PAGES[name] and f'timm {bounds["timm"]} or newer' in PAGES[name]
+
+
 def test_scores_are_those_of_the_measured_run():
     results = REPO / 'benchmarks' / 'results' / 'arl_cnn14_isic2017'
     rows = {}
