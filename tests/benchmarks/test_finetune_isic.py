@@ -92,7 +92,7 @@ def test_output_is_a_model_repo_of_timm(finished, isic_sample):
     model = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
     assert model.pretrained_cfg['label_names'] == ['melanoma', 'seborrheic_keratosis'] and model.num_classes == 2
     data_config = timm.data.resolve_model_data_config(model)
-    assert data_config['input_size'] == (3, 64, 64)
+    assert tuple(data_config['input_size']) == (3, 64, 64)
     # timm's own preprocessing of the saved config gives the probabilities of the file
     transform = timm.data.create_transform(**data_config)
     test = load_splits(isic_sample)['test'].cast_column('image', datasets.Image())

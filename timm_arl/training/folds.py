@@ -48,7 +48,9 @@ def fold_rows(
     first, second = np.array(pairs, dtype=int).reshape(-1, 2).T
     _, groups = connected_components(coo_array(
         (np.ones(len(pairs)), (first, second)), shape=(len(row_of), len(row_of))), directed=False)
-    for kept, rest in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(groups, diagnoses, groups):
+    # shuffled here, since scikit-learn < 1.8 mixes the groups up when it shuffles
+    groups = np.argsort(np.random.RandomState(seed).permutation(groups.max() + 1))[groups]
+    for kept, rest in StratifiedGroupKFold(folds).split(groups, diagnoses, groups):
         if not all(0 < labels[rows, k].sum() < len(rows) for rows in (kept, rest) for k in range(len(LABELS))):
             raise DataError(f'--folds {folds} leaves a fold without images of {" or of ".join(LABELS)}: choose fewer.')
         yield kept, rest
