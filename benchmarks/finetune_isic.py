@@ -5,16 +5,18 @@
     accelerate launch benchmarks/finetune_isic.py --data path/to/isic2017 --model arl_cnn50 --pretrained --img-size 224
     accelerate launch benchmarks/finetune_isic.py                            # on synthetic images, no download
 
-Two sigmoid outputs and binary cross-entropy, or --head softmax; the rest is the recipe's
-(timm_arl/training/recipes). The epoch with the best mean AUC on the validation split is kept, and alone meets the test
-split, once. The output folder receives
+One sigmoid output per label, trained with binary cross-entropy, or --head softmax. Most settings come from a recipe
+(timm_arl/training/recipes). The epoch with the best mean AUC on the validation split is kept and scored once on the
+test split. The output folder receives
     config.json, model.safetensors   the kept epoch: timm.create_model('local-dir:OUT', pretrained=True)
-    summary.csv, tensorboard/        a row an epoch: losses, AUCs, learning rate, every alpha
+    summary.csv, tensorboard/        one row per epoch: losses, AUCs, learning rate, every alpha
     metrics.json                     scores with 95 % intervals, keyed by split
     predictions_validation.csv, predictions_test.csv
-    run.json, looks.csv              command, arguments, versions, commit; each look at the test split
-    last/                            what --resume goes on from
+    run.json                         command, arguments, versions, commit
+    looks.csv                        one row for each time that the test split was scored
+    last/                            the state that --resume continues from
 """
+import math
 import time
 from pathlib import Path
 
@@ -25,8 +27,7 @@ require('train', __name__)
 import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
-from timm.data import resolve_model_data_config
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy
@@ -34,68 +35,37 @@ from tqdm import tqdm
 
 from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
-from timm_arl.factory import create_for_task, load_weights_file
+from timm_arl.factory import load_weights_file
 from timm_arl.files import write_json
 from timm_arl.isic.dataset import DataError, load_splits
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, auc_table, score_split
 from timm_arl.isic.predictions import write_predictions
-from timm_arl.isic.task import DIAGNOSES, HEADS, LABELS, balancing_weights, diagnoses_of, label_words
-from timm_arl.isic.transforms import CROP_PCT
+from timm_arl.isic.task import LABELS, balancing_weights, diagnoses_of, is_softmax, label_words
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError
-from timm_arl.training.distillation import Student, Teacher, mask_loss
+from timm_arl.training.distillation import Student, mask_loss
 from timm_arl.training.folds import check_start, run_each
-from timm_arl.training.images import check_images, epoch_sides, image_loader, learns_masks, predict
+from timm_arl.training.images import check_images, check_learnable, epoch_sides, image_loader, learns_masks, predict
+from timm_arl.training.networks import create_networks, parameter_groups
 from timm_arl.training.options import build_parser, parse_args
 from timm_arl.training.preview import preview
 from timm_arl.training.runs import (
-    EMA_FILE,
+    FolderTaken,
     check_no_other_run,
     check_output_dir,
+    discard_start,
+    load_progress,
     prepare_output_dir,
     record_look,
     save_progress,
 )
 
-
-def create_network(args):
-    """The network in its starting state, the sentence that says so, and timm's data config for its images."""
-    model = create_for_task(args.model, pretrained=args.pretrained, num_classes=len(HEADS[args.head]))
-    start = ''
-    if args.init_checkpoint:
-        left = load_weights_file(model, args.init_checkpoint)
-        start = f'Weights from {args.init_checkpoint}' + (f', but new {" and ".join(left)}' if left else '')
-    data_config = resolve_model_data_config(model)
-    img_size = args.img_size or data_config['input_size'][-1]
-    data_config.update(
-        input_size=(3, img_size, img_size), interpolation='bilinear', crop_pct=CROP_PCT, crop_mode='center')
-    model = model.to(memory_format=torch.channels_last)
-    for side in dict.fromkeys((img_size, min(args.start_size or img_size, img_size))):
-        try:
-            with torch.inference_mode():
-                model.eval()(torch.zeros(1, 3, side, side).contiguous(memory_format=torch.channels_last))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise RunError(
-                f'{args.model} does not take images of {side} px (--img-size, --start-size): {error}') from error
-    return model, start, data_config
-
-
-def parameter_groups(model, args, lr):
-    """Weights with decay; biases and norms without; alphas without, at their own learning rate."""
-    alphas = list(alphas_of(model).values())
-    own = {id(p) for p in alphas}
-    groups = param_groups_weight_decay(model, args.weight_decay)
-    for group in groups:
-        group['params'] = [p for p in group['params'] if id(p) not in own]
-    if alphas:
-        scale = 1. if args.alpha_lr is None else args.alpha_lr / lr
-        groups.append(dict(params=alphas, weight_decay=0., lr_scale=scale))
-    return groups
+LOSS_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
 
 
 def kept_epoch(summary, keep):
-    """Row of the epoch that is kept: the first best by mean validation AUC, or the last."""
+    """Row of the epoch that is kept: the best by mean validation AUC (the first of equals), or the last."""
     if keep == 'last':
         return len(summary) - 1
     return max(range(len(summary)), key=lambda i: summary[i]['validation_mean_auc'])
@@ -106,9 +76,9 @@ def stopped_early(summary, patience):
 
 
 def batch_loss(logits, labels, smoothing, weights):
-    """Cross-entropy of each image, weighted by its diagnosis: the mean of the two sigmoids', or that of the softmax."""
+    """Mean cross-entropy over the images, each weighted by its diagnosis; that of the labels' sigmoids is averaged."""
     diagnoses = diagnoses_of(labels)
-    if logits.shape[1] == len(DIAGNOSES):
+    if is_softmax(logits.shape[1]):
         loss = cross_entropy(logits, diagnoses, reduction='none', label_smoothing=smoothing)
     else:
         targets = labels * (1 - smoothing) + 0.5 * smoothing
@@ -116,14 +86,11 @@ def batch_loss(logits, labels, smoothing, weights):
     return (loss * weights[diagnoses]).mean()
 
 
-def train(args, accelerator, splits, out):
-    """One network: trained on the split train, chosen on validation, and, where there is one, looked at on test."""
-    set_seed(args.seed)
+def train(args, accelerator, splits, out, networks=None):
+    """Train one network on the split train, choose its epoch on validation, and score that on test, if there is one."""
     start_time = time.time()
-
-    model, start, data_config = create_network(args)
-    if start:
-        accelerator.print(start)
+    model, teacher, data_config = networks or create_networks(args, accelerator)
+    set_seed(args.seed)
     alphas = list(alphas_of(model))
     img_size = data_config['input_size'][-1]
     lr = args.lr
@@ -136,21 +103,18 @@ def train(args, accelerator, splits, out):
         return
     truth = {name: loader.dataset.labels for name, loader in loaders.items()}
     train_set = loaders['train'].dataset
-    weights = balancing_weights(truth['train']) if args.balance == 'weights' else np.ones(len(DIAGNOSES))
-    teacher = None
-    if args.teacher:
-        teacher = Teacher(args.teacher, data_config, model.num_classes, args.distill_weight, args.distill_features)
-        teacher = teacher.to(accelerator.device)
-        accelerator.print(f'Teacher {args.teacher}: ' + ' and '.join(
-            ['probabilities'] * bool(teacher.weight) + ['pooled features'] * bool(teacher.feature_weight)))
+    weights = balancing_weights(truth['train'])
+    weights = torch.tensor(
+        weights if args.balance == 'weights' else np.ones_like(weights), dtype=torch.float32, device=accelerator.device)
     with_masks = learns_masks(args, splits['train'])
     if args.mask_weight:
         accelerator.print("The lesions' masks are learned too." if with_masks else
                           'The training images have no masks: --mask-weight has no effect.')
     student = teacher is not None or with_masks
     if student:
-        model = Student(model, img_size, teacher.width if teacher else None, with_masks)
-    weights = torch.tensor(weights, dtype=torch.float32, device=accelerator.device)
+        model = Student(model, img_size, teacher and teacher.width, with_masks)
+    if teacher:
+        teacher = teacher.to(accelerator.device)
 
     # Optimizer, schedule, moving average
     optimizer = create_optimizer_v2(parameter_groups(model, args, lr), opt=args.optimizer, lr=lr, weight_decay=0.,
@@ -166,15 +130,12 @@ def train(args, accelerator, splits, out):
         decay_rate=args.decay_rate, warmup_epochs=min(args.warmup_epochs, args.epochs / 5), step_on_epochs=False,
         updates_per_epoch=steps)
     ema = ModelEmaV3(network, args.ema, use_warmup=True) if args.ema else None
-    scored = ema.module if ema else network if student else model
-    kept_network = ema.module if ema else network
+    kept_network = ema.module if ema else network  # which is what is scored, too
 
     # Output folder, resuming
     summary = prepare_output_dir(args, accelerator, out)
     if summary:
-        accelerator.load_state(out / 'last')
-        if ema:
-            load_weights_file(kept_network, out / 'last' / EMA_FILE)
+        load_progress(accelerator, kept_network, ema is not None, out)
         accelerator.print(f'Resuming after epoch {len(summary)} of {args.epochs}.')
     counts = ', '.join(f'{len(truth[name])} {name}' for name in splits)
     sizes = f'{args.start_size} to {img_size}' if args.start_size and args.start_size < img_size else img_size
@@ -197,6 +158,7 @@ def train(args, accelerator, splits, out):
                     module.eval()
         loaders['train'].set_epoch(epoch)  # of its batches and its images
         total_loss, total_mask_loss = torch.zeros(2, device=accelerator.device)
+        recent = []  # losses and images since the last look
         bar = tqdm(loaders['train'], desc=f'epoch {epoch + 1}/{args.epochs}', leave=False,
                    disable=not accelerator.is_local_main_process)
         for step, (images, labels, which, *masks) in enumerate(bar):
@@ -220,10 +182,6 @@ def train(args, accelerator, splits, out):
                     of_masks = mask_loss(mask_logits, mask)
                     total_mask_loss += of_masks.detach()
                     loss = loss + args.mask_weight * of_masks
-                if not torch.isfinite(loss):
-                    ids = ', '.join(which if args.streaming else [train_set.image_ids[row] for row in which.tolist()])
-                    raise RunError(f'The loss is {loss.item()} at epoch {epoch + 1}, step {step + 1}; lower --lr, or '
-                                   f'look at the images of this batch: {ids}')
                 accelerator.backward(loss)
                 if args.clip_grad and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -232,13 +190,23 @@ def train(args, accelerator, splits, out):
             if ema and accelerator.sync_gradients:
                 ema.update(network, step=update // accelerator.gradient_accumulation_steps)
             total_loss += loss.detach()
-            bar.set_postfix(loss=f'{loss.item():.3f}')
+            recent.append((loss.detach(), step, which))
+            if len(recent) < LOSS_EVERY and step + 1 < steps:
+                continue
+            values = torch.stack([loss for loss, *_ in recent]).tolist()
+            for value, (_, step, which) in zip(values, recent):
+                if not math.isfinite(value):
+                    ids = ', '.join(which if args.streaming else [train_set.image_ids[row] for row in which.tolist()])
+                    raise RunError(f'The loss is {value} at epoch {epoch + 1}, step {step + 1}; lower --lr, or look at '
+                                   f'the images of this batch: {ids}')
+            bar.set_postfix(loss=f'{values[-1]:.3f}')
+            recent.clear()
 
-        # Validation chooses the epoch that is kept
-        if accelerator.num_processes > 1:  # batch statistics are each process's own, but one network is scored and kept
+        # Validation chooses the epoch to keep
+        if accelerator.num_processes > 1:  # each has batch statistics of its own, but one network is kept
             for buffer in kept_network.buffers():
                 buffer.copy_(broadcast(buffer))
-        probabilities = predict(accelerator, scored, loaders['validation'], 'validation')
+        probabilities = predict(accelerator, kept_network, loaders['validation'], 'validation')
         if not torch.isfinite(probabilities).all():
             raise RunError(f'Probabilities of validation images are not numbers after epoch {epoch + 1}: lower --lr.')
         validation_loss = binary_cross_entropy(probabilities, truth['validation']).item()
@@ -257,7 +225,8 @@ def train(args, accelerator, splits, out):
         accelerator.log(row, step=epoch + 1)
         summary.append(row)
         keep = kept_epoch(summary, args.keep) == epoch
-        save_progress(accelerator, kept_network, ema is not None, out, summary, keep, data_config)
+        save_progress(
+            accelerator, kept_network, ema is not None, out, summary, keep, data_config, args.model_kwargs)
         values = [row[name] for name in alphas]
         of_masks = f" ({args.mask_weight * row['train_mask_loss']:.4f} of it the masks')" if with_masks else ''
         accelerator.print(
@@ -269,20 +238,20 @@ def train(args, accelerator, splits, out):
             + (f'  alpha {min(values):.2g} to {max(values):.2g}' if values else '')
             + f'  {time.time() - epoch_start:.0f} s')
 
-    # The kept epoch: validation again, and the one look at the test split
+    # The kept epoch is scored on validation again, and once on test
     load_weights_file(kept_network, out)
     kept = summary[kept_epoch(summary, args.keep)]
     metrics = {}
     for name in ('validation', 'test'):
         if name not in splits:
             continue
-        probabilities = predict(accelerator, scored, loaders[name], name).numpy()
+        probabilities = predict(accelerator, kept_network, loaders[name], name).numpy()
         metrics[name] = score_split(truth[name].numpy(), probabilities, seed=args.seed)
         if abs(metrics['validation']['mean_auc'] - kept['validation_mean_auc']) > 0.005:
             raise RunError(f'The weights in {out} score {metrics["validation"]["mean_auc"]:.4f} on validation, but '
                            f'epoch {kept["epoch"]} scored {kept["validation_mean_auc"]:.4f}: they are not its weights.')
         if accelerator.is_main_process:
-            if name == 'test':  # before anybody can see what it gave
+            if name == 'test':  # before anybody can see the scores
                 record_look(out, out, metrics['test'])
             write_predictions(out / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities)
     if accelerator.is_main_process:
@@ -311,11 +280,8 @@ def main():
         if args.output_dir and not args.preview:
             check_output_dir(Path(args.output_dir))
             check_no_other_run(args, Path(args.output_dir))
-        model, _, data_config = create_network(args)  # what is wrong with it is told before any image is read
-        side = data_config['input_size'][-1]
-        if args.teacher:
-            teacher = Teacher(args.teacher, data_config, model.num_classes, args.distill_weight, args.distill_features)
-            Student(model, side, teacher.width)
+        # what is wrong with the network is told before any image is read
+        networks = model, teacher, data_config = create_networks(args, accelerator)
         if args.data == 'demo':
             accelerator.print('Data: demo, generated SYNTHETIC images; scores on them say nothing about skin lesions.')
         splits = load_splits(args.data, seed=args.seed, streaming=args.streaming)
@@ -323,15 +289,15 @@ def main():
         digest = ids_digest(ids)
         if args.resume and args.train_ids != digest:
             raise RunError(f'The run in {args.output_dir} had other training images than {args.data} has now: start '
-                           f'another in another --output-dir.')
+                           f'another run in another --output-dir.')
         args.train_ids, args.train_images = digest, len(ids)
         if args.folds:
             check_start(args)
-        if learns_masks(args, splits['train']):
-            Student(model, side, masks=True)
+        check_learnable(args, splits, accelerator)
+        Student(model, data_config['input_size'][-1], teacher and teacher.width, learns_masks(args, splits['train']))
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))
-            accelerator.print(f'No fold parts the pairs of {args.duplicates}.')
+            accelerator.print(f'The pairs of {args.duplicates} stay in the same fold.')
         check_images(splits, args, accelerator, None if args.folds else data_config)
         name = f'{args.model}-{Path(args.data).name}-{time.strftime("%Y%m%d-%H%M%S")}'
         name = name.replace('/', '-').replace(':', '-')
@@ -340,14 +306,18 @@ def main():
             prepare_output_dir(args, accelerator, out)
             run_each(args, accelerator, splits, out, train)
         else:
-            train(args, accelerator, splits, out)
+            train(args, accelerator, splits, out, networks)
         accelerator.end_training()
-    except (RunError, DataError, WeightsError, OSError) as error:
+    except Exception as error:
+        if out and not args.resume and not isinstance(error, FolderTaken):
+            discard_start(out)
+        if not isinstance(error, (RunError, DataError, WeightsError, OSError)):
+            raise
         message = str(error).rpartition('DataError: ')[2].strip()  # of a worker's error, without its traceback
         parser.exit(2, f'{parser.prog}: error: {message}\n')
     except KeyboardInterrupt:
         parser.exit(130, '\nInterrupted' + (
-            f': --resume --output-dir {out} goes on after the last finished epoch' if out else '') + '.\n')
+            f': --resume --output-dir {out} continues after the last finished epoch' if out else '') + '.\n')
 
 
 if __name__ == '__main__':

@@ -344,7 +344,7 @@ def save_network(
             for key in ('pool_size', 'test_input_size', 'test_pool_size', 'test_crop_pct'):
                 model.pretrained_cfg.pop(key, None)
         if isinstance(model, ARLCNN):
-            model_args = dict(attention=model.attention, mask_scale=model.mask_scale, **model_args)
+            model_args = {'attention': model.attention, 'mask_scale': model.mask_scale, **model_args}
     save_for_hf(model, str(folder), safe_serialization=True, model_args=model_args,
                 model_config=dict(label_names=list(label_names)), **keywords)
 

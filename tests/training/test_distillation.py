@@ -3,20 +3,31 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_finetune_isic import SMALL, read_csv, run
+from test_finetune_isic import SMALL, few, read_csv, threads  # noqa: F401  two are fixtures
 
 from timm_arl.training.distillation import mask_loss
 
 
 @pytest.mark.slow
-def test_masks_are_learned_beside_the_diagnoses(repo, isic_sample, tmp_path):
-    args = ['--data', isic_sample, *SMALL, '--model', 'resnet14', '--tracker', 'none', '--mask-weight', 1]
-    done = run(repo, *args, '--epochs', 3, '--ema', 0, '--mixup', 0.2, '--output-dir', tmp_path / 'out')
+def test_masks_are_learned_beside_the_diagnoses(call, few, tmp_path):  # noqa: F811
+    args = ['--data', few, *SMALL, '--model', 'resnet14', '--mask-weight', 1, '--mixed-precision', 'bf16',
+            '--batch-size', 8, '--epochs', 6, '--ema', 0, '--mixup', 0.2, '--output-dir', tmp_path / 'out']
+    done = call('finetune_isic', *args)
     assert done.returncode == 0 and "The lesions' masks are learned too" in done.stdout, done.stderr
+    assert "of it the masks')" in done.stdout
     losses = [float(row['train_mask_loss']) for row in read_csv(tmp_path / 'out' / 'summary.csv')]
-    assert losses[2] < losses[0]
+    assert losses[-1] < losses[0]
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert not [name for name, _ in model.named_parameters() if 'mask' in name]
+
+    # scored in mixed precision, as the network is alone
+    done = call('evaluate_isic', '--data', few, '--checkpoint', tmp_path / 'out', '--mixed-precision', 'bf16',
+                '--workers', 0, '--output-dir', tmp_path / 'scores')
+    assert done.returncode == 0, done.stderr
+    ours, alone = (
+        np.array([list(row.values())[1:] for row in read_csv(tmp_path / folder / 'predictions_test.csv')], float)
+        for folder in ('out', 'scores'))
+    assert np.abs(ours - alone).max() < 1e-6
 
 
 def test_loss_of_masks():

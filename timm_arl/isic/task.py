@@ -9,7 +9,7 @@ import torch
 
 __all__ = [
     'DIAGNOSES', 'HEADS', 'LABELS', 'balancing_weights', 'diagnoses_of', 'has_isic_outputs', 'head_labels',
-    'label_words', 'probabilities_of',
+    'is_softmax', 'label_words', 'probabilities_of',
 ]
 
 LABELS = ('melanoma', 'seborrheic_keratosis')
@@ -25,6 +25,11 @@ def label_words(label: str) -> str:
 def head_labels(outputs: int) -> Sequence[str]:
     """Names of the outputs of a network that has so many."""
     return next(names for names in HEADS.values() if len(names) == outputs)
+
+
+def is_softmax(outputs: int) -> bool:
+    """Whether so many outputs are a softmax over DIAGNOSES, and not a sigmoid for each of LABELS."""
+    return outputs == len(DIAGNOSES)
 
 
 def diagnoses_of(labels: Any) -> Any:
@@ -52,6 +57,6 @@ def has_isic_outputs(model: Any) -> bool:
 
 def probabilities_of(logits: torch.Tensor) -> torch.Tensor:
     """Probabilities of LABELS, shape (B, 2) in float32, from logits of LABELS (B, 2), or of DIAGNOSES (B, 3)."""
-    if logits.shape[1] == len(DIAGNOSES):
+    if is_softmax(logits.shape[1]):
         return logits.float().softmax(1)[:, 1:]
     return logits.float().sigmoid()

@@ -12,11 +12,16 @@ __all__ = ['create_accelerator']
 
 
 def create_accelerator(args):
+    """The Accelerator of a program; args.workers and args.cpu_threads become what this machine can use.
+
+    Raises:
+        RunError: A configuration that does not work here.
+    """
     # a bare Accelerator() on a machine without an accelerator forms no process group
     on_cpu = not torch.accelerator.is_available()
     trackers = [str(tracker) for tracker in get_available_trackers()]
     if args.tracker not in ('none', *trackers):
-        raise RunError(f'Accelerate finds no tracker {args.tracker} here (it finds {", ".join(trackers)}): install its '
+        raise RunError(f'Accelerate has no tracker {args.tracker} here (it has {", ".join(trackers)}): install its '
                        f'package, or pass --tracker none.')
     steps = args.gradient_accumulation_steps
     try:
@@ -29,13 +34,19 @@ def create_accelerator(args):
     if accelerator.num_processes != int(os.environ.get('WORLD_SIZE', 1)):
         raise RunError(f'{os.environ["WORLD_SIZE"]} processes were launched, but Accelerate sees '
                        f'{accelerator.num_processes}: launch with --multi_gpu, or with torchrun.')
+    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':  # Accelerate would use float32
+        raise RunError('Mixed precision fp16 does not work on a CPU: choose bf16 or no.')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    most = max(2 * cores, 8)
+    if args.workers > most:
+        accelerator.print(f'--workers {args.workers} is too many for {cores} cores: starting {most}.')
+        args.workers = most
     launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
     elif on_cpu and launched and accelerator.num_processes == 1 and torch.get_num_threads() == 1 < cores:
         torch.set_num_threads(cores)
-        accelerator.print(f'OMP_NUM_THREADS is 1, which accelerate launch sets by itself: using all {cores} cores '
-                          f'(--cpu-threads 1 keeps to one).')
+        accelerator.print(f'accelerate launch has set OMP_NUM_THREADS to 1: using all {cores} cores instead '
+                          f'(--cpu-threads 1 keeps one).')
     args.cpu_threads = torch.get_num_threads()  # the sums of a resumed run must be split in the same way
     return accelerator

@@ -1,4 +1,4 @@
-"""What a network learns beside the labels: the probabilities and features of a teacher, and the lesion's mask.
+"""What a network learns besides the labels: the probabilities and features of a teacher, and the lesion mask.
 
 Hinton et al., `Distilling the Knowledge in a Neural Network` - https://arxiv.org/abs/1503.02531
 """
@@ -15,7 +15,7 @@ from torch.nn.functional import (
 )
 
 from ..factory import create_trained
-from ..isic.task import DIAGNOSES, has_isic_outputs, probabilities_of
+from ..isic.task import has_isic_outputs, is_softmax, probabilities_of
 from .arguments import RunError
 
 
@@ -29,7 +29,7 @@ def feature_width(model: Any, img_size: int, what: str) -> int:
     """Width of a timm model's pooled features.
 
     Raises:
-        RunError: A network that does not take such images, or whose logits do not follow from pooled features.
+        RunError: A network that does not take such images, or whose classifier does not work on pooled features.
     """
     training = model.training
     images = torch.zeros(1, 3, img_size, img_size)
@@ -46,25 +46,24 @@ def feature_width(model: Any, img_size: int, what: str) -> int:
         fits = False
     model.train(training)
     if not fits:
-        raise RunError(f'{what} cannot take part in a distillation, for which the logits must be what the classifier '
-                       f'makes of one vector of pooled features: choose another.')
+        raise RunError(f'{what} cannot be used for distillation, since its classifier does not work on one vector of '
+                       f'pooled features: choose another.')
     return pooled.shape[1]
 
 
 class Student(nn.Module):
-    """A timm model that returns, beside its logits, what else it learns from: pooled features and the lesion's mask."""
+    """A timm model that also returns projected pooled features and the logits of a lesion mask."""
 
     def __init__(self, model: Any, img_size: int, width: Optional[int] = None, masks: bool = False) -> None:
         """
         Args:
-            model: The network that is trained, and alone is kept.
+            model: The network that is trained; it is kept without the rest.
             img_size: Side of its images.
-            width: Of the teacher's features, to which its own are projected; None where they are not learned.
-            masks: Whether it predicts the mask, from the feature maps before its last stage.
+            width: Width of the teacher's features, to which its own are projected; None to leave features out.
+            masks: Whether to predict masks, from the feature maps before its last stage.
 
         Raises:
-            RunError: For a teacher's features, a network without pooled ones of one vector an image; for masks, one
-                without feature maps.
+            RunError: With width, a network without one pooled vector per image; with masks, one without feature maps.
         """
         super().__init__()
         self.model: Any = model
@@ -76,7 +75,7 @@ class Student(nn.Module):
                     _, (maps,) = model.eval().forward_intermediates(torch.zeros(1, 3, img_size, img_size), indices=[-2])
                 self.mask_head = nn.Conv2d(maps.shape[1], 1, 1)
             except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
-                raise RunError(f'The model gives no feature maps to learn masks with, pass --mask-weight 0: '
+                raise RunError(f'The model has no feature maps to learn masks from, pass --mask-weight 0: '
                                f'{" ".join(str(error).split())}') from error
 
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
@@ -94,45 +93,46 @@ class Student(nn.Module):
 
 
 def mask_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of predicted masks with the share of lesion in each of their positions.
+    """Binary cross-entropy between predicted masks and the lesion's share of each position; 0 without any mask.
 
     Args:
         logits: (B, 1, H', W').
         masks: (B, 1, H, W) in [0, 1]; an image whose mask is NaN does not count.
     """
-    known = ~masks.isnan().flatten(1).any(1)
-    if not known.any():
-        return logits.sum() * 0.
-    targets = adaptive_avg_pool2d(masks[known], (logits.shape[-2], logits.shape[-1]))
-    return binary_cross_entropy_with_logits(logits[known], targets)
+    known = ~masks.isnan().flatten(1).any(1)  # as weights: selecting rows would wait for the device
+    targets = adaptive_avg_pool2d(masks.nan_to_num(), (logits.shape[-2], logits.shape[-1]))
+    losses = binary_cross_entropy_with_logits(logits, targets, reduction='none').flatten(1).mean(1)
+    return (losses * known).sum() / known.sum().clamp(min=1)
 
 
 class Teacher(nn.Module):
     """A frozen network and the loss that pulls a student towards it."""
 
+    network: Any
+
     def __init__(self, name: str, data_config: dict, outputs: int, weight: float, feature_weight: float) -> None:
         """
         Args:
-            name: Output folder of finetune_isic.py, or a timm name with pretrained weights. Where those have other
-                outputs than LABELS or DIAGNOSES, as ImageNet's have, only the features are distilled.
-            data_config: The student's, whose normalisation the images carry.
-            outputs: How many the student has.
-            weight: Share of the loss that the teacher's probabilities take from the labels.
-            feature_weight: Weight of one minus the cosine of the features.
+            name: Output folder of finetune_isic.py, or a timm name with pretrained weights. If its outputs are other
+                than LABELS or DIAGNOSES, as ImageNet's are, only the features are distilled.
+            data_config: The student's; its images are normalised by it.
+            outputs: Number of the student's outputs.
+            weight: Share of the loss taken by the teacher's probabilities.
+            feature_weight: Weight of one minus the cosine similarity of the features.
 
         Raises:
-            RunError: A network without pooled features of one vector an image, or nothing to learn from it.
+            RunError: A network without one pooled vector per image, or from which nothing would be learned.
         """
         super().__init__()
-        self.network: Any = create_trained(name)
+        self.network = create_trained(name)
         self.network.eval().requires_grad_(False)
         self.weight = weight if has_isic_outputs(self.network) else 0.
-        if self.weight and outputs == len(DIAGNOSES) != self.network.num_classes:
-            raise RunError(f'The teacher {name} has two sigmoid outputs, of which a softmax over three diagnoses '
-                           f'cannot learn: pass --distill-weight 0, or a teacher that was trained with --head softmax.')
+        if self.weight and is_softmax(outputs) and not is_softmax(self.network.num_classes):
+            raise RunError(f'The teacher {name} has one sigmoid per label, and a softmax over the diagnoses cannot '
+                           f'learn from it: pass --distill-weight 0, or a teacher trained with --head softmax.')
         if not self.weight and not feature_weight:
-            raise RunError(f'Nothing would be learned from the teacher {name}: raise --distill-weight (for one that '
-                           f'knows the diagnoses) or --distill-features.')
+            raise RunError(f'Nothing would be learned from the teacher {name}: raise --distill-features, or raise '
+                           f'--distill-weight and choose a teacher of these labels.')
         self.feature_weight = feature_weight
         own = resolve_model_data_config(self.network)
         mean, std, own_mean, own_std = (
@@ -159,7 +159,7 @@ class Teacher(nn.Module):
         """(1 - w) * label_loss + w * H(teacher's probabilities, student's) + v * (1 - cos(features, teacher's))."""
         teacher_features, teacher_logits = self(images)
         loss = (1 - self.weight) * label_loss
-        if self.weight and logits.shape[1] == len(DIAGNOSES):
+        if self.weight and is_softmax(logits.shape[1]):
             loss = loss + self.weight * cross_entropy(logits, teacher_logits.softmax(1))
         elif self.weight:
             loss = loss + self.weight * binary_cross_entropy_with_logits(logits, probabilities_of(teacher_logits))

@@ -1,4 +1,4 @@
-"""Several runs of finetune_isic.py in one folder: the folds of a cross-validation, and seeds."""
+"""Several runs of finetune_isic.py in one folder: cross-validation and seeds."""
 import copy
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..isic.dataset import DataError, label_array
 from ..isic.dataset.duplicates import read_pairs
 from ..isic.metrics import auc_table, score_split
 from ..isic.predictions import read_predictions, write_predictions
-from ..isic.task import HEADS, LABELS, diagnoses_of
+from ..isic.task import HEADS, LABELS, diagnoses_of, label_words
 from .arguments import RunError
 
 
@@ -25,23 +25,24 @@ def fold_rows(
         seed: int,
         duplicates: Optional[str] = None,
 ) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
-    """Rows to train on and rows held out, for each fold; each diagnosis as frequent in one as in another.
+    """Rows to train on and rows held out, for each fold; all folds have about the same share of each diagnosis.
 
     Args:
         split: A split of load_splits.
-        folds: How many.
+        folds: Number of folds.
         seed: Seed of the division.
-        duplicates: List of pairs of images (image_id_a, image_id_b) that must not be parted, or None.
+        duplicates: CSV of pairs of images (image_id_a, image_id_b) that stay in the same fold, or None.
 
     Raises:
         DataError: A list that cannot be read, or too few images of a diagnosis for so many folds.
     """
     labels = label_array(split)
     diagnoses = diagnoses_of(labels)
-    rarest = np.bincount(diagnoses)
-    if rarest[rarest > 0].min() < folds:
-        raise DataError(
-            f'--folds {folds} needs {folds} images of each diagnosis, but one has {rarest[rarest > 0].min()}.')
+    counts = np.bincount(diagnoses)
+    rarest = counts[counts > 0].min()
+    if rarest < folds:
+        raise DataError(f'--folds {folds} needs {folds} images of each diagnosis, but the rarest has {rarest}: choose '
+                        f'at most {rarest} folds.')
     row_of = {image_id: row for row, image_id in enumerate(split['image_id'])}
     pairs = [(row_of[a], row_of[b]) for a, b in (read_pairs(duplicates) if duplicates else ())
              if a in row_of and b in row_of]
@@ -52,12 +53,13 @@ def fold_rows(
     groups = np.argsort(np.random.RandomState(seed).permutation(groups.max() + 1))[groups]
     for kept, rest in StratifiedGroupKFold(folds).split(groups, diagnoses, groups):
         if not all(0 < labels[rows, k].sum() < len(rows) for rows in (kept, rest) for k in range(len(LABELS))):
-            raise DataError(f'--folds {folds} leaves a fold without images of {" or of ".join(LABELS)}: choose fewer.')
+            raise DataError(f'--folds {folds} leaves a fold without images of '
+                            f'{" or of ".join(map(label_words, LABELS))}: choose fewer.')
         yield kept, rest
 
 
 def check_start(args: Any) -> None:
-    """Refuse to cross-validate from a network that has seen the images of every fold.
+    """Refuse to cross-validate from a network that was trained on the images of all folds.
 
     Args:
         args: Arguments of finetune_isic.py.
@@ -73,14 +75,14 @@ def check_start(args: Any) -> None:
         saved = checkpoint.arguments(published=False)
         knows_labels = not saved and tuple(checkpoint.label_names()) in HEADS.values()
         if knows_labels or saved.get('train_ids') == args.train_ids:
-            raise RunError(f'{flag} {name} was trained on images that --folds would hold out, which would flatter the '
-                           f'scores: start from other weights.')
+            raise RunError(f'{flag} {name} was trained on images that --folds would hold out, and its scores would be '
+                           f'too high: start from other weights.')
 
 
 def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, train: Callable) -> None:
-    """Train a network for each seed and fold, each in a folder of its own, and put their scores together.
+    """Train a network for each seed and fold, each in its own folder, and collect their scores.
 
-    Finished ones are left alone, so that a killed cross-validation goes on where it was.
+    Finished runs are skipped, so that a killed cross-validation can be resumed.
     """
     seeds = args.seeds or [args.seed]
     scores: Dict[str, Any] = {}

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from ..isic.dataset import DataError, StreamedSplit, check_usable, label_array
 from ..isic.images import readings, unreadable_images
 from ..isic.loading import EpochBatches, IsicSplit, IsicStream
-from ..isic.task import probabilities_of
+from ..isic.task import LABELS, label_words, probabilities_of
 from ..isic.transforms import EvalCrops, eval_transform, normalisation, train_transform
 
-__all__ = ['CropLoader', 'check_images', 'epoch_sides', 'image_loader', 'learns_masks', 'predict']
+__all__ = ['CropLoader', 'check_images', 'check_learnable', 'epoch_sides', 'image_loader', 'learns_masks', 'predict']
 
 MEMORY_SHARE = 1 / 8  # of the available memory, which the crops of a split may take
 
@@ -65,10 +65,37 @@ def check_images(splits, args, accelerator, data_config=None):
     check_usable(splits, args.data)
 
 
+def has_masks(split):
+    """Whether any image of a split has a mask of its lesion; of a stream only the column is known."""
+    if isinstance(split, StreamedSplit):
+        return 'mask' in split.stream.features
+    return 'mask' in split.column_names and any(
+        mask is not None for rows in split.select_columns(['mask']).iter(64) for mask in rows['mask'])
+
+
 def learns_masks(args, split):
-    """Whether masks of the lesions are learned beside the diagnoses: where they are asked for, and there are any."""
-    columns = split.stream.features if isinstance(split, StreamedSplit) else split.column_names
-    return bool(getattr(args, 'mask_weight', 0)) and 'mask' in columns
+    """Whether lesion masks are learned beside the diagnoses: if they are asked for, and there are any."""
+    return bool(getattr(args, 'mask_weight', 0)) and has_masks(split)
+
+
+def check_learnable(args, splits, accelerator):
+    """Refuse a training split without one of the classes, and --lesion-crop without masks to crop to.
+
+    Raises:
+        DataError: Either.
+    """
+    train = splits['train']
+    labels = label_array(train.table if isinstance(train, StreamedSplit) else train)
+    for label, column in zip(LABELS, labels.T):
+        if column.min() == column.max():
+            raise DataError(f'{args.data}, split train, has {int(column.sum())} images of {label_words(label)} out of '
+                            f'{len(column)}: training needs images with it and images without it.')
+    without = [name for name, split in splits.items() if not has_masks(split)] if args.lesion_crop else []
+    if 'train' in without:
+        raise DataError(f'--lesion-crop needs lesion masks, but the train images of {args.data} have none: leave it '
+                        f'out, or pass --no-lesion-crop where the recipe sets it.')
+    if without:
+        accelerator.print(f'The {" and ".join(without)} images have no masks: --lesion-crop leaves them whole.')
 
 
 def epoch_sides(args, img_size) -> List[int]:

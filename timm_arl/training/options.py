@@ -9,123 +9,142 @@ import yaml
 
 from ..isic.task import HEADS
 from ..isic.transforms import AUGMENTATIONS, CROPS
-from .arguments import RunError, check_not_empty, number
+from .arguments import ModelKwargs, RunError, check_not_empty, number
 
 RECIPES = Path(__file__).with_name('recipes')
 SECTIONS = ('from-scratch', 'from-weights')  # parts of a recipe that depend on the start
-
-
 REQUIRED = ('epochs', 'batch-size', 'optimizer', 'lr', 'weight-decay', 'schedule', 'augmentation', 'crops')
 
 
+def recipe_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
+    """The flags that a recipe may set.
+
+    Args:
+        prog: What its errors begin with.
+    """
+    parser = argparse.ArgumentParser(prog=prog, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    add = parser.add_argument_group('training (the recipe sets these; a flag given here wins)').add_argument
+    add('--epochs', type=number(int, 1), help='passes over the training images')
+    add('--batch-size', type=number(int, 1), help='images per step and process')
+    add('--optimizer', choices=['adamw', 'momentum', 'sgd'],
+        help='momentum: SGD with momentum; sgd: SGD with Nesterov momentum')
+    add('--lr', type=number(float, 1e-12), help='peak learning rate')
+    add('--alpha-lr', type=number(float, 0), help='peak learning rate of the alphas (default: the same as --lr)')
+    add('--momentum', type=number(float, 0, 1), default=0.9, help='momentum of SGD (default: %(default)s)')
+    add('--weight-decay', type=number(float, 0), help='weight decay, not applied to biases, norms and alphas')
+    add('--schedule', choices=['cosine', 'step', 'constant'], help='learning rate schedule after the warm-up')
+    add('--decay-epochs', type=number(int, 1), default=30,
+        help='step schedule: epochs between two steps (default: %(default)s)')
+    add('--decay-rate', type=number(float, 0, 1), default=0.5,
+        help='step schedule: factor at each step (default: %(default)s)')
+    add('--warmup-epochs', type=number(float, 0), default=0,
+        help='epochs of linear warm-up, at most a fifth of all epochs (default: %(default)s)')
+    add('--clip-grad', type=number(float, 0), default=0., help='clip the gradient norm to this value; 0: no clipping')
+    add('--ema', type=number(float, 0, 0.99999), default=0.,
+        help='decay of the moving average of the weights, which is then scored and kept; 0: no average')
+    add('--balance', choices=['none', 'weights', 'sampler'], default='none',
+        help='make up for rare diagnoses: weights in the loss, or a sampler that draws all diagnoses equally often')
+    add('--head', choices=list(HEADS), default='sigmoid',
+        help='sigmoid: one output per label; softmax: one output per diagnosis (default: %(default)s)')
+    add('--mask-weight', type=number(float, 0), default=0.,
+        help='weight of the loss that predicts the lesion mask, if the training images have masks; 0: no such loss')
+    add('--mixup', type=number(float, 0), default=0., help='alpha of mixup; 0: no mixup')
+    add('--label-smoothing', type=number(float, 0, 0.5), default=0., help='label smoothing (default: %(default)s)')
+    add('--keep', choices=['best', 'last'], default='best',
+        help='epoch to keep: the best by mean validation AUC, or the last (default: %(default)s)')
+    add('--patience', type=number(int, 0), default=0,
+        help='stop after this many epochs without a better mean validation AUC; 0: never')
+    add('--distill-weight', type=number(float, 0, 1), default=0.5,
+        help="with --teacher: share of the loss taken by the teacher's probabilities (default: %(default)s)")
+    add('--distill-features', type=number(float, 0), default=1.,
+        help="with --teacher: weight of the distance to the teacher's pooled features (default: %(default)s)")
+
+    add = parser.add_argument_group('images (the recipe sets these too)').add_argument
+    add('--img-size', type=number(int, 64),
+        help="side of the network's input in pixels (default: the model's own, unless the recipe sets one)")
+    add('--start-size', type=number(int, 32),
+        help='begin with images of this size and grow to --img-size in steps of 32 pixels (default: no growth)')
+    add('--augmentation', choices=AUGMENTATIONS, help='augmentation of the training images')
+    add('--patches-per-image', type=number(int, 1), default=1,
+        help='how often an epoch shows each image (default: %(default)s)')
+    add('--crops', choices=CROPS, help='crops of a validation or test image; their probabilities are averaged')
+    add('--aspect', choices=['keep', 'squash'], default='keep',
+        help='square copies with an aspect_ratio: restore the original shape, or leave them (default: %(default)s)')
+    add('--grey-world', action=argparse.BooleanOptionalAction, default=False, help='grey-world colour constancy')
+    add('--lesion-crop', action=argparse.BooleanOptionalAction, default=False,
+        help='crop each image to its lesion mask; images without a mask stay whole')
+    return parser
+
+
 def build_parser(doc: str) -> argparse.ArgumentParser:
+    """All flags.
+
+    Args:
+        doc: Docstring of the program.
+    """
     parser = argparse.ArgumentParser(
         usage='%(prog)s [--data DIR] [--model NAME] [--output-dir OUT] [options] (--help lists them)',
-        description=doc.split('\n\n')[0], epilog=doc.split('\n\n', 1)[1],
+        description=doc.split('\n\n')[0], epilog=doc.split('\n\n', 1)[1], parents=[recipe_parser()],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--data', default='demo', metavar='DIR|HUB_ID|demo',
         help="the challenge's folders, what `isic image download` wrote, a folder or Hub id of the datasets library "
-             "with the splits train, validation, test, or 'demo', generated synthetic images (default: %(default)s)")
+             "with the splits train, validation and test, or 'demo': generated synthetic images (default: %(default)s)")
     add('--model', default='arl_cnn14', help='any timm model (default: %(default)s)')
+    add('--model-kwargs', nargs='+', default={}, action=ModelKwargs, metavar='KEY=VALUE',
+        help='arguments for timm.create_model, such as mask_scale=mean1 alpha_init=0.01; saved in config.json')
     start = parser.add_mutually_exclusive_group()
     start.add_argument('--pretrained', action='store_true', help="start from the model's pretrained weights")
     start.add_argument(
-        '--init-checkpoint', metavar='PATH', help='start from a .safetensors file or a folder of this program')
-    add('--recipe', default='modern', metavar='modern|paper|FILE.yaml',
-        help='where the values of the flags below marked * come from, unless given (default: %(default)s)')
-    add('--img-size', type=number(int, 64),
-        help="* side of the network's input in pixels; the model's own where the recipe sets none")
-    add('--start-size', type=number(int, 32), help='* train on images that grow from this size to --img-size, by 32 px')
-    add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0,
-        help='seed of weights, order and augmentation (default: %(default)s)')
-    add('--output-dir', help='(default: runs/MODEL-DATA-TIME)')
-    add('--resume', action='store_true',
-        help='go on with the run in --output-dir, with the arguments it was started with')
-    add('--skip-bad-images', action='store_true', help='leave out images that do not decode instead of stopping')
-    add('--streaming', action='store_true',
-        help='leave the training images in their Parquet shards, in a folder or on the Hub, until they are needed; '
-             'processes and workers read shards of their own')
-    add('--preview', metavar='FILE.png', help='draw what the network will see, and stop')
-
-    group = parser.add_argument_group('training', 'what is marked * is the recipe\'s unless given')
-    add = group.add_argument
-    add('--epochs', type=number(int, 1), help='* passes over the training images')
-    add('--batch-size', type=number(int, 1), help='* images a process and step')
-    add('--optimizer', choices=['adamw', 'momentum', 'sgd'], help='* sgd is with Nesterov momentum')
-    add('--lr', type=number(float, 1e-12), help='* peak learning rate')
-    add('--alpha-lr', type=number(float, 0), help='* peak learning rate of the alphas (default: that of the rest)')
-    add('--momentum', type=number(float, 0, 1), default=0.9, help='* of SGD (default: %(default)s)')
-    add('--weight-decay', type=number(float, 0), help='* none on biases, norms and alphas')
-    add('--schedule', choices=['cosine', 'step', 'constant'], help='* of the learning rate, after the warm-up')
-    add('--decay-epochs', type=number(int, 1), default=30, help='* epochs of a step of the step schedule')
-    add('--decay-rate', type=number(float, 0, 1), default=0.5, help='* its factor (default: %(default)s)')
-    add('--warmup-epochs', type=number(float, 0), default=0, help='* linear warm-up, a fifth of the epochs at most')
-    add('--clip-grad', type=number(float, 0), default=0., help='* largest norm of the gradient, 0: any')
-    add('--ema', type=number(float, 0, 0.99999), default=0.,
-        help='* decay of the moving average of weights, which is then what is scored and kept; 0: none')
-    add('--balance', choices=['none', 'weights', 'sampler'], default='none',
-        help='* against rare diagnoses: weights in the loss, or drawing each diagnosis as often as another')
-    add('--head', choices=list(HEADS), default='sigmoid',
-        help='* two outputs, one a label, or three, a softmax over the diagnoses (default: %(default)s)')
-    add('--mask-weight', type=number(float, 0), default=0.,
-        help="* weight of learning the lesion's mask beside the diagnosis, where training images have one")
-    add('--mixup', type=number(float, 0), default=0., help='* alpha of mixup, 0: none')
-    add('--label-smoothing', type=number(float, 0, 0.5), default=0., help='* towards chance')
-    add('--keep', choices=['best', 'last'], default='best', help='* the epoch best by mean validation AUC, or the last')
-    add('--patience', type=number(int, 0), default=0,
-        help='* stop after so many epochs without a better mean validation AUC, 0: never')
-
+        '--init-checkpoint', metavar='PATH',
+        help='start from a .safetensors file or from the output folder of another run')
     add('--teacher', metavar='OUT|NAME',
         help='learn from a trained network too: an output folder, or a timm name with pretrained weights')
-    add('--distill-weight', type=number(float, 0, 1), default=0.5,
-        help="* share of the loss that the teacher's probabilities take from the labels (default: %(default)s)")
-    add('--distill-features', type=number(float, 0), default=1.,
-        help="* weight of the distance to the teacher's pooled features (default: %(default)s)")
+    add('--recipe', default='modern', metavar='modern|paper|FILE.yaml',
+        help='sets the flags under "training" and "images" that are not given (default: %(default)s)')
+    add('--output-dir', help='folder for the results (default: runs/MODEL-DATA-TIME)')
+    add('--resume', action='store_true',
+        help='continue the run in --output-dir with the arguments it was started with')
+    add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0,
+        help='seed of initial weights, image order and augmentation (default: %(default)s)')
+    add('--skip-bad-images', action='store_true', help='leave out images that cannot be read instead of stopping')
+    add('--streaming', action='store_true',
+        help='read the training images from their Parquet shards, on disk or on the Hub, as they are needed')
+    add('--preview', metavar='FILE.png', help='draw what the network will see, then stop')
 
-    group = parser.add_argument_group('several runs, each in a folder of its own below --output-dir')
-    add = group.add_argument
+    add = parser.add_argument_group('several runs, each in its own folder below --output-dir').add_argument
     add('--folds', type=number(int, 2), default=0,
-        help='cross-validation on the split train; the last epoch is kept and the test split left alone')
+        help='cross-validate on the split train, keeping the last epoch; the test split is not used')
     add('--duplicates', metavar='LIST.csv',
-        help='pairs of images that no fold may part (default: duplicates.csv in --data, where it is)')
-    add('--seeds', type=number(int, 0, 2 ** 32 - 1), nargs='+', help='a run with each of these seeds')
+        help='pairs of images that stay in the same fold (default: duplicates.csv in --data, if there is one)')
+    add('--seeds', type=number(int, 0, 2 ** 32 - 1), nargs='+', help='one run for each of these seeds')
 
-    group = parser.add_argument_group('images')
-    add = group.add_argument
-    add('--augmentation', choices=AUGMENTATIONS, help='* of training images')
-    add('--patches-per-image', type=number(int, 1), default=1, help='* times that an epoch shows each image')
-    add('--crops', choices=CROPS, help='* crops of a validation or test image, whose probabilities are averaged')
-    add('--aspect', choices=['keep', 'squash'], default='keep', help='* shape of square copies with an aspect_ratio')
-    add('--grey-world', action=argparse.BooleanOptionalAction, default=False, help='* colour constancy')
-    add('--lesion-crop', action=argparse.BooleanOptionalAction, default=False,
-        help='* cut to the lesion where there is a mask of it')
-
-    group = parser.add_argument_group('machine')
-    add = group.add_argument
+    add = parser.add_argument_group('machine').add_argument
     add('--workers', type=number(int, 0), default=2, help='data loading processes (default: %(default)s)')
     add('--cpu-threads', type=number(int, 1),
-        help='threads a process (default: what is set; all cores where accelerate launch set one for a lone process)')
+        help='threads per process (default: as set; all cores if accelerate launch set one for a single process)')
     add('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="(default: accelerate's configuration)")
-    add('--gradient-accumulation-steps', type=number(int, 1), help="batches an update (default: accelerate's, 1)")
-    add('--freeze-bn', action='store_true', help='keep the batch norms at the statistics they start with')
-    add('--sync-bn', action='store_true', help='batch statistics of all processes together (CUDA)')
+    add('--gradient-accumulation-steps', type=number(int, 1),
+        help="batches per optimizer step (default: accelerate's configuration, or 1)")
+    add('--freeze-bn', action='store_true', help='keep the statistics that the batch norms start with')
+    add('--sync-bn', action='store_true', help='compute batch statistics over all processes (CUDA)')
     add('--tracker', default='tensorboard',
-        help="a tracker of Accelerate's: tensorboard, wandb, mlflow, ..., or none (default: %(default)s)")
-    parser.set_defaults(fold=None, train_ids=None)  # which part of a cross-validation a run is; digest of its images
+        help='a tracker of Accelerate: tensorboard, wandb, mlflow, ..., or none (default: %(default)s)')
+    # the part of a cross-validation that a run is; a digest of its images; sizes not left to the recipe
+    parser.set_defaults(fold=None, train_ids=None, sizes_given=['img_size', 'start_size'])
     return parser
 
 
-def recipe_flags(name: str, parser: argparse.ArgumentParser, from_weights: bool) -> List[str]:
-    """The lines of a recipe as flags.
+def recipe_flags(name: str, from_weights: bool, prog: str) -> List[str]:
+    """The lines of a recipe as flags. A value that its flag does not take exits as on the command line.
 
     Args:
-        name: Of a recipe beside this program, or of a YAML file.
-        parser: Knows the flags.
+        name: Of a recipe of this package, or of a YAML file.
         from_weights: Whether the lines below from-weights count, or those below from-scratch.
+        prog: Name of the program.
 
     Raises:
-        RunError: No such recipe, or a line that is no flag marked * or no single value.
+        RunError: No such recipe, or a line that no recipe may have.
     """
     file = RECIPES / f'{name}.yaml'
     if not file.is_file():
@@ -144,19 +163,20 @@ def recipe_flags(name: str, parser: argparse.ArgumentParser, from_weights: bool)
     if not all(isinstance(section, dict) for section in sections.values()):
         raise RunError(f'The recipe {file} must hold lines of the form "flag: value" below {" and ".join(SECTIONS)}.')
     lines.update(sections[SECTIONS[from_weights]])
-    settable = {action.option_strings[0]: action for action in parser._actions if (action.help or '').startswith('*')}
+    parser = recipe_parser(f'{prog}: recipe {name}')
+    settable = {flag.replace('_', '-'): default for flag, default in vars(parser.parse_args([])).items()}
     flags = []
     for key, value in lines.items():
-        action = settable.get(f'--{key}')
-        if action is None or not isinstance(value, str):
+        if key not in settable or not isinstance(value, str):
             raise RunError(f'The recipe {file} sets {key}: {value}, but a recipe sets one value each of '
-                           f'{", ".join(flag[2:] for flag in settable)}.')
-        if isinstance(action, argparse.BooleanOptionalAction):
-            if value not in ('true', 'false'):
-                raise RunError(f'The recipe {file} sets {key}: {value}, which must be true or false.')
+                           f'{", ".join(settable)}.')
+        if not isinstance(settable[key], bool):
+            flags.append(f'--{key}={value}')
+        elif value in ('true', 'false'):
             flags.append(f'--{key}' if value == 'true' else f'--no-{key}')
         else:
-            flags.append(f'--{key}={value}')
+            raise RunError(f'The recipe {file} sets {key}: {value}, which must be true or false.')
+    parser.parse_args(flags)
     return flags
 
 
@@ -166,44 +186,47 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     Raises:
         RunError: Nothing to resume, another value than that run has, or a recipe that cannot be used.
     """
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     check_not_empty(args)
-    if not args.resume:
-        given = sys.argv[1:] if argv is None else list(argv)
-        from_weights = args.pretrained or args.init_checkpoint is not None
-        flags = recipe_flags(args.recipe, parser, from_weights)
-        usual = parser.error
-        parser.error = lambda message: usual(f'recipe {args.recipe}: {message}')  # type: ignore[method-assign]
-        parser.parse_args(flags)
-        parser.error = usual  # type: ignore[method-assign]
-        args = parser.parse_args([*flags, *given])
-        if args.seeds and len(set(args.seeds)) < len(args.seeds):
-            raise RunError('--seeds names a seed twice.')
-        absent = [flag for flag in REQUIRED if getattr(args, flag.replace('-', '_')) is None]
-        if absent:
-            raise RunError(f'Neither the recipe {args.recipe} nor a flag sets --{absent[0]}.')
-        if args.mask_weight and args.augmentation == 'paper':
-            raise RunError('--augmentation paper changes no masks: pass --mask-weight 0, or choose modern or plain.')
-        if args.streaming and args.folds:
-            raise RunError('--folds divides images that are at hand: leave out --streaming.')
-        return args
-    if not args.output_dir:
-        raise RunError('--resume needs --output-dir, the folder of the run to go on with.')
-    record = Path(args.output_dir, 'run.json')
+    if args.resume:
+        return _resumed(parser, argv, args.output_dir)
+    given = [name for name in args.sizes_given if getattr(args, name) is not None]
+    from_weights = args.pretrained or args.init_checkpoint is not None
+    args = parser.parse_args([*recipe_flags(args.recipe, from_weights, parser.prog), *argv])
+    args.sizes_given = given
+    missing = [flag for flag in REQUIRED if getattr(args, flag.replace('-', '_')) is None]
+    if missing:
+        raise RunError(f'Neither the recipe {args.recipe} nor a flag sets --{missing[0]}.')
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        raise RunError('--seeds names a seed twice.')
+    if args.mask_weight and args.augmentation == 'paper':
+        raise RunError('--augmentation paper does not transform masks: pass --mask-weight 0, or choose modern or '
+                       'plain.')
+    if args.streaming and args.folds:
+        raise RunError('--folds needs all images on this disk: leave out --streaming.')
+    return args
+
+
+def _resumed(parser: argparse.ArgumentParser, argv: Sequence[str], output_dir: Optional[str]) -> argparse.Namespace:
+    if not output_dir:
+        raise RunError('--resume needs --output-dir, the folder of the run to continue.')
+    record = Path(output_dir, 'run.json')
     if not record.exists():
-        raise RunError(f'There is no run to resume in {args.output_dir} (no run.json): start it without --resume.')
+        raise RunError(f'There is no run to resume in {output_dir} (no run.json): start it without --resume.')
     try:
-        saved = json.loads(record.read_text(encoding='utf-8'))['arguments']
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f'{record} is not the run.json of a run of this program.') from error
+        saved = dict(json.loads(record.read_text(encoding='utf-8'))['arguments'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f'{record} is damaged or not from this program: restore it, or start another run in another '
+                       f'--output-dir.') from error
     if saved.get('fold'):
-        raise RunError(f'{args.output_dir} is {saved["fold"]} of a cross-validation: resume that as a whole, with its '
+        raise RunError(f'{output_dir} is {saved["fold"]} of a cross-validation: resume that as a whole, with its '
                        f'own --output-dir.')
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for name, value in saved.items():
         if getattr(args, name) != value:
             flag = '--' + name.replace('_', '-')
-            raise RunError(f'The run in {args.output_dir} has {flag} {value}, not {getattr(args, name)}: resume it '
+            raise RunError(f'The run in {output_dir} has {flag} {value}, not {getattr(args, name)}: resume it '
                            f'without {flag}, or start another in another --output-dir.')
     return args

@@ -1,4 +1,5 @@
-"""The output folder of finetune_isic.py: what is in it after every epoch, and how a killed run finds its way back."""
+"""The output folder of finetune_isic.py: what it holds after every epoch, and how a run goes on from there."""
+import contextlib
 import copy
 import json
 import os
@@ -7,6 +8,7 @@ import shlex
 import shutil
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Union
 
@@ -15,10 +17,11 @@ import datasets
 import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .. import __version__
-from ..factory import save_network
+from ..download import WeightsError
+from ..factory import load_weights_file, save_network
 from ..files import (
     git_commit,
     make_folder,
@@ -36,18 +39,22 @@ PathLike = Union[str, Path]
 EMA_FILE = 'average.safetensors'
 SAVING = 'last.saving'  # becomes last/
 # may differ on --resume; but each worker that reads a stream has an order of its own
-NOT_OF_THE_RUN = ('output_dir', 'resume', 'workers', 'tracker', 'preview')
+NOT_OF_THE_RUN = ('output_dir', 'resume', 'workers', 'tracker', 'preview', 'sizes_given')
+
+
+class FolderTaken(RunError):
+    """The output folder holds another run."""
 
 
 def check_no_other_run(args, out):
     """Refuse, unless resuming, an output folder in which another run left something."""
     traces = ('run.json', 'summary.csv', 'metrics.json', 'config.json', 'model.safetensors', 'last', '.last.previous')
     if not args.resume and any((out / trace).exists() for trace in traces):
-        raise RunError(f'{out} already holds a run: go on with it by --resume, or choose another --output-dir.')
+        raise FolderTaken(f'{out} already holds a run: continue it with --resume, or choose another --output-dir.')
 
 
 def prepare_output_dir(args, accelerator, out):
-    """Make the output folder, or find the summary of the epochs that are finished in it."""
+    """Make the output folder, or return the summary of the epochs that are finished in it."""
     launch = {
         'processes': accelerator.num_processes,
         'mixed_precision': accelerator.mixed_precision,
@@ -82,12 +89,74 @@ def prepare_output_dir(args, accelerator, out):
         if not (args.folds or args.seeds):
             accelerator.print(f'No finished epoch to resume in {out}: starting with the first.')
         return []
-    if accelerator.is_main_process:
-        publish(out)
-    return json.loads(progress.read_text())['summary']
+    try:
+        summary = json.loads(progress.read_text())['summary']
+        if not all(isinstance(row['validation_mean_auc'], float) for row in summary):
+            raise ValueError('a row without validation_mean_auc')
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(_cannot_resume(out, progress, 'is damaged')) from error
+    return summary
 
 
-def save_progress(accelerator, network, averaged, out, summary, keep, data_config):
+def load_progress(accelerator, network, averaged, out):
+    """Load the state after the last finished epoch; the kept network in the output folder is replaced after that alone.
+
+    Args:
+        accelerator: Accelerate's, with the model and optimizer to load.
+        network: The moving average of the weights, if averaged.
+        averaged: Whether there is one.
+        out: Output folder.
+
+    Raises:
+        RunError: A damaged file, or the state of another network.
+    """
+    last = out / 'last'
+    for path in sorted(last.rglob('*')):
+        try:
+            if path.suffix == '.safetensors':
+                with safe_open(path, 'pt'):  # compares the header with the size
+                    pass
+            elif path.suffix in ('.bin', '.pkl') and not zipfile.is_zipfile(path):  # as torch.save writes them
+                raise OSError
+        except (OSError, SafetensorError) as error:
+            raise RunError(_cannot_resume(out, path, 'is damaged')) from error
+    try:
+        accelerator.load_state(last)
+        if averaged:
+            load_weights_file(network, last / EMA_FILE)
+    except WeightsError as error:
+        raise RunError(_cannot_resume(out, last / EMA_FILE, 'is missing, or another network\'s')) from error
+    except Exception as error:  # what a pickle or an optimizer of another network raises could be anything
+        what = last / ('optimizer.bin' if isinstance(error, ValueError) else 'model.safetensors')
+        raise RunError(_cannot_resume(out, what, 'is missing, or another network\'s')) from error
+    try:
+        if accelerator.is_main_process:
+            publish(out)
+    except FileNotFoundError as error:
+        raise RunError(_cannot_resume(out, last / 'kept', 'is incomplete')) from error
+    accelerator.wait_for_everyone()
+
+
+def _cannot_resume(out, path, what):
+    return (f'{path} {what}, so the run cannot go on: restore it, or start another run from the kept epoch, with '
+            f'--init-checkpoint {out} and another --output-dir.')
+
+
+def discard_start(out):
+    """Remove what a run left that failed before its first epoch was finished, so that a corrected command can start."""
+    folders = [*out.glob('seed-*/fold-*'), *out.glob('seed-*'), *out.glob('fold-*'), out]  # the inner ones first
+    if any((folder / 'last').exists() for folder in folders):
+        return
+    for folder in folders:
+        if (folder / 'run.json').exists():
+            (folder / 'run.json').unlink()
+            shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
+        if folder.is_dir():
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def save_progress(accelerator, network, averaged, out, summary, keep, data_config, model_kwargs):
     """Replace last/ by the state after this epoch and the kept network; killed at any moment, one of them survives."""
     saving, last = out / SAVING, out / 'last'
     try:
@@ -99,7 +168,7 @@ def save_progress(accelerator, network, averaged, out, summary, keep, data_confi
                     {k: v.cpu().contiguous() for k, v in network.state_dict().items()}, saving / EMA_FILE)
             if keep:
                 save_network(copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format), saving / 'kept',
-                             head_labels(network.num_classes), data_config)
+                             head_labels(network.num_classes), data_config, **model_kwargs)
             else:
                 shutil.copytree(last / 'kept', saving / 'kept')
             write_json(saving / 'progress.json', {'summary': summary})
@@ -109,8 +178,8 @@ def save_progress(accelerator, network, averaged, out, summary, keep, data_confi
         shutil.rmtree(saving, ignore_errors=True)
         done = len(summary) - 1
         raise RunError(
-            f'What epoch {done + 1} left could not be written to {out} ({" ".join(str(error).split())}): make room, '
-            f'then --resume; ' + (f'epoch {done} is there, whole.' if done else 'nothing was saved yet.')) from error
+            f'Epoch {done + 1} could not be saved to {out} ({" ".join(str(error).split())}): make room, then '
+            + (f'--resume; epoch {done} is intact.' if done else 'start again.')) from error
     accelerator.wait_for_everyone()
 
 
@@ -141,7 +210,7 @@ def record_look(folder: PathLike, checkpoint: PathLike, scores: Dict[str, Any]) 
 
 
 def check_output_dir(out):
-    """Refuse, before the work, an output folder that could not be made or written to after it."""
+    """Refuse an output folder that cannot be made or written to, before any work is done."""
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise RunError(f'Cannot make the output folder {out}: {there} '
