@@ -31,7 +31,6 @@ PAGES = {str(path.relative_to(REPO)): path.read_text(encoding='utf-8') for path 
 COMMANDS = ('accelerate', 'make', 'pip', 'python', 'torchrun')
 NOT_OURS = ('git', 'hf', 'isic', 'pre-commit')  # programs of other projects, which the tests do not install
 NOT_OUR_FLAGS = {'--device-modules'}  # of timm's train.py
-COMING = {'--model-kwargs'}  # on their way to main
 
 SHOW = """
 print('SHAPES', *features.shape, *logits.shape)
@@ -156,7 +155,7 @@ def unknown_flags(words):
 @pytest.mark.parametrize('name', PAGES)
 def test_commands_exist_with_their_flags(name):
     for words in commands_of(PAGES[name]):
-        assert not unknown_flags(words) - COMING, shlex.join(words)
+        assert not unknown_flags(words), shlex.join(words)
 
 
 def test_flags_in_the_text_are_flags_of_some_program():
