@@ -136,9 +136,9 @@ def test_variants_and_kwargs():
     assert (model.layer4[0].attention, model.layer4[0].mask_scale) == ('mixed', 'mean1')
     assert all(p.item() == 0.25 for n, p in model.named_parameters() if n.endswith('.alpha'))
     assert timm.create_model('arl_cnn14').layer1[0].alpha.item() == pytest.approx(1e-3)
-    with pytest.raises(ValueError, match='spatial, channel, mixed'):
+    with pytest.raises(ValueError, match="'spatial', 'channel' or 'mixed'"):
         timm.create_model('arl_cnn14', attention='softmax2d')
-    with pytest.raises(ValueError, match='softmax, mean1'):
+    with pytest.raises(ValueError, match="'softmax' or 'mean1'"):
         timm.create_model('arl_cnn14', mask_scale='sum1')
 
 
@@ -326,6 +326,18 @@ def test_whole_model_in_another_dtype(dtype):
     assert torch.allclose(converted.float(), model(image()), atol=0.05, rtol=0.05)
     direct = timm.create_model('arl_cnn14', dtype=dtype, device='meta')
     assert all(p.dtype == dtype and p.is_meta for p in direct.parameters())
+
+
+def test_alpha_can_be_set_again_after_to_empty():
+    # as FSDP initialises a model that was built on the meta device
+    with torch.device('meta'):
+        model = timm.create_model('arl_cnn14', alpha_init=0.25)
+    model.to_empty(device='cpu')
+    with_alpha(model, 9.)
+    for module in model.modules():
+        if hasattr(module, 'reset_parameters'):
+            module.reset_parameters()
+    assert [block.alpha.tolist() for n in (1, 2, 3, 4) for block in getattr(model, f'layer{n}')] == [[0.25]] * 4
 
 
 def test_alpha_has_no_weight_decay():

@@ -139,6 +139,18 @@ def test_a_hook_sees_what_the_norm_gave():
         assert len(calls) == 2
 
 
+@pytest.mark.parametrize('grad', [False, True])
+def test_global_hooks_see_every_layer(grad):
+    model, seen = create(num_classes=2), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.add(module))
+    try:
+        with torch.set_grad_enabled(grad):
+            model(image())
+    finally:
+        handle.remove()
+    assert seen >= {m for block in (model.layer1[0], model.layer4[0]) for m in block.modules()}
+
+
 class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()

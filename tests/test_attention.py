@@ -3,7 +3,13 @@ import numpy as np
 import pytest
 import torch
 
-from timm_arl.attention import ATTENTIONS, MASK_SCALES, attention_mask, attention_residual
+from timm_arl.attention import (
+    ATTENTIONS,
+    MASK_SCALES,
+    attention_mask,
+    attention_residual,
+    fused_attention_residual,
+)
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 SHAPES = [(2, 3, 4, 5), (1, 1, 1, 1), (3, 8, 1, 1), (1, 16, 7, 7), (2, 5, 13, 1)]
@@ -145,12 +151,15 @@ def test_alpha_zero_is_a_plain_sum(attention, mask_scale):
             attention_residual(residual, shortcut, torch.zeros(1), attention, mask_scale), residual + shortcut)
 
 
-def test_unknown_names_are_refused():
+@pytest.mark.parametrize('gate, error', [
+    (attention_residual, ValueError), (torch.jit.script(attention_residual), torch.jit.Error),
+    (fused_attention_residual, ValueError)], ids=['plain', 'scripted', 'fused'])
+def test_unknown_names_are_refused(gate, error):
     residual, shortcut = pair((1, 2, 2, 2))
-    with pytest.raises(ValueError, match="'spatial', 'channel' or 'mixed'"):
-        attention_residual(residual, shortcut, torch.ones(1), 'both')
-    with pytest.raises(ValueError, match="'softmax' or 'mean1'"):
-        attention_residual(residual, shortcut, torch.ones(1), 'mixed', 'mean')
+    with pytest.raises(error, match="Unknown attention 'both': choose 'spatial', 'channel' or 'mixed'"):
+        gate(residual, shortcut, torch.ones(1), 'both')
+    with pytest.raises(error, match="Unknown mask_scale 'mean': choose 'softmax' or 'mean1'"):
+        gate(residual, shortcut, torch.ones(1), 'mixed', 'mean')
 
 
 @pytest.mark.slow

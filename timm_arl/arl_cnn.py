@@ -2,10 +2,10 @@
 
 Paper: `Attention Residual Learning for Skin Lesion Classification` - https://doi.org/10.1109/TMI.2019.2893944
 
-A timm ResNet whose bottleneck blocks gate their shortcut with a mask normalised from their own residual branch, at the
-price of one scalar, alpha, a block. Any ResNet checkpoint of the same depth fits; its alphas start at `alpha_init`.
+A timm ResNet whose bottleneck blocks gate their shortcut with a mask computed from their own residual branch. This
+adds one scalar per block, alpha. Any ResNet checkpoint of the same depth fits; the alphas then start at `alpha_init`.
 """
-from typing import Any, Dict, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -14,20 +14,20 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import Bottleneck, ResNet
 from torch.nn.modules import module as nn_module
 
-from .attention import ATTENTIONS, MASK_SCALES, can_fuse, fused_attention_residual, fused_block_tail
+from .attention import attention_residual, can_fuse, check_names, fused_attention_residual
 from .pretrained import HUB, check_loadable, local_weights
 
 __all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
 
 
-torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs, so that these compute bit for bit what eager does
+torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs: they match eager mode bit for bit
 
 
 class ARLBottleneck(Bottleneck):
     """Bottleneck block with attention residual learning, y = act(x + F + alpha * n(F) * x), Eq. 3-9.
 
     F is the residual branch after bn3, x the shortcut after its projection, if any. Stochastic depth acts on
-    F + alpha * n(F) * x, so that a dropped block is act(x).
+    F + alpha * n(F) * x: a dropped block is act(x).
     """
 
     def __init__(
@@ -49,16 +49,17 @@ class ARLBottleneck(Bottleneck):
         Raises:
             ValueError: An unknown ``attention`` or ``mask_scale``.
         """
-        if attention not in ATTENTIONS:
-            raise ValueError(f'Unknown attention {attention!r}: choose one of {", ".join(ATTENTIONS)}.')
-        if mask_scale not in MASK_SCALES:
-            raise ValueError(f'Unknown mask_scale {mask_scale!r}: choose one of {", ".join(MASK_SCALES)}.')
+        check_names(attention, mask_scale)
         super().__init__(*args, **kwargs)
         self.attention = attention
         self.mask_scale = mask_scale
-        # shape (1,) and not (): FSDP refuses scalars
-        self.alpha = nn.Parameter(torch.full(
-            (1,), float(alpha_init), device=self.conv3.weight.device, dtype=self.conv3.weight.dtype))
+        self.alpha_init = float(alpha_init)
+        self.alpha = nn.Parameter(self.conv3.weight.new_empty(1))  # shape (1,) and not (): FSDP refuses scalars
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set alpha to its initial value, for example after `to_empty()`; the layers reset their own parameters."""
+        nn.init.constant_(self.alpha, self.alpha_init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -74,26 +75,29 @@ class ARLBottleneck(Bottleneck):
         x = self.aa(x)
 
         x = self.conv3(x)
-        relu, inplace = False, False
+        norm, shortcut_norm, relu, inplace = None, None, False, False
         if not torch.jit.is_scripting():
-            if can_fuse(x, shortcut, self.alpha):
-                if torch.is_grad_enabled():
-                    return self._fused_tail(x, shortcut)
-                relu = self.drop_path is None and _is_plain(self.act3, nn.ReLU)
-                inplace = self.se is None and (
-                    _is_plain(self.bn3, nn.BatchNorm2d)
-                    or _is_plain(self.bn3, nn.Identity) and _is_plain(self.conv3, nn.Conv2d))  # folded
-        x = self.bn3(x)
+            norm, shortcut_norm, relu, inplace = self._fusible(x)
 
-        if self.se is not None:
-            x = self.se(x)
+        if norm is None:
+            x = self.bn3(x)
+            if self.se is not None:
+                x = self.se(x)
 
         if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
+            if shortcut_norm is None:
+                shortcut = self.downsample(shortcut)
+            else:
+                for layer in list(self.downsample)[:-1]:
+                    shortcut = layer(shortcut)
 
-        x = fused_attention_residual(
-            x, shortcut, self.alpha, self.attention, self.mask_scale,
-            add_shortcut=self.drop_path is None, relu=relu, inplace=inplace)
+        add_shortcut = self.drop_path is None
+        if torch.jit.is_scripting():  # which takes no norms as arguments
+            x = attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut)
+        else:
+            x = fused_attention_residual(
+                x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut,
+                relu, norm, shortcut_norm, inplace)
         if self.drop_path is not None:
             x = self.drop_path(x) + shortcut
         if not relu:
@@ -101,47 +105,33 @@ class ARLBottleneck(Bottleneck):
 
         return x
 
-    def _fused_tail(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        """All that follows conv3; plain norm layers and a plain ReLU go into the gate's function, others around it."""
-        norm, shortcut_norm = None, None
-        if self.se is None and _folds(self.bn3, x):
-            norm = self.bn3
-        else:
-            x = self.bn3(x)
-            if self.se is not None:
-                x = self.se(x)
-
-        if self.downsample is not None:
-            if self.drop_path is None and _is_plain(self.downsample, nn.Sequential) and len(self.downsample):
-                *layers, last = self.downsample
-                for layer in layers:
-                    shortcut = layer(shortcut)
-                if _folds(last, shortcut):
-                    shortcut_norm = last
-                else:
-                    shortcut = last(shortcut)
-            else:
-                shortcut = self.downsample(shortcut)
-
+    def _fusible(self, x: torch.Tensor) -> Tuple[Optional[nn.BatchNorm2d], Optional[nn.BatchNorm2d], bool, bool]:
+        """What the gate may do: compute bn3 and the projection's norm, apply the ReLU, overwrite F."""
+        if not can_fuse(x, self.alpha):
+            return None, None, False, False
         relu = self.drop_path is None and _is_plain(self.act3, nn.ReLU)
-        x = fused_block_tail(
-            x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut=self.drop_path is None, relu=relu,
-            norm=norm, shortcut_norm=shortcut_norm)
-        if self.drop_path is not None:
-            x = self.drop_path(x) + shortcut
-        return x if relu else self.act3(x)
+        if not torch.is_grad_enabled():  # norms are computed at once: their inputs need not be kept
+            return None, None, relu, self.se is None and (
+                _is_plain(self.bn3, nn.BatchNorm2d)
+                or _is_plain(self.bn3, nn.Identity) and _is_plain(self.conv3, nn.Conv2d))  # folded
+        norm = self.bn3 if self.se is None and _folds(self.bn3, x) else None
+        shortcut_norm = None
+        if self.downsample is not None and self.drop_path is None and _is_plain(self.downsample, nn.Sequential):
+            last = self.downsample[-1] if len(self.downsample) else None
+            shortcut_norm = last if _folds(last, x) else None  # whose input has the shape of x
+        return norm, shortcut_norm, relu, False
 
 
 def _is_plain(module: nn.Module, cls: Type[nn.Module]) -> bool:
-    """Whether a module is of this very class and calling it does no more than its forward: no hooks, no wrappers."""
+    """Whether a module is exactly of this class and its call runs its forward alone: no hooks, no wrappers."""
     return type(module) is cls and 'forward' not in vars(module) and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         or nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
 
 
-def _folds(norm: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a norm is a batch norm of the usual kind, with running statistics, and x has values enough for it."""
+def _folds(norm: Optional[nn.Module], x: torch.Tensor) -> bool:
+    """Whether a norm is an ordinary batch norm with running statistics, and x has enough values per channel for it."""
     return isinstance(norm, nn.BatchNorm2d) and bool(
         _is_plain(norm, nn.BatchNorm2d) and norm.affine and norm.momentum is not None and norm.track_running_stats
         and norm.running_mean is not None and norm.num_batches_tracked is not None and x.numel() > x.shape[1]
@@ -151,7 +141,7 @@ def _folds(norm: nn.Module, x: torch.Tensor) -> bool:
 class ARLCNN(ResNet):
     """ResNet of attention residual learning blocks.
 
-    Everything but the block is timm's ResNet; with every alpha at 0 so is the output, bit for bit.
+    Everything but the block is timm's ResNet. With every alpha at 0 the output is the same, bit for bit.
     """
 
     def __init__(
@@ -181,7 +171,7 @@ class ARLCNN(ResNet):
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Complete a ResNet checkpoint, which has no alpha at all, with the model's own; others pass as they are."""
+    """Add the model's own alphas to a checkpoint without any, such as a ResNet's; others are returned unchanged."""
     alphas = {k: v for k, v in model.state_dict().items() if k.endswith('.alpha')}
     if alphas.keys().isdisjoint(state_dict):
         state_dict = dict(state_dict, **alphas)
@@ -223,25 +213,25 @@ def _rcfg(source: str, **kwargs) -> Dict[str, Any]:
 
 
 def _tvcfg(source: str, **kwargs) -> Dict[str, Any]:
-    """ImageNet weights of torchvision's ResNets as timm republishes them, the initialisation nearest to the paper's."""
+    """ImageNet weights of torchvision's ResNets as timm republishes them, the closest to the paper's initialisation."""
     return _cfg(
         hf_hub_id=f'timm/{source}', hf_hub_filename='model.safetensors',
         license='bsd-3-clause', origin_url='https://github.com/pytorch/vision', **kwargs)
 
 
 def _icfg(name: str, **kwargs) -> Dict[str, Any]:
-    """Weights trained on ISIC 2017 by this project: two sigmoid outputs."""
+    """Weights trained on ISIC 2017 by this project; two sigmoid outputs."""
     return _cfg(**dict({
         'hf_hub_id': f'{HUB}/{name}@v1', 'hf_hub_filename': 'model.safetensors',
         'num_classes': 2, 'label_names': ('melanoma', 'seborrheic_keratosis'),
     }, **kwargs))
 
 
-_rsb_papers = ('doi:10.1109/TMI.2019.2893944', 'arXiv:2110.00476')  # the network's, and that of the weights
+_rsb_papers = ('doi:10.1109/TMI.2019.2893944', 'arXiv:2110.00476')  # the network's paper, then the weights'
 _variants = ('', '_spatial', '_channel', '_mixed')
 default_cfgs = generate_default_cfgs({
     'arl_cnn14.isic2017': _icfg('arl_cnn14.isic2017', input_size=(3, 128, 128), pool_size=(4, 4)),
-    'arl_cnn14.untrained*': _cfg(),  # the default: like its siblings, 1,000 outputs at 224 px, unless the tag is given
+    'arl_cnn14.untrained*': _cfg(),  # the default tag: 1,000 outputs at 224 px, as for the other models
     **{f'arl_cnn14{v}.untrained': _cfg() for v in _variants[1:]},
     'arl_cnn26.bt_in1k': _rcfg('resnet26.bt_in1k', crop_pct=0.875, test_crop_pct=0.95),
     **{f'arl_cnn50{v}.a1_in1k': _rcfg('resnet50.a1_in1k', paper_ids=_rsb_papers) for v in _variants},

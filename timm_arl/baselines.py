@@ -1,4 +1,4 @@
-"""The networks that the ARL-CNN paper compares with, where timm has none of the name
+"""The networks that the ARL-CNN paper compares with and timm lacks
 
 Papers:
 * `Attention Residual Learning for Skin Lesion Classification` - https://doi.org/10.1109/TMI.2019.2893944
@@ -34,7 +34,7 @@ def _cfg(**kwargs) -> Dict[str, Any]:
 
 
 def _register_if_free(fn: Callable[..., ResNet]) -> Callable[..., ResNet]:
-    # general names: registering one that timm has taken meanwhile would erase timm's weights
+    # these names are general: if timm adds one of them, registering ours would erase timm's weights
     return fn if timm.is_model(fn.__name__) else register_model(fn)
 
 

@@ -6,13 +6,7 @@ import torch
 import torch.nn as nn
 from test_attention import FORMATS, SHAPES, pair, paper_gate
 
-from timm_arl.attention import (
-    ATTENTIONS,
-    MASK_SCALES,
-    attention_residual,
-    fused_attention_residual,
-    fused_block_tail,
-)
+from timm_arl.attention import ATTENTIONS, MASK_SCALES, attention_residual, fused_attention_residual
 from timm_arl.kernels import torch_ops
 
 every_gate = [pytest.mark.parametrize('attention', ATTENTIONS), pytest.mark.parametrize('mask_scale', MASK_SCALES)]
@@ -51,7 +45,7 @@ def test_gradcheck(attention, mask_scale, memory_format, relu, norms):
     alpha = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
     for add_shortcut in (True, False):
         def tail(residual, shortcut, alpha, *_, add_shortcut=add_shortcut):
-            return fused_block_tail(
+            return fused_attention_residual(
                 residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu, norm, shortcut_norm)
         assert torch.autograd.gradcheck(tail, (*tensors, alpha, *parameters))
 
@@ -64,7 +58,7 @@ def test_second_derivatives(attention, norms):
     alpha = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
     parameters = [] if norm is None else list(norm.parameters())
     assert torch.autograd.gradgradcheck(
-        lambda r, s, a, *_: fused_block_tail(r, s, a, attention, norm=norm), (*tensors, alpha, *parameters))
+        lambda r, s, a, *_: fused_attention_residual(r, s, a, attention, norm=norm), (*tensors, alpha, *parameters))
 
 
 def test_second_derivatives_of_a_shortcut_that_made_the_residual():
@@ -81,7 +75,7 @@ def test_second_derivatives_of_a_shortcut_that_made_the_residual():
         second = torch.autograd.grad(sum(g.square().sum() for g in gradients), [shortcut, weight, alpha, norm.bias])
         return [*gradients, *second]
 
-    for fused, plain in zip(penalty(fused_block_tail), penalty(plain_tail)):
+    for fused, plain in zip(penalty(fused_attention_residual), penalty(plain_tail)):
         assert torch.allclose(fused, plain, rtol=1e-9, atol=1e-9)
 
 
@@ -92,7 +86,7 @@ def test_a_batch_of_gradients():
         torch.autograd.functional.jacobian(
             lambda r, s, tail=tail: tail(r, s, alpha, 'channel', 'mean1', True, True, norm, None), tuple(inputs),
             vectorize=True)
-        for tail in (fused_block_tail, plain_tail)]
+        for tail in (fused_attention_residual, plain_tail)]
     for fused, plain in zip(*jacobians):
         assert torch.allclose(fused, plain)
 
@@ -103,7 +97,8 @@ def test_half_precision_gradients_through_a_batch_norm(attention, gamma):
     # F is rounded to bfloat16 on its way through the norm, and large: an F that is not rounded is another mask
     residual, shortcut = pair((4, 16, 8, 8), torch.bfloat16, torch.channels_last)
     results = []
-    for tail, dtype in ((plain_tail, torch.float64), (plain_tail, torch.bfloat16), (fused_block_tail, torch.bfloat16)):
+    for tail, dtype in (
+            (plain_tail, torch.float64), (plain_tail, torch.bfloat16), (fused_attention_residual, torch.bfloat16)):
         norm = norm_layer(16, True, torch.float64 if dtype == torch.float64 else torch.float32)
         nn.init.constant_(norm.weight, gamma)
         alpha = torch.tensor([0.7], dtype=norm.weight.dtype, requires_grad=True)
