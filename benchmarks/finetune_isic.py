@@ -309,7 +309,7 @@ def main():
             train(args, accelerator, splits, out, networks)
         accelerator.end_training()
     except Exception as error:
-        if out and not args.resume and not isinstance(error, FolderTaken):
+        if out and not (args.resume or args.preview or isinstance(error, FolderTaken)):
             discard_start(out)
         if not isinstance(error, (RunError, DataError, WeightsError, OSError)):
             raise

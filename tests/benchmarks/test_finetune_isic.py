@@ -430,6 +430,21 @@ def test_a_failed_start_is_named_and_leaves_nothing(call, few, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_began_meanwhile_keeps_its_folder(repo, call, few, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(repo / 'benchmarks')
+    import finetune_isic
+
+    def slow_check(*args):  # as long as it takes another run to begin
+        (tmp_path / 'out').mkdir()
+        (tmp_path / 'out' / 'run.json').write_text('{}')
+
+    monkeypatch.setattr(finetune_isic, 'check_images', slow_check)
+    done = call('finetune_isic', '--data', few, *SMALL, '--epochs', 1, '--output-dir', tmp_path / 'out')
+    assert done.returncode == 2 and 'already holds a run' in done.stderr
+    assert (tmp_path / 'out' / 'run.json').read_text() == '{}'
+
+
+@pytest.mark.slow
 def test_bad_images_stop_the_run_unless_skipped(call, few, tmp_path):
     splits = datasets.load_dataset(few)
     for name, split in splits.items():

@@ -145,15 +145,14 @@ def _cannot_resume(out, path, what):
 def discard_start(out):
     """Remove what a run left that failed before its first epoch was finished, so that a corrected command can start."""
     folders = [*out.glob('seed-*/fold-*'), *out.glob('seed-*'), *out.glob('fold-*'), out]  # the inner ones first
-    if any((folder / 'last').exists() for folder in folders):
+    if not (out / 'run.json').exists() or any((folder / 'last').exists() for folder in folders):
         return
     for folder in folders:
         if (folder / 'run.json').exists():
             (folder / 'run.json').unlink()
             shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
-        if folder.is_dir():
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def save_progress(accelerator, network, averaged, out, summary, keep, data_config, model_kwargs):
