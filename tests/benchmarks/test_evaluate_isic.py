@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -201,9 +202,11 @@ def test_a_look_is_recorded_even_where_nothing_can_be_written_after_it(call, isi
 def die_at(moment):
     """Let this process die at its n-th renaming or removal of a file."""
     steps = itertools.count()
-    for name in ('replace', 'unlink'):
-        change = getattr(os, name)
-        setattr(os, name, lambda *args, change=change: os._exit(9) if next(steps) == moment else change(*args))
+    for owner in {os, getattr(pathlib, '_NormalAccessor', os)}:  # Path of Python 3.10 has the functions from there
+        for name in ('replace', 'unlink'):
+            change = getattr(os, name)
+            setattr(owner, name, staticmethod(
+                lambda *args, change=change: os._exit(9) if next(steps) == moment else change(*args)))
 
 
 def test_killed_at_any_moment_no_two_evaluations_are_mixed(repo, monkeypatch, tmp_path):
