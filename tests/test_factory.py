@@ -225,7 +225,8 @@ def test_a_config_of_something_else(run, tmp_path, content):
 
 
 @pytest.mark.parametrize('architecture, message', [
-    ('arl_cnn50', r'does not fit ARLCNN: \d+ tensors'), ('resnet50', r'are of different networks: \d+ tensors|argument .attention'),
+    ('arl_cnn50', r'does not fit ARLCNN: \d+ tensors'),
+    ('resnet50', r'are of different networks: \d+ tensors|argument .attention'),
     ('vit_tiny_patch16_224', 'are of different networks|cannot be created'), ('no_such_net', 'no_such_net')])
 def test_a_config_of_another_architecture(run, tmp_path, architecture, message):
     shutil.copytree(run, tmp_path / 'out')
