@@ -167,7 +167,7 @@ def test_killed_and_resumed_is_as_undisturbed(finished, repo, call, tmp_path, mo
         refused = call('finetune_isic', '--output-dir', out, '--resume')
     assert 'resume it in the same way' in refused.stderr
     done = run(repo, '--output-dir', out, '--resume')  # the arguments are remembered
-    assert epochs == 1
+    assert epochs in (1, 2)  # as fast as the signal arrives
     assert done.returncode == 0 and f'Resuming after epoch {epochs} of 3' in done.stdout, done.stderr
     assert {p.name for p in out.iterdir()} == OUTPUTS
     for name in ('summary.csv', 'predictions_test.csv', 'metrics.json'):
