@@ -60,7 +60,7 @@ from timm_arl.isic.task import LABELS, has_isic_outputs, label_words
 from timm_arl.isic.transforms import CROPS
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number
-from timm_arl.training.images import check_images, image_loader, predict
+from timm_arl.training.images import check_images, has_masks, image_loader, predict
 from timm_arl.training.runs import check_output_dir, record_look
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
@@ -173,11 +173,6 @@ def check_free(out, compared):
     theirs = [] if (out / 'evaluation.json').exists() else sorted(name for name in FILES if (out / name).exists())
     if theirs:
         raise RunError(f'{out} holds a {theirs[0]} that is not from an evaluation: choose another --output-dir.')
-
-
-def has_masks(split):
-    return 'mask' in split.column_names and any(
-        table['mask'].null_count < len(table) for table in split.select_columns('mask').with_format('arrow').iter(100))
 
 
 @contextlib.contextmanager

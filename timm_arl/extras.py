@@ -5,8 +5,8 @@ import sys
 __all__ = ['EXTRAS', 'missing', 'require']
 
 EXTRAS = {  # what pip installs
-    'train': ('accelerate', 'datasets', 'jinja2', 'matplotlib', 'pyyaml', 'scikit-learn', 'scipy', 'tensorboard',
-              'tqdm'),
+    'train': ('accelerate', 'datasets', 'jinja2', 'matplotlib', 'psutil', 'pyyaml', 'scikit-learn', 'scipy',
+              'tensorboard', 'tqdm'),
     'export': ('onnx', 'onnxruntime', 'onnxscript'),
     'app': ('gradio',),
 }
@@ -21,7 +21,8 @@ def missing(extra: str) -> str:
     """
     for package in EXTRAS[extra]:
         if importlib.util.find_spec(MODULES.get(package, package)) is None:
-            return f"{package} is not installed: pip install 'timm-arl[{extra}]'."
+            return (f"{package} is not installed: pip install 'timm-arl[{extra}]', or in a checkout pip install "
+                    f"'.[{extra}]'.")
     return ''
 
 

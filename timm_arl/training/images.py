@@ -17,7 +17,10 @@ from ..isic.loading import EpochBatches, IsicSplit, IsicStream
 from ..isic.task import LABELS, label_words, probabilities_of
 from ..isic.transforms import EvalCrops, eval_transform, normalisation, train_transform
 
-__all__ = ['CropLoader', 'check_images', 'check_learnable', 'epoch_sides', 'image_loader', 'learns_masks', 'predict']
+__all__ = [
+    'CropLoader', 'check_images', 'check_learnable', 'epoch_sides', 'has_masks', 'image_loader', 'learns_masks',
+    'predict',
+]
 
 MEMORY_SHARE = 1 / 8  # of the available memory, which the crops of a split may take
 
@@ -70,7 +73,7 @@ def has_masks(split):
     if isinstance(split, StreamedSplit):
         return 'mask' in split.stream.features
     return 'mask' in split.column_names and any(
-        mask is not None for rows in split.select_columns(['mask']).iter(64) for mask in rows['mask'])
+        table['mask'].null_count < len(table) for table in split.select_columns('mask').with_format('arrow').iter(100))
 
 
 def learns_masks(args, split):
