@@ -21,6 +21,7 @@ with torch.inference_mode():
     logits = model(torch.zeros(1, 3, 128, 128)).tolist()
 print(timm_arl.__file__, sorted({name.partition('.')[0] for name in sys.modules}), logits, sep='\\n')
 """
+SENTENCE = "{} is not installed: pip install 'timm-arl[{extra}]', or in a checkout pip install '.[{extra}]'."
 IMPORT_ALL = """
 import importlib, pkgutil, timm_arl
 for module in pkgutil.walk_packages(timm_arl.__path__, 'timm_arl.', onerror=lambda name: None):
@@ -108,7 +109,7 @@ def test_each_module_is_imported_or_names_its_extra(python, tmp_path):
     core = ('arl_cnn', 'attention', 'baselines', 'export', 'factory', 'isic', 'isic.crops', 'isic.images', 'isic.task',
             'isic.transforms', 'kernels', 'pretrained')
     assert {said[f'timm_arl.{name}'] for name in core} == {'imported'}
-    sentence = "accelerate is not installed: pip install 'timm-arl[train]', or in a checkout pip install '.[train]'."
+    sentence = SENTENCE.format('accelerate', extra='train')
     assert {said[f'timm_arl.{name}'] for name in ('hub', 'training', 'isic.dataset', 'isic.metrics')} == {sentence}
     assert set(said.values()) == {'imported', sentence}
 
@@ -117,7 +118,7 @@ def test_each_program_names_its_extra(python, repo, tmp_path):
     programs = [path for path in sorted((repo / 'benchmarks').glob('*.py')) if "'__main__'" in path.read_text()
                 and not path.stem.endswith('_worker')]  # which throughput.py starts
     assert len(programs) > 3
-    train, export = (f"error: {name} is not installed: pip install 'timm-arl[{extra}]', or in a checkout pip install '.[{extra}]'.\n"
+    train, export = (f'error: {SENTENCE.format(name, extra=extra)}\n'
                      for name, extra in (('accelerate', 'train'), ('onnx', 'export')))
     done = run(python, '-c', RUN_EACH, *programs, cwd=tmp_path)
     assert (done.stderr, done.stdout) == (train * len(programs), '2\n' * len(programs))
