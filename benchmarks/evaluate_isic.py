@@ -71,6 +71,7 @@ FILES = {  # all that this program may leave, apart from looks.csv, which grows
 
 def build_parser():
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         usage='%(prog)s --data DIR --checkpoint OUT|NAME --output-dir R [options] (--help lists them)',
         description=__doc__.split('\n\n')[0], epilog=__doc__.split('\n\n', 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter)

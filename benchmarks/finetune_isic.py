@@ -194,10 +194,10 @@ def train(args, accelerator, splits, out, networks=None):
             if len(recent) < LOSS_EVERY and step + 1 < steps:
                 continue
             values = torch.stack([loss for loss, *_ in recent]).tolist()
-            for value, (_, step, which) in zip(values, recent):
+            for value, (_, k, which) in zip(values, recent):
                 if not math.isfinite(value):
                     ids = ', '.join(which if args.streaming else [train_set.image_ids[row] for row in which.tolist()])
-                    raise RunError(f'The loss is {value} at epoch {epoch + 1}, step {step + 1}; lower --lr, or look at '
+                    raise RunError(f'The loss is {value} at epoch {epoch + 1}, step {k + 1}; lower --lr, or look at '
                                    f'the images of this batch: {ids}')
             bar.set_postfix(loss=f'{values[-1]:.3f}')
             recent.clear()
@@ -309,7 +309,8 @@ def main():
             train(args, accelerator, splits, out, networks)
         accelerator.end_training()
     except Exception as error:
-        if out and not (args.resume or args.preview or isinstance(error, FolderTaken)):
+        if out and accelerator.is_main_process and not (
+                args.resume or args.preview or isinstance(error, FolderTaken)):
             discard_start(out)
         if not isinstance(error, (RunError, DataError, WeightsError, OSError)):
             raise

@@ -95,6 +95,10 @@ def main() -> int:
     parser.add_argument('--seed', type=int, default=0, help='of the synthetic image')
     parser.add_argument('--results-file', default='input.csv', help='CSV to write')
     args = parser.parse_args()
+    if '' in (args.image, args.results_file):
+        parser.error('--image and --results-file need a value: leave them out for the defaults.')
+    if args.seed < 0:
+        parser.error('--seed must be at least 0.')
     if min(*args.workers, args.images, args.img_size, args.batch_size, args.steps) < 1:
         parser.error('--workers, --images, --img-size, --batch-size and --steps must be at least 1.')
     if not timm.is_model(args.model):

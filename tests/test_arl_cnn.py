@@ -136,6 +136,8 @@ def test_variants_and_kwargs():
     assert (model.layer4[0].attention, model.layer4[0].mask_scale) == ('mixed', 'mean1')
     assert all(p.item() == 0.25 for n, p in model.named_parameters() if n.endswith('.alpha'))
     assert timm.create_model('arl_cnn14').layer1[0].alpha.item() == pytest.approx(1e-3)
+    with pytest.raises(ValueError, match='finite number, not nan'):
+        timm.create_model('arl_cnn14', alpha_init=float('nan'))
     with pytest.raises(ValueError, match="'spatial', 'channel' or 'mixed'"):
         timm.create_model('arl_cnn14', attention='softmax2d')
     with pytest.raises(ValueError, match="'softmax' or 'mean1'"):

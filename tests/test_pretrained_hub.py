@@ -300,9 +300,9 @@ def test_what_is_in_the_cache_is_used_though_the_hub_has_newer(client, hub, home
     assert client(name='hf-hub:row/moved')[0].get('sum') == weights[2]
     assert len(requests_of(hub, 'row/moved')) == asked
     (link,) = (home / 'hub' / 'models--row--moved' / 'snapshots').glob('*/model.safetensors')
-    link.unlink()  # then the weights come anew, of the commit that the config is of
+    link.unlink()  # then the weights are loaded again, of the commit that the config is of
     assert client(name='hf-hub:row/moved')[0].get('sum') == weights[2]
-    (home / 'hub' / 'models--row--moved' / 'refs' / 'main').unlink()  # nothing is known of main any more
+    (home / 'hub' / 'models--row--moved' / 'refs' / 'main').unlink()  # nothing is known of main now
     moved = client(name='hf-hub:row/moved')[0]['sum']
     assert moved == pytest.approx(weights[2] + newer['fc.weight'].double().sum().item() / 2) and moved != weights[2]
 

@@ -5,6 +5,7 @@ Paper: `Attention Residual Learning for Skin Lesion Classification` - https://do
 A timm ResNet whose bottleneck blocks gate their shortcut with a mask computed from their own residual branch. This
 adds one scalar per block, alpha. Any ResNet checkpoint of the same depth fits; the alphas then start at `alpha_init`.
 """
+import math
 from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
@@ -53,6 +54,8 @@ class ARLBottleneck(Bottleneck):
         super().__init__(*args, **kwargs)
         self.attention = attention
         self.mask_scale = mask_scale
+        if not math.isfinite(alpha_init):
+            raise ValueError(f'alpha_init must be a finite number, not {alpha_init}.')
         self.alpha_init = float(alpha_init)
         self.alpha = nn.Parameter(self.conv3.weight.new_empty(1))  # shape (1,) and not (): FSDP refuses scalars
         self.reset_parameters()

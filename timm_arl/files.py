@@ -20,6 +20,8 @@ PathLike = Union[str, Path]
 def replacing(path: PathLike) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to; rename it to `path` on success, remove it on an exception."""
     path = Path(path)
+    if not path.name or path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder: name a file in it.')
     temporary = path.with_name(f'.{path.name}.tmp')
     if not path.parent.is_dir():
         raise FileNotFoundError(f'No folder {path.parent} for {path.name}: make it first.')
@@ -124,5 +126,3 @@ def git_commit(path: PathLike) -> Optional[str]:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
-
-

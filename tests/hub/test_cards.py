@@ -96,7 +96,7 @@ def test_what_an_evaluation_adds(run, tmp_path):
     positives, mean = metrics['test']['melanoma']['positives'] / 30, sum(values) / 30
     assert f'| melanoma | {positives:.3f} | {mean:.3f} | 0.031 | 0.016 | 1.500 |' in card
     assert f'**Probabilities of melanoma are too high** here, by {mean - positives:.3f} on average' in card
-    assert 'These images chose the epoch that was kept and thresholds and temperatures: their' in card
+    assert 'These images chose the epoch that was kept, thresholds and temperatures: their' in card
     assert timm.create_model(f'local-dir:{folder}', pretrained=True).num_classes == 2
 
 

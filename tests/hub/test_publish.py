@@ -15,7 +15,7 @@ import torch
 from loopback_hub import Hub
 
 from timm_arl import hub as publishing
-from timm_arl.download import sha256_of
+from timm_arl.download import WeightsError, sha256_of
 from timm_arl.factory import tensors_sha256
 from timm_arl.files import write_json
 from timm_arl.isic.dataset.sources import CHALLENGE_IDS
@@ -180,6 +180,12 @@ def test_push_to_a_folder(staged, tmp_path):
     assert publishing.verify(there, staged)['config.json'] == sha256_of(staged / 'config.json')
     assert "'local-dir:mirror'" in (tmp_path / 'mirror' / 'README.md').read_text()
     assert (staged / 'README.md').read_bytes() == before
+    damaged = tmp_path / 'damaged'
+    shutil.copytree(staged, damaged)
+    (damaged / 'model.safetensors').write_bytes((staged / 'model.safetensors').read_bytes()[:5000])
+    with pytest.raises(WeightsError, match='damaged/model.safetensors is not a readable safetensors file'):
+        publishing.push(damaged, str(tmp_path / 'there'), yes=True)
+    assert not (tmp_path / 'there').exists()
 
 
 def test_what_cannot_be_staged(run, staged, call, tmp_path):

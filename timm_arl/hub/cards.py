@@ -106,7 +106,7 @@ def _split(name: str, results: Dict[str, Any]) -> Dict[str, Any]:
     tasks = {label: scores[label] for label in LABELS}
     chosen = any(task.get('operating_points') for task in tasks.values())
     kept = 'the epoch that was kept' if results['run']['arguments']['keep'] == 'best' else ''
-    by_validation = ' and '.join(filter(None, [kept, 'thresholds and temperatures' * chosen]))
+    by_validation = ', '.join(filter(None, [kept, 'thresholds and temperatures' * chosen]))
     alpha_zero = results.get('alpha_zero', {}).get(name)
     groups = [row for row in scores.get('subgroups', ()) if row['auc'] is not None]
     return {
@@ -117,7 +117,8 @@ def _split(name: str, results: Dict[str, Any]) -> Dict[str, Any]:
         'scores': scores_table(scores), 'points': points_table(scores), 'chosen': chosen,
         'calibration': calibration_table(scores) if 'calibration' in tasks[LABELS[0]] else '',
         'warnings': [
-            f'**The AUC of {WORDS[label]} cannot be told from chance** (0.5) with these images.'
+            f'**The AUC of {WORDS[label]} ' + ('is below chance** (0.5)' if t['auc_ci95'][1] < 0.5 else
+                                               'cannot be told from chance** (0.5) with these images') + '.'
             for label, t in tasks.items() if t['auc_ci95'] and t['auc_ci95'][0] <= 0.5] + [
             f'**Probabilities of {WORDS[label]} are {direction}** here, by {abs(gap):.3f} on average: do not read them '
             f'as risks.' for label, t in tasks.items() if 'mean_probability' in t
@@ -146,6 +147,8 @@ def _training(results: Dict[str, Any]) -> str:
             'ISIC 2017, the 2,000 training images of the challenge' if 'train' in results['data']['official_splits']
             else f'`{arguments["data"]}`, split train{images}', results['data']['note']]))),
         ('started from', f'`{start}`' if start else 'scratch'),
+        *([('lesion masks', f'learned beside the diagnosis, weight {arguments["mask_weight"]}')]
+          if arguments.get('mask_weight') else []),
         ('command', f'`{run["command"]}`'), ('recipe', arguments['recipe']), ('seed', arguments['seed']),
         ('image size', f'{results["img_size"]} px'),
         ('crops', f'{arguments.get("crops")}; their probabilities are averaged'),

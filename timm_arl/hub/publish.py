@@ -14,7 +14,7 @@ from huggingface_hub.utils.sha import git_hash
 from ..download import diagnose_hub_error, plain_http, sha256_of
 from ..factory import create_for_task
 from ..files import replacing
-from ..pretrained import HUB, OWN_WEIGHTS
+from ..pretrained import HUB, OWN_WEIGHTS, check_file
 from .cards import read_results
 from .staging import NEEDED, PICTURES, HubError
 
@@ -151,6 +151,7 @@ def staged_files(folder: Path, load_name: str = 'it') -> Dict[str, Union[str, by
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing or 'name' not in (read_results(folder) or {}):
         raise HubError(f'{folder} has no {", ".join(missing) or "results.json that can be read"}: stage it first.')
+    check_file(folder / 'model.safetensors')
     return {path.name: _named(folder, load_name) if path.name == 'README.md' else str(path)
             for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith('.')}
 

@@ -33,10 +33,10 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # 100 megapixels are a photograph here
-            with Image.open(source) as picture:
+            with Image.open(source) as file:
                 if shorter_side:
-                    _reduce(picture, shorter_side)
-                picture = ImageOps.exif_transpose(picture)
+                    _reduce(file, shorter_side)
+                picture: Image.Image = ImageOps.exif_transpose(file)
                 if picture.mode == 'F':
                     raise OSError('it has floating-point pixels')
                 if picture.mode.startswith('I'):  # 16 bits of grey, which convert would cut off at 255

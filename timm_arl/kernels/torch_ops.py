@@ -13,7 +13,7 @@ __all__ = ['Gate', 'NormState', 'gate_backward', 'gate_forward', 'release_scratc
 LOG2_E = 1.4426950408889634
 # elements that a CPU works on at a time, per thread, for at most 8 threads
 BLOCK_ELEMENTS = 2 ** 19
-_kept = threading.local()
+_scratch_memory = threading.local()
 
 
 class Gate(NamedTuple):
@@ -77,10 +77,10 @@ def _scratch(count: int, size: int, t: torch.Tensor, dtype: torch.dtype) -> torc
     if t.device.type != 'cpu':
         return t.new_empty(shape, dtype=dtype)
     need = math.prod(shape) * dtype.itemsize
-    kept = getattr(_kept, 'memory', None)
+    kept = getattr(_scratch_memory, 'memory', None)
     if kept is None or kept.numel() < need:
         with torch.inference_mode(False):  # otherwise only inference mode could write to it
-            kept = _kept.memory = torch.empty(need, dtype=torch.uint8, device=t.device)
+            kept = _scratch_memory.memory = torch.empty(need, dtype=torch.uint8, device=t.device)
     return kept[:need].view(dtype).view(shape)
 
 
@@ -90,7 +90,7 @@ def release_scratch() -> None:
     After training, that is 8 MB for each PyTorch thread (at most 8 of them), or four float32 copies of one sample's
     largest F if that is more.
     """
-    vars(_kept).clear()
+    vars(_scratch_memory).clear()
 
 
 def _work_dtype(t: torch.Tensor) -> torch.dtype:

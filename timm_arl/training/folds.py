@@ -79,6 +79,16 @@ def check_start(args: Any) -> None:
                            f'too high: start from other weights.')
 
 
+def _parts(args: Any, splits: Dict[str, Any]) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """Names and splits of the folds, one after the other, so that only one keeps its crops; or all splits."""
+    if not args.folds:
+        yield '', splits
+        return
+    train = splits['train']
+    for k, (kept, rest) in enumerate(fold_rows(train, args.folds, args.seed, args.duplicates)):
+        yield f'fold-{k}', {'train': train.select(kept), 'validation': train.select(rest)}
+
+
 def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, train: Callable) -> None:
     """Train a network for each seed and fold, each in its own folder, and collect their scores.
 
@@ -89,12 +99,7 @@ def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, tra
     rows = []
     for seed in seeds:
         held_out: Dict[str, np.ndarray] = {}
-        parts = [('', splits)]
-        if args.folds:
-            divided = fold_rows(splits['train'], args.folds, args.seed, args.duplicates)
-            parts = [(f'fold-{k}', {'train': splits['train'].select(kept), 'validation': splits['train'].select(rest)})
-                     for k, (kept, rest) in enumerate(divided)]
-        for fold, part in parts:
+        for fold, part in _parts(args, splits):
             name = '/'.join(filter(None, [f'seed-{seed}' * bool(args.seeds), fold]))
             folder = out / name
             run = copy.copy(args)

@@ -184,7 +184,8 @@ class _Crops(IsicSplit):
 
     def __init__(self, split, args, img_size) -> None:
         super().__init__(split, EvalCrops(img_size, args.crops), every_epoch=False, **_look(args))
-        settings = img_size, args.crops, *_look(args).values()
+        look = {**_look(args), 'seed': args.seed if args.crops == 'paper' else None}  # which alone draws its crops
+        settings = img_size, args.crops, *look.values()
         if split not in _kept or _kept[split][0] != settings:
             _kept[split] = settings, {}
         self.kept = _kept[split][1]

@@ -83,6 +83,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
         doc: Docstring of the program.
     """
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         usage='%(prog)s [--data DIR] [--model NAME] [--output-dir OUT] [options] (--help lists them)',
         description=doc.split('\n\n')[0], epilog=doc.split('\n\n', 1)[1], parents=[recipe_parser()],
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,6 +204,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     if args.mask_weight and args.augmentation == 'paper':
         raise RunError('--augmentation paper does not transform masks: pass --mask-weight 0, or choose modern or '
                        'plain.')
+    if args.duplicates and not args.folds:
+        raise RunError('--duplicates belongs to --folds: leave it out, or pass --folds too.')
     if args.streaming and args.folds:
         raise RunError('--folds needs all images on this disk: leave out --streaming.')
     return args

@@ -48,7 +48,8 @@ class FolderTaken(RunError):
 
 def check_no_other_run(args, out):
     """Refuse, unless resuming, an output folder in which another run left something."""
-    traces = ('run.json', 'summary.csv', 'metrics.json', 'config.json', 'model.safetensors', 'last', '.last.previous')
+    traces = ('run.json', 'summary.csv', 'metrics.json', 'config.json', 'model.safetensors', 'last', '.last.previous',
+              'tensorboard')
     if not args.resume and any((out / trace).exists() for trace in traces):
         raise FolderTaken(f'{out} already holds a run: continue it with --resume, or choose another --output-dir.')
 
@@ -120,15 +121,21 @@ def load_progress(accelerator, network, averaged, out):
                 raise OSError
         except (OSError, SafetensorError) as error:
             raise RunError(_cannot_resume(out, path, 'is damaged')) from error
+    for name in ('model.safetensors', 'optimizer.bin', f'random_states_{accelerator.process_index}.pkl',
+                 *[EMA_FILE] * averaged):
+        if not (last / name).is_file():
+            raise RunError(_cannot_resume(out, last / name, 'is missing'))
     try:
         accelerator.load_state(last)
         if averaged:
             load_weights_file(network, last / EMA_FILE)
     except WeightsError as error:
-        raise RunError(_cannot_resume(out, last / EMA_FILE, 'is missing, or another network\'s')) from error
-    except Exception as error:  # what a pickle or an optimizer of another network raises could be anything
+        raise RunError(_cannot_resume(out, last / EMA_FILE, "is another network's")) from error
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError) as error:
         what = last / ('optimizer.bin' if isinstance(error, ValueError) else 'model.safetensors')
-        raise RunError(_cannot_resume(out, what, 'is missing, or another network\'s')) from error
+        raise RunError(_cannot_resume(out, what, "is another network's")) from error
     try:
         if accelerator.is_main_process:
             publish(out)
@@ -144,15 +151,16 @@ def _cannot_resume(out, path, what):
 
 def discard_start(out):
     """Remove what a run left that failed before its first epoch was finished, so that a corrected command can start."""
-    folders = [*out.glob('seed-*/fold-*'), *out.glob('seed-*'), *out.glob('fold-*'), out]  # the inner ones first
-    if not (out / 'run.json').exists() or any((folder / 'last').exists() for folder in folders):
+    started = [path.parent for pattern in ('seed-*/fold-*/', 'seed-*/', 'fold-*/', '')
+               for path in out.glob(f'{pattern}run.json')]
+    if out not in started or any((folder / 'last').exists() for folder in started):
         return
-    for folder in folders:
-        if (folder / 'run.json').exists():
-            (folder / 'run.json').unlink()
-            shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty
-            folder.rmdir()
+    for folder in started:
+        (folder / 'run.json').unlink()
+        shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
+        for emptied in (folder, folder.parent) if folder != out else (out,):
+            with contextlib.suppress(OSError):  # not empty
+                emptied.rmdir()
 
 
 def save_progress(accelerator, network, averaged, out, summary, keep, data_config, model_kwargs):

@@ -60,6 +60,9 @@ def test_contact_sheet_command(call, tmp_path):
     assert sheet.format == 'PNG' and sheet.width > 500
     done = call('timm_arl.isic.dataset.__main__', 'demo', tmp_path / 'no' / 'folder.png')
     assert done.returncode == 2 and 'make it first' in done.stderr
+    for wrong, message in ((['', ], 'name a file in it'), ([tmp_path / 's.png', '--seed', -1], 'at least 0')):
+        done = call('timm_arl.isic.dataset.__main__', 'demo', *wrong)
+        assert done.returncode == 2 and message in done.stderr
 
 
 @pytest.mark.parametrize('size', [64, 160])

@@ -62,9 +62,9 @@ def test_prepared_data_are_the_originals_made_small(run, source, tmp_path):
 def test_killed_and_run_again(run, tmp_path):
     source = tmp_path / 'isic'
     challenge(source, count=3)
-    for i in range(3, 520):  # three shards
+    for i in range(3, 1000):  # four shards, so that some are open when the first is there
         picture(i, (250, 200)).save(source / 'ISIC-2017_Training_Data' / f'ISIC_0{i:06d}.jpg')
-    edit(truth(source), lambda t: t + ''.join(f'ISIC_0{i:06d},0.0,0.0\n' for i in range(3, 520)))
+    edit(truth(source), lambda t: t + ''.join(f'ISIC_0{i:06d},0.0,0.0\n' for i in range(3, 1000)))
     target = tmp_path / 'parquet'
     command = [sys.executable, '-m', 'timm_arl.isic.dataset', 'prepare', str(source), str(target), '--workers', '2']
     process = subprocess.Popen(
@@ -79,12 +79,12 @@ def test_killed_and_run_again(run, tmp_path):
             os.killpg(process.pid, 0)
             time.sleep(0.05)
     there = {path: path.stat().st_mtime_ns for path in target.glob('data/*.parquet')}
-    assert 0 < len(there) < 5
-    (target / 'data' / '.train-00002-of-00003.parquet.tmp').write_bytes(b'half')
+    assert 0 < len(there) < 6
+    (target / 'data' / '.train-00003-of-00004.parquet.tmp').write_bytes(b'half')
     done = run(*command[3:])
-    assert done.returncode == 0 and f'{len(there)} of 5 shards are there' in done.stdout, done.stderr
+    assert done.returncode == 0 and f'{len(there)} of 6 shards are there' in done.stdout, done.stderr
     assert all(path.stat().st_mtime_ns == t for path, t in there.items())
-    assert len(load_splits(str(target))['train']) == 520
+    assert len(load_splits(str(target))['train']) == 1000
     assert not list((target / 'data').glob('.*'))
 
 
@@ -120,15 +120,15 @@ def test_faults(run, source, tmp_path):
     image.write_bytes(whole[:400])
     done = run('prepare', source, tmp_path / 'out')
     assert done.returncode == 2 and 'The image of ISIC_1000002 cannot be used (Truncated File Read' in done.stderr
-    done = run('prepare', source, tmp_path / 'other', '--skip-bad-images')
+    done = run('prepare', source, tmp_path / 'out', '--skip-bad-images')
     assert done.returncode == 0 and 'cannot be read: ISIC_1000002. To include' in done.stdout, done.stderr
-    assert len(load_splits(str(tmp_path / 'other'))['validation']) == 5
-    assert 'Left out, since they cannot be read: ISIC_1000002.' in (tmp_path / 'other' / 'README.md').read_text()
+    assert len(load_splits(str(tmp_path / 'out'))['validation']) == 5
+    assert 'Left out, since they cannot be read: ISIC_1000002.' in (tmp_path / 'out' / 'README.md').read_text()
     picture(3, (400, 20)).save(image)
     done = run('prepare', source, tmp_path / 'thin')
     assert done.returncode == 2 and 'it has 400 x 20 px, which is no photograph' in done.stderr
     image.write_bytes(whole)
-    done = run('prepare', source, tmp_path / 'other', '--skip-bad-images')  # which makes no shard again
+    done = run('prepare', source, tmp_path / 'out', '--skip-bad-images')  # which makes no shard again
     assert done.returncode == 0 and 'cannot be read: ISIC_1000002. To include' in done.stdout, done.stderr
 
     (source / 'ISIC-2017_Training_Data.zip').write_bytes(b'not the zip')

@@ -115,6 +115,9 @@ def test_an_image_folder_of_the_datasets_library(tmp_path, table):
         name: [f'I{n}{i}' for i in range(4)] for n, name in enumerate(WORDS)}
     assert label_array(splits['train']).tolist() == [[0, 0], [1, 0], [0, 1], [0, 0]]
     assert decode(splits['test'][0]['image']).size == (60, 40)
+    picture(0).save(tmp_path / 'train' / 'alone.jpg')
+    with pytest.raises(DataError, match=r'no row of metadata for alone.jpg \(1 such images\)'):
+        load_splits(str(tmp_path))
 
 
 def truth(folder, word='Training'):

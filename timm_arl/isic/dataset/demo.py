@@ -16,6 +16,7 @@ from PIL import ImageDraw, ImageFilter
 
 from ...files import replacing
 from ..task import DIAGNOSES, LABELS, label_words
+from .sources import DataError
 
 __all__ = ['DEMO_SIZES', 'add_arguments', 'contact_sheet', 'demo_dataset', 'draw', 'draw_lesion']
 
@@ -163,7 +164,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def draw(args: argparse.Namespace) -> int:
-    """Write a contact sheet of the demo set."""
+    """Write a contact sheet of the demo set.
+
+    Raises:
+        DataError: A negative seed.
+    """
+    if args.seed < 0:
+        raise DataError('--seed must be at least 0.')
     with replacing(args.path) as temporary:
         contact_sheet(seed=args.seed).save(temporary, format='PNG')
     print(f'Contact sheet of synthetic images: {args.path}')

@@ -59,6 +59,8 @@ def prepare(args: argparse.Namespace) -> int:
         DataError: A source that cannot be used, a damaged zip, an image that cannot be read, or a target that holds
             something else.
     """
+    if args.extra_images and not args.extra_ids:
+        raise DataError('--extra-images needs --extra-ids, the list of the images to add.')
     if args.longest_side < 64 or args.workers < 1:
         raise DataError('--longest-side must be at least 64 and --workers at least 1.')
     target = Path(args.target)
@@ -198,7 +200,7 @@ def _check_target(target: Path, plan: Dict[str, Any]) -> None:
     if record.is_file():
         saved = json.loads(record.read_text())
         changed = ['table of ids, labels, age and sex' if key == 'table' else key for key in plan
-                   if saved.get(key) != plan[key]]
+                   if saved.get(key) != plan[key] and not (key == 'skip_bad_images' and plan[key])]
         if changed:
             raise DataError(f'{target} was prepared with another {" and ".join(changed)}: choose another folder, or '
                             f'remove this one.')
@@ -290,5 +292,3 @@ def _counts(paths: List[Path]) -> Tuple[int, ...]:
     positives = [sum(table[label].to_pylist()) for label in LABELS]
     known = [table.num_rows - table[column].null_count for column in about]
     return table.num_rows, *positives, table.num_rows - sum(positives), *known
-
-

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from ...download import plain_http
 from ..task import LABELS
 from .demo import demo_dataset
-from .sources import DataError, check_image_id, read_folder
+from .sources import DataError, check_image_id, image_files, read_folder
 
 __all__ = ['SPLITS', 'StreamedSplit', 'check_usable', 'label_array', 'load_splits']
 
@@ -135,8 +135,24 @@ def undecoded(split: AnySplit, column: str, where: str) -> AnySplit:
 
 
 def _load_folder_or_hub(data: str) -> datasets.DatasetDict:
-    files = read_folder(Path(data)) if data and Path(data).is_dir() else None
-    return _load_dataset(data) if files is None else files
+    folder = Path(data) if data and Path(data).is_dir() else None
+    files = read_folder(folder) if folder else None
+    source = _load_dataset(data) if files is None else files
+    for name, split in source.items() if folder and files is None else ():
+        _check_rows(folder / name, split)
+    return source
+
+
+def _check_rows(folder: Path, split: datasets.Dataset) -> None:
+    """Refuse images without a row in the metadata of their folder, which the datasets library leaves out silently."""
+    if not any((folder / f'metadata.{ending}').is_file() for ending in ('csv', 'jsonl')):
+        return
+    cells = undecoded(split, 'image', str(folder))['image'] if 'image' in split.column_names else []
+    loaded = {Path(cell['path']).name for cell in cells if cell and cell['path']}
+    alone = sorted(path.name for path in image_files(folder).values() if path.name not in loaded)
+    if alone:
+        raise DataError(f'{folder}: there is no row of metadata for {alone[0]} ({len(alone)} such images): add it, or '
+                        f'take the image out.')
 
 
 def _load_dataset(data: str, **kwargs) -> Any:
