@@ -285,6 +285,7 @@ def test_fx(name):
     assert torch.fx.symbolic_trace(in_half)(image().bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SMALL)
 def test_torch_export_with_dynamic_batch(name):
     model = with_alpha(create(name, num_classes=2), 2.)

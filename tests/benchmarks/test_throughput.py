@@ -245,7 +245,7 @@ def test_what_is_short_memory(benchmarks, error, short):
     assert out_of_memory(error) is short
 
 
-@pytest.mark.parametrize('compile', [True, False])
+@pytest.mark.parametrize('compile', [pytest.param(True, marks=pytest.mark.slow), False])
 def test_steps_of_a_repetition(benchmarks, compile):
     """Counted from a step after compiling and recording are over."""
     from accelerate import PartialState

@@ -108,6 +108,7 @@ def test_bad_images_are_named_with_the_reason(tmp_path, accelerator):
     assert [row for _, rows in loader for row in rows.tolist()] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_files_that_may_not_be_read_are_told_from_damaged_ones(tmp_path, accelerator):
     """The check runs as another user, since root may read everything."""
     if os.geteuid() != 0:
@@ -169,6 +170,7 @@ accelerator.end_training()
 '''
 
 
+@pytest.mark.slow
 def test_processes_share_the_reading_and_agree(tmp_path):
     content = coloured(8, 100)
     content[3]['image'] = {'bytes': b'', 'path': None}
