@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any, Callable, Dict
 
 import timm
+import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SEModule
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 
-__all__ = []  # register_model adds each entry point to this
+__all__ = ['register_if_free']  # register_model adds each entry point to this
 
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> ResNet:
@@ -33,8 +34,8 @@ def _cfg(**kwargs) -> Dict[str, Any]:
     }
 
 
-def _register_if_free(fn: Callable[..., ResNet]) -> Callable[..., ResNet]:
-    # these names are general: if timm adds one of them, registering ours would erase timm's weights
+def register_if_free(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register an entry point of a general name, unless timm has it: registering ours would erase timm's weights."""
     return fn if timm.is_model(fn.__name__) else register_model(fn)
 
 
@@ -44,14 +45,14 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-@_register_if_free
+@register_if_free
 def resnet14(pretrained: bool = False, **kwargs) -> ResNet:
     """ResNet-14 of the ARL-CNN paper: four bottleneck blocks, 7x7 stem."""
     model_args = dict(block=Bottleneck, layers=(1, 1, 1, 1))
     return _create_resnet('resnet14', pretrained, **dict(model_args, **kwargs))
 
 
-@_register_if_free
+@register_if_free
 def seresnet14(pretrained: bool = False, **kwargs) -> ResNet:
     """SENet-14 of the ARL-CNN paper: ResNet-14 with squeeze and excitation.
 
