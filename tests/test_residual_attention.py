@@ -18,7 +18,8 @@ def test_the_layouts_of_the_paper(name, millions, blocks, widths):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
     modules = [m for m in model.modules() if isinstance(m, AttentionModule)]
     assert [m.mask[0].num_features for m in modules] == widths
-    assert [sum(not isinstance(m, AttentionModule) for m in getattr(model, f'layer{i}')) for i in (1, 2, 3, 4)] == blocks
+    stages = [getattr(model, f'layer{i}') for i in (1, 2, 3, 4)]
+    assert [sum(not isinstance(m, AttentionModule) for m in stage) for stage in stages] == blocks
 
 
 @pytest.mark.parametrize('size', [14, 7, 2, 1])

@@ -1,5 +1,5 @@
 """timm-arl: the ARL-CNN family for timm. Importing it registers the models: ``timm.create_model('arl_cnn50')``."""
-from . import arl_cnn, baselines, residual_attention
+from . import arl_cnn, arl_efficientnet, baselines, residual_attention
 from .arl_cnn import ARLCNN, ARLBottleneck
 from .attention import attention_mask, attention_residual
 from .download import WeightsError

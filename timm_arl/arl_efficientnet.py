@@ -1,0 +1,175 @@
+"""ARL-EfficientNet: attention residual learning on a network that is no ResNet
+
+Papers:
+* `Attention Residual Learning for Skin Lesion Classification` - https://doi.org/10.1109/TMI.2019.2893944
+* `EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks` - https://arxiv.org/abs/1905.11946
+
+timm's EfficientNet-Lite0, whose blocks with an identity shortcut x compute y = x + F + alpha * n(F) * x, with no
+activation after the sum. Nine blocks have such a shortcut, so the network has nine parameters more, and every
+tf_efficientnet_lite0 checkpoint fits.
+"""
+from functools import partial
+from typing import Any, Dict, Union
+
+import torch
+import torch.nn as nn
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._builder import pretrained_cfg_for_features
+from timm.models._efficientnet_blocks import InvertedResidual
+from timm.models._efficientnet_builder import (
+    BN_EPS_TF_DEFAULT,
+    decode_arch_def,
+    resolve_act_layer,
+    resolve_bn_args,
+    round_channels,
+)
+from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
+
+from .arl_cnn import checkpoint_filter_fn
+from .attention import _check as check_gate
+from .attention import fused_attention_residual
+from .pretrained import local_weights
+
+__all__ = ['ARLEfficientNet', 'ARLInvertedResidual']  # register_model adds each entry point to this
+
+
+class ARLInvertedResidual(InvertedResidual):
+    """Inverted residual block with attention residual learning, y = x + F + alpha * n(F) * x, Eq. 3-9.
+
+    F is the output of the linear bottleneck's norm layer, x the block's input. Stochastic depth acts on
+    F + alpha * n(F) * x.
+    """
+    alpha: nn.Parameter
+    attention: str
+    mask_scale: str
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+        x = self.conv_pw(x)
+        x = self.bn1(x)
+        x = self.conv_dw(x)
+        x = self.bn2(x)
+        x = self.aa(x)
+        x = self.se(x)
+        x = self.conv_pwl(x)
+        x = self.bn3(x)
+        if isinstance(self.drop_path, nn.Identity):
+            return fused_attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale)
+        x = fused_attention_residual(
+            x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut=False)
+        return self.drop_path(x) + shortcut
+
+
+def _gate_blocks(model: nn.Module, attention: str, alpha_init: float, mask_scale: str) -> None:
+    """Gate each inverted residual block that has an identity shortcut; timm's builder knows no other class for them."""
+    check_gate(attention, mask_scale)
+    for block in model.modules():
+        if type(block) is InvertedResidual and block.has_skip:
+            block.__class__ = ARLInvertedResidual
+            block.attention, block.mask_scale = attention, mask_scale
+            weight = block.conv_pwl.weight
+            # shape (1,) and not (): FSDP refuses scalars
+            block.alpha = nn.Parameter(torch.full((1,), float(alpha_init), device=weight.device, dtype=weight.dtype))
+
+
+class ARLEfficientNet(EfficientNet):
+    """EfficientNet with attention residual learning; with every alpha at 0 its output is timm's, bit for bit."""
+
+    def __init__(
+            self,
+            *args,
+            attention: str = 'spatial',
+            alpha_init: float = 1e-3,
+            mask_scale: str = 'softmax',
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            *args: Positional arguments of timm's EfficientNet.
+            attention: Normalisation of the mask, 'spatial' (Eq. 4), 'channel' (Eq. 5) or 'mixed' (Eq. 6).
+            alpha_init: Initial value of each block's alpha.
+            mask_scale: 'softmax' for the mask as printed, 'mean1' for one rescaled to a mean of 1.
+            **kwargs: Keyword arguments of timm's EfficientNet.
+
+        Raises:
+            ValueError: An unknown ``attention`` or ``mask_scale``.
+        """
+        super().__init__(*args, **kwargs)
+        self.attention = attention
+        self.mask_scale = mask_scale
+        _gate_blocks(self, attention, alpha_init, mask_scale)
+
+
+class ARLEfficientNetFeatures(EfficientNetFeatures):
+    """The same as a feature extractor, ``features_only=True``."""
+
+    def __init__(
+            self,
+            *args,
+            attention: str = 'spatial',
+            alpha_init: float = 1e-3,
+            mask_scale: str = 'softmax',
+            **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        _gate_blocks(self, attention, alpha_init, mask_scale)
+
+
+def _create_arl_efficientnet(
+        variant: str,
+        pretrained: bool = False,
+        features_only: bool = False,
+        **kwargs,
+) -> Union[ARLEfficientNet, ARLEfficientNetFeatures]:
+    if pretrained:
+        kwargs = local_weights(variant, kwargs)
+    if not features_only or 'feature_cfg' in kwargs or 'feature_cls' in kwargs:
+        return build_model_with_cfg(
+            ARLEfficientNet, variant, pretrained, features_only=features_only,
+            pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    model = build_model_with_cfg(
+        ARLEfficientNetFeatures, variant, pretrained, pretrained_strict=False,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        kwargs_filter=('num_classes', 'num_features', 'head_conv', 'global_pool'), **kwargs)
+    model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
+    return model
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5),
+        'first_conv': 'conv_stem', 'classifier': 'classifier', 'license': 'apache-2.0',
+        'paper_name': 'Attention Residual Learning for Skin Lesion Classification',
+        'paper_ids': ('doi:10.1109/TMI.2019.2893944', 'arXiv:1905.11946'),
+        **kwargs
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'arl_tf_efficientnet_lite0.in1k': _cfg(
+        hf_hub_id='timm/tf_efficientnet_lite0.in1k', hf_hub_filename='model.safetensors',
+        origin_url='https://github.com/huggingface/pytorch-image-models'),
+})
+
+
+@register_model
+def arl_tf_efficientnet_lite0(pretrained: bool = False, **kwargs) -> ARLEfficientNet:
+    """EfficientNet-Lite0 with attention residual learning in its nine blocks with an identity shortcut."""
+    kwargs.setdefault('bn_eps', BN_EPS_TF_DEFAULT)
+    kwargs.setdefault('pad_type', 'same')
+    arch_def = [
+        ['ds_r1_k3_s1_e1_c16'],
+        ['ir_r2_k3_s2_e6_c24'],
+        ['ir_r2_k5_s2_e6_c40'],
+        ['ir_r3_k3_s2_e6_c80'],
+        ['ir_r3_k5_s1_e6_c112'],
+        ['ir_r4_k5_s2_e6_c192'],
+        ['ir_r1_k3_s1_e6_c320'],
+    ]
+    model_args = dict(
+        block_args=decode_arch_def(arch_def, fix_first_last=True), num_features=1280, stem_size=32, fix_stem=True,
+        round_chs_fn=round_channels, act_layer=resolve_act_layer(kwargs, 'relu6'),
+        norm_layer=kwargs.pop('norm_layer', None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)))
+    return _create_arl_efficientnet('arl_tf_efficientnet_lite0', pretrained, **dict(model_args, **kwargs))
