@@ -6,6 +6,6 @@ from .download import WeightsError
 
 __version__ = '0.1.0'
 __all__ = [
-    'ARLCNN', 'ARLBottleneck', 'WeightsError', 'arl_cnn', 'attention_mask', 'attention_residual', 'baselines',
-    'residual_attention',
+    'ARLCNN', 'ARLBottleneck', 'WeightsError', 'arl_cnn', 'arl_efficientnet', 'attention_mask', 'attention_residual',
+    'baselines', 'residual_attention',
 ]

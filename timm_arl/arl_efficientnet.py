@@ -32,6 +32,8 @@ from .pretrained import local_weights
 
 __all__ = ['ARLEfficientNet', 'ARLInvertedResidual']  # register_model adds each entry point to this
 
+torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs, so that these compute bit for bit what eager does
+
 
 class ARLInvertedResidual(InvertedResidual):
     """Inverted residual block with attention residual learning, y = x + F + alpha * n(F) * x, Eq. 3-9.
@@ -67,7 +69,7 @@ def _gate_blocks(model: nn.Module, attention: str, alpha_init: float, mask_scale
         if type(block) is InvertedResidual and block.has_skip:
             block.__class__ = ARLInvertedResidual
             block.attention, block.mask_scale = attention, mask_scale
-            weight = block.conv_pwl.weight
+            weight = next(block.parameters())
             # shape (1,) and not (): FSDP refuses scalars
             block.alpha = nn.Parameter(torch.full((1,), float(alpha_init), device=weight.device, dtype=weight.dtype))
 
