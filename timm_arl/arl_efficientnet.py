@@ -9,7 +9,7 @@ activation after the sum. Nine blocks have such a shortcut, so the network has n
 tf_efficientnet_lite0 checkpoint fits.
 """
 from functools import partial
-from typing import Any, Dict, Union
+from typing import Any, Dict, List, Union
 
 import torch
 import torch.nn as nn
@@ -65,13 +65,13 @@ class ARLInvertedResidual(InvertedResidual):
 def _gate_blocks(model: nn.Module, attention: str, alpha_init: float, mask_scale: str) -> None:
     """Gate each inverted residual block that has an identity shortcut; timm's builder knows no other class for them."""
     check_gate(attention, mask_scale)
-    for block in model.modules():
-        if type(block) is InvertedResidual and block.has_skip:
-            block.__class__ = ARLInvertedResidual
-            block.attention, block.mask_scale = attention, mask_scale
-            weight = next(block.parameters())
-            # shape (1,) and not (): FSDP refuses scalars
-            block.alpha = nn.Parameter(torch.full((1,), float(alpha_init), device=weight.device, dtype=weight.dtype))
+    blocks: List[Any] = [m for m in model.modules() if type(m) is InvertedResidual and m.has_skip]
+    for block in blocks:
+        block.__class__ = ARLInvertedResidual
+        block.attention, block.mask_scale = attention, mask_scale
+        weight = next(block.parameters())
+        # shape (1,) and not (): FSDP refuses scalars
+        block.alpha = nn.Parameter(torch.full((1,), float(alpha_init), device=weight.device, dtype=weight.dtype))
 
 
 class ARLEfficientNet(EfficientNet):
