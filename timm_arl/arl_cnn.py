@@ -11,12 +11,12 @@ from typing import Any, Dict, Optional, Tuple, Type
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch.nn.modules import module as nn_module
 
 from .attention import attention_residual, can_fuse, check_names, fused_attention_residual
-from .pretrained import HUB, check_loadable, local_weights
+from .pretrained import HUB, build_with_local_weights
 
 __all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
 
@@ -141,11 +141,20 @@ def _folds(norm: Optional[nn.Module], x: torch.Tensor) -> bool:
         and can_fuse(norm.weight, norm.bias))
 
 
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Add the model's own alphas to a checkpoint without any, such as a ResNet's; others are returned unchanged."""
+    alphas = {k: v for k, v in model.state_dict().items() if k.endswith('.alpha')}
+    if alphas.keys().isdisjoint(state_dict):
+        state_dict = dict(state_dict, **alphas)
+    return state_dict
+
+
 class ARLCNN(ResNet):
     """ResNet of attention residual learning blocks.
 
     Everything but the block is timm's ResNet. With every alpha at 0 the output is the same, bit for bit.
     """
+    checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
 
     def __init__(
             self,
@@ -173,25 +182,8 @@ class ARLCNN(ResNet):
         self.mask_scale = block_args['mask_scale']
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Add the model's own alphas to a checkpoint without any, such as a ResNet's; others are returned unchanged."""
-    alphas = {k: v for k, v in model.state_dict().items() if k.endswith('.alpha')}
-    if alphas.keys().isdisjoint(state_dict):
-        state_dict = dict(state_dict, **alphas)
-    return state_dict
-
-
-def _checked(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    state_dict = checkpoint_filter_fn(state_dict, model)
-    check_loadable(state_dict, model)  # with another number of classes timm would skip what does not fit
-    return state_dict
-
-
 def _create_arl_cnn(variant: str, pretrained: bool = False, **kwargs) -> ARLCNN:
-    if pretrained:
-        kwargs = local_weights(variant, kwargs)
-    filter_fn = _checked if kwargs.get('pretrained_strict', True) else checkpoint_filter_fn
-    return build_model_with_cfg(ARLCNN, variant, pretrained, pretrained_filter_fn=filter_fn, **kwargs)
+    return build_with_local_weights(ARLCNN, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Union
 
 import torch
 import torch.nn as nn
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._builder import pretrained_cfg_for_features
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models._efficientnet_builder import (
@@ -26,9 +26,8 @@ from timm.models._efficientnet_builder import (
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 
 from .arl_cnn import checkpoint_filter_fn
-from .attention import _check as check_gate
-from .attention import fused_attention_residual
-from .pretrained import local_weights
+from .attention import attention_residual, check_names, fused_attention_residual
+from .pretrained import build_with_local_weights
 
 __all__ = ['ARLEfficientNet', 'ARLInvertedResidual']  # register_model adds each entry point to this
 
@@ -55,16 +54,18 @@ class ARLInvertedResidual(InvertedResidual):
         x = self.se(x)
         x = self.conv_pwl(x)
         x = self.bn3(x)
-        if isinstance(self.drop_path, nn.Identity):
-            return fused_attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale)
-        x = fused_attention_residual(
-            x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut=False)
-        return self.drop_path(x) + shortcut
+        add_shortcut = isinstance(self.drop_path, nn.Identity)
+        if torch.jit.is_scripting():
+            x = attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut)
+        else:
+            x = fused_attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut)
+        return x if add_shortcut else self.drop_path(x) + shortcut
+
 
 
 def _gate_blocks(model: nn.Module, attention: str, alpha_init: float, mask_scale: str) -> None:
     """Gate each inverted residual block that has an identity shortcut; timm's builder knows no other class for them."""
-    check_gate(attention, mask_scale)
+    check_names(attention, mask_scale)
     blocks: List[Any] = [m for m in model.modules() if type(m) is InvertedResidual and m.has_skip]
     for block in blocks:
         block.__class__ = ARLInvertedResidual
@@ -76,6 +77,7 @@ def _gate_blocks(model: nn.Module, attention: str, alpha_init: float, mask_scale
 
 class ARLEfficientNet(EfficientNet):
     """EfficientNet with attention residual learning; with every alpha at 0 its output is timm's, bit for bit."""
+    checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
 
     def __init__(
             self,
@@ -123,16 +125,11 @@ def _create_arl_efficientnet(
         features_only: bool = False,
         **kwargs,
 ) -> Union[ARLEfficientNet, ARLEfficientNetFeatures]:
-    if pretrained:
-        kwargs = local_weights(variant, kwargs)
+    build = partial(build_with_local_weights, variant=variant, pretrained=pretrained, filter_fn=checkpoint_filter_fn)
     if not features_only or 'feature_cfg' in kwargs or 'feature_cls' in kwargs:
-        return build_model_with_cfg(
-            ARLEfficientNet, variant, pretrained, features_only=features_only,
-            pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
-    model = build_model_with_cfg(
-        ARLEfficientNetFeatures, variant, pretrained, pretrained_strict=False,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=('num_classes', 'num_features', 'head_conv', 'global_pool'), **kwargs)
+        return build(ARLEfficientNet, features_only=features_only, **kwargs)
+    kwargs_filter = ('num_classes', 'num_features', 'head_conv', 'global_pool')
+    model = build(ARLEfficientNetFeatures, pretrained_strict=False, kwargs_filter=kwargs_filter, **kwargs)
     model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
     return model
 

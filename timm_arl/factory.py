@@ -16,7 +16,6 @@ import torch
 import torch.nn as nn
 from timm.models import clean_state_dict, get_deprecated_models, parse_model_name, save_for_hf
 
-from .arl_cnn import ARLCNN, checkpoint_filter_fn
 from .download import WeightsError, fetch_weights, is_of_network, plain_http
 from .pretrained import (
     CONVERT,
@@ -303,8 +302,9 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
             f'{file} is not a readable safetensors file ({error}), and only those are opened: {CONVERT}.') from None
     check_finite(state_dict, file)
     state_dict = dict(clean_state_dict(state_dict))
-    if isinstance(model, ARLCNN):
-        state_dict = checkpoint_filter_fn(state_dict, model)
+    if hasattr(model, 'checkpoint_filter_fn'):  # ours
+        state_dict = model.checkpoint_filter_fn(state_dict, model)  # type: ignore[operator]  # no module
+    if hasattr(model, 'mask_scale'):
         _check_attention(model, file)
 
     own = model.state_dict()
@@ -343,7 +343,7 @@ def save_network(
         if data_config:
             for key in ('pool_size', 'test_input_size', 'test_pool_size', 'test_crop_pct'):
                 model.pretrained_cfg.pop(key, None)
-        if isinstance(model, ARLCNN):
+        if hasattr(model, 'mask_scale'):
             model_args = {'attention': model.attention, 'mask_scale': model.mask_scale, **model_args}
     save_for_hf(model, str(folder), safe_serialization=True, model_args=model_args,
                 model_config=dict(label_names=list(label_names)), **keywords)

@@ -1,19 +1,20 @@
 """A registered name -> a verified weights file on this disk; and whether its tensors fit a model."""
 import os
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Optional, Tuple
+from typing import Any, Callable, Collection, Dict, List, Optional, Tuple
 
 import safetensors
 import timm
 import torch
 import torch.nn as nn
-from timm.models import resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 
 from .download import LOCAL_FILE, WeightsError, fetch_weights, is_whole, say
 
 __all__ = [
-    'HUB', 'OWN_WEIGHTS', 'check_file', 'check_finite', 'check_fit', 'check_loadable', 'classifiers_of', 'find_file',
-    'local_weights', 'only_file', 'pinned_sha256', 'safe_name', 'shipped_weights', 'tags_of',
+    'HUB', 'OWN_WEIGHTS', 'build_with_local_weights', 'check_file', 'check_finite', 'check_fit', 'check_loadable',
+    'classifiers_of', 'find_file', 'local_weights', 'only_file', 'pinned_sha256', 'safe_name', 'shipped_weights',
+    'tags_of',
 ]
 
 HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # user or organisation of this project's repos on the Hub
@@ -75,6 +76,37 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             say(f'{shipped / "model.safetensors"} is damaged: loading it from the Hub.')
         path = fetch_weights(repo, safe_name(cfg.hf_hub_filename), revision or None, sha256, kwargs.get('cache_dir'))
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **only_file(path)}}
+
+
+def build_with_local_weights(
+        model_cls: Callable[..., Any],
+        variant: str,
+        pretrained: bool,
+        filter_fn: Callable[[Dict[str, torch.Tensor], nn.Module], Dict[str, torch.Tensor]],
+        **kwargs,
+) -> Any:
+    """timm's build_model_with_cfg with verified weights, all of which must fit.
+
+    Args:
+        model_cls: Class of the model.
+        variant: Model name.
+        pretrained: Whether to load weights.
+        filter_fn: Completes a checkpoint of the base network.
+        **kwargs: Of build_model_with_cfg.
+
+    Raises:
+        WeightsError: As local_weights, or weights that do not fit.
+    """
+    def checked(state_dict, model):
+        state_dict = filter_fn(state_dict, model)
+        check_loadable(state_dict, model)  # with another number of classes timm would skip what does not fit
+        return state_dict
+
+    if pretrained:
+        kwargs = local_weights(variant, kwargs)
+    return build_model_with_cfg(
+        model_cls, variant, pretrained,
+        pretrained_filter_fn=checked if kwargs.get('pretrained_strict', True) else filter_fn, **kwargs)
 
 
 def only_file(path: Path) -> Dict[str, Any]:

@@ -14,11 +14,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models.resnet import Bottleneck, ResNet
 
 from .baselines import register_if_free
-from .pretrained import local_weights
+from .pretrained import build_with_local_weights
 
 __all__ = ['AttentionModule', 'ResidualAttentionNet']  # registration adds each entry point to this
 
@@ -65,8 +65,16 @@ class AttentionModule(nn.Module):
         return self.last((1. + self.mask(y).sigmoid()) * self.trunk(x))
 
 
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Complete a ResNet checkpoint, which has no attention module at all, with the model's own; others pass as is."""
+    modules = tuple(f'{name}.' for name, m in model.named_modules() if isinstance(m, AttentionModule))
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(modules)}
+    return dict(own, **state_dict) if own.keys().isdisjoint(state_dict) else state_dict
+
+
 class ResidualAttentionNet(ResNet):
     """ResNet with an attention module in each of its first three stages."""
+    checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
 
     def __init__(self, *args, module_first: bool = False, **kwargs) -> None:
         """
@@ -86,18 +94,8 @@ class ResidualAttentionNet(ResNet):
         self.init_weights(zero_init_last)
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Complete a ResNet checkpoint, which has no attention module at all, with the model's own; others pass as is."""
-    modules = tuple(f'{name}.' for name, m in model.named_modules() if isinstance(m, AttentionModule))
-    own = {k: v for k, v in model.state_dict().items() if k.startswith(modules)}
-    return dict(own, **state_dict) if own.keys().isdisjoint(state_dict) else state_dict
-
-
 def _create_ran(variant: str, pretrained: bool = False, **kwargs) -> ResidualAttentionNet:
-    if pretrained:
-        kwargs = local_weights(variant, kwargs)
-    return build_model_with_cfg(
-        ResidualAttentionNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_with_local_weights(ResidualAttentionNet, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:
