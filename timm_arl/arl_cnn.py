@@ -5,7 +5,6 @@ Paper: `Attention Residual Learning for Skin Lesion Classification` - https://do
 A timm ResNet whose bottleneck blocks gate their shortcut with a mask computed from their own residual branch. This
 adds one scalar per block, alpha. Any ResNet checkpoint of the same depth fits; the alphas then start at `alpha_init`.
 """
-import math
 from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
@@ -15,7 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch.nn.modules import module as nn_module
 
-from .attention import attention_residual, can_fuse, check_names, fused_attention_residual
+from .attention import attention_residual, can_fuse, check_gate, fused_attention_residual
 from .pretrained import HUB, build_with_local_weights
 
 __all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
@@ -48,14 +47,12 @@ class ARLBottleneck(Bottleneck):
             **kwargs: Keyword arguments of timm's Bottleneck.
 
         Raises:
-            ValueError: An unknown ``attention`` or ``mask_scale``.
+            ValueError: An unknown ``attention`` or ``mask_scale``, or an ``alpha_init`` that is not finite.
         """
-        check_names(attention, mask_scale)
+        check_gate(attention, mask_scale, alpha_init)
         super().__init__(*args, **kwargs)
         self.attention = attention
         self.mask_scale = mask_scale
-        if not math.isfinite(alpha_init):
-            raise ValueError(f'alpha_init must be a finite number, not {alpha_init}.')
         self.alpha_init = float(alpha_init)
         self.alpha = nn.Parameter(self.conv3.weight.new_empty(1))  # shape (1,) and not (): FSDP refuses scalars
         self.reset_parameters()

@@ -26,7 +26,7 @@ from timm.models._efficientnet_builder import (
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 
 from .arl_cnn import checkpoint_filter_fn
-from .attention import attention_residual, check_names, fused_attention_residual
+from .attention import attention_residual, check_gate, fused_attention_residual
 from .pretrained import build_with_local_weights
 
 __all__ = ['ARLEfficientNet', 'ARLInvertedResidual']  # register_model adds each entry point to this
@@ -43,6 +43,11 @@ class ARLInvertedResidual(InvertedResidual):
     alpha: nn.Parameter
     attention: str
     mask_scale: str
+    alpha_init: float
+
+    def reset_parameters(self) -> None:
+        """Set alpha to its initial value, for example after `to_empty()`; the layers reset their own parameters."""
+        nn.init.constant_(self.alpha, self.alpha_init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -65,14 +70,15 @@ class ARLInvertedResidual(InvertedResidual):
 
 def _gate_blocks(model: nn.Module, attention: str, alpha_init: float, mask_scale: str) -> None:
     """Gate each inverted residual block that has an identity shortcut; timm's builder knows no other class for them."""
-    check_names(attention, mask_scale)
+    check_gate(attention, mask_scale, alpha_init)
     blocks: List[Any] = [m for m in model.modules() if type(m) is InvertedResidual and m.has_skip]
     for block in blocks:
         block.__class__ = ARLInvertedResidual
         block.attention, block.mask_scale = attention, mask_scale
-        weight = next(block.parameters())
-        # shape (1,) and not (): FSDP refuses scalars
-        block.alpha = nn.Parameter(torch.full((1,), float(alpha_init), device=weight.device, dtype=weight.dtype))
+        block.alpha_init = float(alpha_init)
+        block.alpha = nn.Parameter(next(block.parameters()).new_empty(1))  # shape (1,) and not (): FSDP refuses scalars
+        block.reset_parameters()
+
 
 
 class ARLEfficientNet(EfficientNet):

@@ -21,6 +21,7 @@ mixed      6     sigmoid, elementwise                                           
 compiled. :func:`fused_attention_residual` is what the blocks call: the same result in eager mode, with less memory and
 fewer passes over it (figures in docs/performance.md).
 """
+import math
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -32,7 +33,7 @@ from .kernels import Gate, NormState
 
 __all__ = [
     'ATTENTIONS', 'MASK_SCALES', 'FusedAttentionResidual', 'alphas_of', 'attention_mask', 'attention_residual',
-    'can_fuse', 'check_names', 'fused_attention_residual',
+    'can_fuse', 'check_gate', 'check_names', 'fused_attention_residual',
 ]
 
 ATTENTIONS = ('spatial', 'channel', 'mixed')
@@ -46,6 +47,13 @@ def check_names(attention: str, mask_scale: str) -> None:
         raise ValueError(f"Unknown attention '{attention}': choose 'spatial', 'channel' or 'mixed'.")
     if mask_scale not in ('softmax', 'mean1'):
         raise ValueError(f"Unknown mask_scale '{mask_scale}': choose 'softmax' or 'mean1'.")
+
+
+def check_gate(attention: str, mask_scale: str, alpha_init: float) -> None:
+    """Raise ValueError for an unknown ``attention`` or ``mask_scale``, or an ``alpha_init`` that is not finite."""
+    check_names(attention, mask_scale)
+    if not math.isfinite(alpha_init):
+        raise ValueError(f'alpha_init must be a finite number, not {alpha_init}.')
 
 
 def attention_mask(
