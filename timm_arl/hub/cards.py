@@ -63,7 +63,7 @@ def render_card(
         eval_results=_eval_results(results) if results else None)
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=config['architecture'], measured=measured,
-        is_arl=config['architecture'].startswith('arl_cnn'), label_names=label_names, source=source,
+        is_arl=config['architecture'].startswith('arl_'), label_names=label_names, source=source,
         load_name=repr(load_name),
         data_text=('generated, **synthetic** images: its scores say nothing about skin' if synthetic else 'ISIC 2017'
                    if official else f'`{data_set.get("name")}`, which is not the whole training set of ISIC 2017'),
