@@ -308,7 +308,7 @@ def main():
         else:
             train(args, accelerator, splits, out, networks)
         accelerator.end_training()
-    except Exception as error:
+    except Exception as error:  # whatever it is, a start that failed must not block its folder
         if out and accelerator.is_main_process and not (
                 args.resume or args.preview or isinstance(error, FolderTaken)):
             discard_start(out)

@@ -9,7 +9,7 @@ activation after the sum. Nine blocks have such a shortcut, so the network has n
 tf_efficientnet_lite0 checkpoint fits.
 """
 from functools import partial
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, Union, cast
 
 import torch
 import torch.nn as nn
@@ -81,9 +81,8 @@ def _gate_blocks(model: nn.Module, attention: str, alpha_init: float, mask_scale
 
 
 
-class ARLEfficientNet(EfficientNet):
-    """EfficientNet with attention residual learning; with every alpha at 0 its output is timm's, bit for bit."""
-    checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
+class _Gated:
+    """What gates the blocks of the two classes below."""
 
     def __init__(
             self,
@@ -102,27 +101,21 @@ class ARLEfficientNet(EfficientNet):
             **kwargs: Keyword arguments of timm's EfficientNet.
 
         Raises:
-            ValueError: An unknown ``attention`` or ``mask_scale``.
+            ValueError: An unknown ``attention`` or ``mask_scale``, or an ``alpha_init`` that is not finite.
         """
         super().__init__(*args, **kwargs)
         self.attention = attention
         self.mask_scale = mask_scale
-        _gate_blocks(self, attention, alpha_init, mask_scale)
+        _gate_blocks(cast(nn.Module, self), attention, alpha_init, mask_scale)
 
 
-class ARLEfficientNetFeatures(EfficientNetFeatures):
+class ARLEfficientNet(_Gated, EfficientNet):
+    """EfficientNet with attention residual learning; with every alpha at 0 its output is timm's, bit for bit."""
+    checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
+
+
+class ARLEfficientNetFeatures(_Gated, EfficientNetFeatures):
     """The same as a feature extractor, ``features_only=True``."""
-
-    def __init__(
-            self,
-            *args,
-            attention: str = 'spatial',
-            alpha_init: float = 1e-3,
-            mask_scale: str = 'softmax',
-            **kwargs,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        _gate_blocks(self, attention, alpha_init, mask_scale)
 
 
 def _create_arl_efficientnet(

@@ -217,7 +217,7 @@ def test_a_damaged_state_is_named_and_the_kept_epoch_stays(unfinished, call):
         assert f'{last / name} is damaged' in error and error.rstrip().endswith(remedy) and error.count('\n') == 1
     for name in ('model.safetensors', 'average.safetensors'):
         other = safetensors.torch.save({'fc.weight': torch.zeros(2, 64)})
-        error = damaged(last / name, lambda _: other)  # noqa: B023
+        error = damaged(last / name, lambda _: other)  # noqa: B023  called at once
         assert f"{last / name} is another network's" in error and remedy in error
     assert 'is damaged' in damaged(unfinished / 'run.json', lambda _: b'{"arguments": 3}')
     done = call('finetune_isic', '--output-dir', unfinished, '--resume')
@@ -484,7 +484,7 @@ def test_what_the_training_images_lack_is_said(call, few, tmp_path):
         for name, split in splits.items():
             if name == 'train':
                 features = split.features
-                split = split.map(lambda _: change, features=features)  # noqa: B023
+                split = split.map(lambda _: change, features=features)  # noqa: B023  called at once
             split.to_parquet(tmp_path / folder / f'{name}-00000-of-00001.parquet')
     args = [*SMALL, '--epochs', 1, '--output-dir', tmp_path / 'out']
     done = call('finetune_isic', '--data', tmp_path / 'one', *args)
