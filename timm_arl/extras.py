@@ -6,11 +6,14 @@ __all__ = ['EXTRAS', 'missing', 'require']
 
 EXTRAS = {  # what pip installs
     'train': ('accelerate', 'datasets', 'jinja2', 'matplotlib', 'psutil', 'pyyaml', 'scikit-learn', 'scipy',
-              'tensorboard', 'tqdm'),
+              'segmentation-models-pytorch', 'tensorboard', 'tqdm'),
     'export': ('onnx', 'onnxruntime', 'onnxscript'),
+    'explain': ('grad-cam',),
+    'dicom': ('pydicom',),
     'app': ('gradio',),
 }
-MODULES = {'pyyaml': 'yaml', 'scikit-learn': 'sklearn'}  # where the import has another name
+MODULES = {'grad-cam': 'pytorch_grad_cam', 'pyyaml': 'yaml', 'scikit-learn': 'sklearn',
+           'segmentation-models-pytorch': 'segmentation_models_pytorch'}  # where the import has another name
 
 
 def missing(extra: str) -> str:
