@@ -8,6 +8,7 @@ from timm.data import create_transform
 from timm_arl.isic.transforms import (
     AUGMENTATIONS,
     CROPS,
+    EvalCrops,
     eval_transform,
     grey_world,
     lesion_crop,
@@ -98,6 +99,24 @@ def test_crops_of_a_test_image(crops, count):
     if crops == 'multiscale':  # together they see the picture from end to end
         assert first[:, 0].min() < 0.02 and first[:, 0].max() > 0.98
     assert set(CROPS) == {'center', 'multiscale', 'paper'}
+
+
+@pytest.mark.parametrize('size', [(384, 256), (256, 256), (301, 517)])
+@pytest.mark.parametrize('crops', CROPS)
+def test_boxes_say_where_each_crop_was_cut(crops, size):
+    """In a picture whose red and green tell the place, the means of a crop are those of its box's centre."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    place = np.stack([x / width, y / height, 0 * x], -1) * 255
+    picture = Image.fromarray(place.round().astype(np.uint8))
+    tensor, boxes = EvalCrops(32, crops).with_boxes(picture)
+    assert len(tensor) == len(boxes)
+    for crop, (left, top, right, bottom) in zip(tensor.double(), boxes):
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        assert crop[0].mean() / 255 * width == pytest.approx((left + right) / 2 - 0.5, abs=1)
+        assert crop[1].mean() / 255 * height == pytest.approx((top + bottom) / 2 - 0.5, abs=1)
+        across = (crop[0, :, -1] - crop[0, :, 0]).mean() / 255 * width / 31 * 32  # as far apart as 32 px of the crop
+        assert across == pytest.approx(right - left, rel=0.03, abs=2)
 
 
 def test_unknown_names_are_refused():

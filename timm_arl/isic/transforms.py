@@ -1,13 +1,13 @@
 """From a picture of any size to what the network sees. torchvision.transforms.v2 does the pixel work."""
 import math
-from typing import Callable, Optional, Sequence
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from .crops import MULTISCALE, SCALES, multiscale_boxes, patch_boxes, patches, shorter_side_for
+from .crops import MULTISCALE, SCALES, Box, multiscale_boxes, patch_boxes, patches, shorter_side_for
 
 __all__ = [
     'AUGMENTATIONS', 'CROPS', 'CROP_PCT', 'USUAL_ASPECT_RATIO', 'EvalCrops', 'Transform', 'eval_transform',
@@ -154,7 +154,7 @@ class EvalCrops:
     def __init__(self, img_size: int, crops: str) -> None:
         self.img_size, self.crops = img_size, crops
         resized = math.floor(img_size / CROP_PCT)
-        self.center = v2.Compose([v2.Resize(resized, InterpolationMode.BILINEAR), v2.CenterCrop(img_size)])
+        self.center = v2.Resize(resized, InterpolationMode.BILINEAR), v2.CenterCrop(img_size)
         needs = {'center': resized, 'multiscale': shorter_side_for(img_size, min(MULTISCALE)),
                  'paper': shorter_side_for(img_size)}
         if crops not in needs:
@@ -162,13 +162,24 @@ class EvalCrops:
         self.shorter_side = needs[crops] * EVAL_GAP
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.with_boxes(image)[0]
+
+    def with_boxes(self, image: Image.Image) -> Tuple[torch.Tensor, List[Box]]:
+        """The crops, and where each was cut: (left, top, right, bottom) in pixels of the picture, not rounded."""
         if self.crops == 'center':
-            cut = [self.center(image)]
+            resize, crop = self.center
+            resized = resize(image)
+            cut, boxes = [crop(resized)], [self._center_box(image.size, resized.size)]
         else:
             boxes = (multiscale_boxes(image.size) if self.crops == 'multiscale'
                      else patch_boxes(image.size, PAPER_TEST_PATCHES, _generator()))
             cut = list(patches(image, boxes, self.img_size))
-        return torch.stack([v2.functional.pil_to_tensor(crop) for crop in cut])
+        return torch.stack([v2.functional.pil_to_tensor(crop) for crop in cut]), boxes
+
+    def _center_box(self, size: Tuple[int, int], resized: Tuple[int, int]) -> Box:
+        x, y = (full / small for full, small in zip(size, resized))
+        left, top = (round((side - self.img_size) / 2) for side in resized)  # as CenterCrop rounds
+        return left * x, top * y, (left + self.img_size) * x, (top + self.img_size) * y
 
 
 def eval_transform(
