@@ -1,0 +1,148 @@
+"""tableN.csv and tableN.md."""
+from pathlib import Path
+from typing import Dict, Iterable, List, Optional, Tuple
+
+from ...files import read_rows, replacing, write_rows
+from ...isic.report import markdown_table
+from ...isic.task import LABELS, label_words
+from .rows import TABLES as SCORED
+from .rows import TITLES
+
+__all__ = ['COLUMNS', 'cell', 'differences', 'markdown_page', 'write_table']
+
+COLUMNS = ('row', 'label', 'printed', 'measured', 'ci_low', 'ci_high', 'seeds', 'images', 'image_size', 'epochs',
+           'precision', 'kernels', 'commit', 'command', 'note')
+SETTINGS = ('images', 'image_size', 'epochs', 'precision', 'kernels', 'commit')
+
+
+def cell(
+        row: str,
+        label: str,
+        printed: Optional[float] = None,
+        figure: Optional[Tuple[float, ...]] = None,
+        note: str = '',
+        **settings,
+) -> Dict[str, str]:
+    """A line of tableN.csv.
+
+    Args:
+        row: Row's name.
+        label: What the figure is.
+        printed: The paper's figure, if it prints one.
+        figure: The measured one, alone or with its interval; None where there is none.
+        note: Why there is none, or a remark.
+        **settings: The other columns.
+    """
+    measured = [f'{value:.4f}' for value in figure or ()]
+    line = dict.fromkeys(COLUMNS, '')
+    line.update(row=row, label=label, printed='' if printed is None else f'{printed:g}', note=note,
+                **dict(zip(('measured', 'ci_low', 'ci_high'), measured)), **{k: str(v) for k, v in settings.items()})
+    return line
+
+
+def differences(path: Path, lines: List[Dict[str, str]]) -> List[str]:
+    """What a written tableN.csv says otherwise than lines that were computed again.
+
+    Raises:
+        OSError: No such file.
+        ValueError: It is not a CSV.
+    """
+    def key(line: Dict[str, str]) -> Tuple[str, str]:
+        return line.get('row', ''), line.get('label', '')
+
+    written = {key(line): line for line in read_rows(path)}
+    found = []
+    for line in lines:
+        there = written.pop(key(line), None)
+        if there is None:
+            found.append(f'{" ".join(key(line))}: not in the table')
+            continue
+        for column in ('printed', 'measured', 'ci_low', 'ci_high', 'seeds', *SETTINGS):
+            if there.get(column) != line[column]:
+                found.append(f'{" ".join(key(line))}: {column} is {there.get(column) or "empty"}, computed again it is '
+                             f'{line[column] or "empty"}')
+    return found + [f'{" ".join(name)}: in the table, but it is none of its rows' for name in written]
+
+
+def write_table(out: Path, table: str, lines: List[Dict[str, str]], about: Dict[str, str]) -> None:
+    """Write tableN.csv and tableN.md.
+
+    Args:
+        out: Folder.
+        table: Name.
+        lines: Of cell().
+        about: What each row is, by its name.
+    """
+    write_rows(out / f'{table}.csv', lines, COLUMNS)
+    with replacing(out / f'{table}.md') as temporary:
+        temporary.write_text(markdown_page(table, lines, about), encoding='utf-8')
+
+
+def _text(line: Optional[Dict[str, str]], sign: bool = False) -> str:
+    if line is None or not (line['measured'] or line['printed']):
+        return ''
+    plus = '+' if sign else ''
+    text = ''
+    if line['measured']:
+        digits = 3 if line['ci_low'] else 4
+        text = f'{float(line["measured"]):{plus}.{digits}f}'
+    if line['ci_low']:
+        text += f' [{float(line["ci_low"]):{plus}.3f}, {float(line["ci_high"]):{plus}.3f}]'
+    printed = f'printed {line["printed"]}' if line['printed'] else ''
+    return f'{text} ({printed})' if text and printed else text or printed
+
+
+def _common(lines: Iterable[Dict[str, str]], column: str) -> str:
+    return ', '.join(dict.fromkeys(line[column] for line in lines if line[column]))
+
+
+def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str]) -> str:
+    """The table as Markdown: figures, paired differences, what is missing and why, and the commands."""
+    by_row: Dict[str, Dict[str, Dict[str, str]]] = {}
+    for line in lines:
+        by_row.setdefault(line['row'], {})[line['label']] = line
+    labels = list(dict.fromkeys(line['label'] for line in lines))
+    names = [name for name in by_row if ' - ' not in name]
+    pairs = [name for name in by_row if ' - ' in name and any(map(_text, by_row[name].values()))]
+    measured = [line for line in lines if line['measured']]
+    parts = [f'# {TITLES[table]}']
+    if any(line['images'] for line in measured):
+        parts.append(
+            f'Measured on {_common(measured, "images")} test images of ISIC 2017, 256 px copies, by networks that see '
+            f'{_common(measured, "image_size")} px: AUC'
+            + ', and accuracy, sensitivity and specificity at the threshold 0.5' * any('accuracy' in k for k in labels)
+            + f'. Means of the seeds {_common(measured, "seeds")}, with 95 % intervals over images and seeds '
+            f'(bootstrap); {_common(measured, "epochs")} epochs, precision {_common(measured, "precision")}, gate by '
+            f'{_common(measured, "kernels")} kernels, commit {_common(measured, "commit")}. Figures of the paper are '
+            f'as printed; its images are larger and its training longer.')
+
+    def words(label: str) -> str:
+        name = label.partition(' ')[0]
+        return label.replace(name, label_words(name)) if name in LABELS else label
+
+    if table in SCORED:
+        groups = [[k for k in labels if ' ' not in k]] + [
+            [k for k in labels if k.startswith(f'{label} ')] for label in LABELS]
+        for group in filter(None, groups):
+            parts.append(markdown_table(
+                ['row', 'what it is', *map(words, group)],
+                [[name, about.get(name, ''), *(_text(by_row[name].get(label)) for label in group)] for name in names]))
+    else:
+        parts.append(markdown_table(
+            ['row', 'what it is', 'figure', 'measured'],
+            [[name, about.get(name, ''), label, _text(line)] for name in names for label, line in by_row[name].items()
+             if _text(line)]))
+    if pairs:
+        parts += ['Differences, paired on the same images and seeds:', markdown_table(
+            ['rows', *map(words, groups[0])],
+            [[name, *(_text(by_row[name].get(label), sign=True) for label in groups[0])] for name in pairs])]
+    notes: Dict[str, List[str]] = {}
+    for name in names:
+        for note in dict.fromkeys(line['note'] for line in by_row[name].values() if line['note']):
+            notes.setdefault(note, []).append(name)
+    if notes:
+        parts += ['## Notes', '\n'.join(f'- {", ".join(of)}: {note}' for note, of in notes.items())]
+    commands = list(dict.fromkeys(line['command'] for line in measured if line['command']))
+    if commands:
+        parts += ['## Commands', '```bash\n' + '\n'.join(commands) + '\n```']
+    return '\n\n'.join(parts) + '\n'
