@@ -4,15 +4,17 @@
 
 Needs the extra `export`. The file takes `images`, float32 (N, 3, H, W), normalised as the model's data config says, any
 N and the H and W it was exported for, and gives `logits`, (N, classes). Its metadata hold, as JSON, mean, std,
-input_size, label_names where the model knows them, and weights: where they are from, or "random".
+input_size, label_names where the model knows them, and weights: where they are from, or "random"; of a trained
+checkpoint also its thresholds, temperatures and crops: `python -m timm_arl.predict --onnx FILE` needs nothing else.
 """
 import argparse
+import contextlib
 import copy
 import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union, cast
+from typing import Any, Dict, Optional, Sequence, Union, cast
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from .download import WeightsError
 from .extras import require
-from .factory import create_for_task, create_trained
+from .factory import Checkpoint, create_for_task
 
 __all__ = ['ExportError', 'OnnxModel', 'export_onnx', 'fold_batch_norm']
 
@@ -76,7 +78,11 @@ def _compare(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 
 class OnnxModel:
-    """An ONNX file on the CPU by ONNX Runtime."""
+    """An ONNX file on the CPU by ONNX Runtime.
+
+    Attributes:
+        about: What the metadata of a file of :func:`export_onnx` say.
+    """
 
     def __init__(self, path: Union[str, Path], threads: int = 0):
         """
@@ -84,12 +90,19 @@ class OnnxModel:
             path: The file.
             threads: Threads for a batch; 0 for one per core.
         """
-        require('export', __name__)
-        import onnxruntime
+        try:
+            import onnxruntime  # of the extra, all that running a file needs
+        except ImportError:
+            require('export', __name__)
+            raise
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
         self.input = self.session.get_inputs()[0].name
+        self.about = {}
+        for key, value in self.session.get_modelmeta().custom_metadata_map.items():
+            with contextlib.suppress(ValueError):  # what others write need not be JSON
+                self.about[key] = json.loads(value)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Logits, shape (N, classes), of images, float32 of shape (N, 3, H, W)."""
@@ -108,6 +121,7 @@ def export_onnx(
         img_size: Optional[int] = None,
         fold: bool = True,
         weights: Optional[str] = None,
+        settings: Optional[Dict[str, Any]] = None,
 ) -> Path:
     """Write a model as ONNX by torch.export, any batch size, and check it against eager on ONNX Runtime.
 
@@ -117,6 +131,7 @@ def export_onnx(
         img_size: Side of the images, by default that of the model's config.
         fold: Whether to fold BatchNorm into the convolutions first.
         weights: Where the weights are from, for the metadata of the file.
+        settings: Further metadata, as `Checkpoint.settings` gives them.
 
     Returns:
         The path.
@@ -139,7 +154,7 @@ def export_onnx(
         output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch', min=1)},), verbose=False)
     config = cast(Any, model).pretrained_cfg
     about = dict(mean=config['mean'], std=config['std'], input_size=[images.shape[1], side, side],
-                 label_names=config.get('label_names'), weights=weights)
+                 label_names=config.get('label_names'), weights=weights, **(settings or {}))
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items() if value is not None})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.tmp')
@@ -174,8 +189,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     require('export', __name__)  # before weights are downloaded
     try:
         trained = args.pretrained or ':' in args.model or '.' in args.model or Path(args.model).exists()
-        model = create_trained(args.model) if trained else create_for_task(args.model)
-        path = export_onnx(model, args.output, args.img_size, args.fold, args.model if trained else 'random')
+        checkpoint = Checkpoint(args.model) if trained else None
+        model = checkpoint.network() if checkpoint else create_for_task(args.model)
+        settings = checkpoint.settings() if checkpoint else None
+        path = export_onnx(
+            model, args.output, args.img_size, args.fold, args.model if trained else 'random', settings)
     except (ExportError, WeightsError, OSError) as error:
         print(f'python -m timm_arl.export: error: {error}', file=sys.stderr)
         return 2

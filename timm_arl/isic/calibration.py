@@ -7,11 +7,10 @@ require('train', __name__)
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, logit
 
 from .intervals import delong_interval
-from .metrics import OFFICIAL_THRESHOLD, score_task
-from .task import LABELS
+from .metrics import score_task
+from .task import LABELS, OFFICIAL_THRESHOLD, apply_temperature
 
 __all__ = [
     'AGE_BANDS', 'apply_temperature', 'expected_calibration_error', 'fit_temperature', 'reliability', 'subgroup_table',
@@ -59,11 +58,6 @@ def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
         return -float(np.mean(truth * np.log(p) + (1 - truth) * np.log1p(-p)))
     found = minimize_scalar(cross_entropy, bounds=(np.log(0.05), np.log(20)), method='bounded')
     return float(np.exp(found.x))
-
-
-def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """sigmoid(logit(p) / T)."""
-    return expit(logit(np.clip(np.asarray(probabilities, np.float64), 1e-12, 1 - 1e-12)) / temperature)
 
 
 def subgroup_table(

@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from .dataset import DataError, StreamedSplit, label_array
 from .images import decode, decode_mask, reason_of
 from .task import LABELS, balancing_weights, diagnoses_of
-from .transforms import grey_world, lesion_crop, restore_aspect
+from .transforms import grey_world, lesion_crop, restore_aspect, seeded
 
 __all__ = ['EpochBatches', 'IsicImages', 'IsicSplit', 'IsicStream']
 
@@ -116,11 +116,8 @@ class IsicImages:
             image_id: Of the image.
             occurrence: How often the epoch has shown it before.
         """
-        entropy = (self.seed, self.epoch, occurrence, zlib.crc32(image_id.encode()))
         transform = self.epoch_transform()
-        with torch.random.fork_rng(devices=[]):
-            # the CPU's generator alone: torch.manual_seed would seed those of all devices
-            torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        with seeded(image_id, self.seed, self.epoch, occurrence):
             if not self.with_masks:
                 return transform(image),
             known = mask is not None

@@ -11,14 +11,12 @@ from sklearn.metrics import auc as area_under
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_curve
 
 from .intervals import RESAMPLES, delong_test, percentile_interval, resampled_indices
-from .task import LABELS, label_words
+from .task import LABELS, OFFICIAL_THRESHOLD, label_words
 
 __all__ = [
     'OFFICIAL_THRESHOLD', 'auc', 'auc_above_sensitivity', 'auc_table', 'compare', 'interval_text', 'operating_point',
     'score_split', 'score_task', 'threshold_for_sensitivity', 'youden_threshold',
 ]
-
-OFFICIAL_THRESHOLD = 0.5  # the challenge's scorer calls an image positive strictly above it
 
 
 def auc(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:

@@ -1,6 +1,8 @@
 """From a picture of any size to what the network sees. torchvision.transforms.v2 does the pixel work."""
+import contextlib
 import math
-from typing import Callable, List, Optional, Sequence, Tuple
+import zlib
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from .crops import MULTISCALE, SCALES, Box, multiscale_boxes, patch_boxes, patch
 
 __all__ = [
     'AUGMENTATIONS', 'CROPS', 'CROP_PCT', 'USUAL_ASPECT_RATIO', 'EvalCrops', 'Transform', 'eval_transform',
-    'grey_world', 'lesion_crop', 'normalisation', 'restore_aspect', 'train_transform',
+    'grey_world', 'lesion_crop', 'normalisation', 'restore_aspect', 'seeded', 'train_transform',
 ]
 
 AUGMENTATIONS = ('modern', 'paper', 'plain')
@@ -199,6 +201,23 @@ def eval_transform(
     """
     cut = EvalCrops(img_size, crops)
     return Transform([cut, normalisation(mean, std)], cut.shorter_side)
+
+
+@contextlib.contextmanager
+def seeded(image_id: str, seed: int = 0, epoch: int = 0, occurrence: int = 0) -> Iterator[None]:
+    """What is random about an image depends on these alone; the random generator is then as it was.
+
+    Args:
+        image_id: Of the image.
+        seed: Of the run.
+        epoch: Of the run.
+        occurrence: How often the epoch has shown the image before.
+    """
+    entropy = (seed, epoch, occurrence, zlib.crc32(image_id.encode(errors='surrogateescape')))
+    with torch.random.fork_rng(devices=[]):
+        # the CPU's generator alone: torch.manual_seed would seed those of all devices
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        yield
 
 
 def _generator() -> np.random.Generator:

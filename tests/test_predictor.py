@@ -1,0 +1,170 @@
+"""A checkpoint used from Python: crops, probabilities, thresholds and temperatures are those it was evaluated with."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from dicom_files import dataset, save
+from PIL import Image
+from scipy.special import expit, logit
+
+from timm_arl import WeightsError
+from timm_arl.export import export_onnx
+from timm_arl.factory import Checkpoint, save_network
+from timm_arl.files import write_json
+from timm_arl.isic import LABELS, probabilities_of
+from timm_arl.isic.dataset.demo import draw_lesion
+from timm_arl.isic.transforms import eval_transform, grey_world
+from timm_arl.predictor import Predictor, read_picture
+
+
+@pytest.fixture(scope='module')
+def shipped():
+    return Predictor()
+
+
+@pytest.fixture(scope='module')
+def picture():
+    return draw_lesion('melanoma', np.random.default_rng(0))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Makes an output folder of a run, with the arguments and the config entries that are given."""
+    def make(arguments=None, outputs=LABELS, **config):
+        torch.manual_seed(0)
+        model = timm.create_model('arl_cnn14', num_classes=len(outputs))
+        save_network(model, tmp_path / 'out', outputs, dict(
+            timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
+        saved = json.loads((tmp_path / 'out' / 'config.json').read_text())
+        write_json(tmp_path / 'out' / 'config.json', {**saved, **config})
+        write_json(tmp_path / 'out' / 'run.json', {'arguments': {'train_ids': '0', **(arguments or {})}})
+        return tmp_path / 'out'
+
+    return make
+
+
+def test_the_shipped_weights(shipped, picture):
+    """As README and card do it step by step."""
+    model = timm.create_model('arl_cnn14.isic2017', pretrained=True).eval()
+    crops = eval_transform(128, model.pretrained_cfg['mean'], model.pretrained_cfg['std'], 'multiscale')
+    with torch.inference_mode():
+        expected = probabilities_of(model(crops(picture))).mean(0)
+    tensor, boxes = shipped.prepare(picture)
+    assert tensor.shape == (5, 3, 128, 128) and len(boxes) == 5 and boxes[3] == (0, 0, 160, 160)
+    found = shipped.probabilities(tensor)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(shipped.probabilities(torch.stack([tensor, tensor.flip(3)]))[0], expected, atol=1e-6)
+    assert shipped.labels == LABELS and shipped.img_size == 128 and shipped.crops == 'multiscale'
+    assert not shipped.remarks and shipped.network is not None
+
+
+def test_thresholds_and_temperatures_of_the_card(shipped):
+    folder = Checkpoint('arl_cnn14.isic2017').folder
+    config = json.loads((folder / 'config.json').read_text())
+    assert shipped.thresholds == config['thresholds'] and shipped.temperatures == config['temperatures']
+    assert shipped.point == 'youden on validation' == shipped.operating_point('youden')
+    assert shipped.operating_point('sensitivity') == 'sensitivity 0.9 on validation'
+    assert shipped.operating_point('speed') == ''
+    between = torch.tensor([0.3, 0.505])  # melanoma above Youden's, seborrheic keratosis above 0.5 alone
+    assert shipped.decide(between) == {'melanoma': True, 'seborrheic_keratosis': False}
+    assert shipped.decide(between, 'official') == {'melanoma': False, 'seborrheic_keratosis': True}
+    assert not any(shipped.decide(torch.tensor([0.5, 0.5]), 'official').values())  # as the scorer
+    by_hand = expit(logit(between.double().numpy()) / list(config['temperatures'].values()))
+    assert np.allclose(shipped.calibrated(between), by_hand, atol=1e-12)
+
+
+def test_as_the_run_prepared_its_images(trained, picture):
+    plain = Predictor(trained({'crops': 'center'}))
+    tensor, boxes = plain.prepare(picture)
+    assert tensor.shape == (1, 3, 64, 64) and plain.thresholds == {'official': dict.fromkeys(LABELS, .5)}
+    assert plain.point == 'official' and plain.temperatures == {}
+    assert np.array_equal(plain.calibrated(torch.tensor([.25, .75])), [.25, .75])
+    assert Predictor(trained({'crops': 'center'}), crops='paper').prepare(picture)[0].shape[0] == 9
+    greyed = Predictor(trained({'crops': 'center', 'grey_world': True}))
+    assert torch.equal(greyed.prepare(picture)[0], plain.prepare(grey_world(picture))[0])
+    assert not torch.equal(greyed.prepare(picture)[0], tensor)
+
+
+def test_random_crops_depend_on_the_name_alone(trained, picture):
+    paper = Predictor(trained({'crops': 'paper'}))
+    state = torch.get_rng_state()
+    first, again, other = (paper.prepare(picture, name)[0] for name in ('a', 'a', 'b'))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_three_outputs_give_two_probabilities(trained, picture):
+    softmax = Predictor(trained(outputs=('nevus', *LABELS)))
+    assert softmax.probabilities(softmax.prepare(picture)[0]).shape == (2,)
+
+
+def test_what_a_user_should_know(trained):
+    remarks = Predictor(trained({'crops': 'multiscale', 'lesion_crop': True}, thresholds={
+        'youden on validation': dict.fromkeys(LABELS, .3)}), crops='center').remarks
+    assert len(remarks) == 2 and 'cut to the lesion' in remarks[0]
+    assert 'chosen with crops multiscale, not center' in remarks[1]
+
+
+@pytest.mark.slow
+def test_onnx(tmp_path, shipped, picture):
+    checkpoint = Checkpoint('arl_cnn14.isic2017')
+    file = export_onnx(checkpoint.network(), tmp_path / 'm.onnx', weights=checkpoint.name,
+                       settings=checkpoint.settings())
+    onnx = Predictor(file)
+    assert onnx.network is None and not onnx.remarks
+    for name in ('labels', 'img_size', 'crops', 'thresholds', 'temperatures', 'point'):
+        assert getattr(onnx, name) == getattr(shipped, name), name
+    tensor, boxes = onnx.prepare(picture)
+    assert torch.equal(tensor, shipped.prepare(picture)[0])
+    assert torch.allclose(onnx.probabilities(tensor), shipped.probabilities(tensor), atol=1e-4)
+    bare = Predictor(export_onnx(checkpoint.network(), tmp_path / 'bare.onnx'))
+    assert bare.point == 'official' and 'holds no thresholds' in bare.remarks[0]
+    assert bare.sha256 != onnx.sha256
+
+
+def test_what_is_refused(tmp_path, trained, shipped, picture):
+    (tmp_path / 'text.onnx').write_text('no ONNX')
+    for make, words in ((lambda: tmp_path / 'none.onnx', 'No file'), (lambda: tmp_path / 'text.onnx', 'no ONNX file'),
+                        (lambda: 'arl_cnn15', 'did you mean'), (lambda: tmp_path, 'holds no config.json'),
+                        (lambda: trained(outputs=('a', 'b')), 'outputs of .* are not melanoma, seborrheic_keratosis'),
+                        (lambda: trained({'crops': 'spiral'}), "crops 'spiral', which are not known")):
+        with pytest.raises(WeightsError, match=words):
+            Predictor(make())
+    for size in ((1, 1), (300, 15), (20, 201)):
+        with pytest.raises(OSError, match=f'{size[0]} x {size[1]} px'):
+            shipped.prepare(Image.new('RGB', size))
+    shipped.prepare(Image.new('L', (16, 160)))  # of any mode
+
+
+def test_reads_dicom_and_images(tmp_path, picture):
+    path = save(dataset(np.asarray(picture), 'RGB'), tmp_path / 'IM1')
+    picture.save(tmp_path / 'a.png')
+    assert read_picture(path) == read_picture(tmp_path / 'a.png') == picture
+
+
+CORE = """
+import sys
+for name in sys.argv[1:]:
+    sys.modules[name] = None  # not installed
+from timm_arl.isic import crops, images, task, transforms
+from timm_arl.predictor import Predictor, read_picture
+predictor = Predictor()
+print(predictor.probabilities(predictor.prepare(read_picture('a.png'))[0]).tolist())
+"""
+NOT_IN_THE_CORE = ('accelerate', 'datasets', 'gradio', 'jinja2', 'matplotlib', 'onnx', 'onnxruntime', 'onnxscript',
+                   'pandas', 'psutil', 'pyarrow', 'pydicom', 'pytorch_grad_cam', 'scipy', 'sklearn',
+                   'segmentation_models_pytorch', 'tensorboard')
+
+
+@pytest.mark.slow
+def test_the_core_install_is_enough(tmp_path, shipped, picture):
+    picture.save(tmp_path / 'a.png')
+    done = subprocess.run([sys.executable, '-c', CORE, *NOT_IN_THE_CORE], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = shipped.probabilities(shipped.prepare(picture)[0]).tolist()
+    assert json.loads(done.stdout) == pytest.approx(expected, abs=1e-6)
+    assert done.stderr == ''

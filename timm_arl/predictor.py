@@ -1,0 +1,233 @@
+"""A trained network and how it is to be shown a picture: from a picture to probabilities, decisions and maps."""
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+from timm.data import resolve_model_data_config
+
+from .download import WeightsError, sha256_of
+from .export import OnnxModel
+from .factory import Checkpoint, tensors_sha256
+from .isic.crops import Box
+from .isic.dicom import is_dicom, read_dicom
+from .isic.images import read_image
+from .isic.task import HEADS, LABELS, OFFICIAL_THRESHOLD, apply_temperature, has_isic_outputs, probabilities_of
+from .isic.transforms import CROPS, EvalCrops, grey_world, normalisation, seeded
+
+__all__ = ['DEFAULT_MODEL', 'Cutter', 'Predictor', 'read_picture']
+
+DEFAULT_MODEL = 'arl_cnn14.isic2017'
+USUAL_CROPS = 'multiscale'  # as evaluate_isic.py's, where the checkpoint's run is not known
+SMALLEST_SIDE = 16  # pixels; in less nobody sees a lesion
+LONGEST_SHAPE = 10  # longer side over shorter side; resizing a thread of pixels can take all memory
+
+
+def read_picture(path: Union[str, Path], shorter_side: Optional[int] = None) -> Image.Image:
+    """Read an image file or a DICOM file: RGB, upright, 8 bits.
+
+    Args:
+        path: The file.
+        shorter_side: Pixels that the shorter side should keep, where it has them; a large JPEG is then decoded smaller.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    return read_dicom(path) if is_dicom(path) else read_image(path, shorter_side)
+
+
+class Cutter:
+    """From a picture to the crops that a network looks at, 8 bits. It is small enough to be sent to other processes."""
+
+    def __init__(self, img_size: int, crops: str, colour_constancy: bool = False, seed: int = 0) -> None:
+        """
+        Args:
+            img_size: Side of the network's input in pixels.
+            crops: One of CROPS.
+            colour_constancy: Grey-world, as in training.
+            seed: Of the random positions of 'paper' crops.
+        """
+        self.crops = EvalCrops(img_size, crops)
+        self.colour_constancy, self.seed = colour_constancy, seed
+        self.shorter_side = self.crops.shorter_side
+
+    def __call__(self, picture: Image.Image, image_id: str = '') -> Tuple[torch.Tensor, List[Box]]:
+        """Crops, uint8 (N, 3, S, S), and where each was cut: (left, top, right, bottom) in pixels of the picture.
+
+        Args:
+            picture: RGB, upright.
+            image_id: Name of the image, from which the positions of 'paper' crops are drawn.
+
+        Raises:
+            OSError: A picture too small or too long for any network.
+        """
+        shorter, longer = sorted(picture.size)
+        if shorter < SMALLEST_SIDE or longer > LONGEST_SHAPE * shorter:
+            raise OSError(f'it has {picture.width} x {picture.height} px, which is no picture of a lesion')
+        with seeded(image_id, self.seed):
+            return self.crops.with_boxes(grey_world(picture) if self.colour_constancy else picture)
+
+
+class Predictor:
+    """A trained network, by PyTorch or ONNX Runtime, used as it was evaluated.
+
+    >>> predictor = Predictor()
+    >>> tensor, boxes = predictor.prepare(read_picture('lesion.jpg', predictor.cutter.shorter_side))
+    >>> probabilities = predictor.probabilities(tensor)
+    >>> predictor.decide(probabilities)
+    {'melanoma': False, 'seborrheic_keratosis': True}
+
+    Attributes:
+        name: As it was given.
+        labels: What is predicted, in order.
+        crops: How the picture is cut, one of CROPS.
+        img_size: Side of the network's input in pixels.
+        cutter: From a picture to 8-bit crops.
+        network: The timm model in eval mode, or None for an ONNX file.
+        thresholds: Name of an operating point -> label -> threshold of the probability; 'official' is always there.
+        point: Name of the operating point that decides: Youden's where validation chose one, else the official 0.5.
+        temperatures: Label -> temperature; empty where none was fitted.
+        sha256: Of the tensors, or of the ONNX file.
+        remarks: Sentences that a user should know about how the network is used here.
+    """
+
+    def __init__(
+            self,
+            name: Union[str, Path] = DEFAULT_MODEL,
+            device: Union[str, torch.device] = 'cpu',
+            crops: Optional[str] = None,
+            seed: int = 0,
+            threads: int = 0,
+    ) -> None:
+        """
+        Args:
+            name: Output folder of finetune_isic.py, staged folder, timm name (`NAME.TAG`, `hf-hub:user/model`), or an
+                .onnx file of `python -m timm_arl.export`, which needs ONNX Runtime.
+            device: Where a network computes; an ONNX file runs on the CPU.
+            crops: One of CROPS; None: as in the checkpoint's run.
+            seed: Of random crops.
+            threads: Of ONNX Runtime; 0 for one per core.
+
+        Raises:
+            WeightsError: A network that cannot be loaded, or whose outputs are not these labels.
+            ImportError: ONNX Runtime is missing.
+        """
+        self.name, self.labels, self.device = str(name), LABELS, torch.device(device)
+        self.network: Optional[nn.Module] = None
+        self.remarks: List[str] = []
+        load = self._load_onnx if self.name.lower().endswith('.onnx') else self._load_checkpoint
+        config, saved = load(threads)
+        self.img_size = int(config['input_size'][-1])
+        self.crops = crops or saved.get('crops', USUAL_CROPS)
+        if self.crops not in CROPS:
+            raise WeightsError(f'{self.name} was evaluated with crops {self.crops!r}, which are not known here: choose '
+                               f'{", ".join(CROPS)}.')
+        self.cutter = Cutter(self.img_size, self.crops, bool(saved.get('grey_world')), seed)
+        self.normalise = normalisation(config['mean'], config['std'])
+        self.thresholds = _per_label(saved.get('thresholds'))
+        self.temperatures = _per_label({'': saved.get('temperatures')}).get('', {})
+        self.thresholds.setdefault('official', dict.fromkeys(self.labels, OFFICIAL_THRESHOLD))
+        self.point = self.operating_point('youden') or 'official'
+        if saved.get('lesion_crop'):
+            self.remarks.append(f'{self.name} was trained on pictures cut to the lesion: cut yours, which are shown '
+                                f'whole.')
+        if self.crops != saved.get('crops', self.crops) and len(self.thresholds) > 1:
+            self.remarks.append(f'Thresholds and temperatures of {self.name} were chosen with crops {saved["crops"]}, '
+                                f'not {self.crops}.')
+
+    def _load_checkpoint(self, threads: int) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+        checkpoint = Checkpoint(self.name)
+        model: Any = checkpoint.network()
+        if not has_isic_outputs(model):
+            raise WeightsError(f'The {model.num_classes} outputs of {self.name} are not {", ".join(LABELS)}: choose a '
+                               f'network that was fine-tuned on them, {DEFAULT_MODEL} for one.')
+        try:
+            saved = checkpoint.settings()
+        except WeightsError as error:
+            saved = {}
+            self.remarks.append(f'How {self.name} was evaluated is not known ({error.cause}): using crops '
+                                f'{USUAL_CROPS} and thresholds of {OFFICIAL_THRESHOLD}.')
+        self.sha256 = tensors_sha256(Path(model.pretrained_cfg['file']))
+        self.network = model.to(self.device, memory_format=torch.channels_last).eval()
+        return resolve_model_data_config(model), saved
+
+    def _load_onnx(self, threads: int) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+        if not Path(self.name).is_file():
+            raise WeightsError(f'No file {self.name}: python -m timm_arl.export writes one.')
+        try:
+            self._onnx = OnnxModel(self.name, threads)
+        except ImportError:
+            raise
+        except Exception as error:  # ONNX Runtime's are of many kinds
+            raise WeightsError(f'{self.name} is no ONNX file that ONNX Runtime can run: '
+                               f'{" ".join(str(error).split())}') from None
+        about = self._onnx.about
+        if not {'mean', 'std', 'input_size'} <= about.keys():
+            raise WeightsError(f'{self.name} does not say how its images are normalised: write it with python -m '
+                               f'timm_arl.export.')
+        outputs = self._onnx.session.get_outputs()[0].shape[-1]
+        names = tuple(about.get('label_names') or next((n for n in HEADS.values() if len(n) == outputs), ()))
+        if names not in HEADS.values() or len(names) != outputs:
+            raise WeightsError(f'The {outputs} outputs of {self.name} are not {", ".join(LABELS)}: export a network '
+                               f'that was fine-tuned on them, {DEFAULT_MODEL} for one.')
+        if about.get('weights') == 'random':
+            self.remarks.append(f'{self.name} holds random weights: its probabilities mean nothing.')
+        if 'thresholds' not in about and about.get('weights') != 'random':
+            self.remarks.append(f'{self.name} holds no thresholds: using {OFFICIAL_THRESHOLD}. Export it again from a '
+                                f'checkpoint that has some.')
+        self.sha256 = sha256_of(Path(self.name))
+        return about, about
+
+    def operating_point(self, name: str) -> str:
+        """Full name of the operating point whose name begins so, 'youden' for one; '' where there is none."""
+        return next((point for point in self.thresholds if point.startswith(name)), '')
+
+    def prepare(self, picture: Image.Image, image_id: str = '') -> Tuple[torch.Tensor, List[Box]]:
+        """What the network looks at, normalised, float32 (N, 3, S, S), and where each crop was cut, in pixels.
+
+        Args:
+            picture: Any picture, upright; converted to RGB.
+            image_id: As for Cutter.
+
+        Raises:
+            OSError: A picture too small or too long for any network.
+        """
+        crops, boxes = self.cutter(picture.convert('RGB'), image_id)
+        return self.normalise(crops), boxes
+
+    @torch.inference_mode()
+    def probabilities(self, tensors: torch.Tensor) -> torch.Tensor:
+        """Means over the crops, not calibrated: (labels,) of (N, 3, S, S), or (B, labels) of (B, N, 3, S, S)."""
+        images = tensors.flatten(0, -4)
+        if self.network is None:
+            logits = torch.from_numpy(self._onnx(images.numpy()))
+        else:
+            logits = self.network(images.to(self.device).contiguous(memory_format=torch.channels_last))
+        return probabilities_of(logits).unflatten(0, tensors.shape[:-3]).mean(-2).cpu()
+
+    def decide(self, probabilities: torch.Tensor, point: Optional[str] = None) -> Dict[str, bool]:
+        """Label -> whether its probability is strictly above its threshold.
+
+        Args:
+            probabilities: Shape (labels,), not calibrated, as the thresholds are.
+            point: Name of an operating point; None: that of the attribute.
+        """
+        thresholds = self.thresholds[point or self.point]
+        return {label: p > thresholds[label] for label, p in zip(self.labels, probabilities.double().tolist())}
+
+    def calibrated(self, probabilities: torch.Tensor) -> np.ndarray:
+        """Probabilities at the temperatures, float64, same shape; as they are where none was fitted.
+
+        Args:
+            probabilities: Shape (..., labels).
+        """
+        return apply_temperature(probabilities.numpy(), np.array([self.temperatures.get(x, 1.) for x in self.labels]))
+
+
+def _per_label(points: Any) -> Dict[str, Dict[str, float]]:
+    """Of a config.json, by name: what has a number for each label."""
+    return {name: {label: float(values[label]) for label in LABELS}
+            for name, values in (points if isinstance(points, dict) else {}).items()
+            if isinstance(values, dict) and all(isinstance(values.get(label), (int, float)) for label in LABELS)}
