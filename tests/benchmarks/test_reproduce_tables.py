@@ -1,0 +1,144 @@
+"""The paper's tables, made as their users make them."""
+import csv
+import fcntl
+import subprocess
+import sys
+import time
+
+import pytest
+from test_finetune_isic import few  # noqa: F401  a fixture
+
+pytestmark = pytest.mark.slow
+TINY = ['--epochs', 1, '--img-size', 64, '--workers', 0, '--cpu-threads', 1]
+
+
+def read(path):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def wait_for(condition):
+    deadline = time.time() + 200
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def is_free(path):
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+@pytest.fixture(scope='module')
+def made(repo, few, tmp_path_factory):  # noqa: F811
+    """A table whose program was killed during a run, which lived on; then it was started again."""
+    out = tmp_path_factory.mktemp('tables') / 'out'
+    args = ['table5', '--data', few, '--output-dir', out, *TINY, '--seeds', 0]
+    command = [sys.executable, *map(str, [
+        repo / 'benchmarks' / 'reproduce_tables.py', *args, '--row', 'arl_cnn14', 'arl_cnn14_alpha_zero'])]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        wait_for((out / 'runs' / 'arl_cnn14-seed0' / 'run.json').exists)
+        first.kill()
+    wait_for(lambda: is_free(out / 'runs' / 'arl_cnn14-seed0.lock'))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return out, args, done
+
+
+def test_table_is_measured_beside_printed(made):
+    out, _, done = made
+    rows = read(out / 'table5.csv')
+    assert list(rows[0])[:14] == ['row', 'label', 'printed', 'measured', 'ci_low', 'ci_high', 'seeds', 'images',
+                                  'image_size', 'epochs', 'precision', 'kernels', 'commit', 'command']
+    by_key = {(row['row'], row['label']): row for row in rows}
+    ours = by_key['arl_cnn14', 'mean']
+    assert 0 <= float(ours['ci_low']) <= float(ours['measured']) <= float(ours['ci_high']) <= 1
+    assert [ours[key] for key in ('seeds', 'images', 'image_size', 'epochs', 'precision', 'kernels')] == [
+        '0', '12', '64', '1', 'fp32', 'torch']
+    assert '--row arl_cnn14 ' in ours['command'] and ours['commit']
+    paper = by_key['arl_cnn50_channel', 'melanoma']
+    assert (paper['printed'], paper['measured']) == ('0.861', '') and paper['note']
+    assert by_key['arl_cnn14 - arl_cnn14_alpha_zero', 'mean']['measured']
+    assert {path.name for path in (out / 'predictions').iterdir()} == {
+        f'{row}-seed{seed}.{kind}' for row in ('arl_cnn14', 'arl_cnn14_alpha_zero') for seed in [0]
+        for kind in ('csv', 'json')}
+    assert 'table5.md' in done.stdout and not (out / 'runs' / 'arl_cnn14-seed0' / 'last').exists()
+
+
+def test_killed_table_goes_on(made):
+    out, _, done = made
+    assert 'run 2 of 2' in done.stdout
+    assert len(read(out / 'runs' / 'arl_cnn14-seed0' / 'looks.csv')) == 2  # at the test split: its own, and alpha zero
+
+
+def test_check_computes_every_figure_again(call, made):
+    out, args, _ = made
+    path = out / 'table5.csv'
+    before = path.read_text()
+    measured = next(row for row in read(path) if row['measured'])['measured']
+    assert call('reproduce_tables', *args, '--check').returncode == 0
+    path.write_text(before.replace(measured, '0.9999', 1))
+    done = call('reproduce_tables', *args, '--check')
+    path.write_text(before)
+    assert done.returncode == 1 and f'measured is 0.9999, computed again it is {measured}' in done.stdout
+
+
+def test_finished_runs_are_not_made_again(call, made):
+    out, args, _ = made
+    before = {path: path.stat().st_mtime_ns for path in (out / 'predictions').iterdir()}
+    done = call('reproduce_tables', *args, '--row', 'arl_cnn14')
+    assert done.returncode == 0 and 'finetune_isic' not in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (out / 'predictions').iterdir()}
+    other = call('reproduce_tables', *args, '--row', 'arl_cnn14', '--img-size', 96)
+    assert other.returncode == 2 and 'another --output-dir' in other.stderr
+
+
+def test_run_of_another_process_is_left_to_it(call, few, tmp_path):  # noqa: F811
+    (tmp_path / 'runs').mkdir()
+    with open(tmp_path / 'runs' / 'resnet14-seed0.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = call('reproduce_tables', 'table3', '--data', few, '--output-dir', tmp_path, '--seeds', 0, '--row',
+                    'resnet14')
+    assert done.returncode == 0 and 'Another process makes it.' in done.stdout
+    assert not (tmp_path / 'runs' / 'resnet14-seed0').exists()
+
+
+def test_weights_out_of_reach_are_an_empty_cell_with_the_reason(call, few, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+    done = call('reproduce_tables', 'table3', '--data', few, '--output-dir', tmp_path, *TINY, '--seeds', 0, '--row',
+                'resnet50')
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in read(tmp_path / 'table3.csv') if row['row'] == 'resnet50']
+    assert rows and all(row['measured'] == '' and '127.0.0.1:9' in row['note'] for row in rows)
+    assert rows[0]['printed'] == '0.857'
+
+
+@pytest.mark.parametrize('args, says', [
+    (['table3', '--output-dir', 'o'], '--data'),
+    (['table3', '--data', 'demo', '--output-dir', 'o', '--row', 'resnet34'], 'resnet14'),
+    (['table3', '--data', 'demo', '--output-dir', 'o', '--model', 'resnet34'], 'resnet14'),
+    (['table3', '--data', 'demo', '--output-dir', 'o', '--seeds', '1', '1'], 'twice'),
+    (['table3', '--data', 'demo', '--output-dir', 'o', '--weights', 'resnet50'], 'NAME=FILE'),
+    (['table3', '--data', 'demo', '--output-dir', 'o', '--weights', 'resnet50=missing'], 'no file missing'),
+    (['table3', '--data', 'nowhere', '--output-dir', 'o'], 'nowhere'),
+    (['table7', '--output-dir', 'o', '--check'], 'make the table first'),
+])
+def test_bad_input_is_one_sentence(call, tmp_path, args, says):
+    done = call('reproduce_tables', *args, cwd=tmp_path)
+    assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_architectures(call, tmp_path):
+    """Parameters with two outputs: RAN50 39.48 million, RAN14 11.88; the gate costs one scalar per block."""
+    done = call('reproduce_tables', 'table1', '--output-dir', tmp_path / 'o')
+    assert done.returncode == 0, done.stderr
+    rows = {row['row']: row for row in read(tmp_path / 'o' / 'table1.csv') if row['label'].startswith('param')}
+    measured = {name: float(row['measured']) for name, row in rows.items()}
+    assert measured['ran50'] == pytest.approx(39.48, abs=0.005) and measured['ran14'] == pytest.approx(11.88, abs=0.005)
+    assert measured['arl_cnn50'] == pytest.approx(measured['resnet50'], abs=2e-4)
+    assert rows['seresnet50']['printed'] == '26'

@@ -1,0 +1,131 @@
+"""The figures of the paper's tables: against scikit-learn, SciPy and the paper's own arithmetic."""
+import numpy as np
+import pytest
+import timm
+from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
+
+import timm_arl  # noqa: F401  registers the models
+from timm_arl.isic.task import LABELS
+from timm_arl.training.tables.pages import cell, differences, write_table
+from timm_arl.training.tables.rows import TABLES, TITLES, pairs_of, printed_figures
+from timm_arl.training.tables.scores import Scores, labels_of
+from timm_arl.training.tables.t_test import table7_lines
+
+
+@pytest.fixture(scope='module')
+def truth():
+    labels = np.zeros((80, 2))
+    labels[:20, 0] = labels[20:40, 1] = 1
+    return labels
+
+
+def predictions(truth, seed, quality=0.5):
+    noise = np.random.default_rng(seed).random(truth.shape)
+    return quality * truth * 0.6 + (1 - quality * 0.6) * noise
+
+
+def test_figures_are_means_over_seeds(truth):
+    by_seed = {seed: predictions(truth, seed) for seed in (0, 1, 2)}
+    scores = Scores(truth, by_seed)
+    for k, label in enumerate(LABELS):
+        t, ps = truth[:, k], [p[:, k] for p in by_seed.values()]
+        expected = {label: [roc_auc_score(t, p) for p in ps],
+                    f'{label} accuracy': [accuracy_score(t, p > 0.5) for p in ps],
+                    f'{label} sensitivity': [recall_score(t, p > 0.5) for p in ps],
+                    f'{label} specificity': [recall_score(1 - t, p <= 0.5) for p in ps]}
+        for name, values in expected.items():
+            value, low, high = scores.figure(name)
+            assert value == pytest.approx(np.mean(values))
+            assert low < value < high
+    assert scores.figure('mean')[0] == pytest.approx(np.mean([scores.figure(label)[0] for label in LABELS]))
+
+
+def test_interval_covers_noise_between_seeds(truth):
+    alike = Scores(truth, {seed: predictions(truth, 0) for seed in range(4)}).figure('mean')
+    apart = Scores(
+        truth, {seed: predictions(truth, seed, quality=0.2 + 0.2 * seed) for seed in range(4)}).figure('mean')
+    assert apart[2] - apart[1] > 1.3 * (alike[2] - alike[1])
+
+
+def test_differences_are_paired(truth):
+    """Two networks that rank alike differ by nothing, with certainty, however uncertain each of them is."""
+    by_seed = {seed: predictions(truth, seed) for seed in (0, 1)}
+    first = Scores(truth, by_seed)
+    second = Scores(truth, {seed: p ** 3 for seed, p in by_seed.items()})
+    assert (first - second).figure('mean') == (0, 0, 0)
+    better = Scores(truth, {seed: np.clip(p + 0.2 * truth, 0, 1) for seed, p in by_seed.items()})
+    assert (better - first).figure('mean')[1] > 0
+    assert (first - Scores(truth, {1: by_seed[1], 5: by_seed[0]})).seeds == [1]
+    assert first - Scores(truth, {7: by_seed[0]}) is None
+
+
+def test_rows_of_one_name_are_the_same_run():
+    runs = {}
+    for table, rows in TABLES.items():
+        assert len({row.name for row in rows}) == len(rows), table
+        for row in rows:
+            made = (row.model, row.weights, row.flags, row.alpha_zero_of, row.lesion_crop)
+            assert runs.setdefault(row.name, made) == made, row.name
+            assert not row.model or timm.is_model(row.model)
+            assert not row.alpha_zero_of or row.alpha_zero_of in [each.name for each in rows]
+
+
+@pytest.mark.parametrize('table', TABLES)
+def test_pairs_and_printed_figures_are_of_rows(table):
+    names = [row.name for row in TABLES[table]]
+    assert {name for pair in pairs_of(table) for name in pair} <= set(names)
+    assert {row for row, _ in printed_figures(table)} <= set(names)
+    assert {label for _, label in printed_figures(table)} <= set(labels_of(table))
+
+
+def test_printed_figures_of_the_papers_headline():
+    printed = printed_figures('table3')
+    assert (printed['arl_cnn14', 'melanoma'], printed['arl_cnn14', 'seborrheic_keratosis']) == (0.777, 0.875)
+    assert printed['arl_cnn50', 'melanoma'] - printed['resnet50', 'melanoma'] == pytest.approx(0.018)
+
+
+class Arguments:
+    data, output_dir = None, 'O'
+
+
+def test_t_test_of_the_paper_is_corrected(truth):
+    """t(18) from the ten printed runs is -24.75, not -78.26, which follows from a slip in the sums of squares."""
+    figures = {line['label']: (float(line['printed']), float(line['measured']))
+               for line in table7_lines(Arguments, {})[0] if line['row'] == 'printed'}
+    assert figures['s_w'] == (0.04, 0.1265)
+    assert figures['t(18)'] == (-78.26, pytest.approx(-24.75, abs=0.005))
+    assert figures['critical t(18) at 0.01'] == (-2.5176, -2.5524)
+
+
+def test_t_test_of_our_seeds(truth):
+    from scipy.stats import ttest_rel
+    first, second = ({seed: predictions(truth, seed + shift) for seed in range(4)} for shift in (0, 50))
+    lines = table7_lines(Arguments, {'arl_cnn14': Scores(truth, first), 'resnet14': Scores(truth, second)})[0]
+    ours = {line['label']: line['measured'] for line in lines if line['row'] == 'arl_cnn14 against resnet14'}
+    means = [[100 * roc_auc_score(truth, p) for p in each.values()] for each in (first, second)]
+    expected = ttest_rel(*means)
+    assert float(ours['t']) == pytest.approx(expected.statistic, abs=1e-4)
+    assert float(ours['p, two-sided']) == pytest.approx(expected.pvalue, abs=1e-4)
+    other = [line for line in lines if 'lite0' in line['row']]
+    assert other and all(line['measured'] == '' and 'table3' in line['note'] for line in other)
+
+
+def test_check_finds_a_copied_number(tmp_path):
+    lines = [cell('arl_cnn14', 'mean', 0.826, (0.8, 0.77, 0.83), seeds='0 1 2', images=600),
+             cell('resnet14', 'mean', note='not run')]
+    write_table(tmp_path, 'table3', lines, {})
+    path = tmp_path / 'table3.csv'
+    assert differences(path, lines) == []
+    path.write_text(path.read_text().replace('0.8000', '0.9000'))
+    assert differences(path, lines) == ['arl_cnn14 mean: measured is 0.9000, computed again it is 0.8000']
+    assert len(differences(path, lines[:1])) == 2
+
+
+@pytest.mark.parametrize('table', TITLES)
+def test_page_shows_every_figure_and_reason(table, tmp_path):
+    lines = [cell('a', 'mean', 0.5, (0.6, 0.5, 0.7), images=600, command='python x'),
+             cell('b', 'mean', note='no weights')]
+    write_table(tmp_path, table, lines, {'a': 'one network'})
+    page = (tmp_path / f'{table}.md').read_text()
+    assert '0.600 [0.500, 0.700] (printed 0.5)' in page
+    assert 'one network' in page and 'b: no weights' in page and 'python x' in page
