@@ -133,7 +133,8 @@ def test_a_checkpoint_by_each_of_its_names(run, staged, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name, repo, revision, labels', [
     ('arl_cnn50.a1_in1k', 'timm/resnet50.a1_in1k', None, ()), ('arl_cnn50', 'timm/resnet50.a1_in1k', None, ()),
-    ('tv_resnet50', 'timm/resnet50.tv_in1k', None, ()), ('arl_cnn14', None, None, ()),
+    ('tv_resnet50', 'timm/resnet50.tv_in1k', None, ()), ('resnet14', None, None, ()),
+    ('arl_cnn14', 'timm-arl/arl_cnn14.isic2017', 'v1', ('melanoma', 'seborrheic_keratosis')),
     ('hf-hub:user/model@v1', 'user/model', 'v1', None),
     ('arl_cnn14.isic2017', 'timm-arl/arl_cnn14.isic2017', 'v1', ('melanoma', 'seborrheic_keratosis')),
 ])
@@ -142,7 +143,7 @@ def test_a_checkpoint_that_is_no_folder(name, repo, revision, labels):
     assert (found.path, found.repo, found.revision) == (None, repo, revision)
     if labels is not None:  # else a Hub is asked
         assert tuple(found.label_names()) == labels
-        assert bool(found.arguments()) == bool(found.folder) == name.endswith('.isic2017')
+        assert bool(found.arguments()) == bool(found.folder) == name.startswith('arl_cnn14')
 
 
 def test_a_folder_with_the_name_of_a_model(run, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from test_cards import front_matter, run_snippets_here
 
 import timm_arl
+from timm_arl.factory import Checkpoint, create_trained
 from timm_arl.isic.dataset import decode, load_splits
 from timm_arl.pretrained import shipped_weights
 
@@ -96,8 +97,17 @@ def test_another_repo_of_that_name_is_another(tmp_path):
 
 
 def test_model_without_its_tag():
-    with pytest.raises(timm_arl.WeightsError, match=r"without a tag: choose arl_cnn14.isic2017"):
-        timm.create_model('arl_cnn14', pretrained=True)
+    """As in timm, the first tag with weights is what pretrained=True means; without weights, it is ImageNet's shape."""
+    named, model = (timm.create_model(name, pretrained=True) for name in (NAME, 'arl_cnn14'))
+    for (key, ours), theirs in zip(model.state_dict().items(), named.state_dict().values()):
+        assert torch.equal(ours, theirs), key
+    assert model.pretrained_cfg['label_names'] == named.pretrained_cfg['label_names']
+    assert tuple(Checkpoint('arl_cnn14').label_names()) == ('melanoma', 'seborrheic_keratosis')
+    assert torch.equal(create_trained('arl_cnn14').fc.bias, named.fc.bias)
+    assert timm.create_model('arl_cnn14').num_classes == 1000
+    assert timm.create_model('arl_cnn14', pretrained=True, num_classes=7).num_classes == 7
+    with pytest.raises(timm_arl.WeightsError, match=r'arl_cnn14.untrained: choose arl_cnn14.isic2017'):
+        timm.create_model('arl_cnn14.untrained', pretrained=True)
 
 
 def test_card_is_there_with_the_figures_of_the_results(call, repo, tmp_path):

@@ -31,6 +31,7 @@ from .pretrained import (
     pinned_sha256,
     safe_name,
     shipped_weights,
+    tag_with_weights,
     tags_of,
 )
 
@@ -185,6 +186,8 @@ class Checkpoint:
             raise WeightsError(f'No folder {name}, and no model of that name: {_near(name)}pass the output folder of '
                                f'finetune_isic.py, or a name like {next(iter(OWN_WEIGHTS))}.')
         source, place = ('local-dir', name) if is_path else source_of(name)
+        if source is None and '.' not in place and timm.is_model(place):
+            place = '.'.join(filter(None, [place, tag_with_weights(place)]))
         self.path = path = Path(place) if source == 'local-dir' else None
         self._on_hub = source == 'hf-hub'
         try:

@@ -14,7 +14,7 @@ from .download import LOCAL_FILE, WeightsError, fetch_weights, is_whole, say
 __all__ = [
     'HUB', 'OWN_WEIGHTS', 'build_with_local_weights', 'check_file', 'check_finite', 'check_fit', 'check_loadable',
     'classifiers_of', 'find_file', 'local_weights', 'only_file', 'pinned_sha256', 'safe_name', 'shipped_weights',
-    'tags_of',
+    'tag_with_weights', 'tags_of',
 ]
 
 HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # user or organisation of this project's repos on the Hub
@@ -33,6 +33,13 @@ def tags_of(variant: str) -> List[str]:
     return [name.partition('.')[2] for name in timm.list_pretrained(f'{variant}.*')]
 
 
+def tag_with_weights(variant: str) -> str:
+    """The tag that pretrained=True means where a name has none and the default one has no weights, or ''."""
+    cfg = timm.get_pretrained_cfg(variant, allow_unregistered=True)
+    tags = tags_of(variant)
+    return tags[0] if cfg is not None and not cfg.has_weights and tags else ''
+
+
 def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Keyword arguments of a timm entry point, with weights of the Hub replaced by their verified file on this disk.
 
@@ -47,12 +54,13 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         WeightsError: No such weights, a file that cannot be read, or as fetch_weights.
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
+    if not kwargs.get('pretrained_cfg') and not {'file', 'url', 'hf_hub_id', 'state_dict'} & overlay.keys():
+        kwargs = {**kwargs, 'pretrained_cfg': tag_with_weights(variant) or None}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    tags = tags_of(variant)
     if not cfg.has_weights and not cfg.state_dict:
+        tags = ' or '.join(f'{variant}.{tag}' for tag in tags_of(variant))
         raise WeightsError(f'No pretrained weights exist for {variant}' + (
-            f' without a tag: choose {" or ".join(f"{variant}.{tag}" for tag in tags)}.' if tags else
-            f': leave pretrained out, or {LOCAL_FILE}.'))
+            f'.{cfg.tag}: choose {tags}.' if tags else f': leave pretrained out, or {LOCAL_FILE}.'))
     by_config = cfg.source in ('hf-hub', 'local-dir')  # a config.json, whose own file and state_dict are ignored
     if overlay.get('state_dict') if by_config else cfg.state_dict:
         return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'source': ''}}
