@@ -18,6 +18,7 @@ test split. The output folder receives
 """
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 from timm_arl.extras import require
@@ -35,13 +36,13 @@ from tqdm import tqdm
 
 from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
-from timm_arl.factory import load_weights_file
+from timm_arl.factory import load_weights_file, save_network
 from timm_arl.files import write_json
 from timm_arl.isic.dataset import DataError, load_splits
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, auc_table, score_split
 from timm_arl.isic.predictions import write_predictions
-from timm_arl.isic.task import LABELS, balancing_weights, diagnoses_of, is_softmax, label_words
+from timm_arl.isic.task import LABELS, balancing_weights, diagnoses_of, head_labels, is_softmax, label_words
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError
 from timm_arl.training.distillation import Student, mask_loss
@@ -225,8 +226,8 @@ def train(args, accelerator, splits, out, networks=None):
         accelerator.log(row, step=epoch + 1)
         summary.append(row)
         keep = kept_epoch(summary, args.keep) == epoch
-        save_progress(
-            accelerator, kept_network, ema is not None, out, summary, keep, data_config, args.model_kwargs)
+        save_progress(accelerator, kept_network, ema is not None, out, summary, keep, partial(
+            save_network, label_names=head_labels(network.num_classes), data_config=data_config, **args.model_kwargs))
         values = [row[name] for name in alphas]
         of_masks = f" ({args.mask_weight * row['train_mask_loss']:.4f} of it the masks')" if with_masks else ''
         accelerator.print(

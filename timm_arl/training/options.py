@@ -191,7 +191,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     args = parser.parse_args(argv)
     check_not_empty(args)
     if args.resume:
-        return _resumed(parser, argv, args.output_dir)
+        return resumed_args(parser, argv, args.output_dir)
     given = [name for name in args.sizes_given if getattr(args, name) is not None]
     from_weights = args.pretrained or args.init_checkpoint is not None
     args = parser.parse_args([*recipe_flags(args.recipe, from_weights, parser.prog), *argv])
@@ -211,7 +211,16 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     return args
 
 
-def _resumed(parser: argparse.ArgumentParser, argv: Sequence[str], output_dir: Optional[str]) -> argparse.Namespace:
+def resumed_args(
+        parser: argparse.ArgumentParser,
+        argv: Sequence[str],
+        output_dir: Optional[str],
+) -> argparse.Namespace:
+    """Parse the command line over the arguments of the run in a folder.
+
+    Raises:
+        RunError: No such run, or a flag with another value than it has.
+    """
     if not output_dir:
         raise RunError('--resume needs --output-dir, the folder of the run to continue.')
     record = Path(output_dir, 'run.json')

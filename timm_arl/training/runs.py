@@ -1,4 +1,4 @@
-"""The output folder of finetune_isic.py: what it holds after every epoch, and how a run goes on from there."""
+"""The output folder of a program that trains: what it holds after every epoch, and how a run goes on from there."""
 import contextlib
 import copy
 import json
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from .. import __version__
 from ..download import WeightsError
-from ..factory import load_weights_file, save_network
+from ..factory import load_weights_file
 from ..files import (
     git_commit,
     make_folder,
@@ -32,7 +32,6 @@ from ..files import (
     write_json,
     write_rows,
 )
-from ..isic.task import head_labels
 from .arguments import RunError
 
 PathLike = Union[str, Path]
@@ -54,8 +53,8 @@ def check_no_other_run(args, out):
         raise FolderTaken(f'{out} already holds a run: continue it with --resume, or choose another --output-dir.')
 
 
-def prepare_output_dir(args, accelerator, out):
-    """Make the output folder, or return the summary of the epochs that are finished in it."""
+def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
+    """Make the output folder, or return the summary of the epochs that are finished in it, each with its score."""
     launch = {
         'processes': accelerator.num_processes,
         'mixed_precision': accelerator.mixed_precision,
@@ -92,8 +91,8 @@ def prepare_output_dir(args, accelerator, out):
         return []
     try:
         summary = json.loads(progress.read_text())['summary']
-        if not all(isinstance(row['validation_mean_auc'], float) for row in summary):
-            raise ValueError('a row without validation_mean_auc')
+        if not all(isinstance(row[score], float) for row in summary):
+            raise ValueError(f'a row without {score}')
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(_cannot_resume(out, progress, 'is damaged')) from error
     return summary
@@ -163,8 +162,18 @@ def discard_start(out):
                 emptied.rmdir()
 
 
-def save_progress(accelerator, network, averaged, out, summary, keep, data_config, model_kwargs):
-    """Replace last/ by the state after this epoch and the kept network; killed at any moment, one of them survives."""
+def save_progress(accelerator, network, averaged, out, summary, keep, save):
+    """Replace last/ by the state after this epoch and the kept network; killed at any moment, one of them survives.
+
+    Args:
+        accelerator, network, averaged, out: Of load_progress.
+        summary: A row for each epoch.
+        keep: Whether this epoch's network is the one to keep.
+        save: Writes a network to a folder, as config.json and model.safetensors.
+
+    Raises:
+        RunError: A disk that is full or cannot be written to.
+    """
     saving, last = out / SAVING, out / 'last'
     try:
         accelerator.save_state(saving)
@@ -174,8 +183,7 @@ def save_progress(accelerator, network, averaged, out, summary, keep, data_confi
                 safetensors.torch.save_file(
                     {k: v.cpu().contiguous() for k, v in network.state_dict().items()}, saving / EMA_FILE)
             if keep:
-                save_network(copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format), saving / 'kept',
-                             head_labels(network.num_classes), data_config, **model_kwargs)
+                save(copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format), saving / 'kept')
             else:
                 shutil.copytree(last / 'kept', saving / 'kept')
             write_json(saving / 'progress.json', {'summary': summary})

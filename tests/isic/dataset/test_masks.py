@@ -1,0 +1,57 @@
+"""A copy of a data set with other masks."""
+import datasets
+import numpy as np
+from PIL import Image
+from small_data import WITH_ASPECT, jpeg, rows, write
+from test_sources import challenge
+
+from timm_arl.isic.dataset import load_splits
+from timm_arl.isic.dataset.masks import write_with_masks
+from timm_arl.isic.images import decode
+from timm_arl.isic.loading import IsicSplit
+
+
+def mask(size, box=None):
+    picture = Image.new('1', size)
+    if box:
+        picture.paste(1, box)
+    return picture
+
+
+def test_image_files_become_shards_with_masks(tmp_path):
+    source = challenge(tmp_path / 'isic', count=5)
+    before = load_splits(str(source))
+    given = [mask((120, 80), (60, 20, 100, 60))] * 4 + [mask((120, 80))]  # twice as large as the images
+    write_with_masks(tmp_path / 'copy', before, {'test': given}, card='Masks by hand.')
+    after = load_splits(str(tmp_path / 'copy'))
+    for name in before:
+        assert after[name].column_names == before[name].column_names
+        about = [column for column in before[name].column_names if column not in ('image', 'mask')]
+        assert after[name].select_columns(about).to_list() == before[name].select_columns(about).to_list()
+        for old, new in zip(before[name], after[name]):
+            with open(old['image']['path'], 'rb') as file:
+                assert new['image']['bytes'] == file.read()
+    assert [cell is None for cell in after['train']['mask']] == [False, True, True, True, True]
+    with open(before['train'][0]['mask']['path'], 'rb') as file:
+        assert after['train'][0]['mask']['bytes'] == file.read()
+    stored = decode(after['test'][0]['mask'])
+    assert stored.size == (60, 40) and stored.convert('L').getbbox() == (30, 10, 50, 30)
+    others = datasets.load_dataset(str(tmp_path / 'copy'), cache_dir=str(tmp_path / 'cache'))
+    assert isinstance(others['test'][0]['mask'], Image.Image)
+    assert 'Masks by hand.' in (tmp_path / 'copy' / 'README.md').read_text()
+
+
+def test_lesions_are_cut_out_of_squashed_copies_and_an_empty_mask_leaves_the_image_whole(tmp_path):
+    cells = {row: {'bytes': jpeg(size=(100, 100)), 'path': None} for row in range(4)}
+    content = rows(first=200, image=cells, aspect_ratio={0: 1.5, 1: 1.5, 2: 0.5})
+    splits = load_splits(write(tmp_path / 'd', features=WITH_ASPECT, test=content))
+    given = [mask((150, 100), (60, 30, 90, 50)), mask((150, 100)), mask((50, 100), (0, 0, 50, 100)), mask((9, 6))]
+    for _ in range(2):  # the second time in place of the first
+        write_with_masks(tmp_path / 'copy', splits, {'test': given})
+    test = load_splits(str(tmp_path / 'copy'))['test']
+    assert all(picture.width == picture.height for picture in map(decode, test['mask']))  # as the images are
+    images = IsicSplit(test, None, crop_to_lesion=True)
+    cut = images.picture(0).size
+    assert np.allclose(cut, (45, 45), atol=2)  # 30 px, and a margin of a quarter at each end
+    assert images.picture(1).size == (150, 100) and images.picture(2).size == (50, 100)
+    assert {path.name for path in tmp_path.iterdir()} == {'d', 'copy'}
