@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import timm_arl
 from timm_arl.files import git_commit, write_rows
-from timm_arl.isic.dataset.demo import draw_lesion
 from timm_arl.isic.loading import IsicSplit
+from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.isic.task import LABELS
 from timm_arl.isic.transforms import AUGMENTATIONS, CROPS, eval_transform, train_transform
 

@@ -20,7 +20,7 @@ from timm_arl.explain import (
     pointing_game,
     scaled_alphas,
 )
-from timm_arl.isic.dataset.demo import draw_lesion
+from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.isic.task import DIAGNOSES
 from timm_arl.isic.transforms import eval_transform
 

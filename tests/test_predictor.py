@@ -16,7 +16,7 @@ from timm_arl.export import export_onnx
 from timm_arl.factory import Checkpoint, save_network
 from timm_arl.files import write_json
 from timm_arl.isic import LABELS, probabilities_of
-from timm_arl.isic.dataset.demo import draw_lesion
+from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.isic.transforms import eval_transform, grey_world
 from timm_arl.predictor import Predictor, read_picture
 
