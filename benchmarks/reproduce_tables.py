@@ -14,6 +14,8 @@ share the runs between them. The output folder receives
     predictions/             ROW-seedS.csv, the test predictions of each run, from which --check computes every figure
                              again; ROW-seedS.json, how they were made
     runs/                    the runs themselves
+`masks` and `maps` measure the networks in runs/: how flat the masks of their gates are, and whether their class
+activation maps lie on the lesion and stay there when hair or bubbles are drawn on the picture.
 """
 import argparse
 import contextlib
@@ -25,18 +27,25 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from timm_arl.extras import require
 
 require('train', __name__)
 
-from timm_arl.files import make_folder, replacing, write_json
-from timm_arl.isic.dataset import DataError, label_array, load_splits
+from tqdm import tqdm
+
+from timm_arl.attention import alphas_of
+from timm_arl.download import WeightsError
+from timm_arl.files import make_folder, read_rows, replacing, write_json, write_rows
+from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
 from timm_arl.isic.predictions import read_predictions
+from timm_arl.predictor import Predictor
 from timm_arl.training.arguments import RunError, check_not_empty, number
 from timm_arl.training.runs import check_output_dir
 from timm_arl.training.tables.architectures import table1_lines
+from timm_arl.training.tables.maps import GAUSSIAN, gaussian_rows, map_lines, map_rows, mask_lines, mask_rows
 from timm_arl.training.tables.pages import cell, differences, write_table
 from timm_arl.training.tables.rows import PLAIN, TABLES, TITLES, pairs_of, printed_figures
 from timm_arl.training.tables.scores import Scores, labels_of
@@ -299,6 +308,39 @@ def table_lines(args, out, reasons):
     return lines, {row.name: row.about for row in TABLES[args.table]}
 
 
+def network_lines(args, out):
+    """Lines of masks.csv or maps.csv: the trained networks of the other tables, on the validation images."""
+    split = load_splits(args.data)['validation']
+    table_rows = {row.name: row for table in ('table3', 'table5') for row in TABLES[table] if not row.alpha_zero_of}
+    found = {GAUSSIAN: dict.fromkeys(args.seeds, gaussian_rows(split))} if args.table == 'maps' else {}
+    for name, seed in [(name, seed) for name in table_rows for seed in args.seeds]:
+        folder, path = out / 'runs' / f'{name}-seed{seed}', out / args.table / f'{name}-seed{seed}.csv'
+        if not path.exists() and (folder / 'metrics.json').exists() and not args.check:
+            predictor = Predictor(folder)
+            if args.table == 'masks' and not alphas_of(predictor.network):
+                continue
+            progress = partial(tqdm, desc=f'{args.table}, {name}, seed {seed}', leave=False)
+            make_folder(path.parent)
+            network, prepare = predictor.network, predictor.prepare
+            write_rows(path, map_rows(network, prepare, split, progress) if args.table == 'maps' else
+                       mask_rows(network, prepare, map(decode, progress(split['image']))))
+        if path.exists():
+            found.setdefault(name, {})[seed] = read_rows(path)
+    if not found.keys() - {GAUSSIAN}:
+        raise RunError(f'No trained network of table3 or table5 is in {out / "runs"}: make those tables first.')
+    command = 'python benchmarks/reproduce_tables.py ' + shlex.join([
+        args.table, '--data', str(args.data), '--output-dir', args.output_dir, '--seeds', *map(str, args.seeds)])
+
+    def how(name):
+        return {'seeds': ' '.join(map(str, found[name])) if name != GAUSSIAN else '', 'command': command}
+
+    about = {name: row.about for name, row in table_rows.items()}
+    if args.table == 'masks':
+        return mask_lines(found, how), about
+    pairs = [*pairs_of('table3'), *((name, GAUSSIAN) for name in found if name != GAUSSIAN)]
+    return map_lines(found, pairs, how), {**about, GAUSSIAN: 'a map that has not seen the picture'}
+
+
 def main():
     parser = build_parser()
     try:
@@ -311,6 +353,8 @@ def main():
             lines, about = table1_lines(args)
         elif args.table == 'table7':
             lines, about = table7_lines(args, read_scores(args, out, 'table3')[0] if args.data else {})
+        elif args.table in ('masks', 'maps'):
+            lines, about = network_lines(args, out)
         else:
             load_splits(args.data)  # a fault in it is told before the work
             reasons = {}
@@ -332,7 +376,7 @@ def main():
         print(f'In {out}: {args.table}.csv, {args.table}.md'
               + f'; {empty} rows have no figures of ours, for the reasons above' * bool(empty))
         sys.exit(failed)
-    except (RunError, DataError, OSError, ValueError) as error:
+    except (RunError, DataError, WeightsError, OSError, ValueError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     except KeyboardInterrupt:
         parser.exit(130, '\nInterrupted: the same command again goes on.\n')

@@ -118,6 +118,33 @@ def test_weights_out_of_reach_are_an_empty_cell_with_the_reason(call, few, tmp_p
     assert rows[0]['printed'] == '0.857'
 
 
+def test_masks_and_maps_of_the_trained_networks(call, few, made):  # noqa: F811
+    out, _, _ = made
+    for table in ('masks', 'maps'):
+        args = [table, '--data', few, '--output-dir', out, '--seeds', 0]
+        done = call('reproduce_tables', *args)
+        assert done.returncode == 0, done.stderr
+        assert call('reproduce_tables', *args, '--check').returncode == 0
+    masks = read(out / 'masks.csv')
+    assert [row['row'] for row in masks if row['label'] == 'effective share'] == [
+        f'arl_cnn14 layer{k}.0' for k in (1, 2, 3, 4)]
+    positions = {row['row']: float(row['measured']) for row in masks if row['label'] == 'positions'}
+    assert list(positions.values()) == [256, 64, 16, 4]  # of 64 px
+    for row in masks:
+        value = float(row['measured'])
+        if row['label'] == 'effective share':
+            assert 0.25 <= value <= 1
+        if row['label'] == 'largest mask value':  # a mean over the images; a flat mask has one over positions
+            assert 1 / positions[row['row']] <= value + 1e-4 <= 1
+    maps = {(row['row'], row['label']): row for row in read(out / 'maps.csv')}
+    assert float(maps['centred_gaussian', 'pointing game']['measured']) > 0.5  # lesions lie in the centre
+    assert 0 < float(maps['arl_cnn14', 'IoU with itself after hair']['measured']) <= 1
+    apart = maps['arl_cnn14 - centred_gaussian', 'pointing game']
+    assert float(apart['measured']) == pytest.approx(
+        float(maps['arl_cnn14', 'pointing game']['measured'])
+        - float(maps['centred_gaussian', 'pointing game']['measured']), abs=2e-4)
+
+
 @pytest.mark.parametrize('args, says', [
     (['table3', '--output-dir', 'o'], '--data'),
     (['table3', '--data', 'demo', '--output-dir', 'o', '--row', 'resnet34'], 'resnet14'),
@@ -127,6 +154,7 @@ def test_weights_out_of_reach_are_an_empty_cell_with_the_reason(call, few, tmp_p
     (['table3', '--data', 'demo', '--output-dir', 'o', '--weights', 'resnet50=missing'], 'no file missing'),
     (['table3', '--data', 'nowhere', '--output-dir', 'o'], 'nowhere'),
     (['table7', '--output-dir', 'o', '--check'], 'make the table first'),
+    (['maps', '--data', 'demo', '--output-dir', 'o'], 'make those tables first'),
 ])
 def test_bad_input_is_one_sentence(call, tmp_path, args, says):
     done = call('reproduce_tables', *args, cwd=tmp_path)

@@ -120,13 +120,16 @@ def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str]
         name = label.partition(' ')[0]
         return label.replace(name, label_words(name)) if name in LABELS else label
 
+    groups = [labels]
     if table in SCORED:
         groups = [[k for k in labels if ' ' not in k]] + [
             [k for k in labels if k.startswith(f'{label} ')] for label in LABELS]
+    if table != 'table7':
         for group in filter(None, groups):
             parts.append(markdown_table(
                 ['row', 'what it is', *map(words, group)],
-                [[name, about.get(name, ''), *(_text(by_row[name].get(label)) for label in group)] for name in names]))
+                [[name, about.get(name.partition(' ')[0], ''), *(_text(by_row[name].get(label)) for label in group)]
+                 for name in names]))
     else:
         parts.append(markdown_table(
             ['row', 'what it is', 'figure', 'measured'],

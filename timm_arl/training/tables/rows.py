@@ -87,6 +87,8 @@ TITLES = {
     'table6': 'Table VI: with and without lesion crops',
     'table7': 'Table VII: is the gain more than noise between runs?',
     'constancy': 'Colour constancy (Section V)',
+    'masks': 'How flat the masks of trained gates are',
+    'maps': 'Where trained networks look: class activation maps against outlined lesions',
 }
 TABLES: Dict[str, List[Row]] = {
     'table3': [*SCRATCH, *LITE0, *DEEP],
