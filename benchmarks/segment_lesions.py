@@ -53,7 +53,7 @@ from timm_arl.isic.intervals import percentile_interval, resampled_indices
 from timm_arl.isic.loading import IsicSplit
 from timm_arl.isic.metrics import interval_text
 from timm_arl.isic.transforms import normalisation
-from timm_arl.pretrained import check_fit, find_file
+from timm_arl.pretrained import check_file, check_fit
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number
 from timm_arl.training.images import check_images, image_loader
@@ -144,10 +144,10 @@ def create_network(args):
         raise RunError(f'--encoder {args.encoder} gives no feature maps that DeepLabV3+ can use for images of '
                        f'{args.img_size} px: {" ".join(str(error).split())}') from error
     if args.init_checkpoint:
-        file = find_file(Path(args.init_checkpoint))
+        file = check_file(Path(args.init_checkpoint))
         weights = safetensors.torch.load_file(file)
         check_fit(weights, network, file)
-        network.load_state_dict(weights)
+        network.load_state_dict(weights, strict=False)
     elif args.encoder_weights != 'none':
         load_encoder(network.encoder.model, name, args.encoder_weights)
     return network.to(memory_format=torch.channels_last), data_config
@@ -166,10 +166,10 @@ def load_encoder(encoder, name, weights):
         model = create_for_task(name)
         load_weights_file(model, weights)
     given = {key.replace('.', '_'): tensor for key, tensor in model.state_dict().items()}  # timm flattens some names
-    given = {key: given.get(key.replace('.', '_')) for key in encoder.state_dict()}
-    check_fit({key: tensor for key, tensor in given.items() if tensor is not None}, encoder,
-              f'--encoder-weights {weights}')
-    encoder.load_state_dict(given)
+    own = {key: key.replace('.', '_') for key in encoder.state_dict()}
+    given = {key: given[flat] for key, flat in own.items() if flat in given}
+    check_fit(given, encoder, f'--encoder-weights {weights}')
+    encoder.load_state_dict(given, strict=False)
 
 
 class WholePicture:

@@ -255,6 +255,7 @@ RANDOM = [*NEW, '--encoder-weights', 'none']
     ([*NEW, '--encoder-weights', 'nowhere.safetensors'], 'No weights at nowhere.safetensors: pass a .safetensors file'),
     ([*NEW, '--encoder-weights', 'other.safetensors'], 'other.safetensors does not fit EfficientNet: '),
     ([*NEW, '--init-checkpoint', 'other.safetensors'], 'other.safetensors does not fit DeepLabV3Plus: '),
+    ([*NEW, '--init-checkpoint', 'damaged.safetensors'], 'damaged.safetensors is not a readable safetensors file'),
     ([*RANDOM, '--init-checkpoint', 'x'], 'not allowed with argument --encoder-weights'),
     ([*NEW, '--img-size', '100'], '--img-size must be a multiple of 16, not 100.'),
     ([*NEW, '--batch-size', '1'], 'must be at least 2, not 1'),
@@ -264,6 +265,7 @@ RANDOM = [*NEW, '--encoder-weights', 'none']
 ])
 def test_bad_arguments_get_one_sentence_and_leave_nothing(call, tmp_path, args, message):
     safetensors.torch.save_file({'fc.weight': torch.zeros(2, 3)}, tmp_path / 'other.safetensors')
+    (tmp_path / 'damaged.safetensors').write_bytes((tmp_path / 'other.safetensors').read_bytes()[:-4])
     (tmp_path / 'taken' / 'data').mkdir(parents=True)
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'run.json').touch()
