@@ -107,7 +107,8 @@ def test_each_module_is_imported_or_names_its_extra(python, tmp_path):
     lines = run(python, '-c', IMPORT_ALL, cwd=tmp_path).stdout.splitlines()
     said = dict(line.split(' ', 1) for line in lines)
     core = ('arl_cnn', 'attention', 'baselines', 'explain', 'export', 'factory', 'isic', 'isic.artefacts', 'isic.crops',
-            'isic.images', 'isic.synthetic', 'isic.task', 'isic.transforms', 'kernels', 'overlays', 'pretrained')
+            'isic.images', 'isic.synthetic', 'isic.task', 'isic.transforms', 'kernels', 'overlays', 'predict',
+            'predictor', 'pretrained')
     assert {said[f'timm_arl.{name}'] for name in core} == {'imported'}
     sentence = SENTENCE.format('accelerate', extra='train')
     assert {said[f'timm_arl.{name}'] for name in ('hub', 'training', 'isic.dataset', 'isic.metrics')} == {sentence}

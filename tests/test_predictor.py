@@ -109,6 +109,37 @@ def test_what_a_user_should_know(trained):
     assert 'chosen with crops multiscale, not center' in remarks[1]
 
 
+def test_maps_laid_over_the_picture(shipped, picture):
+    maps = shipped.explain(picture)
+    assert list(maps) == [*LABELS, 'layer1.0', 'layer2.0', 'layer3.0', 'layer4.0']
+    assert list(shipped.explain(picture, gates=False)) == list(LABELS)
+    wide = shipped.explain(Image.new('L', (3000, 1000), 90), gates=False)['melanoma']
+    assert wide.width == 1024 and wide.height > 341  # with a legend below
+    assert np.abs(np.asarray(maps['melanoma']).astype(int) - np.asarray(maps['seborrheic_keratosis'])).max() > 50
+
+
+def test_a_map_shows_what_the_label_was_found_in(trained, picture):
+    """With weights on one channel alone, that channel is the map of its label, and the other map is flat."""
+    softmax = Predictor(trained({'crops': 'center'}, outputs=('nevus', *LABELS)))
+    with torch.no_grad():
+        softmax.network.fc.weight.zero_()
+        softmax.network.fc.weight[1, 0] = 1.
+    maps = {label: np.asarray(m)[60:300, 60:300].astype(int) for label, m in softmax.explain(picture).items()}
+    spread = {label: np.abs(m[..., 0] - m[..., 2]).std() for label, m in maps.items()}
+    assert spread['melanoma'] > 3 * spread['seborrheic_keratosis']
+
+
+def test_networks_without_gates_and_without_maps(tmp_path, picture):
+    data = dict(input_size=(3, 64, 64))
+    for name in ('resnet14', 'vit_tiny_patch16_224'):
+        kwargs = {'img_size': 64} if 'vit' in name else {}
+        model = timm.create_model(name, num_classes=2, **kwargs)
+        save_network(model, tmp_path / name, LABELS, dict(timm.data.resolve_model_data_config(model), **data), **kwargs)
+    assert list(Predictor(tmp_path / 'resnet14').explain(picture)) == list(LABELS)
+    with pytest.raises(ValueError, match='has no class activation map'):
+        Predictor(tmp_path / 'vit_tiny_patch16_224').explain(picture)
+
+
 @pytest.mark.slow
 def test_onnx(tmp_path, shipped, picture):
     checkpoint = Checkpoint('arl_cnn14.isic2017')
@@ -121,6 +152,8 @@ def test_onnx(tmp_path, shipped, picture):
     tensor, boxes = onnx.prepare(picture)
     assert torch.equal(tensor, shipped.prepare(picture)[0])
     assert torch.allclose(onnx.probabilities(tensor), shipped.probabilities(tensor), atol=1e-4)
+    with pytest.raises(ValueError, match='gives no maps'):
+        onnx.explain(picture)
     bare = Predictor(export_onnx(checkpoint.network(), tmp_path / 'bare.onnx'))
     assert bare.point == 'official' and 'holds no thresholds' in bare.remarks[0]
     assert bare.sha256 != onnx.sha256

@@ -8,20 +8,33 @@ import torch.nn as nn
 from PIL import Image
 from timm.data import resolve_model_data_config
 
+from .attention import alphas_of
 from .download import WeightsError, sha256_of
+from .explain import class_activation_map, gate_maps
 from .export import OnnxModel
 from .factory import Checkpoint, tensors_sha256
 from .isic.crops import Box
 from .isic.dicom import is_dicom, read_dicom
 from .isic.images import read_image
-from .isic.task import HEADS, LABELS, OFFICIAL_THRESHOLD, apply_temperature, has_isic_outputs, probabilities_of
+from .isic.task import (
+    HEADS,
+    LABELS,
+    OFFICIAL_THRESHOLD,
+    apply_temperature,
+    has_isic_outputs,
+    head_labels,
+    label_words,
+    probabilities_of,
+)
 from .isic.transforms import CROPS, EvalCrops, grey_world, normalisation, seeded
+from .overlays import on_picture, overlay
 
 __all__ = ['DEFAULT_MODEL', 'Cutter', 'Predictor', 'read_picture']
 
 DEFAULT_MODEL = 'arl_cnn14.isic2017'
 USUAL_CROPS = 'multiscale'  # as evaluate_isic.py's, where the checkpoint's run is not known
 SMALLEST_SIDE = 16  # pixels; in less nobody sees a lesion
+LARGEST_MAP = 1024  # pixels, longer side of a picture with a map
 LONGEST_SHAPE = 10  # longer side over shorter side; resizing a thread of pixels can take all memory
 
 
@@ -224,6 +237,46 @@ class Predictor:
             probabilities: Shape (..., labels).
         """
         return apply_temperature(probabilities.numpy(), np.array([self.temperatures.get(x, 1.) for x in self.labels]))
+
+    def explain(self, picture: Image.Image, gates: bool = True, image_id: str = '') -> Dict[str, Image.Image]:
+        """Maps laid over a picture, no larger than 1024 px: what speaks for each label, and where the gates looked.
+
+        Args:
+            picture: As for prepare.
+            gates: Whether to give the attention masks of an ARL network too.
+            image_id: As for Cutter.
+
+        Returns:
+            By label its class activation map (Eq. 13), then by block its mask; each with a legend.
+
+        Raises:
+            OSError: As prepare.
+            ValueError: A network without class activation maps: an ONNX file, or one with another head.
+        """
+        if self.network is None:
+            raise ValueError(f'{self.name} is an ONNX file, which gives no maps: use the checkpoint.')
+        tensor, boxes = self.prepare(picture, image_id)
+        tensor = tensor.to(self.device)
+        shown = picture.convert('RGB')
+        shown.thumbnail((LARGEST_MAP, LARGEST_MAP))
+        scale = shown.width / picture.width, shown.height / picture.height
+        boxes = [(x0 * scale[0], y0 * scale[1], x1 * scale[0], y1 * scale[1]) for x0, y0, x1, y1 in boxes]
+        maps = class_activation_map(self.network, tensor)
+        pictures = {}
+        outputs = head_labels(maps.shape[1])
+        heats = {label: on_picture(maps[:, outputs.index(label)], boxes, shown.size) for label in self.labels}
+        most = max(float(np.nanmax(np.abs(heat))) for heat in heats.values()) or 1.  # so that 0 has one colour in all
+        for label, heat in heats.items():
+            pictures[label] = overlay(
+                shown, heat, f'Class activation map, {label_words(label)}: above 0 speaks for it, below 0 against it.',
+                (-most, most))
+        for name, gate in gate_maps(self.network, tensor).items() if gates and alphas_of(self.network) else ():
+            heat = on_picture(gate.mask, boxes, shown.size)
+            pictures[name] = overlay(
+                shown, heat, f'Attention mask of block {name}, mean over channels'
+                f'{"" if self.network.attention == "mixed" else "; 1 is a flat mask"}. alpha = {gate.alpha:.3g}.',
+                (0., max(np.nanmax(heat), 1. if self.network.attention == 'mixed' else 2.)))
+        return pictures
 
 
 def _per_label(points: Any) -> Dict[str, Dict[str, float]]:

@@ -1,0 +1,447 @@
+"""The program that strangers run first: their files in, probabilities and pictures out, whatever the files are."""
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import psutil
+import pyarrow.parquet
+import pytest
+import timm
+import torch
+from dicom_files import dataset, save
+from PIL import Image
+from scipy.special import expit, logit
+
+from timm_arl.export import export_onnx
+from timm_arl.factory import Checkpoint, save_network
+from timm_arl.files import write_json
+from timm_arl.isic import LABELS
+from timm_arl.isic.images import decode
+from timm_arl.isic.synthetic import draw_lesion
+from timm_arl.isic.transforms import restore_aspect
+from timm_arl.predictor import Predictor, read_picture
+
+CONFIG = json.loads((Checkpoint('arl_cnn14.isic2017').folder / 'config.json').read_text())
+DIAGNOSES = ('melanoma', 'nevus', 'seborrheic_keratosis')
+
+
+def rows(out):
+    with open(out / 'predictions.csv', newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def values(found):
+    return np.array([[float(row[label]) for label in LABELS] for row in found])
+
+
+def env(**changes):
+    return {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path)), **changes}
+
+
+def start(*args, processes=0, **kwargs):
+    """The program as a user starts it, alone or as several processes."""
+    several = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)] if processes else []
+    return subprocess.Popen(
+        [sys.executable, *several, '-m', 'timm_arl.predict', *map(str, args)], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=env(OMP_NUM_THREADS='1'), **kwargs)
+
+
+def run(*args, processes=0, stdin=None, **kwargs):
+    process = start(*args, processes=processes, stdin=subprocess.PIPE, **kwargs)
+    stdout, stderr = process.communicate(stdin, timeout=280)
+    return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
+
+
+@pytest.fixture(scope='session')
+def photographs(tmp_path_factory):
+    """Eight pictures of lesions in three folders."""
+    folder = tmp_path_factory.mktemp('photographs')
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        path = folder / ('', 'a', 'b/c')[k % 3] / f'lesion{k}.{"jpg" if k % 2 else "png"}'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_lesion(DIAGNOSES[k % 3], rng).save(path)
+    (folder / 'notes.txt').write_text('no picture')
+    return folder
+
+
+@pytest.fixture
+def predict(call, tmp_path):
+    """The program in this process; --output-dir is out/."""
+    def go(*args, cwd=tmp_path, workers=0):
+        return call('timm_arl.predict', *args, '--output-dir', tmp_path / 'out', '--workers', workers, cwd=cwd)
+    return go
+
+
+def test_ten_photographs(predict, photographs, tmp_path):
+    done = predict('.', cwd=photographs, workers=2)
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / 'out')
+    assert [row['image'] for row in found] == [
+        './a/lesion1.jpg', './a/lesion4.png', './a/lesion7.jpg', './b/c/lesion2.png', './b/c/lesion5.jpg',
+        './lesion0.png', './lesion3.jpg', './lesion6.png']
+    predictor = Predictor()
+    for row in found:
+        tensor, _ = predictor.prepare(read_picture(photographs / row['image']))
+        p = predictor.probabilities(tensor)
+        assert values([row])[0] == pytest.approx(p.tolist(), abs=1e-6)
+        assert [row[f'{label}_decision'] for label in LABELS] == [str(int(x)) for x in predictor.decide(p).values()]
+        assert row['error'] == ''
+    assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.csv', 'predictions.json']
+    shown = re.search(r'^\./a/lesion1\.jpg: melanoma ([\d.]+) \((not )?above 0.277\), seborrheic', done.stdout, re.M)
+    assert float(shown.group(1)) == pytest.approx(float(found[0]['melanoma']), abs=6e-4)
+    assert 'Not a medical device' in done.stdout and re.search(r'8 images, [\d.]+ images/s', done.stdout)
+    assert 'Thresholds: youden on validation' in done.stdout and done.stderr == ''
+
+
+def test_thresholds_and_temperatures(predict, photographs, tmp_path):
+    def found(*args):
+        shutil.rmtree(tmp_path / 'out', ignore_errors=True)
+        done = predict(photographs, *args)
+        assert done.returncode == 0, done.stderr
+        return rows(tmp_path / 'out'), done.stdout
+
+    plain, _ = found('--threshold-name', 'sensitivity')
+    raw = values(plain)
+    for k, label in enumerate(LABELS):
+        threshold = CONFIG['thresholds']['sensitivity 0.9 on validation'][label]
+        assert [row[f'{label}_decision'] == '1' for row in plain] == list(raw[:, k] > threshold)
+    assert len({row['seborrheic_keratosis_decision'] for row in plain}) == 2
+    calibrated, stdout = found('--threshold-name', 'sensitivity', '--calibrated')
+    temperatures = [CONFIG['temperatures'][label] for label in LABELS]
+    assert np.allclose(values(calibrated), expit(logit(raw) / temperatures), atol=1e-6)
+    for a, b in zip(plain, calibrated):
+        assert [a[f'{label}_decision'] for label in LABELS] == [b[f'{label}_decision'] for label in LABELS]
+    shown = expit(logit(CONFIG['thresholds']['sensitivity 0.9 on validation']['melanoma']) / temperatures[0])
+    assert f'melanoma {shown:.3f}' in stdout.split('Thresholds:')[1]
+    assert not np.allclose(values(found('--crops', 'center')[0]), raw, atol=1e-3)
+
+
+def test_json_lines_and_parquet(predict, photographs, tmp_path):
+    done = predict(photographs / 'a', '--format', 'jsonl')
+    lines = [json.loads(line) for line in (tmp_path / 'out' / 'predictions.jsonl').read_text().splitlines()]
+    assert done.returncode == 0 and len(lines) == 3 and isinstance(lines[0]['melanoma_decision'], bool)
+    shutil.rmtree(tmp_path / 'out')
+    assert predict(photographs / 'a', '--format', 'parquet').returncode == 0
+    assert pyarrow.parquet.read_table(tmp_path / 'out' / 'predictions.parquet').to_pylist() == lines
+    done = predict(photographs / 'a', '--format', 'parquet', '--resume')
+    assert done.returncode == 0 and '3 of 3 images were done before' in done.stdout
+    assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.json', 'predictions.parquet']
+
+
+def test_overlays(predict, photographs, tmp_path):
+    for folder in ('x', 'y'):
+        (tmp_path / folder).mkdir()
+        shutil.copy(photographs / 'lesion3.jpg', tmp_path / folder / 'æ,1.jpg')
+    Image.open(photographs / 'lesion0.png').resize((1800, 1500)).save(tmp_path / 'large.png')
+    (tmp_path / 'x' / 'bad.jpg').touch()
+    done = predict('x', 'y', 'large.png', '--overlays')
+    assert done.returncode == 1
+    assert sorted(os.listdir(tmp_path / 'out' / 'overlays')) == ['large.png', 'æ,1-2.png', 'æ,1.png']
+    for name in ('æ,1.png', 'large.png'):
+        picture = np.asarray(Image.open(tmp_path / 'out' / 'overlays' / name)).astype(int)
+        thirds = np.array_split(picture[30:330], 3, axis=1)
+        assert picture.shape[1] <= 3 * 1024 + 200 and picture.shape[2] == 3
+        assert np.abs(thirds[1][:, :300] - thirds[2][:, :300]).mean() > 2  # a map for each label, not one twice
+    assert {path.name for path in tmp_path.iterdir()} == {'x', 'y', 'out', 'large.png'}
+
+
+def odd_files(folder):
+    """Name -> picture, and what its row says: None for probabilities, else words of the error."""
+    rng = np.random.default_rng(1)
+    lesion = draw_lesion('melanoma', rng)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    lesion.convert('CMYK').save(folder / 'cmyk.jpg')
+    lesion.convert('P').save(folder / 'palette.png')
+    lesion.convert('RGBA').save(folder / 'alpha.webp')
+    Image.fromarray(np.asarray(lesion.convert('L')).astype(np.uint16) * 257).save(folder / 'grey16.png')
+    Image.fromarray(np.asarray(lesion.convert('L')).astype(np.float32)).save(folder / 'float.tiff')
+    lesion.resize((200, 160)).save(folder / 'turned.jpg', exif=turned)
+    lesion.resize((200, 160)).save(folder / 'upright.jpg')
+    buffer = io.BytesIO()
+    lesion.save(buffer, 'JPEG')
+    (folder / 'truncated.jpg').write_bytes(buffer.getvalue()[:len(buffer.getvalue()) // 2])
+    (folder / 'empty.jpg').touch()
+    (folder / 'text.jpg').write_text('a list of things\n' * 100)
+    (folder / 'noise.png').write_bytes(b'\x89PNG\r\n\x1a\n' + rng.bytes(5000))
+    Image.new('RGB', (1, 1)).save(folder / 'dot.png')
+    Image.new('RGB', (20_000, 20)).save(folder / 'thread.png')
+    (folder / 'folder.jpg').mkdir()
+    os.mkfifo(folder / 'pipe.jpg')
+    os.symlink('nowhere.jpg', folder / 'gone.jpg')
+    save(dataset(np.asarray(lesion), 'RGB'), folder / 'scan.dcm')
+    save(dataset(np.asarray(lesion.convert('L')), 'MONOCHROME1'), folder / 'IM1')
+    save(dataset(np.zeros((60, 20, 3), np.uint8), 'RGB', Rows=20, NumberOfFrames=3), folder / 'film.dcm')
+    return {
+        'cmyk.jpg': None, 'palette.png': None, 'alpha.webp': None, 'grey16.png': None, 'turned.jpg': None,
+        'upright.jpg': None, 'scan.dcm': None, 'IM1': None, 'float.tiff': 'floating-point',
+        'truncated.jpg': 'truncated', 'empty.jpg': 'format', 'text.jpg': 'format', 'noise.png': '',
+        'dot.png': '1 x 1 px', 'thread.png': '20000 x 20',
+        'pipe.jpg': 'no file', 'gone.jpg': 'No such file', 'film.dcm': '3 frames'}
+
+
+def test_odd_images(predict, tmp_path):
+    (tmp_path / 'odd').mkdir()
+    expected = odd_files(tmp_path / 'odd')
+    done = predict('odd', workers=1)
+    assert done.returncode == 1 and f'{sum(e is not None for e in expected.values())} of 18 images' in done.stderr
+    found = {row['image'][4:]: row for row in rows(tmp_path / 'out')}
+    assert found.keys() == expected.keys()
+    for name, words in expected.items():
+        row = found[name]
+        if words is None:
+            assert row['error'] == '' and 0 <= float(row['melanoma']) <= 1, row
+        else:
+            assert row['error'] and words in row['error'] and str(tmp_path) not in row['error'], row
+            assert not any(row[column] for column in list(row)[1:-1])
+    turned, upright = (read_picture(tmp_path / 'odd' / name) for name in ('turned.jpg', 'upright.jpg'))
+    assert turned.size == upright.size[::-1] == (160, 200)
+
+
+def test_odd_names(predict, photographs, tmp_path):
+    names = ['a,b.jpg', 'a\nb.jpg', '"q".jpg', 'æ 皮膚.jpg', os.fsdecode(b'\xff.jpg')]
+    (tmp_path / 'p').mkdir()
+    for name in names:
+        shutil.copy(photographs / 'lesion3.jpg', tmp_path / 'p' / name)
+    done = predict('p', '--overlays')
+    assert done.returncode == 0, done.stderr
+    assert {row['image'] for row in rows(tmp_path / 'out')} == {
+        f'p/{name}'.encode(errors='backslashreplace').decode() for name in names}
+    assert len(os.listdir(tmp_path / 'out' / 'overlays')) == len(names)
+
+
+def test_remarks_are_made_once(predict, tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(2):
+        draw_lesion('nevus', rng).convert('L').save(tmp_path / f'grey{k}.png')
+        draw_lesion('nevus', rng).resize((70, 60)).save(tmp_path / f'small{k}.png')
+        Image.new('RGB', (300, 300), (250, 240, 235)).save(tmp_path / f'white{k}.png')
+    done = predict('.')
+    assert done.returncode == 0
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3 and all('note: ' in line and '0.png' in line for line in lines), lines
+    assert 'no colours' in done.stderr and '128 x 128 px' in done.stderr and 'nearly one colour' in done.stderr
+
+
+def test_what_is_refused(predict, photographs, tmp_path):
+    def refused(words, *args, cwd=photographs):
+        before = sorted(tmp_path.rglob('*'))
+        done = predict(*args, cwd=cwd)
+        assert done.returncode == 2 and re.search(words, done.stderr), done.stderr
+        assert done.stderr.count('error:') == 1 and 'Traceback' not in done.stderr
+        assert [p for p in sorted(tmp_path.rglob('*')) if p not in before and p.name != 'out'] == []
+
+    (tmp_path / 'none').mkdir()
+    refused('required: IMAGE', '--overlays')
+    refused('No file or folder lesoin.jpg', 'lesoin.jpg')
+    refused('none holds no images', 'none', cwd=tmp_path)
+    refused(r'No file matches x\*\.jpg', 'x*.jpg')
+    refused('no model of that name: did you mean', '.', '--model', 'arl_cnn15')
+    refused('outputs of arl_cnn14.isic2018|No weights', '.', '--model', 'arl_cnn14.isic2018')
+    refused('No file none.onnx', '.', '--onnx', 'none.onnx')
+    refused("has 'official', 'youden on validation'|'youden on validation'", '.', '--threshold-name', 'best')
+    refused('--device vulkan9 cannot be used', '.', '--device', 'vulkan9')
+    refused('must be at least 1', '.', '--batch-size', '0')
+    refused('not allowed with', '.', '--onnx', 'a.onnx', '--model', 'arl_cnn14.isic2017')
+    (tmp_path / 'out').mkdir(exist_ok=True)
+    (tmp_path / 'out' / 'predictions.csv').write_text('precious')
+    for resume in ((), ('--resume',)):
+        refused('predictions.csv is not from a run', '.', *resume)
+    assert (tmp_path / 'out' / 'predictions.csv').read_text() == 'precious'
+    assert os.listdir(tmp_path / 'out') == ['predictions.csv']
+
+
+def test_the_predictions_of_another_run_are_kept(predict, photographs, tmp_path):
+    assert predict('a', '--resume', cwd=photographs).returncode == 0  # nothing to go on with: it begins
+    before = (tmp_path / 'out' / 'predictions.csv').read_bytes()
+    for args, words in ((['a'], 'already holds predictions'), (['b'], 'already holds predictions'),
+                        (['b', '--resume'], 'images'), (['a', '--resume', '--crops', 'center'], 'crops'),
+                        (['a', '--resume', '--overlays'], 'overlays'),
+                        (['a', '--resume', '--format', 'jsonl'], 'format'),
+                        (['a', '--resume', '--threshold-name', 'official'], 'threshold_name')):
+        done = predict(*args, cwd=photographs)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert (tmp_path / 'out' / 'predictions.csv').read_bytes() == before
+    done = predict('a', '--resume', cwd=photographs)
+    assert done.returncode == 0 and '3 of 3 images were done before' in done.stdout
+    assert (tmp_path / 'out' / 'predictions.csv').read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_list_on_standard_input(photographs, tmp_path):
+    lines = f'lesion0.png\nmissing.jpg\na\n{photographs}/lesion3.jpg\n'
+    done = run('-', '--output-dir', tmp_path / 'out', stdin=lines, cwd=photographs)
+    assert done.returncode == 1, done.stderr
+    assert [(row['image'], row['error']) for row in rows(tmp_path / 'out')] == [
+        ('lesion0.png', ''), ('missing.jpg', 'No such file or directory'), ('a/lesion1.jpg', ''), ('a/lesion4.png', ''),
+        ('a/lesion7.jpg', ''), (f'{photographs}/lesion3.jpg', '')]
+
+
+@pytest.fixture(scope='module')
+def many(tmp_path_factory):
+    """160 pictures, two of them bad, and what an uninterrupted run finds in them."""
+    folder = tmp_path_factory.mktemp('many')
+    rng = np.random.default_rng(2)
+    drawn = [draw_lesion(diagnosis, rng, 140) for diagnosis in DIAGNOSES]
+    (folder / 'p').mkdir()
+    for k in range(160):
+        drawn[k % 3].rotate(k).save(folder / 'p' / f'{k:03d},\n.jpg')
+    for k in (7, 130):
+        (folder / 'p' / f'{k:03d},\n.jpg').write_text('bad')
+    done = run('p', '--output-dir', folder / 'whole', cwd=folder)
+    assert done.returncode == 1, done.stderr
+    return folder, rows(folder / 'whole')
+
+
+def same(found, expected):
+    """The same rows; a network's last digits depend on which images share a batch."""
+    assert [row['image'] for row in found] == [row['image'] for row in expected]
+    assert [row['error'] for row in found] == [row['error'] for row in expected]
+    good = [k for k, row in enumerate(expected) if not row['error']]
+    assert np.allclose(values(found[k] for k in good), values(expected[k] for k in good), atol=1e-6)
+
+
+def wait_for_rows(process, out, enough):
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        written = sum(path.read_bytes().count(b'jpg"') for path in (
+            *out.glob('predictions.csv'), *out.glob('parts/*')) if path.exists())
+        if written >= enough:
+            break
+        time.sleep(0.02)
+
+
+def kill_when(process, out, enough):
+    """SIGKILL for all processes of a run once so many rows are there."""
+    wait_for_rows(process, out, enough)
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, 'the run was over before it could be killed'
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(many, tmp_path):
+    folder, expected = many
+    args = ['p', '--output-dir', tmp_path / 'out', '--batch-size', 2]
+    for enough in (10, 60):
+        kill_when(start(*args, *['--resume'] * (enough > 10), cwd=folder), tmp_path / 'out', enough)
+        with open(tmp_path / 'out' / 'predictions.csv', 'ab') as file:
+            file.write(b'"p/999,\n.jp')  # as a full disk leaves it
+    done = run(*args, '--resume', cwd=folder)
+    assert done.returncode == 1 and '2 of 160 images could not be read' in done.stderr
+    assert 60 <= int(re.search(r'(\d+) of 160 images were done before', done.stdout).group(1)) < 160
+    same(rows(tmp_path / 'out'), expected)
+    assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.csv', 'predictions.json']
+
+
+@pytest.mark.slow
+def test_several_processes_killed_and_resumed(many, tmp_path):
+    """Two processes, killed; three, from elsewhere, which relative names do not notice; joined in order."""
+    folder, expected = many
+    args = ['p', '--output-dir', tmp_path / 'out', '--batch-size', 2]
+    kill_when(start(*args, processes=2, cwd=folder), tmp_path / 'out', 40)
+    assert len(list((tmp_path / 'out' / 'parts').iterdir())) == 2
+    done = run(*args, '--resume', processes=3, cwd=tmp_path)
+    assert '2 of 160 images could not be read' in done.stderr, done.stderr
+    assert done.stdout.count('Written:') == 1
+    same(rows(tmp_path / 'out'), expected)
+    assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.csv', 'predictions.json']
+
+
+@pytest.mark.slow
+def test_all_of_several_processes_stop_at_an_error(photographs, tmp_path):
+    (tmp_path / 'predictions.csv').write_text('precious')
+    done = run('a', '--output-dir', tmp_path, processes=2, cwd=photographs)
+    assert done.returncode and done.stderr.count('is not from a run') == 1
+
+
+@pytest.mark.slow
+def test_interrupted(many, tmp_path):
+    process = start('p', '--output-dir', tmp_path / 'out', '--batch-size', 1, cwd=many[0])
+    wait_for_rows(process, tmp_path / 'out', 5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and '--resume goes on' in stderr and 'Traceback' not in stderr, stderr
+
+
+@pytest.mark.slow
+def test_onnx(call, photographs, tmp_path):
+    checkpoint = Checkpoint('arl_cnn14.isic2017')
+    export_onnx(checkpoint.network(), tmp_path / 'm.onnx', weights=checkpoint.name, settings=checkpoint.settings())
+    found = {}
+    for name, args in (('onnx', ['--onnx', tmp_path / 'm.onnx']), ('eager', [])):
+        done = call('timm_arl.predict', photographs, '--output-dir', tmp_path / name, *args, '--workers', 0)
+        assert done.returncode == 0 and done.stderr == '', done.stderr
+        found[name] = rows(tmp_path / name)
+    assert np.allclose(values(found['onnx']), values(found['eager']), atol=1e-4)
+    assert [list(row) for row in found['onnx']] == [list(row) for row in found['eager']]
+    done = call('timm_arl.predict', photographs, '--output-dir', tmp_path / 'x', '--onnx', tmp_path / 'm.onnx',
+                '--overlays')
+    assert done.returncode == 2 and 'gives no maps' in done.stderr
+
+
+CORE = """
+import sys
+for name in sys.argv.pop(1).split():
+    sys.modules[name] = None  # not installed
+from timm_arl.predict import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_the_core_install_is_enough(photographs, tmp_path):
+    from test_predictor import NOT_IN_THE_CORE
+    for args, status in ((['--overlays'], 0), (['--format', 'parquet'], 2), (['--onnx', 'm.onnx'], 2)):
+        (tmp_path / 'm.onnx').touch()
+        command = [sys.executable, '-c', CORE, ' '.join(NOT_IN_THE_CORE), photographs, '--output-dir', 'out', *args]
+        done = subprocess.run(command, capture_output=True, text=True, env=env(), cwd=tmp_path)
+        assert done.returncode == status and 'Traceback' not in done.stderr, done.stderr
+        words = {'--overlays': '', '--format': 'needs pyarrow', '--onnx': "pip install 'timm-arl[export]'"}[args[0]]
+        assert words in done.stderr and bool(words) == bool(done.stderr)
+    assert len(rows(tmp_path / 'out')) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('look', [dict(crops='multiscale', aspect='keep'), dict(
+    crops='paper', aspect='squash', grey_world=True)], ids=['keep', 'squash'])
+def test_the_same_as_evaluate_isic(call, isic_sample, tmp_path, look):
+    """On real images: as they were, and as squashed copies, which a plain file is taken for what it is."""
+    torch.manual_seed(0)
+    model = timm.create_model('arl_cnn14', num_classes=2, zero_init_last=False)
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 64, 64))
+    save_network(model.eval(), tmp_path / 'run', LABELS, dict(
+        timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
+    write_json(tmp_path / 'run' / 'run.json', {'arguments': {'train_ids': '0', **look}})
+    done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', tmp_path / 'run', '--split', 'validation',
+                '--output-dir', tmp_path / 'r', '--workers', 0)
+    assert done.returncode == 0, done.stderr
+    split = datasets.load_dataset(isic_sample, split='validation').cast_column('image', datasets.Image(decode=False))
+    (tmp_path / 'images').mkdir()
+    for cells in split:
+        if look['aspect'] == 'keep':
+            picture = restore_aspect(decode(cells['image']), cells['aspect_ratio'])
+            picture.save(tmp_path / 'images' / f'{cells["image_id"]}.png')
+        else:
+            (tmp_path / 'images' / f'{cells["image_id"]}.jpg').write_bytes(cells['image']['bytes'])
+    done = call('timm_arl.predict', tmp_path / 'images', '--model', tmp_path / 'run', '--output-dir', tmp_path / 'out',
+                '--workers', 0)
+    assert done.returncode == 0, done.stderr
+    found = {os.path.splitext(os.path.basename(row['image']))[0]: row for row in rows(tmp_path / 'out')}
+    with open(tmp_path / 'r' / 'predictions_validation.csv', newline='') as file:
+        expected = list(csv.DictReader(file))
+    assert len(expected) == len(found) == 24
+    assert np.allclose(values(found[row['image_id']] for row in expected), values(expected), atol=1e-6)
+    assert values(expected).std() > 1e-3

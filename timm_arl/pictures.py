@@ -1,0 +1,77 @@
+"""Images read one by one, in worker processes: the crops of each, or the reason why there are none."""
+import os
+import stat
+import warnings
+from pathlib import Path
+from typing import List, NamedTuple, Optional, Tuple
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .predictor import Cutter, read_picture
+
+__all__ = ['REMARKS', 'Pictures', 'Seen', 'collate']
+
+LONGEST_REASON = 300  # characters
+REMARKS = {
+    'small': 'is smaller than what the network looks at ({side} x {side} px): expect less of its probabilities',
+    'grey': 'has no colours, and the network was trained on colour photographs of skin',
+    'flat': 'is nearly one colour: is it a photograph?',
+}
+
+
+class Seen(NamedTuple):
+    """An image as a worker process has read it."""
+
+    name: str
+    stem: str
+    crops: torch.Tensor  # uint8 (K, 3, S, S); none where there is a reason
+    picture: Optional[Image.Image] = None
+    reason: str = ''
+    remark: str = ''  # one of REMARKS
+
+
+class Pictures(Dataset):
+    """Reads images by name."""
+
+    def __init__(self, cutter: Cutter, folder: str, keep: bool) -> None:
+        """
+        Args:
+            cutter: From a picture to crops.
+            folder: Where relative names start.
+            keep: Whether to give the pictures too.
+        """
+        self.cutter, self.folder, self.keep = cutter, folder, keep
+
+    def __getitem__(self, listed: Tuple[str, str]) -> Seen:
+        name, stem = listed
+        path = os.path.join(self.folder, name)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # Pillow's, on odd files that it reads all the same
+                if not stat.S_ISREG(os.stat(path).st_mode):
+                    raise OSError('it is a folder' if os.path.isdir(path) else 'it is no file')  # a pipe would block
+                picture = read_picture(path, self.cutter.shorter_side)
+                crops, _ = self.cutter(picture, Path(name).stem)
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+        except Exception as error:  # decoders raise what they like about a damaged file, and the others are to be done
+            reason = f'{type(error).__name__}: {error}'
+        else:
+            return Seen(name, stem, crops, picture if self.keep else None, '', self._remark(picture, crops[0].float()))
+        return Seen(name, stem, torch.empty(0), reason=' '.join(reason.split())[:LONGEST_REASON])
+
+    def _remark(self, picture: Image.Image, crop: torch.Tensor) -> str:
+        if min(picture.size) < crop.shape[-1]:
+            return 'small'
+        if crop.std((1, 2)).max() < 4:
+            return 'flat'
+        return 'grey' if (crop.amax(0) - crop.amin(0)).mean() < 2 else ''
+
+
+def collate(seen: List[Seen]) -> Tuple[List[Seen], torch.Tensor]:
+    """The images of a batch, and the crops of those that could be read, (B, K, 3, S, S)."""
+    readable = [image.crops for image in seen if not image.reason]
+    return ([image._replace(crops=torch.empty(0)) for image in seen],
+            torch.stack(readable) if readable else torch.empty(0))

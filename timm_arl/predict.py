@@ -1,0 +1,346 @@
+"""Probabilities for image files, folders and lists, by the weights that come with the package or any checkpoint.
+
+    python -m timm_arl.predict lesion.jpg photographs/ --output-dir O --overlays
+    find /data -name '*.dcm' | python -m timm_arl.predict - --model OUT --output-dir O --format jsonl
+    torchrun --nproc-per-node 2 -m timm_arl.predict photographs/ --output-dir O --resume
+
+IMAGE is a file, a folder (with all folders below it), a quoted pattern, or - for a list on standard input, a name on
+each line. The output folder receives
+    predictions.csv       a row for each image, in order: image, a probability for each label (melanoma, ...), a
+                          decision for each (melanoma_decision, ...: 1 above the threshold), error
+    predictions.json      what was predicted and how: network, crops, thresholds, command
+    overlays/NAME.png     with --overlays: what in the picture speaks for each label
+An image that cannot be read is a row with its reason in `error`, and the others are done.
+Exit status: 0; 1 if images could not be read; 2 if the program cannot start or go on; 130 after Ctrl-C.
+
+Not a medical device: for research only.
+"""
+import argparse
+import os
+import shlex
+import sys
+import time
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from huggingface_hub.utils import tqdm  # of the core: it comes with timm
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from . import __version__
+from .download import WeightsError
+from .files import make_folder, replacing
+from .image_list import InputError, OwnImages, write_image_list
+from .isic.task import apply_temperature, label_words
+from .isic.transforms import CROPS
+from .overlays import panel
+from .pictures import REMARKS, Pictures, Seen, collate
+from .prediction_files import FORMATS, PredictionFiles
+from .predictor import DEFAULT_MODEL, LARGEST_MAP, Predictor
+
+__all__ = ['main']
+
+SHOWN = 20  # rows that are also printed, if there are no more
+NAMED = 3  # images that could not be read
+
+
+def build_parser() -> argparse.ArgumentParser:
+    description, epilog = (__doc__ or '\n\n').split('\n\n', 1)
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_arl.predict', usage='%(prog)s IMAGE... --output-dir O [options] (--help lists them)',
+        description=description, epilog=epilog, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('images', metavar='IMAGE', nargs='+', help='file, folder, quoted pattern, or - for a list on standard input')
+    add('--output-dir', metavar='O', required=True, help='folder for all that is written')
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument('--model', metavar='NAME|DIR', default=DEFAULT_MODEL,
+                         help='weights by name, or output folder of a training run (default: %(default)s)')
+    network.add_argument('--onnx', metavar='FILE', help='file of python -m timm_arl.export, by ONNX Runtime')
+    add('--overlays', action='store_true', help='also a picture for each image: class activation maps laid over it')
+    add('--format', choices=FORMATS, default='csv', help='of the predictions (default: %(default)s)')
+    add('--crops', choices=CROPS, help='crops per image, whose probabilities are averaged (default: those that the '
+                                       'network was evaluated with)')
+    add('--threshold-name', metavar='NAME',
+        help="thresholds of the decisions, by the beginning of their name: youden, sensitivity, official (default: "
+             "Youden's where validation chose one, else the official 0.5)")
+    add('--calibrated', action='store_true',
+        help="probabilities at the network's temperatures; decisions stay the same")
+    add('--resume', action='store_true', help='go on with a run that was interrupted')
+    add('--batch-size', type=_at_least(1), default=16, metavar='N', help='images at a time (default: %(default)s)')
+    add('--workers', type=_at_least(0), default=2, metavar='N', help='processes that read images (default: 2)')
+    add('--cpu-threads', type=_at_least(1), metavar='N', help='threads of the network on a CPU (default: all cores)')
+    add('--device', help='cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)')
+    add('--seed', type=_at_least(0), default=0, metavar='N', help='of random crops (default: 0)')
+    return parser
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f'must be at least {low}, not {text}')
+        return int(text)
+    parse.__name__ = 'int'  # what argparse calls it
+    return parse
+
+
+def on_first(work: Callable[[], Any]) -> Any:
+    """Let the first process do something for all: its result, or its error, in each of them."""
+    box: List[Any] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            box = [work()]
+        except (InputError, OSError) as error:
+            box = [InputError(str(error))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], InputError):
+        raise box[0]
+    return box[0]
+
+
+def load_predictor(args: argparse.Namespace) -> Predictor:
+    device = args.device
+    if device is None and torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
+        device = f'{kind.type}:{int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()}'
+    if args.cpu_threads:
+        torch.set_num_threads(args.cpu_threads)
+    if args.onnx and not args.onnx.lower().endswith('.onnx'):
+        raise InputError(f'--onnx {args.onnx}: the name of an ONNX file ends in .onnx.')
+    try:
+        return Predictor(args.onnx or args.model, 'cpu' if args.onnx else device or 'cpu', args.crops, args.seed,
+                         args.cpu_threads or 0)
+    except (WeightsError, ImportError) as error:
+        raise InputError(str(error)) from error
+    except (AssertionError, RuntimeError) as error:  # as PyTorch refuses a device
+        raise InputError(f'--device {device} cannot be used: {" ".join(str(error).split())[:200]}') from error
+
+
+def settings_of(args: argparse.Namespace, predictor: Predictor) -> Dict[str, Any]:
+    """All that decides what is in the rows: a resumed run must have the same."""
+    point = predictor.operating_point(args.threshold_name) if args.threshold_name else predictor.point
+    if not point:
+        raise InputError(f'--threshold-name {args.threshold_name}: {predictor.name} has '
+                         f'{", ".join(map(repr, predictor.thresholds))}.')
+    if args.calibrated and not predictor.temperatures:
+        raise InputError(f'--calibrated: {predictor.name} has no temperatures. Evaluate it and stage it: python -m '
+                         f'timm_arl.hub stage OUT STAGED --evaluation R.')
+    if args.overlays:
+        try:
+            predictor.explain(Image.new('RGB', (predictor.img_size, predictor.img_size)), gates=False)
+        except ValueError as error:
+            raise InputError(f'--overlays: {error}') from error
+    return {
+        'images': args.images, 'model': predictor.name, 'sha256': predictor.sha256, 'img_size': predictor.img_size,
+        'crops': predictor.crops, 'grey_world': predictor.cutter.colour_constancy, 'seed': args.seed,
+        'labels': list(predictor.labels), 'threshold_name': point, 'thresholds': predictor.thresholds[point],
+        'calibrated': args.calibrated, 'temperatures': predictor.temperatures, 'format': args.format,
+        'overlays': args.overlays,
+    }
+
+
+def standard_input() -> Iterator[str]:
+    """Lines of standard input, decoded as names of files are."""
+    with open(0, encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors(), closefd=False) as file:
+        yield from file
+
+
+def prepare(args: argparse.Namespace, files: PredictionFiles, settings: Dict[str, Any]) -> Tuple[Dict[str, Any], int]:
+    """The record of the run, and how many rows are done: of a new run, or of one that goes on."""
+    if files.record() is not None and not args.resume:
+        raise InputError(f'{files.folder} already holds predictions: go on with them by --resume, or choose another '
+                         f'--output-dir.')
+    make_folder(files.folder)
+    files.lock()
+    try:
+        return begin_or_go_on(args, files, settings)
+    except (InputError, OSError):
+        files.unlock()
+        raise
+
+
+def begin_or_go_on(
+        args: argparse.Namespace,
+        files: PredictionFiles,
+        settings: Dict[str, Any],
+) -> Tuple[Dict[str, Any], int]:
+    """As prepare, in a folder that no other run writes to."""
+    record = files.record()
+    if record is None:
+        count = write_image_list(files.list, args.images, standard_input(), files.folder, args.overlays)
+        record = {
+            'settings': settings, 'images': count, 'folder': os.getcwd(), 'complete': False, 'timm_arl': __version__,
+            'torch': str(torch.__version__), 'command': shlex.join(['python', '-m', 'timm_arl.predict', *sys.argv[1:]])}
+        files.start(record)
+        return record, 0
+    for key, value in settings.items():
+        if record['settings'].get(key) != value:
+            raise InputError(f'The run in {files.folder} was started with other settings ({key} '
+                             f'{record["settings"].get(key)!r}, not {value!r}): resume it with the same ones, or '
+                             f'choose another --output-dir.')
+    if record['complete']:
+        files.tidy()
+        return record, record['images']
+    if not files.list.exists():
+        raise InputError(f'{files.list} is missing, and the run cannot go on: choose another --output-dir.')
+    return record, files.join()
+
+
+def finish(files: PredictionFiles, record: Dict[str, Any]) -> Dict[str, Any]:
+    """Join the parts, count the images that could not be read, and mark the run as complete."""
+    rows = files.join()
+    assert rows == record['images'], (rows, record['images'])
+    count, first = 0, []
+    for row in files.read():
+        if row['error']:
+            count += 1
+            first += [f'{row["image"]}: {row["error"]}'] if count <= NAMED else []
+    record = {**record, 'complete': True, 'failed': count, 'first_failed': first}
+    files.finish(record)
+    return record
+
+
+def predict(args: argparse.Namespace) -> int:
+    rank, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    say = print if rank == 0 else lambda *args, **kwargs: None
+    if args.format == 'parquet' and find_spec('pyarrow') is None:
+        raise InputError('--format parquet needs pyarrow: pip install pyarrow, or choose csv or jsonl.')
+    predictor = load_predictor(args)
+    if processes > 1:
+        dist.init_process_group('gloo', timeout=timedelta(days=7))  # how long one may wait for the others at the end
+    files = PredictionFiles(Path(args.output_dir), args.format, predictor.labels)
+    settings = settings_of(args, predictor)
+    record, done = on_first(lambda: prepare(args, files, settings))
+    for remark in predictor.remarks:
+        say(f'note: {remark}', file=sys.stderr)
+    if done:
+        say(f'{done} of {record["images"]} images were done before.')
+    seconds = 0.
+    if not record['complete']:
+        if rank:
+            files.lock(shared=True)
+        start = time.monotonic()
+        predict_rows(args, predictor, files, record, done, rank, processes)
+        if processes > 1:
+            dist.barrier()
+        seconds = time.monotonic() - start
+        record = on_first(lambda: finish(files, record))
+    if rank == 0:
+        report(files, record, (record['images'] - done) / seconds if seconds else 0.)
+    return 1 if record['failed'] else 0
+
+
+def predict_rows(
+        args: argparse.Namespace,
+        predictor: Predictor,
+        files: PredictionFiles,
+        record: Dict[str, Any],
+        done: int,
+        rank: int,
+        processes: int,
+) -> None:
+    """Read the images of this process that are not done, ask the network, and append the rows."""
+    settings, unsaid = record['settings'], set() if rank else set(REMARKS)
+    own = OwnImages(files.list, record['images'], done + rank, processes)
+    loader: DataLoader = DataLoader(
+        Pictures(predictor.cutter, record['folder'], args.overlays), args.batch_size, sampler=own,
+        num_workers=min(args.workers, -(-len(own) // args.batch_size)), collate_fn=collate,
+        pin_memory=predictor.device.type == 'cuda')
+    with files.writer(rank, processes, done) as writer, tqdm(
+            total=record['images'] - done, unit=' images', disable=True if rank else None) as bar:
+        for seen, crops in loader if len(own) else ():
+            rows = [{'image': image.name, 'error': image.reason} for image in seen]
+            readable = [i for i, image in enumerate(seen) if not image.reason]
+            if readable:
+                probabilities = predictor.probabilities(predictor.normalise(crops.to(predictor.device)))
+                written = predictor.calibrated(probabilities) if args.calibrated else probabilities.numpy()
+                for i, p, values in zip(readable, probabilities, written.tolist()):
+                    rows[i].update(zip(files.labels, values))
+                    rows[i].update(zip(files.decisions, predictor.decide(p, settings['threshold_name']).values()))
+                    if args.overlays:
+                        draw(predictor, seen[i], files.overlays, captions(files, rows[i], thresholds_shown(settings)))
+                    if seen[i].remark in unsaid:
+                        unsaid.remove(seen[i].remark)
+                        remark = REMARKS[seen[i].remark].format(side=predictor.img_size)
+                        bar.write(f'note: {seen[i].name} {remark}. Others like it are not named.', file=sys.stderr)
+            writer.append(rows)  # after the pictures: where there is a row, its picture is complete
+            bar.update(len(seen) * processes)
+
+
+def draw(predictor: Predictor, image: Seen, folder: Path, captions: Sequence[str]) -> None:
+    """Write an image and, beside it, its class activation maps with what was found."""
+    assert image.picture is not None
+    maps = predictor.explain(image.picture, gates=False, image_id=Path(image.name).stem)
+    shown = image.picture
+    shown.thumbnail((LARGEST_MAP, LARGEST_MAP))
+    with replacing(make_folder(folder) / f'{image.stem}.png') as temporary:
+        panel([(shown, image.stem), *zip(maps.values(), captions)], 1 + len(maps)).save(temporary, 'PNG')
+
+
+def thresholds_shown(settings: Dict[str, Any]) -> Dict[str, float]:
+    """The thresholds in the unit of the probabilities that are written."""
+    return {label: float(apply_temperature(p, settings['temperatures'][label])) if settings['calibrated'] else p
+            for label, p in settings['thresholds'].items()}
+
+
+def captions(files: PredictionFiles, row: Dict[str, Any], thresholds: Dict[str, float]) -> List[str]:
+    """For each label what was found: 'melanoma 0.031 (not above 0.277)'."""
+    return [f'{label_words(label)} {row[label]:.3f} ({"above" if row[decision] else "not above"} '
+            f'{thresholds[label]:.3f})' for label, decision in zip(files.labels, files.decisions)]
+
+
+def report(files: PredictionFiles, record: Dict[str, Any], speed: float) -> None:
+    """Print what was found, what could not be read, and what the numbers are not."""
+    settings = record['settings']
+    thresholds = thresholds_shown(settings)
+    for row in files.read() if record['images'] <= SHOWN and files.rows == files.path else ():
+        name = row['image'].encode(errors='backslashreplace').decode()  # as it is in the file
+        print(f'{name}: {row["error"] or ", ".join(captions(files, row, thresholds))}')
+    print(f'Thresholds: {settings["threshold_name"]}, ' + ', '.join(
+        f'{label_words(label)} {p:.3f}' for label, p in thresholds.items()) + '.')
+    print(f'Written: {files.path} ({record["images"]} images' + (f', {speed:.1f} images/s)' if speed else ')'))
+    if settings['overlays']:
+        print(f'Written: {files.overlays}')
+    print('Not a medical device: for research only. A probability here is no risk of a disease.')
+    if record['failed']:
+        named = '; '.join(record['first_failed']) + '; ...' * (record['failed'] > NAMED)
+        print(f'{record["failed"]} of {record["images"]} images could not be read ({named}): see the column error.',
+              file=sys.stderr)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = build_parser()
+    args = parser.parse_intermixed_args(argv)
+    again = f'{args.output_dir} keeps what is done: the same command with --resume goes on.'
+    try:
+        return predict(args)
+    except (InputError, OSError) as error:
+        if os.environ.get('RANK', '0') == '0':
+            print(f'{parser.prog}: error: {error}', file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            what = 'The GPU has too little memory for the batch: choose a smaller --batch-size.'
+        elif 'DataLoader worker' in str(error):
+            what = (f'A process that reads images died ({" ".join(str(error).split())}): there is too little memory, '
+                    f'or an image makes its decoder crash. --workers 0 reads them one by one.')
+        else:
+            raise
+        print(f'{parser.prog}: error: {what} {again}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f'\nInterrupted. {again}', file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    sys.exit(main())
