@@ -47,7 +47,7 @@ def on_picture(maps: Any, boxes: Sequence[Sequence[float]], size: Tuple[int, int
     if maps.ndim != 3 or len(maps) != len(boxes):
         raise ValueError(f'{len(boxes)} boxes need maps of shape ({len(boxes)}, h, w), not {maps.shape}.')
     width, height = size
-    total, crops = np.zeros((2, height, width), np.float32)
+    total, crops = np.zeros((height, width), np.float32), np.zeros((height, width), np.uint16)
     for heat, box in zip(maps, boxes):
         left, top, right, bottom = box
         if not (-1 < left < right < width + 1 and -1 < top < bottom < height + 1):
@@ -56,7 +56,8 @@ def on_picture(maps: Any, boxes: Sequence[Sequence[float]], size: Tuple[int, int
         columns, across = _resampling(left, right, heat.shape[1], width)
         total[rows, columns] += down @ heat @ across.T
         crops[rows, columns] += 1
-    return np.divide(total, crops, out=np.full_like(total, np.nan), where=crops > 0)
+    with np.errstate(invalid='ignore'):  # 0 / 0 where no crop looked
+        return np.divide(total, crops, out=total)
 
 
 def _resampling(low: float, high: float, count: int, side: int) -> Tuple[slice, np.ndarray]:
@@ -100,10 +101,11 @@ def overlay(
     low, high = limits or (float(heat[seen].min()), float(heat[seen].max()))
     if not (low < high or limits is None):
         raise ValueError(f'Limits must be two rising numbers, not {limits}.')
-    grey = np.asarray(picture.convert('L'), np.float32)[..., None]
-    shade = colours((heat - low) / (high - low) if high > low else 0 * heat)
-    mixed = np.where(seen[..., None], OPACITY * shade + (1 - OPACITY) * grey, np.asarray(picture.convert('RGB')))
-    image = Image.fromarray(mixed.round().astype(np.uint8))
+    levels = np.nan_to_num((heat - low) / (high - low) if high > low else 0 * heat).clip(0, 1) * 255
+    shade = Image.fromarray(levels.round().astype(np.uint8))
+    shade.putpalette(colours(np.linspace(0, 1, 256)).round().astype(np.uint8).tobytes())
+    mixed = Image.blend(picture.convert('L').convert('RGB'), shade.convert('RGB'), OPACITY)
+    image = Image.composite(mixed, picture.convert('RGB'), Image.fromarray(seen.astype(np.uint8) * 255))
     if image.width < SMALLEST_WIDTH:
         image = image.resize(
             (SMALLEST_WIDTH, round(image.height * SMALLEST_WIDTH / image.width)), Image.Resampling.BICUBIC)
