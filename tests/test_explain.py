@@ -25,7 +25,7 @@ from timm_arl.isic.task import DIAGNOSES
 from timm_arl.isic.transforms import eval_transform
 
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-ARL = ['arl_cnn14', 'arl_cnn14_channel', 'arl_cnn14_mixed', 'arl_tf_efficientnet_lite0']
+ARL = ['arl_cnn14', 'arl_cnn50', 'arl_cnn14_channel', 'arl_cnn14_mixed', 'arl_tf_efficientnet_lite0']
 OTHERS = ['resnet14', 'seresnet14', 'ran14', 'resnet18', 'convnext_atto', 'tf_efficientnet_lite0']
 
 
