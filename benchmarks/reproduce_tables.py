@@ -34,17 +34,22 @@ from timm_arl.extras import require
 
 require('train', __name__)
 
+import numpy as np
 from tqdm import tqdm
 
 from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
 from timm_arl.files import make_folder, read_rows, replacing, write_json, write_rows
 from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
+from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES
 from timm_arl.isic.predictions import read_predictions
-from timm_arl.predictor import Predictor
+from timm_arl.isic.task import DIAGNOSES, diagnoses_of, label_words
+from timm_arl.isic.transforms import restore_aspect
+from timm_arl.predictor import Predictor, read_picture
 from timm_arl.training.arguments import RunError, check_not_empty, number
 from timm_arl.training.runs import check_output_dir
 from timm_arl.training.tables.architectures import table1_lines
+from timm_arl.training.tables.figures import FIGURES, Shown, draw_figures
 from timm_arl.training.tables.maps import GAUSSIAN, gaussian_rows, map_lines, map_rows, mask_lines, mask_rows
 from timm_arl.training.tables.pages import cell, differences, write_table
 from timm_arl.training.tables.rows import PLAIN, TABLES, TITLES, pairs_of, printed_figures
@@ -62,13 +67,17 @@ def build_parser():
         description=__doc__.split('\n\n')[0], epilog=__doc__.split('\n\n', 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('table', choices=list(TITLES), help='; '.join(f'{name}: {title}' for name, title in TITLES.items()))
-    add('--data', metavar='DIR|HUB_ID|demo', help='as for finetune_isic.py; table1 and table7 need none')
+    add('table', choices=[*TITLES, 'figures'],
+        help='; '.join(f'{name}: {title}' for name, title in TITLES.items()) + '; figures: pictures of two networks')
+    add('--data', metavar='DIR|HUB_ID|demo', help='as for finetune_isic.py; table1, table7 and figures need none')
     add('--output-dir', required=True, metavar='O', help='folder for tables, predictions and runs')
     add('--seeds', type=number(int, 0, 2 ** 32 - 1), nargs='+', default=[0, 1, 2],
         help='a run for each (default: 0 1 2)')
     add('--row', nargs='+', metavar='ROW', help='make only the runs of these rows (default: all)')
-    add('--model', nargs='+', metavar='NAME', help='make only the runs of these networks (default: all)')
+    add('--model', nargs='+', metavar='NAME',
+        help='make only the runs of these networks (default: all); for figures, two checkpoints')
+    add('--images', metavar='FOLDER', help='for figures: the images that are shown (default: test images of --data)')
+    add('--count', type=number(int, 1), default=4, help='for figures: images in each (default: %(default)s)')
     add('--weights', nargs='+', default=[], metavar='NAME=FILE',
         help=f'ImageNet weights of a network as a .safetensors file, such as {PLAIN}=FILE (default: from the Hub)')
     add('--check', action='store_true', help='run nothing: compute every figure again and compare it with the table')
@@ -85,13 +94,15 @@ def parse_args(parser):
     check_not_empty(args)
     if len(set(args.seeds)) < len(args.seeds):
         raise RunError('--seeds names a seed twice.')
-    if not args.data and args.table not in ('table1', 'table7'):
+    if not args.data and args.table not in ('table1', 'table7', 'figures'):
         raise RunError(f'{args.table} needs --data.')
+    if args.table == 'figures' and (len(args.model or ()) != 2 or not (args.data or args.images)):
+        raise RunError('figures needs two networks and images: --model A B, and --images FOLDER or --data.')
     rows = TABLES.get(args.table, [])
     names, models = ([getattr(row, key) for row in rows if row.model] for key in ('name', 'model'))
     for flag, known in (('row', names), ('model', models)):
         for name in getattr(args, flag) or ():
-            if name not in known:
+            if name not in known and args.table != 'figures':
                 raise RunError(f'--{flag} {name} is not in {args.table}'
                                + (f': choose {", ".join(dict.fromkeys(known))}.' if known else '.'))
     args.files = {}
@@ -341,6 +352,29 @@ def network_lines(args, out):
     return map_lines(found, pairs, how), {**about, GAUSSIAN: 'a map that has not seen the picture'}
 
 
+def picture_of(split, row):
+    return restore_aspect(decode(split[row]['image']), split[row].get('aspect_ratio', 1.))
+
+
+def figures(args, out):
+    """The paper's pictures for two checkpoints."""
+    predictors = [Predictor(name) for name in args.model]
+    if args.images:
+        paths = sorted(path for path in Path(args.images).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
+        images = [Shown(path.stem, partial(read_picture, path)) for path in paths]
+    else:
+        test = load_splits(args.data)['test']
+        diagnoses = diagnoses_of(label_array(test))
+        images = [Shown(test[row]['image_id'], partial(picture_of, test, row), label_words(DIAGNOSES[diagnoses[row]]))
+                  for row in np.argsort(-diagnoses, kind='stable').tolist()]  # rare diagnoses first
+    if not images:
+        raise RunError(f'There is no image in {args.images}: name a folder with {", ".join(sorted(IMAGE_SUFFIXES))}.')
+    reasons = draw_figures(out, predictors, images, args.count, partial(tqdm, desc='figures', leave=False))
+    for name, what in FIGURES.items():
+        print(f'{name}.png: {what}' if not reasons[name] else f'{name}.png was not drawn: {reasons[name]}.')
+    print(f'In {out}')
+
+
 def main():
     parser = build_parser()
     try:
@@ -349,6 +383,9 @@ def main():
         check_output_dir(out)
         make_folder(out)
         failed = False
+        if args.table == 'figures':
+            figures(args, out)
+            return
         if args.table == 'table1':
             lines, about = table1_lines(args)
         elif args.table == 'table7':

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 from test_finetune_isic import few  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.slow
@@ -145,6 +146,25 @@ def test_masks_and_maps_of_the_trained_networks(call, few, made):  # noqa: F811
         - float(maps['centred_gaussian', 'pointing game']['measured']), abs=2e-4)
 
 
+def test_figures_of_two_checkpoints_and_a_folder(call, made, tmp_path):
+    out, _, _ = made
+    (tmp_path / 'images').mkdir()
+    for k, colour in enumerate(('brown', 'black')):
+        picture = Image.new('RGB', (90, 60), 'pink')
+        picture.paste(colour, (30, 20, 60, 40))
+        picture.save(tmp_path / 'images' / f'{k}.png')
+    models = ['--model', out / 'runs' / 'arl_cnn14-seed0', 'arl_cnn14.isic2017']
+    done = call('reproduce_tables', 'figures', '--images', tmp_path / 'images', *models, '--output-dir', tmp_path / 'f')
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / 'f').iterdir()} == {f'fig{k}.png' for k in (5, 6, 7, 9, 10)}
+    for path in (tmp_path / 'f').iterdir():
+        with Image.open(path) as drawn:
+            assert drawn.width > 600 and len(drawn.convert('L').getcolors()) > 50
+    (tmp_path / 'none').mkdir()
+    done = call('reproduce_tables', 'figures', '--images', tmp_path / 'none', *models, '--output-dir', tmp_path / 'f')
+    assert done.returncode == 2 and 'no image' in done.stderr
+
+
 @pytest.mark.parametrize('args, says', [
     (['table3', '--output-dir', 'o'], '--data'),
     (['table3', '--data', 'demo', '--output-dir', 'o', '--row', 'resnet34'], 'resnet14'),
@@ -154,6 +174,7 @@ def test_masks_and_maps_of_the_trained_networks(call, few, made):  # noqa: F811
     (['table3', '--data', 'demo', '--output-dir', 'o', '--weights', 'resnet50=missing'], 'no file missing'),
     (['table3', '--data', 'nowhere', '--output-dir', 'o'], 'nowhere'),
     (['table7', '--output-dir', 'o', '--check'], 'make the table first'),
+    (['figures', '--data', 'demo', '--output-dir', 'o', '--model', 'arl_cnn14'], '--model A B'),
     (['maps', '--data', 'demo', '--output-dir', 'o'], 'make those tables first'),
 ])
 def test_bad_input_is_one_sentence(call, tmp_path, args, says):
