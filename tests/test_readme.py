@@ -26,7 +26,7 @@ from timm_arl.isic.task import LABELS
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(REPO)): path.read_text(encoding='utf-8') for path in (
-    *(REPO / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'hub_cards/README.md')),
+    *(REPO / name for name in ('README.md', 'RESULTS.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'hub_cards/README.md')),
     *sorted((REPO / 'docs').glob('*.md')))}
 COMMANDS = ('accelerate', 'make', 'pip', 'python', 'torchrun')
 NOT_OURS = ('git', 'hf', 'isic', 'pre-commit')  # programs of other projects, which the tests do not install
