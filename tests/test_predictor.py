@@ -81,7 +81,7 @@ def test_as_the_run_prepared_its_images(trained, picture):
     plain = Predictor(trained({'crops': 'center'}))
     tensor, boxes = plain.prepare(picture)
     assert tensor.shape == (1, 3, 64, 64) and plain.thresholds == {'official': dict.fromkeys(LABELS, .5)}
-    assert plain.point == 'official' and plain.temperatures == {}
+    assert plain.point == 'official' and plain.temperatures == {} and 'using 0.5' in plain.remarks[0]
     assert np.array_equal(plain.calibrated(torch.tensor([.25, .75])), [.25, .75])
     assert Predictor(trained({'crops': 'center'}), crops='paper').prepare(picture)[0].shape[0] == 9
     greyed = Predictor(trained({'crops': 'center', 'grey_world': True}))
@@ -155,7 +155,7 @@ def test_onnx(tmp_path, shipped, picture):
     with pytest.raises(ValueError, match='gives no maps'):
         onnx.explain(picture)
     bare = Predictor(export_onnx(checkpoint.network(), tmp_path / 'bare.onnx'))
-    assert bare.point == 'official' and 'holds no thresholds' in bare.remarks[0]
+    assert bare.point == 'official' and 'has no thresholds' in bare.remarks[0]
     assert bare.sha256 != onnx.sha256
 
 

@@ -195,7 +195,9 @@ def begin_or_go_on(
 def finish(files: PredictionFiles, record: Dict[str, Any]) -> Dict[str, Any]:
     """Join the parts, count the images that could not be read, and mark the run as complete."""
     rows = files.join()
-    assert rows == record['images'], (rows, record['images'])
+    if rows != record['images']:
+        raise InputError(f'{files.folder} has {rows} of {record["images"]} rows, although all processes are done: is '
+                         f'it on a disk that all of them share?')
     count, first = 0, []
     for row in files.read():
         if row['error']:

@@ -143,6 +143,9 @@ class Predictor:
         self.temperatures = _per_label({'': saved.get('temperatures')}).get('', {})
         self.thresholds.setdefault('official', dict.fromkeys(self.labels, OFFICIAL_THRESHOLD))
         self.point = self.operating_point('youden') or 'official'
+        if len(self.thresholds) == 1:
+            self.remarks.append(f'{self.name} has no thresholds that were chosen on validation images: using '
+                                f'{OFFICIAL_THRESHOLD}.')
         if saved.get('lesion_crop'):
             self.remarks.append(f'{self.name} was trained on pictures cut to the lesion: cut yours, which are shown '
                                 f'whole.')
@@ -161,7 +164,7 @@ class Predictor:
         except WeightsError as error:
             saved = {}
             self.remarks.append(f'How {self.name} was evaluated is not known ({error.cause}): using crops '
-                                f'{USUAL_CROPS} and thresholds of {OFFICIAL_THRESHOLD}.')
+                                f'{USUAL_CROPS}.')
         self.sha256 = tensors_sha256(Path(model.pretrained_cfg['file']))
         self.network = model.to(self.device, memory_format=torch.channels_last).eval()
         return resolve_model_data_config(model), saved
@@ -187,9 +190,6 @@ class Predictor:
                                f'that was fine-tuned on them, {DEFAULT_MODEL} for one.')
         if about.get('weights') == 'random':
             self.remarks.append(f'{self.name} holds random weights: its probabilities mean nothing.')
-        if 'thresholds' not in about and about.get('weights') != 'random':
-            self.remarks.append(f'{self.name} holds no thresholds: using {OFFICIAL_THRESHOLD}. Export it again from a '
-                                f'checkpoint that has some.')
         self.sha256 = sha256_of(Path(self.name))
         return about, about
 
