@@ -9,7 +9,8 @@ Thresholds and temperatures are chosen on the validation split, never on the tes
     metrics.json              scores keyed by split; at the threshold 0.5, and a list of other operating points
     predictions_SPLIT.csv     image_id and a probability for each label
     roc_SPLIT.png, reliability_SPLIT.png; curves.png and alphas.png where the checkpoint has a summary.csv
-    report.md                 with --report: all of it on one page
+    report.html               with --report: all of it on one page, with images and what the network sees in them;
+                              one file that needs no network
     evaluation.json           what was scored and how: digest of the weights, command, versions, crops, --alpha-zero
 These files replace an earlier evaluation in that folder; other files there stay. Each look at the test split is
 recorded in looks.csv, in the output folder and in the folder of the checkpoint's run.
@@ -45,6 +46,7 @@ from timm_arl.isic.calibration import (
 )
 from timm_arl.isic.dataset import DataError, check_usable, load_splits
 from timm_arl.isic.dataset.duplicates import read_pairs
+from timm_arl.isic.html_report import Comparison, Training, html_report
 from timm_arl.isic.metrics import (
     auc_table,
     compare,
@@ -55,16 +57,16 @@ from timm_arl.isic.metrics import (
 )
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
 from timm_arl.isic.predictions import read_predictions, write_predictions
-from timm_arl.isic.report import markdown_report
 from timm_arl.isic.task import LABELS, has_isic_outputs, label_words
-from timm_arl.isic.transforms import CROPS
+from timm_arl.isic.transforms import CROPS, EvalCrops
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number
+from timm_arl.training.examples import report_examples
 from timm_arl.training.images import check_images, has_masks, image_loader, predict
 from timm_arl.training.runs import check_output_dir, record_look
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
-    'metrics.json', 'evaluation.json', 'report.md', 'curves.png', 'alphas.png',
+    'metrics.json', 'evaluation.json', 'report.html', 'report.md', 'curves.png', 'alphas.png',  # .md: of 0.1
     *(name.format(split) for split in ('validation', 'test')
       for name in ('predictions_{}.csv', 'roc_{}.png', 'reliability_{}.png'))}
 
@@ -84,7 +86,7 @@ def build_parser():
     add('--crops', choices=CROPS,
         help="crops per image, whose probabilities are averaged (default: as in the checkpoint's run, or multiscale)")
     add('--output-dir', required=True, help="where to write; not the folder of the checkpoint's run")
-    add('--report', action='store_true', help='write report.md')
+    add('--report', action='store_true', help='write report.html, one page that holds images of the split')
     add('--alpha-zero', action='store_true', help='set every alpha to 0: the same network without its attention')
     add('--compare', metavar='PREDICTIONS.csv',
         help="predictions of another network on the same images: paired differences, this checkpoint minus the other")
@@ -108,7 +110,11 @@ def build_parser():
 
 
 def images_of_the_run(args, accelerator, checkpoint):
-    """Prepare the images as in the checkpoint's own run, where the command line does not say how."""
+    """Prepare the images as in the checkpoint's own run, where the command line does not say how.
+
+    Returns:
+        The arguments of that run; empty where they are not known.
+    """
     try:
         saved = checkpoint.arguments()
     except WeightsError as error:
@@ -121,6 +127,7 @@ def images_of_the_run(args, accelerator, checkpoint):
             setattr(args, name, saved.get(name, value))
     accelerator.print('Images: ' + ', '.join(f'{name.replace("_", "-")} {getattr(args, name)}' for name in usual) + (
         ' (as in training, where not given)' if saved else ''))
+    return saved
 
 
 def load_network(args):
@@ -208,7 +215,7 @@ def evaluate(args):
     shown = (folder.name if checkpoint.folder else args.checkpoint) + ', alpha zero' * args.alpha_zero
     summary = [] if args.alpha_zero else epochs_of(folder, accelerator)
     alphas = [name for name in alphas_of(model) if summary and name in summary[0]]
-    images_of_the_run(args, accelerator, checkpoint)
+    saved = images_of_the_run(args, accelerator, checkpoint)
     data_config = resolve_model_data_config(model)
     if args.img_size:
         data_config['input_size'] = (3, args.img_size, args.img_size)
@@ -252,11 +259,12 @@ def evaluate(args):
         columns = {c: list(split[c]) for c in ('sex', 'age_approximate') if c in split.column_names}
         scores['subgroups'] = subgroup_table(
             truth[name], probabilities[name], columns.get('sex'), columns.get('age_approximate'))
+    other = None
     if args.compare:
-        other = read_predictions(args.compare, loaders[args.split].dataset.image_ids)
+        other = Comparison(args.compare, read_predictions(args.compare, loaders[args.split].dataset.image_ids))
         metrics[args.split]['comparison'] = {
             'first': args.compare, 'second': shown,
-            **compare(truth[args.split], other, probabilities[args.split], seed=args.seed)}
+            **compare(truth[args.split], other.probabilities, probabilities[args.split], seed=args.seed)}
 
     # The look is recorded before anybody can see what it gave
     if args.split == 'test':
@@ -271,6 +279,14 @@ def evaluate(args):
         'timm': timm.__version__, 'torch': torch.__version__, 'img_size': data_config['input_size'][-1],
         'crops': args.crops, 'aspect': args.aspect, 'grey_world': args.grey_world, 'lesion_crop': args.lesion_crop,
         'seed': args.seed, 'alpha_zero': args.alpha_zero, 'tensors_sha256': tensors_sha256(weights)}
+    if args.report:
+        images = loaders[args.split]
+        examples = report_examples(
+            accelerator.unwrap_model(model), images.dataset, EvalCrops(data_config['input_size'][-1], args.crops),
+            images.normalise, probabilities[args.split], other and other.probabilities)
+        page = html_report(
+            shown, args.data, args.split, metrics, truth, probabilities, record,
+            Training(summary, alphas, saved.get('keep') == 'best'), examples, other)
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
     with replacing_evaluation(out) as new:
         write_json(new / 'metrics.json', metrics)
@@ -285,7 +301,7 @@ def evaluate(args):
         if alphas:
             alpha_plot(new / 'alphas.png', summary, alphas, folder.name)
         if args.report:
-            (new / 'report.md').write_text(markdown_report(metrics, record, new, args), encoding='utf-8')
+            (new / 'report.html').write_text(page, encoding='utf-8')
         written = sorted(path.name for path in new.iterdir())
     print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics))
     if args.compare:

@@ -1,5 +1,6 @@
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,19 @@ def isic_sample() -> str:
     if not folder.is_dir():
         pytest.skip(f'no ISIC 2017 sample at {folder} (set ISIC2017_SAMPLE)')
     return str(folder)
+
+
+@pytest.fixture(scope='session')
+def browser():
+    """A real browser, by Playwright's core: Debian's chromium, without a window."""
+    from playwright.sync_api import sync_playwright
+    path = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if path is None:
+        pytest.fail('no chromium to look at pages with: apt-get install chromium', pytrace=False)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])  # which root cannot have
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope='session')

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from pages import Page
 from PIL import Image
 
 import timm_arl  # noqa: F401  registers the models
 from timm_arl.factory import save_network, tensors_sha256
 from timm_arl.isic.dataset import label_array, load_splits
-from timm_arl.isic.metrics import auc
+from timm_arl.isic.metrics import auc, interval_text
 from timm_arl.isic.task import LABELS
 
 
@@ -67,14 +68,25 @@ def test_files(evaluated, checkpoint):
     assert {p.name for p in out.iterdir()} == {
         'metrics.json', 'evaluation.json', 'predictions_test.csv', 'predictions_validation.csv', 'roc_test.png',
         'roc_validation.png',
-        'reliability_test.png', 'reliability_validation.png', 'curves.png', 'alphas.png', 'report.md', 'looks.csv'}
+        'reliability_test.png', 'reliability_validation.png', 'curves.png', 'alphas.png', 'report.html', 'looks.csv'}
     for path in out.glob('*.png'):
         with Image.open(path) as picture:
             assert picture.width > 600 and len(np.unique(np.asarray(picture.convert('L')))) > 10
     assert str(out) in stdout and 'SYNTHETIC' not in stdout
-    report = (out / 'report.md').read_text()
-    assert 'Not a medical device' in report and '![ROC curves](roc_test.png)' in report
-    assert f'| img_size | `{64}` |' in report and 'evaluate_isic.py' in report
+    page = Page((out / 'report.html').read_text())
+    assert 'Not a medical device' in page.text and 'SYNTHETIC' not in page.text
+    assert ['img_size', '64'] in page.tables['Settings of this evaluation']
+    assert 'small copies of 256 px' in page.text and (out / 'report.html').stat().st_size < 2 ** 21
+    # beside each image its map of the label, and the mask of a gate
+    images = page.of('img')
+    ids = {row['image_id'] for row in rows(out / 'predictions_test.csv')}
+    assert 0 < len(images) <= 48 and len(images) % 3 == 0 and f'holds {len(images)} pictures' in page.text
+    for picture, cam, mask in zip(*(images[k::3] for k in range(3))):
+        assert any(f'image {image_id},' in picture['alt'] for image_id in ids)
+        assert 'Class activation map of' in cam['alt'] and 'Attention mask of layer' in mask['alt']
+    names = [row[0] for row in page.tables['The gate of each block: means over the images above'][1:]]
+    assert names == ['layer1.0', 'layer2.0', 'layer3.0', 'layer4.0']
+    assert any(svg.get('aria-label', '').startswith('The alpha of every block over') for svg in page.of('svg'))
     for folder in (out, checkpoint):  # each look at the test split is recorded
         looks = rows(folder / 'looks.csv')
         assert len(looks) == 1 and 'evaluate_isic.py' in looks[0]['command'] and float(looks[0]['mean_auc']) > 0
@@ -120,7 +132,14 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
     for label in LABELS:
         assert pair[label]['difference'] == pytest.approx(metrics[label]['auc'] - before[label]['auc'], abs=1e-6)
         assert 0 <= pair[label]['p_value'] <= 1
-    assert 'alpha zero' in pair['second'] and 'Paired differences' in (tmp_path / 'r' / 'report.md').read_text()
+    assert 'alpha zero' in pair['second']
+    page = Page((tmp_path / 'r' / 'report.html').read_text())
+    beside = page.tables['AUCs with 95 % intervals, and paired differences, test'][1:]
+    for row, label in zip(beside, LABELS):
+        texts = (interval_text(scores[label]['auc'], scores[label]['auc_ci95']) for scores in (metrics, before))
+        assert row[1:3] == list(texts) and row[3].startswith(f'{pair[label]["difference"]:+.3f}')
+    assert 'Every alpha is 0: the attention masks change nothing and are not shown.' in page.text
+    assert 'by the other network' in page.text and not any('mask' in image['alt'] for image in page.of('img'))
 
     # with every alpha at 0 the network is timm's ResNet, so its file gives the same probabilities
     resnet = timm.create_model('resnet14', num_classes=len(LABELS))
@@ -165,12 +184,12 @@ def test_an_output_folder_holds_one_evaluation_and_no_run(call, isic_sample, che
     assert done.returncode == 2 and 'holds a run or weights' in done.stderr, done.stderr
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     out.mkdir()
-    for name in ('roc_test.png', 'report.md', 'notes.txt', 'looks.csv'):
+    for name in ('roc_test.png', 'report.html', 'report.md', 'notes.txt', 'looks.csv'):
         (out / name).write_text('earlier')
     done = call('evaluate_isic', *usual, '--split', 'validation', '--output-dir', out)
-    assert done.returncode == 2 and 'holds a report.md that is not from an evaluation' in done.stderr, done.stderr
+    assert done.returncode == 2 and 'holds a report.html that is not from an evaluation' in done.stderr, done.stderr
     assert {path.name: path.read_text() for path in out.iterdir()} == dict.fromkeys(
-        ('roc_test.png', 'report.md', 'notes.txt', 'looks.csv'), 'earlier')
+        ('roc_test.png', 'report.html', 'report.md', 'notes.txt', 'looks.csv'), 'earlier')
     (out / 'evaluation.json').write_text('{}')  # then they are
     (out / '.evaluation').mkdir()
     (out / '.evaluation' / 'curves.png').write_text('of one that was killed')

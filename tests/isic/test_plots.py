@@ -1,4 +1,7 @@
 """Pictures as a reader sees them: nothing covered or cut, whole epochs, every marker visible, and the right words."""
+import re
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -131,3 +134,20 @@ def test_one_label(drawn, monkeypatch):
     for plot in (plots.roc_plot, plots.reliability_plot):
         assert len(drawn(plot, truth[:, :1], probabilities[:, :1], scores).axes) == 1
     assert words(drawn(plots.curve_plot, summary(2)).axes[1])[1] == 'mean'
+
+
+def test_a_panel_for_a_page_is_of_its_ink_and_loads_nothing():
+    truth, probabilities, scores = scored()
+    first, second = (plots.inline_svg(
+        lambda axes: plots.draw_roc(axes, LABELS[0], truth[:, 0], probabilities[:, 0], scores[LABELS[0]], 20),
+        'a "curve"', name) for name in ('one', 'two'))
+    root = ElementTree.fromstring(first)
+    assert root.get('role') == 'img' and root.get('aria-label') == 'a "curve"' and root.get('viewBox')
+    assert {'sensitivity', '0.30, one', '0.20, another'} <= {text.text.strip() for text in root.iter('text')}
+    assert 'http' not in first and '<style' not in first
+    assert not re.search('#000|#fff|black|white', first) and 'currentColor' in first and 'var(--ground)' in first
+    ids, others = (set(re.findall(' id="([^"]+)"', svg)) for svg in (first, second))
+    assert len(ids) == len(re.findall(' id="', first)) and not ids & others
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', first)) <= ids
+    # the page's ground shows through: nothing covers all of it
+    assert all('var(--ground)' not in (path.get('style') or '') for path in list(root.iter('path'))[:2])

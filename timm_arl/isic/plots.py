@@ -1,7 +1,13 @@
-"""Pictures of scores: ROC curves with intervals, reliability; losses, AUCs and alphas over the epochs."""
+"""Pictures of scores: ROC curves with intervals, reliability; losses, AUCs and alphas over the epochs.
+
+Each is a PNG file (`*_plot`), or panels for a web page (`inline_svg` of `draw_*`).
+"""
+import io
+import re
+from html import escape
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
 
 from ..extras import require
 
@@ -10,6 +16,7 @@ require('train', __name__)
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_curve
@@ -19,12 +26,40 @@ from .calibration import apply_temperature, reliability
 from .intervals import resampled_indices
 from .task import LABELS, label_words
 
-__all__ = ['alpha_plot', 'curve_plot', 'reliability_plot', 'roc_plot']
+__all__ = [
+    'alpha_plot', 'curve_plot', 'draw_alphas', 'draw_aucs', 'draw_losses', 'draw_reliability', 'draw_roc',
+    'draw_roc_pair', 'inline_svg', 'reliability_plot', 'roc_plot',
+]
 
 PathLike = Union[str, Path]
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00')  # Okabe and Ito's, for colour-blind eyes
 POINTS = (('o', 12, 'white'), ('s', 8, 'white'), ('^', 5, 'black'))  # nested where operating points coincide
+BLOCKS = LinearSegmentedColormap.from_list('', COLOURS[:4])  # seen on a white and on a black ground
 GRID = np.linspace(0, 1, 201)
+
+
+def inline_svg(draw: Callable[[Axes], None], alt: str, name: str, size: Tuple[float, float] = (4.2, 4.8)) -> str:
+    """A panel as an <svg> for a page: text stays text, black is the page's ink and white its ground, nothing is loaded.
+
+    Args:
+        draw: What draws it, one of draw_*.
+        alt: What it shows, in words.
+        name: Unlike that of any other panel of the page, for its ids.
+        size: Width and height in inches, of which the page keeps the shape.
+    """
+    figure = _figure(*size, '')
+    draw(figure.add_subplot())
+    with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name}), io.StringIO() as file:
+        figure.savefig(file, format='svg', transparent=True)
+        svg = file.getvalue()
+    svg = svg[svg.index('<svg'):].strip()
+    for pattern, text in (
+            (r'<metadata>.*?</metadata>|<style .*?</style>|<!--.*?-->|<\?.*?\?>', ''), (r' xmlns(:xlink)?="[^"]*"', ''),
+            ('xlink:href', 'href'), (r'(?<=<svg) [^>]*?viewBox="([^"]*)"[^>]*', r' viewBox="\1"'),
+            (r'( id="|href="#|url\(#)', rf'\g<1>{name}-'),  # the same names in each panel
+            ('#000000|(?<=: )black', 'currentColor'), ('#ffffff', 'var(--ground)'), (r'\n\s*', '\n')):
+        svg = re.sub(pattern, text, svg, flags=re.DOTALL)
+    return svg.replace('<svg', f'<svg class="plot" role="img" aria-label="{escape(alt)}"', 1)
 
 
 def roc_plot(
@@ -46,26 +81,56 @@ def roc_plot(
         resamples: Number of bootstrap resamples of the bands.
     """
     figure, panels = _panels(len(LABELS), 5.8, title)
-    index = resampled_indices(len(truth), resamples)
-    for axes, colour, label, t, p in zip(panels, cycle(COLOURS), LABELS, truth.T, probabilities.T):
-        task = scores[label]
-        axes.plot([0, 1], [0, 1], color='0.6', linewidth=1, linestyle=':')
-        axes.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        if task['auc'] is None:
-            axes.set_title(f'{label_words(label)}: undefined, all images are of one class', fontsize=10)
-            continue
-        band = np.percentile(_sensitivities(t, p, index), (2.5, 97.5), axis=0)
-        axes.fill_between(GRID, *band, color=colour, alpha=0.18, linewidth=0)
-        fpr, tpr, _ = roc_curve(t, p, drop_intermediate=False)
-        axes.plot(fpr, tpr, color=colour, linewidth=1.8)
-        points = [{'name': 'official', **task}, *task['operating_points']]
-        for point, (marker, size, colour) in zip(points, cycle(POINTS)):
-            axes.plot(1 - point['specificity'], point['sensitivity'], marker, markersize=size, markeredgecolor='black',
-                      color=colour, label=f'{point["threshold"]:.2f}, {point["name"]}')
-        _legend(axes, title='threshold', title_fontsize=9)
-        axes.set_title('{}: AUC {:.3f} [{:.3f}, {:.3f}]'.format(
-            label_words(label), task['auc'], *task['auc_ci95']), fontsize=10)
+    for axes, label, t, p in zip(panels, LABELS, truth.T, probabilities.T):
+        draw_roc(axes, label, t, p, scores[label], resamples)
+        axes.set_title(label_words(label) + (
+            ': undefined, all images are of one class' if scores[label]['auc'] is None
+            else ': AUC {:.3f} [{:.3f}, {:.3f}]'.format(scores[label]['auc'], *scores[label]['auc_ci95'])), fontsize=10)
     _save(figure, path)
+
+
+def draw_roc(
+        axes: Axes,
+        label: str,
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        task: Dict[str, Any],
+        resamples: int = 500,
+) -> None:
+    """The panel of one label of roc_plot, without its title; arrays of shape (N,), `task` its scores."""
+    _roc_axes(axes)
+    if task['auc'] is None:
+        return
+    band = np.percentile(
+        _sensitivities(truth, probabilities, resampled_indices(len(truth), resamples)), (2.5, 97.5), axis=0)
+    axes.fill_between(GRID, *band, color=_colour(label), alpha=0.18, linewidth=0)
+    _roc_line(axes, truth, probabilities, color=_colour(label))
+    points = [{'name': 'official', **task}, *task['operating_points']]
+    for point, (marker, size, colour) in zip(points, cycle(POINTS)):
+        axes.plot(1 - point['specificity'], point['sensitivity'], marker, markersize=size, markeredgecolor='black',
+                  color=colour, label=f'{point["threshold"]:.2f}, {point["name"]}')
+    _legend(axes, title='threshold', title_fontsize=9)
+
+
+def draw_roc_pair(
+        axes: Axes,
+        label: str,
+        truth: np.ndarray,
+        networks: Dict[str, np.ndarray],
+) -> None:
+    """The ROC curves of a label for two networks.
+
+    Args:
+        axes: Where.
+        label: Which.
+        truth: 0 or 1, shape (N,).
+        networks: By name, probabilities of shape (N,).
+    """
+    _roc_axes(axes)
+    for (name, p), colour, style in zip(networks.items(), (_colour(label), '0.5'), ('-', '--')):
+        if 0 < truth.sum() < len(truth):
+            _roc_line(axes, truth, p, color=colour, linestyle=style, label=name)
+    _legend(axes)
 
 
 def reliability_plot(
@@ -85,28 +150,39 @@ def reliability_plot(
         title: Above the picture.
     """
     figure, panels = _panels(len(LABELS), 5.8, title)
+    for axes, label, t, p in zip(panels, LABELS, truth.T, probabilities.T):
+        draw_reliability(axes, label, t, p, scores[label])
+        axes.set_title(label_words(label), fontsize=10)
+    _save(figure, path)
+
+
+def draw_reliability(
+        axes: Axes,
+        label: str,
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        task: Dict[str, Any],
+) -> None:
+    """The panel of one label of reliability_plot, without its title; arrays of shape (N,), `task` its scores."""
     example = 10 ** int(np.log10(max(len(truth) / 2, 1)))  # of a circle's area
 
     def area(images: float) -> float:
         return 12 + 400 * images / len(truth)
 
-    for axes, colour, label, t, p in zip(panels, cycle(COLOURS), LABELS, truth.T, probabilities.T):
-        calibration = scores[label]['calibration']
-        temperature = calibration['temperature']
-        axes.plot([0, 1], [0, 1], color='0.6', linewidth=1, linestyle=':')
-        for values, line_colour, style, name in (
-                (p, colour, '-', f'as given, ECE {calibration["ece"]:.3f}'),
-                (apply_temperature(p, temperature), '0.35', '--',
-                 f'with temperature T = {temperature:.2f}, ECE {calibration["ece_with_temperature"]:.3f}')):
-            rows = reliability(t, values)
-            x, y = [r['probability'] for r in rows], [r['positives'] for r in rows]
-            axes.plot(x, y, style, color=line_colour, linewidth=1.2, label=name)
-            axes.scatter(x, y, [area(r['images']) for r in rows], color=line_colour, alpha=0.5)
-        axes.scatter([], [], area(example), color='white', edgecolor='black', label=f'{example} images')
-        axes.set(xlabel='mean probability', ylabel='share of positives', xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
-        _legend(axes)
-        axes.set_title(label_words(label), fontsize=10)
-    _save(figure, path)
+    calibration = task['calibration']
+    temperature = calibration['temperature']
+    axes.plot([0, 1], [0, 1], color='0.6', linewidth=1, linestyle=':')
+    for values, colour, style, name in (
+            (probabilities, _colour(label), '-', f'as given, ECE {calibration["ece"]:.3f}'),
+            (apply_temperature(probabilities, temperature), '0.5', '--',
+             f'with temperature T = {temperature:.2f}, ECE {calibration["ece_with_temperature"]:.3f}')):
+        rows = reliability(truth, values)
+        x, y = [r['probability'] for r in rows], [r['positives'] for r in rows]
+        axes.plot(x, y, style, color=colour, linewidth=1.2, label=name)
+        axes.scatter(x, y, [area(r['images']) for r in rows], color=colour, alpha=0.5)
+    axes.scatter([], [], area(example), color='white', edgecolor='black', label=f'{example} images')
+    axes.set(xlabel='mean probability', ylabel='share of positives', xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+    _legend(axes)
 
 
 def curve_plot(path: PathLike, summary: List[Dict[str, Any]], title: str = '') -> None:
@@ -118,19 +194,32 @@ def curve_plot(path: PathLike, summary: List[Dict[str, Any]], title: str = '') -
         title: Above the picture.
     """
     figure, panels = _panels(2, 4.6, title)
-    best = max(summary, key=lambda row: float(row['validation_mean_auc']))
-    training = 'training, masks included' if 'train_mask_loss' in best else 'training'
-    losses = [('train_loss', training, '0.6'), ('validation_loss', 'validation', 'black')]
-    aucs = [*((f'validation_auc_{label}', label_words(label), colour) for label, colour in zip(LABELS, cycle(COLOURS))),
-            ('validation_mean_auc', 'mean', 'black')]
-    for axes, lines, ylabel in zip(panels, (losses, aucs), ('loss', 'AUC on validation')):
-        for column, name, colour in lines:
-            _over_epochs(axes, summary, column, name, colour)
-        axes.axvline(int(best['epoch']), color='0.6', linewidth=1, linestyle=':', zorder=0,
-                     label=f'best mean AUC: {float(best["validation_mean_auc"]):.3f}, epoch {best["epoch"]}')
-        axes.set_ylabel(ylabel)
-        _legend(axes, ncols=2)
+    for axes, draw in zip(panels, (draw_losses, draw_aucs)):
+        draw(axes, summary)
     _save(figure, path)
+
+
+def draw_losses(axes: Axes, summary: List[Dict[str, Any]]) -> None:
+    """The losses of curve_plot."""
+    training = 'training, masks included' if 'train_mask_loss' in summary[0] else 'training'
+    _curves(axes, summary, 'loss', [('train_loss', training, '0.6'), ('validation_loss', 'validation', 'black')])
+
+
+def draw_aucs(axes: Axes, summary: List[Dict[str, Any]]) -> None:
+    """The AUCs of curve_plot."""
+    _curves(axes, summary, 'AUC on validation', [
+        *((f'validation_auc_{label}', label_words(label), _colour(label)) for label in LABELS),
+        ('validation_mean_auc', 'mean', 'black')])
+
+
+def _curves(axes: Axes, summary: List[Dict[str, Any]], ylabel: str, lines: List[Tuple[str, str, str]]) -> None:
+    best = max(summary, key=lambda row: float(row['validation_mean_auc']))
+    for column, name, colour in lines:
+        _over_epochs(axes, summary, column, name, colour)
+    axes.axvline(int(best['epoch']), color='0.6', linewidth=1, linestyle=':', zorder=0,
+                 label=f'best mean AUC: {float(best["validation_mean_auc"]):.3f}, epoch {best["epoch"]}')
+    axes.set_ylabel(ylabel)
+    _legend(axes, ncols=2)
 
 
 def alpha_plot(path: PathLike, summary: List[Dict[str, Any]], alphas: Sequence[str], title: str = '') -> None:
@@ -143,16 +232,34 @@ def alpha_plot(path: PathLike, summary: List[Dict[str, Any]], alphas: Sequence[s
         title: Above the picture.
     """
     figure = _figure(8, 4.6, title)
-    axes = figure.add_subplot()
-    for k, name in enumerate(alphas):
-        colour = matplotlib.colormaps['viridis'](0.9 * k / max(len(alphas) - 1, 1))
-        _over_epochs(axes, summary, name, '' if k % (1 + len(alphas) // 20) else name.removesuffix('.alpha'), colour)
-    axes.axhline(0, color='0.6', linewidth=1, linestyle=':')
-    axes.set_ylabel('alpha')
-    axes.legend(fontsize=9, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    draw_alphas(figure.add_subplot(), summary, alphas)
     figure.supxlabel('y = x + F + alpha n(F) x. Above 0, the block strengthens its shortcut x where the mask n(F) is '
                      'high;\nbelow 0, it weakens it there; at 0, it is a residual block.', fontsize=9)
     _save(figure, path)
+
+
+def draw_alphas(axes: Axes, summary: List[Dict[str, Any]], alphas: Sequence[str]) -> None:
+    """The panel of alpha_plot, without the sentence that says what alpha does."""
+    for k, name in enumerate(alphas):
+        _over_epochs(axes, summary, name, '' if k % (1 + len(alphas) // 20) else name.removesuffix('.alpha'),
+                     BLOCKS(k / max(len(alphas) - 1, 1)))
+    axes.axhline(0, color='0.6', linewidth=1, linestyle=':')
+    axes.set_ylabel('alpha')
+    axes.legend(fontsize=9, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+
+
+def _colour(label: str) -> str:
+    return COLOURS[LABELS.index(label) % len(COLOURS)]
+
+
+def _roc_axes(axes: Axes) -> None:
+    axes.plot([0, 1], [0, 1], color='0.6', linewidth=1, linestyle=':')
+    axes.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+
+
+def _roc_line(axes: Axes, truth: np.ndarray, probabilities: np.ndarray, **kwargs: Any) -> None:
+    fpr, tpr, _ = roc_curve(truth, probabilities, drop_intermediate=False)
+    axes.plot(fpr, tpr, linewidth=1.8, **kwargs)
 
 
 def _sensitivities(truth: np.ndarray, probabilities: np.ndarray, index: np.ndarray) -> List[np.ndarray]:
