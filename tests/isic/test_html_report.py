@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from pages import Page
 from PIL import Image
+from sklearn.metrics import auc as area_under
 
 from timm_arl.isic.calibration import expected_calibration_error, subgroup_table
 from timm_arl.isic.html_report import Comparison, Example, Examples, Group, Shown, Training, html_report
@@ -128,6 +129,12 @@ def test_two_networks_side_by_side(rendered, compared):
                                              for s in (metrics['test'], theirs)),
                        interval_text(pair[label]['difference'], pair[label]['difference_ci95'], '+'),
                        f'{pair[label]["p_value"]:.3f}']
+    # the coloured curve is this network's: the area below it is its AUC
+    drawn = re.findall(r'<path d="([^"]*)"[^>]*stroke: #0072b2', html[html.index('pair-melanoma-'):], re.IGNORECASE)
+    path = max(drawn[:2], key=len)  # the other is in the legend
+    x, y = np.array(re.findall(r'[ML] ([\d.]+) ([\d.]+)', path), float).T
+    area = area_under((x - x.min()) / np.ptp(x), 1 - (y - y.min()) / np.ptp(y))
+    assert area == pytest.approx(metrics['test']['melanoma']['auc'], abs=1e-4) != theirs['melanoma']['auc']
     assert rows[-1][0] == 'mean' and 'OTHER/predictions_test.csv' in page.text
     assert sum(svg.get('aria-label', '').startswith('ROC curves of') for svg in page.of('svg')) == len(LABELS)
     assert 'Two networks' not in Page(rendered[0]).text
@@ -215,6 +222,8 @@ def test_on_paper(browser, compared, tmp_path):
     page.goto((tmp_path / 'report.html').as_uri())
     page.emulate_media(media='print')
     assert page.evaluate('document.documentElement.scrollWidth') == 688  # no table is cut off
+    assert page.evaluate('''[...document.querySelectorAll('.scroll')].every(
+        e => getComputedStyle(e).overflowX == 'visible' && e.scrollWidth <= e.clientWidth)''')
     assert page.evaluate("getComputedStyle(document.body).color") == 'rgb(0, 0, 0)'  # though the screen is dark
     assert page.evaluate('''[...document.querySelectorAll('figure, .confusion, tr')].every(
         e => getComputedStyle(e).breakInside == 'avoid')''')
