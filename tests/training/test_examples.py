@@ -123,6 +123,15 @@ def test_other_networks(split, name, kwargs, count, note, img_size):
     assert bool(examples.blocks) == name.startswith('arl')
 
 
+@pytest.mark.parametrize('attention', ['spatial', 'channel', 'mixed'])
+def test_the_scale_of_a_mask_spans_it(split, attention):
+    examples = shown(network(attention=attention), split)
+    for group in examples.groups:
+        _, (name, low, high, words) = group.scales
+        assert name == 'attention mask' and words.startswith('of layer')
+        assert (low, high) == (0, 1) if attention == 'mixed' else low <= 0.5 and high >= 1.5 and '1 is a flat' in words
+
+
 def test_masks_that_change_nothing_are_not_shown(split):
     model = network()
     with scaled_alphas(model, 0):

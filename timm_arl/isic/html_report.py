@@ -159,11 +159,13 @@ def html_report(
     environment.filters.update(words=label_words, number=number, uri=_data_uri)
     template = environment.from_string(TEMPLATE.read_text(encoding='utf-8'))
     shown = {of: _split(of, metrics[of], truth[of], probabilities[of]) for of in (split, *(metrics.keys() - {split}))}
-    pictures = [p for group in (*examples.groups, *examples.differing) for e in group.examples for p in e.pictures]
+    groups = (*examples.groups, *examples.differing)
+    pictures = [picture for group in groups for example in group.examples for picture in example.pictures]
     html = template.render(
         name=name, data=data, split=split, splits=shown, labels=LABELS, scores=metrics[split], record=record,
         synthetic=data == 'demo', training=training, examples=examples, pictures=len(pictures), today=date.today(),
         coarse=0 < examples.side < COARSE, official=OFFICIAL_THRESHOLD, curves=_curves(training),
+        kinds={scale[0] for group in groups for scale in group.scales},
         warnings=_warnings(metrics[split], probabilities[split], truth[split]), blocks=_blocks(examples),
         colours=['rgb({:.0f} {:.0f} {:.0f})'.format(*colour) for colour in colours(np.linspace(0, 1, 9))],
         sections=[

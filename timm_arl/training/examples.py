@@ -18,7 +18,9 @@ from ..isic.transforms import EvalCrops, seeded
 __all__ = ['most_certain', 'most_different', 'most_wrong', 'report_examples']
 
 WIDTH = 360  # px of a picture; overlay enlarges what is narrower
-FLAT = (0.5, 1.5)  # a mask within these, whose mean is 1, is shown as nearly flat as it is
+SCALES = {  # of masks: what the numbers are, and what their scale spans at least, so that a flat mask looks flat
+    'spatial': ('1 is a flat mask', (0.5, 1.5)), 'channel': ('1 is a flat mask', (0.5, 1.5)),
+    'mixed': ('its mean over the channels', (0., 1.))}
 
 
 def most_wrong(truth: np.ndarray, probabilities: np.ndarray, count: int = 2) -> List[int]:
@@ -106,8 +108,9 @@ def report_examples(
     looks = {row: _look(model, images, row, crops, normalise) for row in rows}
     blocks = _blocks([look.gates for look in looks.values()])
     share, block = max(((share, name) for name, _, share, _ in blocks), default=(0., ''))
+    kind = str(model.get_submodule(block).attention) if block else 'spatial'
     overlays = {label: _overlays(label, looks, [row for of, *_, some in chosen if of == label for row in some],
-                                 block if share else '') for label in LABELS}
+                                 block if share else '', SCALES[kind]) for label in LABELS}
     groups: Tuple[List[Group], List[Group]] = [], []
     for label, differs, title, text, some in chosen:
         groups[differs].append(Group(
@@ -153,7 +156,13 @@ def _blocks(gates: List[Dict[str, GateMap]]) -> List[Tuple[str, float, float, fl
             for name, gate in (gates[0].items() if gates else ())]
 
 
-def _overlays(label: str, looks: Dict[int, _Look], rows: Sequence[int], block: str) -> List[_Overlay]:
+def _overlays(
+        label: str,
+        looks: Dict[int, _Look],
+        rows: Sequence[int],
+        block: str,
+        scale: Tuple[str, Tuple[float, float]],
+) -> List[_Overlay]:
     """The kinds of maps that there are for a label's images; no block: no masks."""
     overlays = []
     if rows and looks[rows[0]].cams:
@@ -164,9 +173,10 @@ def _overlays(label: str, looks: Dict[int, _Look], rows: Sequence[int], block: s
             (low, max(high, low + 1e-3)), heats))
     if rows and block:
         heats = _heats({row: (looks[row].gates[block].mask, looks[row]) for row in rows})
+        words, limits = scale
         low, high = _range(heats)
-        overlays.append(_Overlay('attention mask', f'of {block}: lighter counts more; 1 is the mean',
-                                 (min(low, FLAT[0]), max(high, FLAT[1])), heats))
+        overlays.append(_Overlay('attention mask', f'of {block}: lighter counts more; {words}',
+                                 (min(low, limits[0]), max(high, limits[1])), heats))
     return overlays
 
 
