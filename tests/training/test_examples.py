@@ -132,6 +132,11 @@ def test_the_scale_of_a_mask_spans_it(split, attention):
         assert (low, high) == (0, 1) if attention == 'mixed' else low <= 0.5 and high >= 1.5 and '1 is a flat' in words
 
 
+@pytest.mark.parametrize('alpha, word', [(2., 'alpha 2: lighter is strength'), (-.5, 'alpha -0.5: lighter is weak')])
+def test_what_a_mask_does_depends_on_the_sign_of_alpha(split, alpha, word):
+    assert word in shown(network(alpha_init=alpha), split).groups[0].scales[1][3]
+
+
 def test_masks_that_change_nothing_are_not_shown(split):
     model = network()
     with scaled_alphas(model, 0):

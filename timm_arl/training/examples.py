@@ -108,9 +108,11 @@ def report_examples(
     looks = {row: _look(model, images, row, crops, normalise) for row in rows}
     blocks = _blocks([look.gates for look in looks.values()])
     share, block = max(((share, name) for name, _, share, _ in blocks), default=(0., ''))
+    alpha = dict(each[:2] for each in blocks).get(block, 0.)
     kind = str(model.get_submodule(block).attention) if block else 'spatial'
+    mask = f'of {block}, alpha {alpha:.2g}: lighter is {"weakened" if alpha < 0 else "strengthened"} more; '
     overlays = {label: _overlays(label, looks, [row for of, *_, some in chosen if of == label for row in some],
-                                 block if share else '', SCALES[kind]) for label in LABELS}
+                                 block if share else '', mask + SCALES[kind][0], SCALES[kind][1]) for label in LABELS}
     groups: Tuple[List[Group], List[Group]] = [], []
     for label, differs, title, text, some in chosen:
         groups[differs].append(Group(
@@ -161,7 +163,8 @@ def _overlays(
         looks: Dict[int, _Look],
         rows: Sequence[int],
         block: str,
-        scale: Tuple[str, Tuple[float, float]],
+        words: str,
+        limits: Tuple[float, float],
 ) -> List[_Overlay]:
     """The kinds of maps that there are for a label's images; no block: no masks."""
     overlays = []
@@ -173,10 +176,8 @@ def _overlays(
             (low, max(high, low + 1e-3)), heats))
     if rows and block:
         heats = _heats({row: (looks[row].gates[block].mask, looks[row]) for row in rows})
-        words, limits = scale
         low, high = _range(heats)
-        overlays.append(_Overlay('attention mask', f'of {block}: lighter counts more; {words}',
-                                 (min(low, limits[0]), max(high, limits[1])), heats))
+        overlays.append(_Overlay('attention mask', words, (min(low, limits[0]), max(high, limits[1])), heats))
     return overlays
 
 
@@ -212,7 +213,7 @@ def _example(
         place = _place(heat)
         pictures.append(Shown(
             overlay(picture, heat, '', each.limits).crop((0, 0, *picture.size)),  # its scale is told once for all
-            each.name, f'{each.name.capitalize()} {each.words.partition(":")[0]} on {image_id}: from '
+            each.name, f'{each.name.capitalize()} {each.words.partition(":")[0].partition(",")[0]} on {image_id}: from '
                        f'{np.nanmin(heat):.2g} to {np.nanmax(heat):.2g}, highest {place}.'))
     return Example(image_id, diagnosis, verdict, text, pictures)
 
