@@ -5,9 +5,9 @@
     accelerate launch benchmarks/finetune_isic.py --data SEG/data --lesion-crop --model arl_cnn14
 
 The network is DeepLabV3+ of segmentation-models-pytorch on a timm encoder. It learns from the masks of the train split,
-by Dice loss and binary cross-entropy, and sees whole images afterwards. Of each predicted mask the largest connected
-part is kept. Validation gives Dice and IoU, means over its images; the test split chooses nothing. The output folder
-receives
+by Dice loss and binary cross-entropy. Images are squashed to a square, so that it sees all of each. Of each predicted
+mask the largest connected part is kept. Validation gives Dice and IoU, means over its images; the test split chooses
+nothing. The output folder receives
     config.json, model.safetensors   the kept epoch: segmentation_models_pytorch.from_pretrained('OUT')
     summary.csv                      one row per epoch: loss, Dice, IoU, learning rate
     metrics.json                     Dice and IoU with 95 % intervals, keyed by split
@@ -32,13 +32,14 @@ import numpy as np
 import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast, gather_object, set_seed
 from PIL import Image
 from scipy.ndimage import label as connected_parts
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -50,13 +51,13 @@ from timm_arl.isic.dataset import DataError, load_splits
 from timm_arl.isic.dataset.masks import write_with_masks
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.intervals import percentile_interval, resampled_indices
-from timm_arl.isic.loading import IsicSplit
+from timm_arl.isic.loading import EpochBatches, IsicSplit
 from timm_arl.isic.metrics import interval_text
-from timm_arl.isic.transforms import normalisation
+from timm_arl.isic.transforms import EVAL_GAP, Transform, normalisation, train_transform
 from timm_arl.pretrained import check_file, check_fit
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number
-from timm_arl.training.images import check_images, image_loader
+from timm_arl.training.images import check_images
 from timm_arl.training.options import resumed_args
 from timm_arl.training.runs import (
     FolderTaken,
@@ -68,10 +69,9 @@ from timm_arl.training.runs import (
     save_progress,
 )
 
-STRIDE = 16  # of the encoder's last feature maps: sides of its images are multiples of it
-SETTINGS = dict(  # of finetune_isic.py, whose images these are, but which are no flags here
-    start_size=None, augmentation='modern', patches_per_image=1, balance='none', mask_weight=1., aspect='keep',
-    grey_world=False, lesion_crop=False, streaming=False, tracker='none', gradient_accumulation_steps=None, folds=0,
+STRIDE = 16  # of the encoder's last feature maps: the side of its images is a multiple of it
+SETTINGS = dict(  # of finetune_isic.py, which are no flags here
+    lesion_crop=True, mask_weight=1., streaming=False, tracker='none', gradient_accumulation_steps=None, folds=0,
     seeds=None)
 
 
@@ -96,7 +96,7 @@ def build_parser():
     add('--epochs', type=number(int, 1), default=20,
         help='passes over the training images that have a mask (default: %(default)s)')
     add('--img-size', type=number(int, 64), default=192,
-        help=f'side of the training images, and shorter side of the others, in pixels; a multiple of {STRIDE} '
+        help=f'side of the training images in pixels, a multiple of {STRIDE}; whole images get 4/3 of it '
              f'(default: %(default)s)')
     add('--batch-size', type=number(int, 2), default=16, help='images per process and step (default: %(default)s)')
     add('--lr', type=number(float, 1e-12), default=1e-3, help='peak learning rate of AdamW (default: %(default)s)')
@@ -173,14 +173,33 @@ def load_encoder(encoder, name, weights):
 
 
 class WholePicture:
-    """All of a picture, its shorter side img_size, for IsicSplit; its mask stays as large as the picture was."""
+    """All of a picture in a square, for IsicSplit; its mask stays as large as the picture was decoded.
+
+    The square is larger than a training image, which shows a part: lesions then have the size that they have in those
+    on average, which is 1.15 / 0.875 (zoom, and the share that a crop shows).
+    """
 
     def __init__(self, img_size, mean, std):
-        self.shorter_side = img_size  # as which it is decoded, at least
-        self.look = v2.Compose([v2.Resize(img_size), v2.ToImage(), normalisation(mean, std)])
+        side = math.ceil(img_size * 4 / 3 / STRIDE) * STRIDE
+        self.shorter_side = EVAL_GAP * side
+        self.look = v2.Compose([v2.Resize((side, side)), v2.ToImage(), normalisation(mean, std)])
 
     def __call__(self, image, mask):
         return self.look(image), mask
+
+
+def training_batches(args, masked, mean, std, accelerator):
+    """Batches of all of the pictures in a square, augmented as in finetune_isic.py, and of their masks."""
+    augment = train_transform(args.img_size, mean, std)
+    square = v2.Resize((augment.shorter_side, augment.shorter_side))
+    images = IsicSplit(masked, Transform([square, *augment.transforms], augment.shorter_side), args.seed,
+                       keep_aspect=False, with_masks=True)
+    batches = EpochBatches(images.labels, args.batch_size, args.seed, processes=accelerator.num_processes,
+                           rank=accelerator.process_index)
+    loader = DataLoader(images, batch_sampler=batches, num_workers=args.workers, persistent_workers=args.workers > 0,
+                        pin_memory=torch.cuda.is_available())
+    # the batches know the processes; Accelerate would show some images twice to make them even
+    return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
 
 
 def masked_rows(split):
@@ -210,11 +229,10 @@ def segment(accelerator, network, images, workers, description):
     found = []
     for image, _, row, truth in tqdm(loader, desc=description, leave=False,
                                      disable=not accelerator.is_local_main_process):
-        height, width = image.shape[-2:]
-        image = pad(image[None].to(accelerator.device), (0, -width % STRIDE, 0, -height % STRIDE), mode='replicate')
+        image = image[None].to(accelerator.device).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
-            logits = network(image.contiguous(memory_format=torch.channels_last))
-        logits = interpolate(logits[..., :height, :width].float(), truth.shape[-2:], mode='bilinear')
+            logits = network(image)
+        logits = interpolate(logits.float(), truth.shape[-2:], mode='bilinear')
         lesion = largest_part((logits[0, 0] > 0).cpu().numpy())
         counts = None if truth.isnan().any() else torch.cat(smp.metrics.get_stats(
             torch.from_numpy(lesion)[None, None].long(), (truth[None] > 0.5).long(), mode='binary')).flatten().tolist()
@@ -251,8 +269,8 @@ def train(args, accelerator, splits, out, network, data_config):
     set_seed(args.seed)
     mean_std = data_config['mean'], data_config['std']
     masked = splits['train'].select(masked_rows(splits['train']))
-    loader = image_loader(args, masked, data_config, accelerator, training=True)
-    whole = {name: IsicSplit(splits[name], WholePicture(args.img_size, *mean_std), with_masks=True, every_epoch=False)
+    loader = training_batches(args, masked, *mean_std, accelerator)
+    whole = {name: IsicSplit(splits[name], WholePicture(args.img_size, *mean_std), keep_aspect=False, with_masks=True)
              for name in ('validation', 'test')}
     optimizer = create_optimizer_v2(network, 'adamw', lr=args.lr, weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(network, optimizer)
@@ -369,7 +387,7 @@ def main():
             raise RunError(f'The run in {folder} had other training images than {args.data} has now: start another run '
                            f'in another --output-dir.')
         args.masked_ids = digest
-        check_images(splits, argparse.Namespace(**{**vars(args), 'lesion_crop': True}), accelerator)  # and their masks
+        check_images(splits, args, accelerator)  # and their masks, as for --lesion-crop
         out = folder
         train(args, accelerator, splits, out, network, data_config)
         accelerator.end_training()
