@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -343,6 +344,18 @@ def test_killed_and_resumed(many, tmp_path):
     assert 60 <= int(re.search(r'(\d+) of 160 images were done before', done.stdout).group(1)) < 160
     same(rows(tmp_path / 'out'), expected)
     assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.csv', 'predictions.json']
+
+
+@pytest.mark.slow
+def test_a_full_disk(many, tmp_path):
+    """No file may grow beyond 6000 bytes: it stops in the middle of a row, and goes on when there is room."""
+    folder, expected = many
+    args = ['p', '--output-dir', tmp_path / 'out', '--workers', 0]
+    done = run(*args, cwd=folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)))
+    assert done.returncode == 2 and 'error: File too large. ' in done.stderr and '--resume goes on' in done.stderr
+    assert (tmp_path / 'out' / 'predictions.csv').stat().st_size == 6000
+    assert run(*args, '--resume', cwd=folder).returncode == 1
+    same(rows(tmp_path / 'out'), expected)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ LONGEST_REASON = 300  # characters
 REMARKS = {
     'small': 'is smaller than what the network looks at ({side} x {side} px): expect less of its probabilities',
     'grey': 'has no colours, and the network was trained on colour photographs of skin',
-    'flat': 'is nearly one colour: is it a photograph?',
+    'flat': 'is nearly one colour, unlike a photograph',
 }
 
 

@@ -88,6 +88,13 @@ def _at_least(low: int) -> Callable[[str], int]:
     return parse
 
 
+def sentence_of(error: Exception) -> str:
+    """What an error says, without the number that the system gives it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f'{error.strerror}{f": {error.filename}" if error.filename else ""}.'
+    return str(error)
+
+
 def on_first(work: Callable[[], Any]) -> Any:
     """Let the first process do something for all: its result, or its error, in each of them."""
     box: List[Any] = [None]
@@ -95,7 +102,7 @@ def on_first(work: Callable[[], Any]) -> Any:
         try:
             box = [work()]
         except (InputError, OSError) as error:
-            box = [InputError(str(error))]
+            box = [InputError(sentence_of(error))]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     if isinstance(box[0], InputError):
@@ -322,9 +329,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     again = f'{args.output_dir} keeps what is done: the same command with --resume goes on.'
     try:
         return predict(args)
-    except (InputError, OSError) as error:
+    except InputError as error:
         if os.environ.get('RANK', '0') == '0':
             print(f'{parser.prog}: error: {error}', file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, for one
+        print(f'{parser.prog}: error: {sentence_of(error)} {again}', file=sys.stderr)
         return 2
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
