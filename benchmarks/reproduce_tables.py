@@ -52,7 +52,7 @@ from timm_arl.training.tables.architectures import table1_lines
 from timm_arl.training.tables.figures import FIGURES, Shown, draw_figures
 from timm_arl.training.tables.maps import GAUSSIAN, gaussian_rows, map_lines, map_rows, mask_lines, mask_rows
 from timm_arl.training.tables.pages import cell, differences, write_table
-from timm_arl.training.tables.rows import PLAIN, TABLES, TITLES, pairs_of, printed_figures
+from timm_arl.training.tables.rows import MASKS, PLAIN, TABLES, TITLES, pairs_of, printed_figures
 from timm_arl.training.tables.scores import Scores, labels_of
 from timm_arl.training.tables.t_test import table7_lines
 
@@ -167,14 +167,17 @@ def run_program(program, arguments, lock):
 
 def lesion_masks(args, out):
     """The data with lesion masks for validation and test, made once. Returns exit status, reason and folder."""
-    folder = out / 'runs' / 'lesion_masks'
+    folder = out / 'runs' / MASKS
     status, why = 0, ''
-    with locked(out / 'runs' / 'lesion_masks.lock', wait=True) as lock:
+    with locked(out / 'runs' / f'{MASKS}.lock', wait=True) as lock:
         if not (folder / 'metrics.json').exists():
             status, why = run_program('segment_lesions.py', [
                 '--data', args.data, '--output-dir', str(folder), '--encoder-weights', args.files.get(PLAIN, 'hub'),
-                *(['--epochs', str(args.epochs)] if args.epochs else []), '--workers', str(args.workers),
+                '--epochs', str(args.epochs or 8), '--img-size', '128', '--workers', str(args.workers),
                 *['--resume'] * (folder / 'run.json').exists()], lock)
+        if not status:
+            with replacing(out / 'predictions' / f'{MASKS}.json') as temporary:
+                shutil.copyfile(folder / 'metrics.json', temporary)
     return status, f'no lesion masks: {why}', folder / 'data'
 
 
@@ -308,6 +311,11 @@ def table_lines(args, out, reasons):
             figure = scores[row.name].figure(label) if row.name in scores else None
             lines.append(cell(row.name, label, printed.get((row.name, label)), figure, note,
                               **columns.get(row.name, {})))
+    path = out / 'predictions' / f'{MASKS}.json'
+    if args.table == 'table6' and path.exists():
+        found = json.loads(path.read_text(encoding='utf-8'))['validation']
+        lines += [cell(MASKS, key, None, (found[key], *found[f'{key}_ci95']), 'on validation', images=found['images'])
+                  for key in ('dice', 'iou')]
     for first, second in pairs_of(args.table):
         apart = scores[first] - scores[second] if first in scores and second in scores else None
         how = {**columns[first], 'seeds': ' '.join(map(str, apart.seeds)), 'command': ''} if apart else {}

@@ -129,3 +129,12 @@ def test_page_shows_every_figure_and_reason(table, tmp_path):
     page = (tmp_path / f'{table}.md').read_text()
     assert '0.600 [0.500, 0.700] (printed 0.5)' in page
     assert 'one network' in page and 'b: no weights' in page and 'python x' in page
+
+
+def test_page_of_crops_tells_how_good_the_masks_are(tmp_path):
+    lines = [cell('a', 'mean', None, (0.6, 0.5, 0.7), images=600),
+             *(cell('lesion_masks', key, None, (0.8, 0.7, 0.9), images=150) for key in ('dice', 'iou'))]
+    write_table(tmp_path, 'table6', lines, {})
+    page = (tmp_path / 'table6.md').read_text()
+    assert 'a Dice of 0.800 [0.700, 0.900] and an IoU of 0.800 [0.700, 0.900] on 150 validation images' in page
+    assert '| lesion_masks' not in page and 'on 600 test images' in page

@@ -5,8 +5,8 @@ from typing import Dict, Iterable, List, Optional, Tuple
 from ...files import read_rows, replacing, write_rows
 from ...isic.report import markdown_table
 from ...isic.task import LABELS, label_words
+from .rows import MASKS, TITLES
 from .rows import TABLES as SCORED
-from .rows import TITLES
 
 __all__ = ['COLUMNS', 'cell', 'differences', 'markdown_page', 'write_table']
 
@@ -101,6 +101,8 @@ def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str]
     by_row: Dict[str, Dict[str, Dict[str, str]]] = {}
     for line in lines:
         by_row.setdefault(line['row'], {})[line['label']] = line
+    masks = by_row.pop(MASKS, {})
+    lines = [line for line in lines if line['row'] != MASKS]
     labels = list(dict.fromkeys(line['label'] for line in lines))
     names = [name for name in by_row if ' - ' not in name]
     pairs = [name for name in by_row if ' - ' in name and any(map(_text, by_row[name].values()))]
@@ -115,6 +117,11 @@ def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str]
             f'(bootstrap); {_common(measured, "epochs")} epochs, precision {_common(measured, "precision")}, gate by '
             f'{_common(measured, "kernels")} kernels, commit {_common(measured, "commit")}. Figures of the paper are '
             f'as printed; its images are larger and its training longer.')
+
+    if masks:
+        parts.append(
+            f'Lesion masks of test: by a DeepLabV3+ trained on those of train, with a Dice of {_text(masks["dice"])} and '
+            f'an IoU of {_text(masks["iou"])} on {masks["dice"]["images"]} validation images.')
 
     def words(label: str) -> str:
         name = label.partition(' ')[0]

@@ -5,9 +5,10 @@ from typing import Dict, List, Tuple
 
 from ...files import read_rows
 
-__all__ = ['GATED', 'PLAIN', 'Row', 'TABLES', 'TITLES', 'pairs_of', 'printed_figures']
+__all__ = ['GATED', 'MASKS', 'PLAIN', 'Row', 'TABLES', 'TITLES', 'pairs_of', 'printed_figures']
 
 PLAIN, GATED = 'tf_efficientnet_lite0', 'arl_tf_efficientnet_lite0'
+MASKS = 'lesion_masks'  # of segment_lesions.py: their run, and the line that says how good they are
 
 
 @dataclass(frozen=True)
