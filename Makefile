@@ -10,7 +10,7 @@ OLDEST := .venv-oldest
 OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo check test test-oldest lint dist bench
+.PHONY: demo check test test-oldest lint dist bench chromium
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -19,11 +19,17 @@ demo: $(VENV)/.installed
 check: lint
 	$(BIN)/$(PYTEST) -m 'not slow'
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed chromium
 	$(BIN)/$(PYTEST)
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/$(PYTEST)
+
+# a real browser for the tests of pages; as root it is installed
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	{ test "$$(id -u)" = 0 && apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends chromium; } \
+	|| echo 'no chromium to look at pages with: apt-get install chromium' >&2
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -112,19 +112,20 @@ def test_each_module_is_imported_or_names_its_extra(python, tmp_path):
     assert {said[f'timm_arl.{name}'] for name in core} == {'imported'}
     sentence = SENTENCE.format('accelerate', extra='train')
     assert {said[f'timm_arl.{name}'] for name in ('hub', 'training', 'isic.dataset', 'isic.metrics')} == {sentence}
-    assert set(said.values()) == {'imported', sentence}
+    app = SENTENCE.format('gradio', extra='app')
+    assert said['timm_arl.app'] == app and set(said.values()) == {'imported', sentence, app}
 
 
 def test_each_program_names_its_extra(python, repo, tmp_path):
     programs = [path for path in sorted((repo / 'benchmarks').glob('*.py')) if "'__main__'" in path.read_text()
                 and not path.stem.endswith('_worker')]  # which throughput.py starts
     assert len(programs) > 3
-    train, export = (f'error: {SENTENCE.format(name, extra=extra)}\n'
-                     for name, extra in (('accelerate', 'train'), ('onnx', 'export')))
+    train, export, app = (f'error: {SENTENCE.format(name, extra=extra)}\n'
+                          for name, extra in (('accelerate', 'train'), ('onnx', 'export'), ('gradio', 'app')))
     done = run(python, '-c', RUN_EACH, *programs, cwd=tmp_path)
     assert (done.stderr, done.stdout) == (train * len(programs), '2\n' * len(programs))
     for command, sentence in ((['timm_arl.hub', '--help'], train), (
-            ['timm_arl.export', '--model', 'arl_cnn14', '--output', 'm.onnx'], export)):
+            ['timm_arl.export', '--model', 'arl_cnn14', '--output', 'm.onnx'], export), (['timm_arl.app'], app)):
         done = run(python, '-m', *command, cwd=tmp_path)
         assert (done.returncode, done.stderr, done.stdout) == (2, sentence, ''), command
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .predictor import Cutter, read_picture
 
-__all__ = ['REMARKS', 'Pictures', 'Seen', 'collate']
+__all__ = ['REMARKS', 'Pictures', 'Seen', 'collate', 'remark_on']
 
 LONGEST_REASON = 300  # characters
 REMARKS = {
@@ -59,15 +59,18 @@ class Pictures(Dataset):
         except Exception as error:  # decoders raise what they like about a damaged file, and the others are to be done
             reason = f'{type(error).__name__}: {error}'
         else:
-            return Seen(name, stem, crops, picture if self.keep else None, '', self._remark(picture, crops[0].float()))
+            return Seen(name, stem, crops, picture if self.keep else None, '', remark_on(picture, crops[0]))
         return Seen(name, stem, torch.empty(0), reason=' '.join(reason.split())[:LONGEST_REASON])
 
-    def _remark(self, picture: Image.Image, crop: torch.Tensor) -> str:
-        if min(picture.size) < crop.shape[-1]:
-            return 'small'
-        if crop.std((1, 2)).max() < 4:
-            return 'flat'
-        return 'grey' if (crop.amax(0) - crop.amin(0)).mean() < 2 else ''
+
+def remark_on(picture: Image.Image, crop: torch.Tensor) -> str:
+    """One of REMARKS that holds for a picture and its first crop, uint8 (3, S, S), or ''."""
+    crop = crop.float()
+    if min(picture.size) < crop.shape[-1]:
+        return 'small'
+    if crop.std((1, 2)).max() < 4:
+        return 'flat'
+    return 'grey' if (crop.amax(0) - crop.amin(0)).mean() < 2 else ''
 
 
 def collate(seen: List[Seen]) -> Tuple[List[Seen], torch.Tensor]:

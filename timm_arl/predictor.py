@@ -1,6 +1,6 @@
 """A trained network and how it is to be shown a picture: from a picture to probabilities, decisions and maps."""
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -253,27 +253,50 @@ class Predictor:
             OSError: As prepare.
             ValueError: A network without class activation maps: an ONNX file, or one with another head.
         """
-        if self.network is None:
-            raise ValueError(f'{self.name} is an ONNX file, which gives no maps: use the checkpoint.')
         tensor, boxes = self.prepare(picture, image_id)
-        tensor = tensor.to(self.device)
         shown = picture.convert('RGB')
         shown.thumbnail((LARGEST_MAP, LARGEST_MAP))
-        scale = shown.width / picture.width, shown.height / picture.height
-        boxes = [(x0 * scale[0], y0 * scale[1], x1 * scale[0], y1 * scale[1]) for x0, y0, x1, y1 in boxes]
+        x, y = shown.width / picture.width, shown.height / picture.height
+        return self.explain_crops(
+            shown, tensor, [(left * x, top * y, right * x, bottom * y) for left, top, right, bottom in boxes],
+            None if gates else ())
+
+    def explain_crops(
+            self,
+            picture: Image.Image,
+            tensor: torch.Tensor,
+            boxes: Sequence[Box],
+            blocks: Optional[Sequence[str]] = None,
+    ) -> Dict[str, Image.Image]:
+        """As explain, of crops that are prepared.
+
+        Args:
+            picture: RGB, of any size.
+            tensor: Crops as prepare gives them.
+            boxes: Where each lies in the picture, in its pixels.
+            blocks: Names of those whose attention masks to give too; None: all that there are.
+
+        Raises:
+            ValueError: As explain.
+        """
+        if self.network is None:
+            raise ValueError(f'{self.name} is an ONNX file, which gives no maps: use the checkpoint.')
+        tensor = tensor.to(self.device)
         maps = class_activation_map(self.network, tensor)
         pictures = {}
         outputs = head_labels(maps.shape[1])
-        heats = {label: on_picture(maps[:, outputs.index(label)], boxes, shown.size) for label in self.labels}
+        heats = {label: on_picture(maps[:, outputs.index(label)], boxes, picture.size) for label in self.labels}
         most = max(float(np.nanmax(np.abs(heat))) for heat in heats.values()) or 1.  # so that 0 has one colour in all
         for label, heat in heats.items():
             pictures[label] = overlay(
-                shown, heat, f'Class activation map, {label_words(label)}: above 0 speaks for it, below 0 against it.',
-                (-most, most))
-        for name, gate in gate_maps(self.network, tensor).items() if gates and alphas_of(self.network) else ():
-            heat = on_picture(gate.mask, boxes, shown.size)
+                picture, heat, f'Class activation map, {label_words(label)}: above 0 speaks for it, below 0 against '
+                f'it.', (-most, most))
+        for name, gate in gate_maps(self.network, tensor).items() if blocks != () and alphas_of(self.network) else ():
+            if blocks is not None and name not in blocks:
+                continue
+            heat = on_picture(gate.mask, boxes, picture.size)
             pictures[name] = overlay(
-                shown, heat, f'Attention mask of block {name}, mean over channels'
+                picture, heat, f'Attention mask of block {name}, mean over channels'
                 f'{"" if self.network.attention == "mixed" else "; 1 is a flat mask"}. alpha = {gate.alpha:.3g}.',
                 (0., max(np.nanmax(heat), 1. if self.network.attention == 'mixed' else 2.)))
         return pictures

@@ -1,7 +1,7 @@
 """From a DICOM file to an RGB picture of 8 bits, as a viewer shows it. Needs the extra `dicom`; pydicom decodes."""
 import warnings
 from pathlib import Path
-from typing import Any, Tuple, Union
+from typing import Any, BinaryIO, Tuple, Union
 
 import numpy as np
 from PIL import Image
@@ -23,7 +23,7 @@ def is_dicom(path: Union[str, Path]) -> bool:
         return file.read(132)[128:] == b'DICM' or str(path).lower().endswith(SUFFIXES)
 
 
-def read_dicom(path: Union[str, Path]) -> Image.Image:
+def read_dicom(file: Union[str, Path, BinaryIO]) -> Image.Image:
     """Read the picture of a DICOM file: RGB, 8 bits.
 
     YBR_FULL, YBR_FULL_422 and what JPEG 2000 uses are converted, and palettes looked up. Grey values pass through the
@@ -42,7 +42,7 @@ def read_dicom(path: Union[str, Path]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # pydicom's remarks on files that it reads all the same
-            return _picture(dcmread(path))
+            return _picture(dcmread(file))
     except InvalidDicomError as error:
         raise OSError('it is not a DICOM file') from error
     except OSError:

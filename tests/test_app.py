@@ -1,0 +1,409 @@
+"""The page, in a real browser and over HTTP, served by a process of its own."""
+import base64
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import psutil
+import pytest
+import timm
+import torch
+import yaml
+from dicom_files import dataset, save
+from packaging.requirements import Requirement
+from PIL import Image
+
+from timm_arl.attention import alphas_of
+from timm_arl.factory import save_network
+from timm_arl.files import write_json
+from timm_arl.isic import LABELS
+from timm_arl.isic.synthetic import draw_lesion
+from timm_arl.predictor import Predictor, read_picture
+
+pytest.importorskip('gradio', reason='the extra app is not installed')
+pytestmark = pytest.mark.slow
+POINTS = {'official': {'melanoma': 0.5, 'seborrheic_keratosis': 0.5},
+          'youden on validation': {'melanoma': 0.0001, 'seborrheic_keratosis': 0.9999}}
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    """The output folder of a run of a network so small that an answer takes milliseconds."""
+    folder = tmp_path_factory.mktemp('tiny') / 'out'
+    torch.manual_seed(0)
+    model = timm.create_model('arl_cnn14', num_classes=2, channels=[8, 16, 32, 64], alpha_init=2.)
+    torch.nn.init.normal_(model.get_classifier().weight, std=0.3)
+    save_network(model, folder, LABELS, dict(
+        timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)), channels=[8, 16, 32, 64], alpha_init=2.)
+    config = json.loads((folder / 'config.json').read_text())
+    write_json(folder / 'config.json', {**config, 'thresholds': POINTS})
+    scores = {'auc': 0.75, 'auc_ci95': [0.7, 0.8], 'positives': 20, 'images': 100, 'mean_probability': 0.45,
+              'sensitivity': 0.31, 'specificity': 0.93, 'operating_points': []}
+    write_json(folder / 'metrics.json', {'test': {
+        'mean_auc': 0.777, 'mean_auc_ci95': [0.711, 0.833], **{label: scores for label in LABELS}}})
+    return folder
+
+
+@contextlib.contextmanager
+def serving(command, folder, **env):
+    """A page served by a program; its temporary files lie in folder / 'tmp'."""
+    (folder / 'tmp').mkdir()
+    with open(folder / 'stderr', 'w') as stderr, subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=folder,
+            env={**os.environ, 'TMPDIR': str(folder / 'tmp'), 'OMP_NUM_THREADS': '1', **env}) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith('Open http://'), (folder / 'stderr').read_text()
+            yield SimpleNamespace(url=line.split()[1], pid=process.pid, process=process, folder=folder,
+                                  errors=lambda: (folder / 'stderr').read_text())
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope='module')
+def served(tiny, repo, tmp_path_factory):
+    command = [sys.executable, '-m', 'timm_arl.app', '--model', str(tiny), '--port', '0']
+    with serving(command, tmp_path_factory.mktemp('served'), PYTHONPATH=str(repo)) as page:
+        yield page
+
+
+@pytest.fixture(scope='module')
+def predictor(tiny):
+    return Predictor(tiny)
+
+
+@pytest.fixture
+def open_page(served, browser):
+    """Opens the page, with what it asks for, in a window of a width."""
+    with contextlib.ExitStack() as stack:
+        def open_page(width=1280):
+            context = stack.enter_context(contextlib.closing(browser.new_context(viewport={
+                'width': width, 'height': 800}, accept_downloads=True)))
+            page = context.new_page()
+            page.set_default_timeout(60_000)
+            page.asked, page.problems = [], []
+            page.on('request', lambda request: page.asked.append(request.url))
+            page.on('pageerror', lambda error: page.problems.append(str(error)))
+            page.goto(served.url)
+            page.wait_for_selector('[data-ready]')  # its script has run
+            return page
+        yield open_page
+
+
+def picture_file(path, seed=0, size=(300, 200), **arguments):
+    draw_lesion('melanoma', np.random.default_rng(seed), 300).resize(size).save(path, **arguments)
+    return path
+
+
+def drop(page, *paths):
+    page.set_input_files('input[type=file]', [str(path) for path in paths])
+
+
+def answered(page):
+    page.wait_for_selector('#maps img')
+    return [float(text) for text in page.locator('.arl-p').all_inner_texts()]
+
+
+def expected(predictor, picture, factor=None, image_id=''):
+    tensor, _ = predictor.prepare(picture, image_id)
+    before = {}
+    if factor is not None:
+        for name, alpha in alphas_of(predictor.network).items():
+            before[name] = alpha.detach().clone()
+            alpha.data *= factor
+    values = predictor.probabilities(tensor).tolist()
+    for name, value in before.items():
+        alphas_of(predictor.network)[name].data = value
+    return values
+
+
+def ask(url, value):
+    """The answer to a picture over HTTP, as a dict of the outputs' texts."""
+    body = json.dumps({'data': [value]}).encode()
+    request = Request(f'{url}/gradio_api/call/look', body, {'Content-Type': 'application/json'})
+    with urlopen(request, timeout=240) as answer:
+        event = json.load(answer)['event_id']
+    with urlopen(f'{url}/gradio_api/call/look/{event}', timeout=240) as answer:
+        text = answer.read().decode()
+    assert 'event: complete' in text, text[:500]
+    return text[text.index('event: complete'):]
+
+
+def data_url(content):
+    return f'data:image/png;base64,{base64.b64encode(content).decode()}'
+
+
+def probabilities_in(answer):
+    return [float(p) for p in re.findall(r'arl-p\\">([\d.]+)<', answer)]
+
+
+def test_a_picture_is_dropped(open_page, served, predictor, tmp_path):
+    page = open_page()
+    drop(page, picture_file(tmp_path / 'a <b>lesion.jpg', size=(1300, 900)))
+    found = answered(page)
+    values = expected(predictor, read_picture(tmp_path / 'a <b>lesion.jpg', predictor.cutter.shorter_side))
+    assert found == [pytest.approx(p, abs=6e-4) for p in values]
+    assert page.inner_text('.arl-found h2') == 'a <b>lesion.jpg' and '1300 x 900 px' in page.inner_text('.arl-found')
+    rows = page.locator('.arl-card tr.arl-default').all_inner_texts()  # Youden's, which decides
+    assert [row.split('\t')[:3] for row in rows] == [['youden', '0.000', 'above'], ['youden', '1.000', 'not above']]
+    assert '0.31/0.93' in page.locator('.arl-card').first.inner_text()  # measured at the official threshold
+    assert page.locator('.arl-thumbs img').count() == 5 and page.locator('.arl-framed rect').count() > 5
+    assert page.locator('.arl-maps > figure').count() == 4  # crops, two labels, the mask of a block
+    assert 'Not a medical device' in page.inner_text('.arl-warning')
+    about = page.inner_text('#about')
+    assert '0.777 [0.711, 0.833]' in about and '100 test images' in about and '64 px' in about
+    assert 'too high on those images, by 0.250' in about
+    assert {url.split('/')[2] for url in page.asked if not url.startswith('data:')} == {served.url.split('/')[2]}
+    assert not page.problems and 'Traceback' not in served.errors()
+
+
+def test_a_generated_picture(open_page):
+    page = open_page()
+    assert page.locator('[data-example]').all_inner_texts() == ['nevus', 'melanoma', 'seborrheic keratosis']
+    assert 'SYNTHETIC' in page.inner_text('.arl-drop')
+    page.click('[data-example=melanoma]')
+    answered(page)
+    assert 'SYNTHETIC' in page.inner_text('.arl-found') and 'synthetic melanoma' in page.inner_text('.arl-found h2')
+
+
+def test_the_slider_scales_alpha(open_page, predictor, tmp_path):
+    page = open_page()
+    drop(page, picture_file(tmp_path / 'lesion.png', seed=1))
+    trained = answered(page)
+    picture = Image.open(tmp_path / 'lesion.png')
+    by_factor = {factor: expected(predictor, picture, factor) for factor in (0, 7.5)}
+    assert abs(by_factor[7.5][0] - trained[0]) > 0.01  # else the test shows nothing
+
+    def table():
+        return [[float(cell) for cell in row.split('\t')[1:]]
+                for row in page.locator('#change tbody tr').all_inner_texts()]
+
+    assert [row[:3] for row in table()] == [
+        [pytest.approx(none, abs=6e-4), p, p] for none, p in zip(by_factor[0], trained)]
+    page.fill('#factor input[type=number]', '7.5')
+    page.keyboard.press('Enter')
+    page.wait_for_function("document.querySelector('#change').innerText.includes('alpha x 7.5')")
+    assert [row[2] for row in table()] == [pytest.approx(p, abs=6e-4) for p in by_factor[7.5]]
+    assert [row[3] for row in table()] == [
+        pytest.approx(p - q, abs=1.1e-3) for p, q in zip(by_factor[7.5], trained)]
+    page.locator('#factor input[type=range]').focus()
+    page.keyboard.press('Home')
+    page.wait_for_function("document.querySelectorAll('#change th')[3].innerText.includes('x 0')")
+    assert [row[2] for row in table()] == [row[0] for row in table()]
+
+
+def test_another_block(open_page):
+    page = open_page()
+    page.click('[data-example=nevus]')
+    answered(page)
+    page.click('#block input')
+    options = page.get_by_role('option').all_inner_texts()
+    assert [re.search(r'layer\d\.0 \(alpha 2\)', option) is None for option in options] == [False] * 4
+    page.get_by_role('option').filter(has_text='layer2.0').click()
+    page.wait_for_selector('text=Where block layer2.0 looked')
+    assert 'alpha is 2' in page.locator('.arl-maps figure').last.inner_text()
+
+
+def test_the_result_is_downloaded(open_page, predictor, tmp_path):
+    page = open_page()
+    drop(page, picture_file(tmp_path / 'lesion.png'))
+    answered(page)
+    with page.expect_download() as download:
+        page.click('#download')
+    with zipfile.ZipFile(download.value.path()) as archive:
+        names = set(archive.namelist())
+        row, = csv.DictReader(io.StringIO(archive.read('predictions.csv').decode()))
+        result = json.loads(archive.read('result.json'))
+        sizes = {Image.open(io.BytesIO(archive.read(name))).size[0] for name in names if name.endswith('.png')}
+    blocks = [f'layer{k}.0' for k in range(1, 5)]
+    assert names == {'predictions.csv', 'result.json', *(f'overlays/{n}.png' for n in ('picture', *LABELS, *blocks))}
+    values = expected(predictor, Image.open(tmp_path / 'lesion.png'))
+    assert [float(row[label]) for label in LABELS] == [pytest.approx(p, abs=1e-6) for p in values]
+    assert (row['image'], row['melanoma_decision'], row['seborrheic_keratosis_decision']) == ('lesion.png', '1', '0')
+    assert result['operating_points']['youden on validation']['melanoma'] == {'threshold': 0.0001, 'above': True}
+    assert set(result['probabilities_by_factor_of_alpha']) == {'0', '1'} and set(result['blocks']) == set(blocks)
+    assert 'Not a medical device' in result['not_for'] and not result['synthetic'] and sizes == {300, 360}
+
+
+@pytest.mark.parametrize('name, content, sentence', [
+    ('notes.jpg', b'no picture at all', 'notes.jpg cannot be used: it is not a picture of the formats JPEG, '),
+    ('page.svg', b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'it is not a picture of the formats'),
+    ('print.eps', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n', 'it is not a picture of the formats'),
+    ('thread.png', 'thread', 'it has 500 x 20 px, which is no picture of a lesion'),
+    ('large.png', 'large', 'it has 56 megapixels, above the limit of 50'),
+    ('cut.png', 'cut', 'cut.png cannot be used: '),
+    ('empty.dcm', b'', 'empty.dcm cannot be used: it is not a DICOM file'),
+])
+def test_a_bad_file_is_a_sentence(served, name, content, sentence):
+    if isinstance(content, str):
+        buffer = io.BytesIO()
+        Image.new('RGB', {'thread': (500, 20), 'large': (8000, 7000), 'cut': (90, 90)}[content]).save(buffer, 'PNG')
+        content = buffer.getvalue()[:None if content != 'cut' else 80]
+    answer = ask(served.url, {'name': name, 'data': data_url(content)})
+    assert sentence in answer and 'role=\\"alert\\"' in answer and not probabilities_in(answer)
+    assert 'Traceback' not in served.errors()
+
+
+@pytest.mark.parametrize('value', [
+    None, 'x', {}, {'name': 'a.png'}, {'data': 'https://example.com/a.png'}, {'data': 'data:image/png;base64,***'},
+    {'example': '../secret'}, {'example': ['nevus']}])
+def test_a_request_that_the_page_would_not_send(served, value):
+    answer = ask(served.url, value)
+    assert ('did not arrive' in answer or 'no generated picture' in answer) and 'Traceback' not in served.errors()
+
+
+def test_bad_files_in_the_browser(open_page, tmp_path):
+    page = open_page()
+    (tmp_path / 'notes.jpg').write_text('no picture')
+    drop(page, tmp_path / 'notes.jpg')
+    page.wait_for_selector('.arl-problem')
+    assert 'notes.jpg cannot be used' in page.inner_text('[role=alert]') and not page.locator('.arl-p').count()
+    (tmp_path / 'large.png').write_bytes(bytes(20_000_001))
+    count = len(page.asked)
+    drop(page, tmp_path / 'large.png')
+    page.wait_for_selector('text=large.png has 20.0 MB, above the limit of 20 MB.')
+    assert len(page.asked) == count  # it was not sent
+    drop(page, picture_file(tmp_path / 'good.png'))  # and the page goes on
+    assert len(answered(page)) == 2 and not page.locator('.arl-problem').count()
+
+
+def test_dicom(served, predictor, tmp_path):
+    pixels = np.asarray(draw_lesion('melanoma', np.random.default_rng(2), 120))
+    save(dataset(pixels, 'RGB'), tmp_path / 'lesion')  # by its first bytes, not by its name
+    answer = ask(served.url, {'name': 'lesion', 'data': data_url((tmp_path / 'lesion').read_bytes())})
+    assert probabilities_in(answer) == [
+        pytest.approx(p, abs=6e-4) for p in expected(predictor, Image.fromarray(pixels))]
+
+
+def test_a_phone_and_a_screen_reader(open_page, tmp_path):
+    page = open_page(390)
+    widest = 'document.documentElement.scrollWidth'
+    assert page.evaluate(widest) == 390
+    drop(page, picture_file(tmp_path / f'{"long_name" * 12}.png'))
+    answered(page)
+    page.wait_for_timeout(300)
+    assert page.evaluate(widest) == 390
+    assert page.locator('img:not([alt])').count() == 0
+    for alt in page.locator('#maps img').evaluate_all('images => images.map(image => image.alt)'):
+        assert len(alt) > 5
+    tree = page.locator('body').aria_snapshot()
+    for part in ('heading "What does the network see?"', 'button "melanoma"', 'img "Probability of melanoma: 0.',
+                 'slider "', 'button "Download the result (zip)"'):
+        assert part in tree, part
+    assert page.get_by_label('Drop an image here').count() == 1 and page.get_by_label('Attention mask of').count()
+
+
+def test_fifty_at_once_get_their_own_answers(served, predictor):
+    contents, values = [], []
+    for seed in range(10):
+        buffer = io.BytesIO()
+        draw_lesion('melanoma', np.random.default_rng(seed), 100).save(buffer, 'PNG')
+        contents.append(buffer.getvalue())
+        values.append(expected(predictor, Image.open(buffer)))
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda k: ask(served.url, {
+            'name': f'{k}.png', 'data': data_url(contents[k % 10])}), range(50)))
+    for k, answer in enumerate(answers):
+        assert probabilities_in(answer) == [pytest.approx(p, abs=6e-4) for p in values[k % 10]], k
+        assert f'>{k}.png<' in answer
+
+
+def test_memory_does_not_grow(served):
+    """500 requests, each of a session of its own, after those that fill what is kept."""
+    content = io.BytesIO()
+    draw_lesion('melanoma', np.random.default_rng(0), 100).save(content, 'PNG')
+    value = {'name': 'a.png', 'data': data_url(content.getvalue())}
+
+    def resident():
+        return psutil.Process(served.pid).memory_info().rss / 2**20
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: ask(served.url, value), range(100)))
+        before = resident()
+        list(pool.map(lambda _: ask(served.url, value), range(500)))
+    assert resident() - before < 40, 'MiB'
+
+
+def test_nothing_is_kept_on_disk(served, open_page, tmp_path):
+    page = open_page()
+    drop(page, picture_file(tmp_path / 'lesion.png'))
+    answered(page)
+    assert [path for path in (served.folder / 'tmp').rglob('*') if not path.is_dir()] == []
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nabc\r\n--x--\r\n'
+    for path, status in (('upload', 404), ('process_recording', 404), ('file=/etc/hostname', 404),
+                         ('deep_link?session_hash=x', 404), ('proxy=http://127.0.0.1/', 404)):
+        get = '=' in path
+        with pytest.raises(HTTPError) as refused:
+            urlopen(Request(f'{served.url}/gradio_api/{path}', None if get else body, {
+                'Content-Type': 'multipart/form-data; boundary=x'}), timeout=60)
+        assert refused.value.code == status, path
+    assert [path for path in (served.folder / 'tmp').rglob('*') if not path.is_dir()] == []
+
+
+def test_a_large_request_is_refused_unread(served):
+    host, port = served.url.removeprefix('http://').split(':')
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b'POST /gradio_api/call/look HTTP/1.1\r\nHost: x\r\nContent-Length: 99000000\r\n\r\n')
+        answer = connection.recv(4000)
+    assert b' 413 ' in answer.splitlines()[0] and b'The limit is 20 MB.' in answer
+
+
+def test_the_folder_goes_when_the_page_stops(tiny, repo, tmp_path):
+    """And a Space is the folder space/ with the package beside it."""
+    shutil.copytree(repo / 'space', tmp_path / 'space')
+    shutil.copytree(repo / 'timm_arl', tmp_path / 'space' / 'timm_arl')
+    command = [sys.executable, str(tmp_path / 'space' / 'app.py'), '--model', str(tiny), '--port', '0']
+    with serving(command, tmp_path, PYTHONPATH='') as page:
+        assert 'note: other machines can open this page' in page.errors()
+        assert len(list((tmp_path / 'tmp').glob('timm-arl-*'))) == 1
+        answer = ask(page.url.replace('0.0.0.0', '127.0.0.1'), {'example': 'nevus'})
+        assert len(probabilities_in(answer)) == 2
+        page.process.send_signal(signal.SIGINT)
+        assert page.process.wait(60) == 0 and 'Traceback' not in page.errors()
+        assert page.process.stdout.read() == '\nStopped.\n'
+    assert not list((tmp_path / 'tmp').iterdir())
+
+
+def test_the_space_installs_what_the_package_needs(repo):
+    project = (repo / 'pyproject.toml').read_text()
+    core, dicom, app = (re.findall(r'"([^"]+)"', re.search(rf'^{key} = \[(.*?)\]', project, re.M | re.S).group(1))
+                        for key in ('dependencies', 'dicom', 'app'))
+    lines = (repo / 'space' / 'requirements.txt').read_text().splitlines()
+    assert [line for line in lines if not line.startswith('#')] == core + dicom
+    front = yaml.safe_load((repo / 'space' / 'README.md').read_text().split('---\n')[1])
+    assert front['sdk'] == 'gradio' and (repo / 'space' / front['app_file']).is_file()
+    assert Requirement(app[0]).name == 'gradio' and Requirement(app[0]).specifier.contains(front['sdk_version'])
+    assert len(front['short_description']) <= 60  # the Hub's limit
+
+
+@pytest.mark.parametrize('arguments, sentence', [
+    (['--port', 'TAKEN'], 'Port TAKEN of 127.0.0.1 is taken by another program: choose another with --port.'),
+    (['--model', 'no/such', '--port', '0'], 'No folder no/such'),
+    (['--host', '203.0.113.1', '--port', '0'], '--host 203.0.113.1 --port 0 cannot be used: '),
+    (['--port', '99999'], 'must lie between 0 and 65535, not 99999'),
+    (['--port', 'x'], "invalid int value: 'x'"),
+])
+def test_what_cannot_start_is_a_sentence(call, arguments, sentence):
+    handler = signal.getsignal(signal.SIGTERM)
+    limit = Image.MAX_IMAGE_PIXELS
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = call('timm_arl.app.__main__', *(part.replace('TAKEN', port) for part in arguments))
+    signal.signal(signal.SIGTERM, handler)
+    Image.MAX_IMAGE_PIXELS = limit
+    assert done.returncode == 2 and sentence.replace('TAKEN', port) in done.stderr and not done.stdout
+    assert 'Traceback' not in done.stderr and len(done.stderr.splitlines()[-1:]) == 1

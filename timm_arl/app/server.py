@@ -1,0 +1,55 @@
+"""The page as an ASGI application that takes nothing but what the page sends."""
+from typing import Any, Awaitable, Callable, MutableMapping
+
+import gradio as gr
+from fastapi import FastAPI
+from fastapi.middleware import Middleware
+from fastapi.responses import PlainTextResponse
+
+from .analysis import MAX_BYTES
+from .page import CSS, THEME
+
+__all__ = ['create_app']
+
+OPEN = {'app_id', 'call', 'cancel', 'heartbeat', 'info', 'queue', 'reset', 'startup-events'}  # of Gradio's own routes
+LARGEST_BODY = MAX_BYTES * 4 // 3 + 100_000  # base64, and what is around it
+Message = MutableMapping[str, Any]
+
+
+class OnlyThePage:
+    """Closes Gradio's ways to put files on the disk or to fetch addresses, and refuses large bodies unread."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(
+            self,
+            scope: Message,
+            receive: Callable[[], Awaitable[Message]],
+            send: Callable[[Message], Awaitable[None]],
+    ) -> None:
+        if scope['type'] == 'http':
+            parts = scope['path'].strip('/').split('/')
+            length = dict(scope['headers']).get(b'content-length', b'')
+            refused = ''
+            if parts[0] == 'gradio_api' and (len(parts) < 2 or parts[1] not in OPEN):
+                refused, status = 'This page has no such address.', 404
+            elif scope['method'] == 'POST' and not length.isdigit():
+                refused, status = 'Say how long the request is (Content-Length).', 411
+            elif length.isdigit() and int(length) > LARGEST_BODY:
+                refused, status = f'The limit is {MAX_BYTES / 1e6:.0f} MB.', 413
+            if refused:
+                await PlainTextResponse(refused, status)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def create_app(page: gr.Blocks) -> FastAPI:
+    """The application that serves a page.
+
+    Args:
+        page: As build makes it.
+    """
+    app = FastAPI(middleware=[Middleware(OnlyThePage)], docs_url=None, redoc_url=None, openapi_url=None)
+    page.queue(max_size=200)
+    return gr.mount_gradio_app(app, page, path='/', theme=THEME, css=CSS, footer_links=[], show_error=False)
