@@ -120,8 +120,8 @@ def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str]
 
     if masks:
         parts.append(
-            f'Lesion masks of test: by a DeepLabV3+ trained on those of train, with a Dice of {_text(masks["dice"])} and '
-            f'an IoU of {_text(masks["iou"])} on {masks["dice"]["images"]} validation images.')
+            f'Lesion masks of test: by a DeepLabV3+ trained on those of train, with a Dice of {_text(masks["dice"])} '
+            f'and an IoU of {_text(masks["iou"])} on {masks["dice"]["images"]} validation images.')
 
     def words(label: str) -> str:
         name = label.partition(' ')[0]
