@@ -28,13 +28,16 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from timm_arl.attention import alphas_of
-from timm_arl.factory import save_network
+from timm_arl.export import export_onnx
+from timm_arl.extras import missing
+from timm_arl.factory import create_trained, save_network
 from timm_arl.files import write_json
 from timm_arl.isic import LABELS
 from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.predictor import Predictor, read_picture
 
-pytest.importorskip('gradio', reason='the extra app is not installed')
+if missing('app'):  # asked without importing Gradio, which takes seconds
+    pytest.skip(missing('app'), allow_module_level=True)
 pytestmark = pytest.mark.slow
 POINTS = {'official': {'melanoma': 0.5, 'seborrheic_keratosis': 0.5},
           'youden on validation': {'melanoma': 0.0001, 'seborrheic_keratosis': 0.9999}}
@@ -95,8 +98,9 @@ def open_page(served, browser):
                 'width': width, 'height': 800}, accept_downloads=True)))
             page = context.new_page()
             page.set_default_timeout(60_000)
-            page.asked, page.problems = [], []
+            page.asked, page.problems, page.said = [], [], []
             page.on('request', lambda request: page.asked.append(request.url))
+            page.on('console', lambda message: page.said.append(message.text))
             page.on('pageerror', lambda error: page.problems.append(str(error)))
             page.goto(served.url)
             page.wait_for_selector('[data-ready]')  # its script has run
@@ -168,6 +172,8 @@ def test_a_picture_is_dropped(open_page, served, predictor, tmp_path):
     assert '0.777 [0.711, 0.833]' in about and '100 test images' in about and '64 px' in about
     assert 'too high on those images, by 0.250' in about
     assert {url.split('/')[2] for url in page.asked if not url.startswith('data:')} == {served.url.split('/')[2]}
+    outside = page.evaluate("fetch('https://127.0.0.2/').catch(error => error.message)")
+    assert 'Content Security Policy' in ' '.join(page.said) and outside == 'Failed to fetch'
     assert not page.problems and 'Traceback' not in served.errors()
 
 
@@ -388,6 +394,29 @@ def test_the_space_installs_what_the_package_needs(repo):
     assert front['sdk'] == 'gradio' and (repo / 'space' / front['app_file']).is_file()
     assert Requirement(app[0]).name == 'gradio' and Requirement(app[0]).specifier.contains(front['sdk_version'])
     assert len(front['short_description']) <= 60  # the Hub's limit
+
+
+def test_networks_that_have_less_to_show(tiny, tmp_path):
+    """A plain ResNet has no masks and no alphas; an ONNX file has no maps either."""
+    from timm_arl.app import views
+    from timm_arl.app.analysis import Analyst
+    from timm_arl.app.page import build
+
+    plain = timm.create_model('resnet14', num_classes=2, channels=[8, 16, 32, 64])
+    save_network(plain, tmp_path / 'plain', LABELS, dict(
+        timm.data.resolve_model_data_config(plain), input_size=(3, 64, 64)), channels=[8, 16, 32, 64])
+    export_onnx(create_trained(str(tiny)), tmp_path / 'tiny.onnx', 64)
+    for name, maps in ((tmp_path / 'plain', list(LABELS)), (tmp_path / 'tiny.onnx', [])):
+        analyst = Analyst(str(name))
+        analysis = analyst.look_at_synthetic('nevus')
+        assert not analysis.blocks and analysis.without is None and list(analyst.maps(analysis)) == maps
+        with zipfile.ZipFile(io.BytesIO(analyst.download(analysis, 1.))) as archive:
+            assert {name for name in archive.namelist() if name.startswith('overlays/')} == {
+                f'overlays/{name}.png' for name in ('picture', *maps)}
+            assert 'blocks' not in json.loads(archive.read('result.json'))
+        assert 'no class activation map' in views.maps({}, analysis, analyst.predictor)
+        assert 'how good they are is not known' in views.about(analyst.predictor, analyst.measured, analyst.repo)
+        build(analyst)  # as a page
 
 
 @pytest.mark.parametrize('arguments, sentence', [

@@ -37,7 +37,8 @@ MAX_BYTES = 20_000_000
 MAX_PIXELS = 50_000_000
 LARGEST_FACTOR = 10.  # of the alphas
 SHOWN = 720  # pixels, longer side of a picture on the page
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'TIFF', 'BMP', 'GIF', 'JPEG2000')  # others may start programs, as EPS does
+FORMATS = {  # Pillow's names, and what readers call them; other formats may start programs, as EPS does
+    'JPEG': 'JPEG', 'PNG': 'PNG', 'WEBP': 'WebP', 'TIFF': 'TIFF', 'BMP': 'BMP', 'GIF': 'GIF', 'JPEG2000': 'JPEG 2000'}
 NOT_FOR = 'Not a medical device. For research only: do not use it to diagnose, to triage, or to reassure anyone.'
 SEEDS = {'nevus': 10, 'melanoma': 3, 'seborrheic_keratosis': 4}  # of generated pictures that look different
 SYNTHETIC_SIZE = 480  # pixels
@@ -83,7 +84,7 @@ class Analysis(NamedTuple):
 
 def accepted_words() -> str:
     """The formats that can be read: 'JPEG, PNG, ... or DICOM'."""
-    words = [*FORMATS[:-1], 'JPEG 2000', *(() if missing('dicom') else ('DICOM',))]
+    words = [*FORMATS.values(), *(() if missing('dicom') else ('DICOM',))]
     return f'{", ".join(words[:-1])} or {words[-1]}'
 
 
@@ -178,7 +179,7 @@ class Analyst:
             size = 0, 0
             try:
                 with contextlib.suppress(Image.DecompressionBombError):  # decode says it better
-                    with Image.open(io.BytesIO(content), formats=FORMATS) as file:
+                    with Image.open(io.BytesIO(content), formats=list(FORMATS)) as file:
                         size = file.size
             except UnidentifiedImageError:
                 raise OSError(f'it is not a picture of the formats {accepted_words()}') from None

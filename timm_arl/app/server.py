@@ -13,11 +13,16 @@ __all__ = ['create_app']
 
 OPEN = {'app_id', 'call', 'cancel', 'heartbeat', 'info', 'queue', 'reset', 'startup-events'}  # of Gradio's own routes
 LARGEST_BODY = MAX_BYTES * 4 // 3 + 100_000  # base64, and what is around it
+# whatever a release of Gradio asks for, the browser asks nobody but this machine; Gradio's templates need eval
+POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 Message = MutableMapping[str, Any]
 
 
 class OnlyThePage:
-    """Closes Gradio's ways to put files on the disk or to fetch addresses, and refuses large bodies unread."""
+    """Closes Gradio's ways to put files on the disk or to fetch addresses, and refuses large bodies unread.
+
+    Its answers forbid the browser to ask other machines.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -28,6 +33,11 @@ class OnlyThePage:
             receive: Callable[[], Awaitable[Message]],
             send: Callable[[Message], Awaitable[None]],
     ) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message['type'] == 'http.response.start':
+                message['headers'] = [*message.get('headers', ()), (b'content-security-policy', POLICY)]
+            await send(message)
+
         if scope['type'] == 'http':
             parts = scope['path'].strip('/').split('/')
             length = dict(scope['headers']).get(b'content-length', b'')
@@ -41,7 +51,7 @@ class OnlyThePage:
             if refused:
                 await PlainTextResponse(refused, status)(scope, receive, send)
                 return
-        await self.app(scope, receive, send)
+        await self.app(scope, receive, send_with_policy)
 
 
 def create_app(page: gr.Blocks) -> FastAPI:
