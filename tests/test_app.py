@@ -220,7 +220,7 @@ def test_another_block(open_page):
     options = page.get_by_role('option').all_inner_texts()
     assert [re.search(r'layer\d\.0 \(alpha 2\)', option) is None for option in options] == [False] * 4
     page.get_by_role('option').filter(has_text='layer2.0').click()
-    page.wait_for_selector('text=Where block layer2.0 looked')
+    page.wait_for_selector('figcaption:text("Attention mask of block layer2.0")')
     assert 'alpha is 2' in page.locator('.arl-maps figure').last.inner_text()
 
 

@@ -81,7 +81,7 @@ def found(analysis: Analysis, predictor: Predictor, measured: Optional[Dict[str,
         f'<div class="arl-cards">{cards}</div>'
         f'<details class="arl-small" open><summary>What the thresholds are</summary>'
         f'<ul>{words}</ul><p>A diagnosis is called where its probability is above the threshold. Each probability is '
-        f'against everything else, so the two need not add up to 1. They are no risks.{share}</p></details></section>')
+        f'against everything else, so the two need not add up to 1. They are not risks.{share}</p></details></section>')
 
 
 def _card(
@@ -160,7 +160,7 @@ def maps(pictures: Dict[str, Image.Image], analysis: Analysis, predictor: Predic
         label = name in predictor.labels
         words = f'class activation map of {label_words(name)}' if label else f'attention mask of block {name}'
         figures.append(
-            f'<figure><figcaption>{f"What speaks for {label_words(name)}" if label else f"Where block {name} looked"}'
+            f'<figure><figcaption>{f"What speaks for {label_words(name)}" if label else f"Attention mask of block {name}"}'
             f'</figcaption><img alt="{escape(analysis.name)} in grey under the {words}: lighter is more" src="'
             f'{data_url(picture)}">{"" if label else _block_words(name, analysis)}</figure>')
     none = '' if pictures else '<p class="arl-note">This network has no class activation map.</p>'
@@ -172,7 +172,8 @@ def _block_words(name: str, analysis: Analysis) -> str:
     block = analysis.blocks[name]
     return (f'<p class="arl-small">Block {name}: alpha is {block.alpha:.3g}, and its attention term changes what the '
             f'block gives by <strong>{100 * block.contribution:.1f} %</strong> on average. The mask is as wide as one '
-            f'that is flat on {100 * block.effective_share:.0f} % of the positions and 0 elsewhere.</p>')
+            f'that is flat on {100 * block.effective_share:.0f} % of the positions and 0 elsewhere.'
+            f'{" Alpha is negative: the light regions are weakened." if block.alpha < 0 else ""}</p>')
 
 
 def attention(analysis: Analysis, predictor: Predictor, factor: float, probabilities: torch.Tensor) -> str:
