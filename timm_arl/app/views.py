@@ -159,9 +159,10 @@ def maps(pictures: Dict[str, Image.Image], analysis: Analysis, predictor: Predic
     for name, picture in pictures.items():
         label = name in predictor.labels
         words = f'class activation map of {label_words(name)}' if label else f'attention mask of block {name}'
+        title = f'What speaks for {label_words(name)}' if label else words[0].upper() + words[1:]
         figures.append(
-            f'<figure><figcaption>{f"What speaks for {label_words(name)}" if label else f"Attention mask of block {name}"}'
-            f'</figcaption><img alt="{escape(analysis.name)} in grey under the {words}: lighter is more" src="'
+            f'<figure><figcaption>{title}</figcaption>'
+            f'<img alt="{escape(analysis.name)} in grey under the {words}: lighter is more" src="'
             f'{data_url(picture)}">{"" if label else _block_words(name, analysis)}</figure>')
     none = '' if pictures else '<p class="arl-note">This network has no class activation map.</p>'
     return f'{none}<div class="arl-maps">{"".join(figures)}</div>'
