@@ -18,14 +18,10 @@ share the runs between them. The output folder receives
 activation maps lie on the lesion and stay there when hair or bubbles are drawn on the picture.
 """
 import argparse
-import contextlib
-import fcntl
-import json
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -41,8 +37,7 @@ from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
 from timm_arl.files import make_folder, read_rows, replacing, write_json, write_rows
 from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
-from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES
-from timm_arl.isic.predictions import read_predictions
+from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES, ids_digest
 from timm_arl.isic.task import DIAGNOSES, diagnoses_of, label_words
 from timm_arl.isic.transforms import restore_aspect
 from timm_arl.predictor import Predictor, read_picture
@@ -50,15 +45,21 @@ from timm_arl.training.arguments import RunError, check_not_empty, number
 from timm_arl.training.runs import check_output_dir
 from timm_arl.training.tables.architectures import table1_lines
 from timm_arl.training.tables.figures import FIGURES, Shown, draw_figures
+from timm_arl.training.tables.lines import (
+    check_record,
+    origin,
+    read_record,
+    read_scores,
+    settings,
+    table_lines,
+)
 from timm_arl.training.tables.maps import GAUSSIAN, gaussian_rows, map_lines, map_rows, mask_lines, mask_rows
-from timm_arl.training.tables.pages import cell, differences, write_table
-from timm_arl.training.tables.rows import MASKS, PLAIN, TABLES, TITLES, pairs_of, printed_figures
-from timm_arl.training.tables.scores import Scores, labels_of
+from timm_arl.training.tables.pages import differences, write_table
+from timm_arl.training.tables.processes import locked, run_program
+from timm_arl.training.tables.rows import MASKS, PLAIN, TABLES, TITLES, pairs_of
 from timm_arl.training.tables.t_test import table7_lines
 
 PROGRAMS = Path(__file__).resolve().parent
-# what a launcher tells its processes, which the runs must not take for themselves
-LAUNCHER = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 
 
 def build_parser():
@@ -105,7 +106,8 @@ def parse_args(parser):
             if name not in known and args.table != 'figures':
                 raise RunError(f'--{flag} {name} is not in {args.table}'
                                + (f': choose {", ".join(dict.fromkeys(known))}.' if known else '.'))
-    args.files = {}
+    args.seeds = sorted(args.seeds)
+    args.files, args.about_images = {}, ''
     for pair in args.weights:
         name, equals, file = pair.partition('=')
         if not equals:
@@ -116,74 +118,30 @@ def parse_args(parser):
     return args
 
 
-def budget_flags(args):
-    """What the command line says about all runs, as flags of the programs."""
-    return [f'--{name}={value}' for name, value in (('epochs', args.epochs), ('img-size', args.img_size)) if value]
-
-
 def machine_flags(args):
     return [f'--workers={args.workers}', *[f'--cpu-threads={args.cpu_threads}'] * bool(args.cpu_threads)]
-
-
-@contextlib.contextmanager
-def locked(path, wait=False):
-    """Hold a lock file that other processes started for the same folder respect. Gives None if another one holds it."""
-    with open(path, 'w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-        else:
-            yield file
-
-
-def run_program(program, arguments, lock):
-    """Run one of our programs, which holds the lock too: it may outlive this process.
-
-    Returns its exit status and the last line of its errors.
-    """
-    environment = {name: value for name, value in os.environ.items()
-                   if name not in LAUNCHER and not name.startswith(('TORCHELASTIC_', 'ACCELERATE_', 'ROLE_'))}
-    devices = os.environ.get('CUDA_VISIBLE_DEVICES')
-    if 'LOCAL_RANK' in os.environ and devices and ',' in devices:  # each process of a launcher has a GPU of its own
-        devices = devices.split(',')
-        environment['CUDA_VISIBLE_DEVICES'] = devices[int(os.environ['LOCAL_RANK']) % len(devices)]
-    command = [sys.executable, str(PROGRAMS / program), *arguments]
-    print(f'$ python benchmarks/{shlex.join([program, *arguments])}', flush=True)
-    tail = b''
-    with subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, pass_fds=[lock.fileno()]) as process:
-        try:
-            for text in iter(lambda: process.stderr.read1(), b''):
-                sys.stderr.buffer.write(text)
-                sys.stderr.flush()
-                tail = (tail + text)[-4000:]
-        except KeyboardInterrupt:
-            process.wait()
-            raise
-    lines = tail.decode(errors='replace').replace('\r', '\n').strip().splitlines()
-    return process.returncode, lines[-1].rpartition('error: ')[2] if lines else ''
 
 
 def lesion_masks(args, out):
     """The data with lesion masks for validation and test, made once. Returns exit status, reason and folder."""
     folder = out / 'runs' / MASKS
     status, why = 0, ''
+    flags = {'data': args.data, 'epochs': args.epochs or 8, 'img_size': 128}
     with locked(out / 'runs' / f'{MASKS}.lock', wait=True) as lock:
+        if (folder / 'run.json').exists():
+            made = read_record(folder / 'run.json', 'arguments')
+            if {key: made.get(key) for key in flags} != flags:
+                raise RunError(f'The lesion masks in {folder} were made with other flags ({made["data"]}, '
+                               f'{made["epochs"]} epochs): give another --output-dir.')
         if not (folder / 'metrics.json').exists():
-            status, why = run_program('segment_lesions.py', [
-                '--data', args.data, '--output-dir', str(folder), '--encoder-weights', args.files.get(PLAIN, 'hub'),
-                '--epochs', str(args.epochs or 8), '--img-size', '128', '--workers', str(args.workers),
+            status, why = run_program(PROGRAMS / 'segment_lesions.py', [
+                *(f'--{key.replace("_", "-")}={value}' for key, value in flags.items()), '--output-dir', str(folder),
+                '--encoder-weights', args.files.get(PLAIN, 'hub'), '--workers', str(args.workers),
                 *['--resume'] * (folder / 'run.json').exists()], lock)
         if not status:
             with replacing(out / 'predictions' / f'{MASKS}.json') as temporary:
                 shutil.copyfile(folder / 'metrics.json', temporary)
     return status, f'no lesion masks: {why}', folder / 'data'
-
-
-def settings(args, row):
-    """What the runs of a row have in common, beside the recipe."""
-    return [*row.flags, *budget_flags(args), f'--mixed-precision={args.mixed_precision}']
 
 
 def training_flags(args, row, seed, data):
@@ -204,22 +162,26 @@ def make_run(args, out, row, seed, lock):
         if status:
             return status, why
         if row.alpha_zero_of:
-            status, why = run_program('evaluate_isic.py', [
+            status, why = run_program(PROGRAMS / 'evaluate_isic.py', [
                 '--data', str(data), '--checkpoint', str(trained), '--split', 'test', '--alpha-zero',
                 f'--mixed-precision={args.mixed_precision}', *machine_flags(args), '--output-dir', str(folder)], lock)
         else:
-            status, why = run_program('finetune_isic.py', [
+            status, why = run_program(PROGRAMS / 'finetune_isic.py', [
                 *training_flags(args, row, seed, data), '--output-dir', str(folder),
                 *['--resume'] * (folder / 'run.json').exists()], lock)
         if status:
             return status, why
-    run = json.loads((trained / 'run.json').read_text(encoding='utf-8'))
-    arguments, precision = run['arguments'], run['launch']['mixed_precision']
+    arguments, launch, commit, versions = (
+        read_record(trained / 'run.json', key) for key in ('arguments', 'launch', 'commit', 'versions'))
+    if arguments['train_ids'] != ids_digest(args.splits['train']['image_id']):
+        raise RunError(f'The run in {trained} has other training images than {args.data}: give another --output-dir.')
+    precision = launch['mixed_precision']
     write_json(kept.with_name(f'{name}.json'), {
-        'row': row.name, 'seed': seed, 'settings': settings(args, row),
-        'image_size': arguments['img_size'], 'epochs': arguments['epochs'],
-        'precision': 'fp32' if precision == 'no' else precision, 'kernels': run.get('kernels', 'torch'),
-        'device': run['launch']['device'], 'commit': run['commit'], 'versions': run['versions']})
+        'row': row.name, 'seed': seed, 'settings': settings(args, row), 'origin': origin(args, row),
+        'columns': {
+            'image_size': arguments['img_size'], 'epochs': arguments['epochs'],
+            'precision': 'fp32' if precision == 'no' else precision, 'kernels': 'torch', 'commit': commit},
+        'device': launch['device'], 'versions': versions})
     with replacing(kept.with_name(f'{name}.csv')) as temporary:
         shutil.copyfile(folder / 'predictions_test.csv', temporary)
     shutil.rmtree(folder / 'last', ignore_errors=True)  # nothing is left to resume
@@ -229,29 +191,24 @@ def make_run(args, out, row, seed, lock):
 def make_runs(args, out):
     """Make the runs that are missing, seed by seed, so that a stopped table has all its rows, with fewer seeds.
 
-    Returns by row why it was not measured, and whether a run failed for another reason than its input.
+    Returns whether a run failed for another reason than its input.
     """
-    rows = TABLES[args.table]
-    chosen = [row for row in rows if row.model and (not args.row or row.name in args.row)
+    chosen = [row for row in TABLES[args.table] if row.model and (not args.row or row.name in args.row)
               and (not args.model or row.model in args.model)]
-    reasons = {row.name: 'not run: --row or --model left it out' for row in rows if row not in chosen}
-    failed = False
+    failed, refused = False, set()
     jobs = [(row, seed) for seed in args.seeds for row in chosen]
     first = int(os.environ.get('RANK', 0)) * len(jobs) // int(os.environ.get('WORLD_SIZE', 1))
     for k, (row, seed) in enumerate(jobs[first:] + jobs[:first]):
-        if row.name in reasons:  # as with another seed
+        if row.name in refused:  # as with another seed
             continue
         print(f'--- {args.table}, run {k + 1} of {len(jobs)}: {row.name}, seed {seed}', flush=True)
         with locked(out / 'runs' / f'{row.name}-seed{seed}.lock') as lock:
-            record = out / 'predictions' / f'{row.name}-seed{seed}.json'
+            record, reason = out / 'predictions' / f'{row.name}-seed{seed}.json', out / 'runs' / f'{row.name}.reason'
             if lock is None:
                 print('Another process makes it.', flush=True)
                 continue
             if record.with_suffix('.csv').exists():
-                made = json.loads(record.read_text(encoding='utf-8'))['settings']
-                if made != settings(args, row):
-                    raise RunError(f'{record} was made with {shlex.join(made)}, not with '
-                                   f'{shlex.join(settings(args, row))}: give those flags, or another --output-dir.')
+                check_record(args, row, record)
                 continue
             if row.alpha_zero_of and not (out / 'predictions' / f'{row.alpha_zero_of}-seed{seed}.csv').exists():
                 print(f'It needs {row.alpha_zero_of}, seed {seed}, which is not there.', flush=True)
@@ -259,104 +216,67 @@ def make_runs(args, out):
             status, why = make_run(args, out, row, seed, lock)
             if status in (130, -signal.SIGINT):
                 raise KeyboardInterrupt
+            if status == 2:  # bad input, weights out of reach for one
+                refused.add(row.name)
+            failed = failed or status not in (0, 2)
             if status:
-                reasons[row.name] = why
-                failed = failed or status != 2
+                reason.write_text(why, encoding='utf-8')
             else:
-                write_table(out, args.table, *table_lines(args, out, reasons))
-    return reasons, failed
+                reason.unlink(missing_ok=True)
+        write_scores(args, out)
+    return failed
 
 
-def row_command(args, row):
-    """The command that makes one row."""
-    weights = [f'{row.weights}={args.files[row.weights]}'] if row.weights in args.files else []
-    return 'python benchmarks/reproduce_tables.py ' + shlex.join([
-        args.table, '--data', str(args.data), '--output-dir', args.output_dir, '--seeds', *map(str, args.seeds),
-        '--row', *[row.alpha_zero_of] * bool(row.alpha_zero_of), row.name,
-        *(['--weights', *weights] if weights else []), *budget_flags(args),
-        *(['--mixed-precision', args.mixed_precision] if args.mixed_precision != 'no' else [])])
-
-
-def read_scores(args, out, table):
-    """Scores of the rows whose predictions are there, and the columns that tell how they were made."""
-    test = load_splits(args.data)['test']
-    truth, ids = label_array(test), list(test['image_id'])
-    scores, columns = {}, {}
-    for row in TABLES[table]:
-        paths = {seed: out / 'predictions' / f'{row.name}-seed{seed}.csv' for seed in args.seeds}
-        paths = {seed: path for seed, path in paths.items() if path.exists()}
-        if not paths:
-            continue
-        scores[row.name] = Scores(truth, {seed: read_predictions(path, ids) for seed, path in paths.items()})
-        made = [json.loads(path.with_suffix('.json').read_text(encoding='utf-8')) for path in paths.values()]
-        columns[row.name] = {
-            'seeds': ' '.join(map(str, paths)), 'images': len(ids), 'command': row_command(args, row),
-            **{key: ' '.join(dict.fromkeys(str(each[key]) for each in made))
-               for key in ('image_size', 'epochs', 'precision', 'kernels', 'commit')}}
-    return scores, columns
-
-
-def table_lines(args, out, reasons):
-    """The lines of tableN.csv, from the predictions that are there, and what each row is."""
-    printed = printed_figures(args.table)
-    scores, columns = read_scores(args, out, args.table)
-    lines = []
-    for row in TABLES[args.table]:
-        note = row.about
-        if row.model:
-            missing = [seed for seed in args.seeds if row.name not in scores or seed not in scores[row.name].seeds]
-            why = reasons.get(row.name) or reasons.get(row.alpha_zero_of) or 'not run yet, the same command makes it'
-            note = f'seed {", ".join(map(str, missing))}: {why}' if missing else ''
-        for label in labels_of(args.table):
-            figure = scores[row.name].figure(label) if row.name in scores else None
-            lines.append(cell(row.name, label, printed.get((row.name, label)), figure, note,
-                              **columns.get(row.name, {})))
-    path = out / 'predictions' / f'{MASKS}.json'
-    if args.table == 'table6' and path.exists():
-        found = json.loads(path.read_text(encoding='utf-8'))['validation']
-        lines += [cell(MASKS, key, None, (found[key], *found[f'{key}_ci95']), 'on validation', images=found['images'])
-                  for key in ('dice', 'iou')]
-    for first, second in pairs_of(args.table):
-        apart = scores[first] - scores[second] if first in scores and second in scores else None
-        how = {**columns[first], 'seeds': ' '.join(map(str, apart.seeds)), 'command': ''} if apart else {}
-        for label in labels_of(args.table):
-            both = [printed.get((name, label)) for name in (first, second)]
-            difference = None if None in both else round(both[0] - both[1], 4)
-            lines.append(cell(f'{first} - {second}', label, difference, apart and apart.figure(label),
-                              '' if apart else 'not both of its rows were measured', **how))
-    return lines, {row.name: row.about for row in TABLES[args.table]}
+def write_scores(args, out):
+    """Write the table from the predictions that are there; one process at a time, so that the last sees them all."""
+    with locked(out / 'runs' / 'tables.lock', wait=True):
+        lines, about = table_lines(args, out)
+        write_table(out, args.table, lines, about, args.about_images)
+    return lines
 
 
 def network_lines(args, out):
     """Lines of masks.csv or maps.csv: the trained networks of the other tables, on the validation images."""
-    split = load_splits(args.data)['validation']
+    split = args.splits['validation']
+    digest = ids_digest(split['image_id'])
     table_rows = {row.name: row for table in ('table3', 'table5') for row in TABLES[table] if not row.alpha_zero_of}
-    found = {GAUSSIAN: dict.fromkeys(args.seeds, gaussian_rows(split))} if args.table == 'maps' else {}
+    found, columns = {}, {}
     for name, seed in [(name, seed) for name in table_rows for seed in args.seeds]:
         folder, path = out / 'runs' / f'{name}-seed{seed}', out / args.table / f'{name}-seed{seed}.csv'
-        if not path.exists() and (folder / 'metrics.json').exists() and not args.check:
+        record = out / 'predictions' / f'{name}-seed{seed}.json'
+        if not record.exists():
+            continue
+        check_record(args, table_rows[name], record, images_alone=True)
+        rows = read_rows(path) if path.exists() else []
+        if not args.check and (folder / 'metrics.json').exists() and not (rows and rows[0].get('images') == digest):
             predictor = Predictor(folder)
             if args.table == 'masks' and not alphas_of(predictor.network):
                 continue
             progress = partial(tqdm, desc=f'{args.table}, {name}, seed {seed}', leave=False)
-            make_folder(path.parent)
             network, prepare = predictor.network, predictor.prepare
-            write_rows(path, map_rows(network, prepare, split, progress) if args.table == 'maps' else
-                       mask_rows(network, prepare, map(decode, progress(split['image']))))
-        if path.exists():
-            found.setdefault(name, {})[seed] = read_rows(path)
-    if not found.keys() - {GAUSSIAN}:
+            rows = (map_rows(network, prepare, split, progress) if args.table == 'maps' else
+                    mask_rows(network, prepare, (picture_of(split, k) for k in progress(range(len(split))))))
+            write_rows(make_folder(path.parent) / path.name, [{**row, 'images': digest} for row in rows])
+            rows = read_rows(path)
+        if rows and rows[0].get('images') != digest:
+            raise RunError(f'{path} is of other validation images than {args.data}: remove it, and run the same '
+                           f'command without --check.')
+        if rows:
+            found.setdefault(name, {})[seed] = rows
+            columns[name] = read_record(record, 'columns')
+    if not found:
         raise RunError(f'No trained network of table3 or table5 is in {out / "runs"}: make those tables first.')
     command = 'python benchmarks/reproduce_tables.py ' + shlex.join([
         args.table, '--data', str(args.data), '--output-dir', args.output_dir, '--seeds', *map(str, args.seeds)])
 
     def how(name):
-        return {'seeds': ' '.join(map(str, found[name])) if name != GAUSSIAN else '', 'command': command}
+        return {'seeds': ' '.join(map(str, found[name])), 'command': command, **columns.get(name, {})}
 
     about = {name: row.about for name, row in table_rows.items()}
     if args.table == 'masks':
         return mask_lines(found, how), about
-    pairs = [*pairs_of('table3'), *((name, GAUSSIAN) for name in found if name != GAUSSIAN)]
+    pairs = [*pairs_of('table3'), *((name, GAUSSIAN) for name in found)]
+    found[GAUSSIAN] = dict.fromkeys(args.seeds, gaussian_rows(split))
     return map_lines(found, pairs, how), {**about, GAUSSIAN: 'a map that has not seen the picture'}
 
 
@@ -367,11 +287,14 @@ def picture_of(split, row):
 def figures(args, out):
     """The paper's pictures for two checkpoints."""
     predictors = [Predictor(name) for name in args.model]
+    for name, predictor in zip(args.model, predictors):
+        if predictor.network is None:
+            raise RunError(f'{name} is an ONNX file, which has no maps: name the checkpoint that it was made from.')
     if args.images:
         paths = sorted(path for path in Path(args.images).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
         images = [Shown(path.stem, partial(read_picture, path)) for path in paths]
     else:
-        test = load_splits(args.data)['test']
+        test = args.splits['test']
         diagnoses = diagnoses_of(label_array(test))
         images = [Shown(test[row]['image_id'], partial(picture_of, test, row), label_words(DIAGNOSES[diagnoses[row]]))
                   for row in np.argsort(-diagnoses, kind='stable').tolist()]  # rare diagnoses first
@@ -383,12 +306,24 @@ def figures(args, out):
     print(f'In {out}')
 
 
+def load_data(args):
+    """The splits, what tells them from others, and what a reader must know of them."""
+    args.splits = load_splits(args.data)
+    args.digest = ids_digest(f'{image_id} {labels}' for name in ('train', 'test') for image_id, labels in zip(
+        args.splits[name]['image_id'], label_array(args.splits[name]).tolist()))
+    width, height = decode(args.splits['test'][0]['image']).size
+    name = 'the demo set, SYNTHETIC' if args.data == 'demo' else Path(args.data).name
+    args.about_images = f'{name}, stored at {width} x {height} px'
+
+
 def main():
     parser = build_parser()
     try:
         args = parse_args(parser)
         out = Path(args.output_dir)
         check_output_dir(out)
+        if args.data:
+            load_data(args)  # a fault in it is told before the work
         make_folder(out)
         failed = False
         if args.table == 'figures':
@@ -401,23 +336,23 @@ def main():
         elif args.table in ('masks', 'maps'):
             lines, about = network_lines(args, out)
         else:
-            load_splits(args.data)  # a fault in it is told before the work
-            reasons = {}
-            if not args.check:
-                for name in ('predictions', 'runs'):
-                    make_folder(out / name)
-                reasons, failed = make_runs(args, out)
-            lines, about = table_lines(args, out, reasons)
+            for name in ('predictions', 'runs'):
+                make_folder(out / name)
+            failed = False if args.check else make_runs(args, out)
+            lines, about = table_lines(args, out)
         path = out / f'{args.table}.csv'
         if args.check:
             if not path.is_file():
                 raise RunError(f'--check: there is no {path}: make the table first, without --check.')
-            wrong = differences(path, lines)
+            wrong = differences(path, lines, about, args.about_images)
             print('\n'.join(wrong) or f'{path}: all {len(lines)} lines are as computed again.')
             sys.exit(bool(wrong))
-        write_table(out, args.table, lines, about)
+        if args.table in TABLES:
+            lines = write_scores(args, out)
+        else:
+            write_table(out, args.table, lines, about, args.about_images)
         print(path.with_suffix('.md').read_text(encoding='utf-8'))
-        empty = len({line['row'] for line in lines if not line['measured']})
+        empty = len({line['row'] for line in lines if not line['measured'] and ' - ' not in line['row']})
         print(f'In {out}: {args.table}.csv, {args.table}.md'
               + f'; {empty} rows have no figures of ours, for the reasons above' * bool(empty))
         sys.exit(failed)

@@ -22,7 +22,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
     path = Path(path)
     if not path.name or path.is_dir():
         raise IsADirectoryError(f'{path} is a folder: name a file in it.')
-    temporary = path.with_name(f'.{path.name}.tmp')
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')  # another process may write the same file
     if not path.parent.is_dir():
         raise FileNotFoundError(f'No folder {path.parent} for {path.name}: make it first.')
     try:

@@ -4,7 +4,9 @@ import fcntl
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 from test_finetune_isic import few  # noqa: F401  a fixture
@@ -96,6 +98,32 @@ def test_finished_runs_are_not_made_again(call, made):
     assert before == {path: path.stat().st_mtime_ns for path in (out / 'predictions').iterdir()}
     other = call('reproduce_tables', *args, '--row', 'arl_cnn14', '--img-size', 96)
     assert other.returncode == 2 and 'another --output-dir' in other.stderr
+
+
+def test_predictions_of_other_images_are_refused(call, made, few, tmp_path):  # noqa: F811
+    """The same test images, one label changed: figures of the one must not stand under the name of the other."""
+    out, args, _ = made
+    for path in Path(few).glob('*.parquet'):
+        split = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / 'cache'))
+        if path.name.startswith('test'):
+            split = split.map(lambda row, k: {'melanoma': 1 - row['melanoma'] if k == 0 else row['melanoma'],
+                                              'seborrheic_keratosis': 0}, with_indices=True)
+        (tmp_path / 'other').mkdir(exist_ok=True)
+        split.to_parquet(tmp_path / 'other' / path.name)
+    before = (out / 'table5.csv').read_text()
+    done = call('reproduce_tables', 'table5', '--data', tmp_path / 'other', *args[3:], '--row', 'arl_cnn14')
+    assert done.returncode == 2 and 'other images than' in done.stderr, done.stderr
+    assert (out / 'table5.csv').read_text() == before
+
+
+def test_damaged_record_is_named(call, made):
+    out, args, _ = made
+    record = out / 'predictions' / 'arl_cnn14-seed0.json'
+    before = record.read_text()
+    record.write_text('{}')
+    done = call('reproduce_tables', *args, '--check')
+    record.write_text(before)
+    assert done.returncode == 2 and f'{record} is missing or damaged' in done.stderr
 
 
 def test_run_of_another_process_is_left_to_it(call, few, tmp_path):  # noqa: F811

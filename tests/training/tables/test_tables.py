@@ -85,7 +85,7 @@ def test_printed_figures_of_the_papers_headline():
 
 
 class Arguments:
-    data, output_dir = None, 'O'
+    data, output_dir, seeds = None, 'O', [0, 1, 2]
 
 
 def test_t_test_of_the_paper_is_corrected(truth):
@@ -110,15 +110,29 @@ def test_t_test_of_our_seeds(truth):
     assert other and all(line['measured'] == '' and 'table3' in line['note'] for line in other)
 
 
+def test_t_test_of_seeds_that_do_not_differ(truth):
+    scores = Scores(truth, dict.fromkeys(range(3), predictions(truth, 0)))
+    lines = table7_lines(Arguments, {'arl_cnn14': scores, 'resnet14': scores})[0]
+    ours = [line for line in lines if line['row'] == 'arl_cnn14 against resnet14']
+    assert ours and all(line['measured'] == '' and 'the same' in line['note'] for line in ours)
+
+
 def test_check_finds_a_copied_number(tmp_path):
     lines = [cell('arl_cnn14', 'mean', 0.826, (0.8, 0.77, 0.83), seeds='0 1 2', images=600),
              cell('resnet14', 'mean', note='not run')]
     write_table(tmp_path, 'table3', lines, {})
     path = tmp_path / 'table3.csv'
-    assert differences(path, lines) == []
-    path.write_text(path.read_text().replace('0.8000', '0.9000'))
-    assert differences(path, lines) == ['arl_cnn14 mean: measured is 0.9000, computed again it is 0.8000']
-    assert len(differences(path, lines[:1])) == 2
+    assert differences(path, lines, {}, '') == []
+    before, page = path.read_text(), path.with_suffix('.md')
+    path.write_text(before.replace('0.8000', '0.9000'))
+    assert differences(path, lines, {}, '') == ['arl_cnn14 mean: measured is 0.9000, computed again it is 0.8000']
+    assert len(differences(path, lines[:1], {}, '')) == 2
+    forged = [*before.splitlines()]
+    path.write_text('\n'.join([forged[0], forged[1].replace('0.8000', '0.9990'), *forged[1:]]) + '\n')
+    assert differences(path, lines, {}, '') == ['arl_cnn14 mean: 2 lines']
+    path.write_text(before)
+    page.write_text(page.read_text().replace('0.800', '0.999'))
+    assert differences(path, lines, {}, '') == [f'{page} is not the page of table3.csv']
 
 
 @pytest.mark.parametrize('table', TITLES)
@@ -137,4 +151,4 @@ def test_page_of_crops_tells_how_good_the_masks_are(tmp_path):
     write_table(tmp_path, 'table6', lines, {})
     page = (tmp_path / 'table6.md').read_text()
     assert 'a Dice of 0.800 [0.700, 0.900] and an IoU of 0.800 [0.700, 0.900] on 150 validation images' in page
-    assert '| lesion_masks' not in page and 'on 600 test images' in page
+    assert '| lesion_masks' not in page and 'on the 600 test images' in page

@@ -1,4 +1,5 @@
 """Tables I and II: parameters, multiply-accumulates and the shapes of the stages."""
+import shlex
 from typing import Any, Dict, List, Tuple
 
 import timm
@@ -22,7 +23,7 @@ def table1_lines(args: Any) -> Tuple[List[Dict[str, str]], Dict[str, str]]:
         args: Arguments of reproduce_tables.py.
     """
     printed = printed_figures('table1')
-    command = f'python benchmarks/reproduce_tables.py table1 --output-dir {args.output_dir}'
+    command = 'python benchmarks/reproduce_tables.py ' + shlex.join(['table1', '--output-dir', args.output_dir])
     lines, about = [], {}
     for name in tqdm(SYSTEMS, desc='table1', leave=False):
         model = timm.create_model(name, num_classes=2).eval()

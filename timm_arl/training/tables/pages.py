@@ -1,4 +1,5 @@
 """tableN.csv and tableN.md."""
+from collections import Counter
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Tuple
 
@@ -40,8 +41,14 @@ def cell(
     return line
 
 
-def differences(path: Path, lines: List[Dict[str, str]]) -> List[str]:
-    """What a written tableN.csv says otherwise than lines that were computed again.
+def differences(path: Path, lines: List[Dict[str, str]], about: Dict[str, str], images: str) -> List[str]:
+    """What a written tableN.csv, and its tableN.md, say otherwise than lines that were computed again.
+
+    Args:
+        path: The CSV.
+        lines: Of cell(). Commands and notes are not compared.
+        about: As for write_table.
+        images: As for write_table.
 
     Raises:
         OSError: No such file.
@@ -50,8 +57,10 @@ def differences(path: Path, lines: List[Dict[str, str]]) -> List[str]:
     def key(line: Dict[str, str]) -> Tuple[str, str]:
         return line.get('row', ''), line.get('label', '')
 
-    written = {key(line): line for line in read_rows(path)}
-    found = []
+    rows = read_rows(path)
+    written = {key(line): line for line in rows}
+    times = Counter(map(key, rows))
+    found = [f'{" ".join(name)}: {count} lines' for name, count in times.items() if count > 1]
     for line in lines:
         there = written.pop(key(line), None)
         if there is None:
@@ -61,10 +70,20 @@ def differences(path: Path, lines: List[Dict[str, str]]) -> List[str]:
             if there.get(column) != line[column]:
                 found.append(f'{" ".join(key(line))}: {column} is {there.get(column) or "empty"}, computed again it is '
                              f'{line[column] or "empty"}')
-    return found + [f'{" ".join(name)}: in the table, but it is none of its rows' for name in written]
+    found += [f'{" ".join(name)}: in the table, but it is none of its rows' for name in written]
+    page = path.with_suffix('.md')
+    if not found and page.read_text(encoding='utf-8') != markdown_page(path.stem, rows, about, images):
+        found.append(f'{page} is not the page of {path.name}')
+    return found
 
 
-def write_table(out: Path, table: str, lines: List[Dict[str, str]], about: Dict[str, str]) -> None:
+def write_table(
+        out: Path,
+        table: str,
+        lines: List[Dict[str, str]],
+        about: Dict[str, str],
+        images: str = '',
+) -> None:
     """Write tableN.csv and tableN.md.
 
     Args:
@@ -72,10 +91,11 @@ def write_table(out: Path, table: str, lines: List[Dict[str, str]], about: Dict[
         table: Name.
         lines: Of cell().
         about: What each row is, by its name.
+        images: What a reader must know of the images, '' where none were measured on.
     """
     write_rows(out / f'{table}.csv', lines, COLUMNS)
     with replacing(out / f'{table}.md') as temporary:
-        temporary.write_text(markdown_page(table, lines, about), encoding='utf-8')
+        temporary.write_text(markdown_page(table, lines, about, images), encoding='utf-8')
 
 
 def _text(line: Optional[Dict[str, str]], sign: bool = False) -> str:
@@ -96,7 +116,7 @@ def _common(lines: Iterable[Dict[str, str]], column: str) -> str:
     return ', '.join(dict.fromkeys(line[column] for line in lines if line[column]))
 
 
-def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str]) -> str:
+def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str], images: str) -> str:
     """The table as Markdown: figures, paired differences, what is missing and why, and the commands."""
     by_row: Dict[str, Dict[str, Dict[str, str]]] = {}
     for line in lines:
@@ -108,16 +128,20 @@ def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str]
     pairs = [name for name in by_row if ' - ' in name and any(map(_text, by_row[name].values()))]
     measured = [line for line in lines if line['measured']]
     parts = [f'# {TITLES[table]}']
-    if any(line['images'] for line in measured):
+    if table in SCORED and measured:
         parts.append(
-            f'Measured on {_common(measured, "images")} test images of ISIC 2017, 256 px copies, by networks that see '
+            f'Measured on the {_common(measured, "images")} test images of {images}, by networks that see '
             f'{_common(measured, "image_size")} px: AUC'
             + ', and accuracy, sensitivity and specificity at the threshold 0.5' * any('accuracy' in k for k in labels)
             + f'. Means of the seeds {_common(measured, "seeds")}, with 95 % intervals over images and seeds '
             f'(bootstrap); {_common(measured, "epochs")} epochs, precision {_common(measured, "precision")}, gate by '
             f'{_common(measured, "kernels")} kernels, commit {_common(measured, "commit")}. Figures of the paper are '
-            f'as printed; its images are larger and its training longer.')
-
+            f'as printed; its images are larger and its training is longer.')
+    elif measured and images:
+        parts.append(f'Measured on the validation images of {images}, by networks that see '
+                     f'{_common(measured, "image_size")} px. Means of the seeds {_common(measured, "seeds")}; '
+                     f'{_common(measured, "epochs")} epochs, precision {_common(measured, "precision")}, commit '
+                     f'{_common(measured, "commit")}.')
     if masks:
         parts.append(
             f'Lesion masks of test: by a DeepLabV3+ trained on those of train, with a Dice of {_text(masks["dice"])} '

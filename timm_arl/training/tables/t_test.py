@@ -25,7 +25,8 @@ def table7_lines(args: Any, scores: Dict[str, Scores]) -> Tuple[List[Dict[str, s
         scores: Those of table3, by row.
     """
     command = 'python benchmarks/reproduce_tables.py table7 ' + shlex.join([
-        *(['--data', args.data] if args.data else []), '--output-dir', args.output_dir])
+        *(['--data', args.data] if args.data else []), '--output-dir', args.output_dir, '--seeds',
+        *map(str, args.seeds)])
     printed = printed_figures('table7')
     means = [printed['printed', f'mean of {name} (%)'] for name in SUMS_OF_SQUARES]
     pooled = float(np.sqrt(sum(SUMS_OF_SQUARES.values()) / (2 * RUNS - 2)))
@@ -57,6 +58,8 @@ def _own_lines(scores: Dict[str, Scores], first: str, second: str, command: str)
         why = 'fewer than two seeds of both are there: make table3 first, and pass its --data and --output-dir'
         return [cell(name, label, note=why) for label in labels]
     differences = 100 * apart.values['mean'][:, 0]
+    if differences.std() == 0:
+        return [cell(name, label, note='the differences of all seeds are the same') for label in labels]
     test = stats.ttest_1samp(differences, 0)
     interval = test.confidence_interval()
     figures = [(float(differences.mean()), float(interval.low), float(interval.high)),

@@ -1,0 +1,125 @@
+"""The lines of a table, from the predictions of its runs, which must be of the same images, weights and flags."""
+import json
+import shlex
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from ...download import sha256_of
+from ...isic.dataset import label_array
+from ...isic.predictions import read_predictions
+from ..arguments import RunError
+from .pages import cell
+from .rows import MASKS, TABLES, Row, pairs_of, printed_figures
+from .scores import Scores, labels_of
+
+__all__ = ['budget_flags', 'check_record', 'origin', 'read_record', 'read_scores', 'settings', 'table_lines']
+
+
+def budget_flags(args: Any) -> List[str]:
+    """What the command line says about all runs, as flags of the programs."""
+    return [f'--{name}={value}' for name, value in (('epochs', args.epochs), ('img-size', args.img_size)) if value]
+
+
+def read_record(path: Path, key: str) -> Any:
+    """What a JSON file of ours says under a key."""
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f'{path} is missing or damaged: remove the files of that name in runs and predictions, and run '
+                       f'the same command again.') from None
+
+
+def settings(args: Any, row: Row) -> List[str]:
+    """What the runs of a row have in common, beside the recipe."""
+    return [*row.flags, *budget_flags(args), f'--mixed-precision={args.mixed_precision}']
+
+
+def origin(args: Any, row: Row) -> Dict[str, str]:
+    """Which images and weights a run is of."""
+    return {'data': args.digest, 'weights': row.weights and (
+        sha256_of(Path(args.files[row.weights])) if row.weights in args.files else 'hub')}
+
+
+def check_record(args: Any, row: Row, path: Path, images_alone: bool = False) -> None:
+    """Refuse predictions that were made from other images, or with other weights or flags.
+
+    Raises:
+        RunError: They were, or the record is missing or damaged.
+    """
+    made, asked = read_record(path, 'origin'), origin(args, row)
+    if made['data'] != asked['data']:
+        raise RunError(f'{path} was made with other images than those of {args.data}: give the same --data, or another '
+                       f'--output-dir.')
+    for what, of, wanted in (('weights', made['weights'], asked['weights']),
+                             ('flags', read_record(path, 'settings'), settings(args, row))):
+        if of != wanted and not images_alone:
+            raise RunError(f'{path} was made with other {what}, {of} and not {wanted}: give the same, or another '
+                           f'--output-dir.')
+
+
+def row_command(args: Any, row: Row) -> str:
+    """The command that makes one row."""
+    weights = [f'{row.weights}={args.files[row.weights]}'] if row.weights in args.files else []
+    return 'python benchmarks/reproduce_tables.py ' + shlex.join([
+        args.table, '--data', str(args.data), '--output-dir', args.output_dir, '--seeds', *map(str, args.seeds),
+        '--row', *[row.alpha_zero_of] * bool(row.alpha_zero_of), row.name,
+        *(['--weights', *weights] if weights else []), *budget_flags(args),
+        *(['--mixed-precision', args.mixed_precision] if args.mixed_precision != 'no' else [])])
+
+
+def read_scores(args: Any, out: Path, table: str) -> Tuple[Dict[str, Scores], Dict[str, Dict[str, Any]]]:
+    """Scores of the rows whose predictions are there, and the columns that tell how they were made."""
+    test = args.splits['test']
+    truth, ids = label_array(test), list(test['image_id'])
+    scores: Dict[str, Scores] = {}
+    columns: Dict[str, Dict[str, Any]] = {}
+    for row in TABLES[table]:
+        paths = {seed: out / 'predictions' / f'{row.name}-seed{seed}.csv' for seed in args.seeds}
+        paths = {seed: path for seed, path in paths.items() if path.exists()}
+        if not paths:
+            continue
+        for path in paths.values():
+            check_record(args, row, path.with_suffix('.json'), images_alone=True)
+        scores[row.name] = Scores(truth, {seed: read_predictions(path, ids) for seed, path in paths.items()})
+        made = [read_record(path.with_suffix('.json'), 'columns') for path in paths.values()]
+        columns[row.name] = {
+            'seeds': ' '.join(map(str, paths)), 'images': len(ids), 'command': row_command(args, row),
+            **{key: ' '.join(dict.fromkeys(str(each[key]) for each in made))
+               for key in made[0]}}
+    return scores, columns
+
+
+def reason_of(out: Path, name: str) -> str:
+    path = out / 'runs' / f'{name}.reason'
+    return path.read_text(encoding='utf-8') if path.is_file() else ''
+
+
+def table_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str, str]]:
+    """The lines of tableN.csv, from the predictions that are there, and what each row is."""
+    printed = printed_figures(args.table)
+    scores, columns = read_scores(args, out, args.table)
+    lines = []
+    for row in TABLES[args.table]:
+        note = row.about
+        if row.model:
+            missing = [seed for seed in args.seeds if row.name not in scores or seed not in scores[row.name].seeds]
+            why = reason_of(out, row.name) or reason_of(out, row.alpha_zero_of) or f'not run: --row {row.name} makes it'
+            note = f'seed {", ".join(map(str, missing))}: {why}' if missing else ''
+        for label in labels_of(args.table):
+            figure = scores[row.name].figure(label) if row.name in scores else None
+            lines.append(cell(row.name, label, printed.get((row.name, label)), figure, note,
+                              **columns.get(row.name, {})))
+    path = out / 'predictions' / f'{MASKS}.json'
+    if args.table == 'table6' and path.exists():
+        found = read_record(path, 'validation')
+        lines += [cell(MASKS, key, None, (found[key], *found[f'{key}_ci95']), 'on validation', images=found['images'])
+                  for key in ('dice', 'iou')]
+    for first, second in pairs_of(args.table):
+        apart = scores[first] - scores[second] if first in scores and second in scores else None
+        how = {**columns[first], 'seeds': ' '.join(map(str, apart.seeds)), 'command': ''} if apart else {}
+        for label in labels_of(args.table):
+            both = [printed[name, label] for name in (first, second) if (name, label) in printed]
+            difference = round(both[0] - both[1], 4) if len(both) == 2 else None
+            lines.append(cell(f'{first} - {second}', label, difference, apart.figure(label) if apart else None,
+                              '' if apart else 'not both of its rows were measured', **how))
+    return lines, {row.name: row.about for row in TABLES[args.table]}
