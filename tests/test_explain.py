@@ -379,3 +379,19 @@ def test_centred_gaussian():
     assert heat[100, 75] == pytest.approx(np.exp(-0.5), abs=0.01) == heat[50, 150]
     assert centred_gaussian((300, 200), 0.1)[100, 75] < 0.05
     np.testing.assert_allclose(heat, heat[::-1, ::-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_gradient_maps_of_half_precision(dtype):
+    torch.manual_seed(0)
+    model = timm.create_model('arl_cnn14', num_classes=2, channels=[8, 16, 32, 64], zero_init_last=False)
+    images = torch.randn(2, 3, 64, 64)
+    expected = gradient_map(model, images.to(dtype).float(), 1)
+    found = gradient_map(model.to(dtype), images.to(dtype), 1)
+    assert found.dtype == torch.float32 and found.shape == (2, 64, 64)
+    assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.9
+    assert next(model.parameters()).dtype == dtype
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert gradient_map(model.float(), images, 1).dtype == torch.float32
+    with pytest.raises(ValueError, match='no image'):
+        gradient_map(model, images[:0], 1)

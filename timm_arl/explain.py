@@ -3,6 +3,7 @@
 docs/explain.md says what each map shows and how it can mislead.
 """
 import contextlib
+import copy
 import math
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
@@ -128,8 +129,9 @@ def gradient_map(
     """Grad-CAM or one of its kin, by the package grad-cam (extra `explain`): where a layer speaks for an output.
 
     Args:
-        model: Any network with a layer that gives maps. Runs in evaluation mode; its gradients are left alone.
-        images: Shape (B, 3, H, W), normalised.
+        model: Any network with a layer that gives maps. Runs in evaluation mode; its gradients are left alone. In half
+            precision, a copy in float32 runs.
+        images: Shape (B, 3, H, W), normalised, in the network's dtype.
         label: Number of the output.
         layer: Name of a module, as `model.named_modules()` has it; None: the last stage of a timm model.
         method: One of METHODS.
@@ -139,7 +141,7 @@ def gradient_map(
 
     Raises:
         ImportError: The extra `explain` is missing.
-        ValueError: An unknown method, layer or output, or a layer whose output is not of shape (B, C, h, w).
+        ValueError: No image; an unknown method, layer or output; or a layer whose output is not of shape (B, C, h, w).
     """
     require('explain', __name__)
     import pytorch_grad_cam
@@ -164,8 +166,14 @@ def gradient_map(
             raise ValueError(f'Layer {layer!r} does not give maps of shape (B, C, h, w): name another.')
         return maps.clone()  # the next layer may work in place
 
+    if not len(images):
+        raise ValueError('There is no image in the batch.')
+    if images.dtype in (torch.bfloat16, torch.float16):  # which NumPy, and so grad-cam, does not take
+        model, images = copy.deepcopy(model).float(), images.float()
+        modules = dict(model.named_modules())
     state = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
+    with (_evaluating(model), torch.inference_mode(False), torch.enable_grad(),
+          torch.autocast(images.device.type, enabled=False)):
         cam = getattr(pytorch_grad_cam, METHODS[method])(model, [modules[layer]], reshape_transform=kept)
         try:
             for p, _, _ in state:  # the input's gradient is enough

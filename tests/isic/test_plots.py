@@ -151,3 +151,10 @@ def test_a_panel_for_a_page_is_of_its_ink_and_loads_nothing():
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', first)) <= ids
     # the page's ground shows through: nothing covers all of it
     assert all('var(--ground)' not in (path.get('style') or '') for path in list(root.iter('path'))[:2])
+
+
+def test_names_with_dollar_signs_are_no_formulas(tmp_path):
+    summary = [{'epoch': epoch, 'train_loss': 1, 'validation_loss': 1, 'validation_mean_auc': .5,
+                'validation_auc_melanoma': .5, 'validation_auc_seborrheic_keratosis': .5} for epoch in (1, 2)]
+    plots.curve_plot(tmp_path / 'p.png', summary, 'runs/c$x^$')
+    assert (tmp_path / 'p.png').stat().st_size > 1000

@@ -129,7 +129,7 @@ def draw_roc_pair(
     _roc_axes(axes)
     for (name, p), colour, style in zip(networks.items(), (_colour(label), '0.5'), ('-', '--')):
         if 0 < truth.sum() < len(truth):
-            _roc_line(axes, truth, p, color=colour, linestyle=style, label=name)
+            _roc_line(axes, truth, p, color=colour, linestyle=style, label=_plain(name))
     _legend(axes)
 
 
@@ -279,10 +279,15 @@ def _over_epochs(axes: Axes, summary: List[Dict[str, Any]], column: str, name: s
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+def _plain(text: str) -> str:
+    """Text whose dollar signs do not begin a formula."""
+    return text.replace('$', r'\$')
+
+
 def _figure(width: float, height: float, title: str) -> Figure:
     figure = Figure((width, height), dpi=130, layout='constrained')  # without pyplot, which would open a display
     if title:
-        figure.suptitle(title, fontsize=10, wrap=True)
+        figure.suptitle(_plain(title), fontsize=10, wrap=True)
     return figure
 
 
