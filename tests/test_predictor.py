@@ -109,6 +109,13 @@ def test_what_a_user_should_know(trained):
     assert 'chosen with crops multiscale, not center' in remarks[1]
 
 
+def test_a_network_of_squashed_copies_says_so(trained):
+    squashed, kept = (Predictor(trained({'crops': 'center', 'aspect': a})).remarks for a in ('squash', 'keep'))
+    assert 'squashed to a square: squash yours' in squashed[-1] and len(squashed) == len(kept) + 1
+    config = (trained({'aspect': 'squash'}) / 'config.json').read_text()
+    assert 'aspect' not in config  # published files stay as they are
+
+
 def test_maps_laid_over_the_picture(shipped, picture):
     maps = shipped.explain(picture)
     assert list(maps) == [*LABELS, 'layer1.0', 'layer2.0', 'layer3.0', 'layer4.0']

@@ -235,14 +235,14 @@ class Checkpoint:
         """How the network is to be used: thresholds and temperatures, and how its run prepared images.
 
         Returns:
-            Those of thresholds, temperatures, crops, grey_world and lesion_crop that are known.
+            Those of thresholds, temperatures, crops, grey_world, lesion_crop and aspect that are known.
 
         Raises:
             WeightsError: A config.json or results.json that could not be loaded from the Hub.
         """
         config, arguments = _read_json(self._published('config.json')), self.arguments()
         return {key: source[key] for source, keys in (
-            (config, ('thresholds', 'temperatures')), (arguments, ('crops', 'grey_world', 'lesion_crop')))
+            (config, ('thresholds', 'temperatures')), (arguments, ('crops', 'grey_world', 'lesion_crop', 'aspect')))
             for key in keys if source.get(key) is not None}
 
     def arguments(self, published: bool = True) -> Dict[str, Any]:

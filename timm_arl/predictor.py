@@ -149,6 +149,9 @@ class Predictor:
         if saved.get('lesion_crop'):
             self.remarks.append(f'{self.name} was trained on pictures cut to the lesion: cut yours, which are shown '
                                 f'whole.')
+        if saved.get('aspect') == 'squash':
+            self.remarks.append(f'{self.name} was trained on copies that were squashed to a square: squash yours, '
+                                f'which are shown in the shape that they have.')
         if self.crops != saved.get('crops', self.crops) and len(self.thresholds) > 1:
             self.remarks.append(f'Thresholds and temperatures of {self.name} were chosen with crops {saved["crops"]}, '
                                 f'not {self.crops}.')
