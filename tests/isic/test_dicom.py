@@ -150,6 +150,8 @@ def test_what_is_refused(tmp_path, ramp, monkeypatch):
     assert refused(tmp_path / 't.dcm')
     (tmp_path / 'x.dcm').write_text('no DICOM')
     assert refused(tmp_path / 'x.dcm') == 'it is not a DICOM file'
+    flat = dataset(ramp, 'MONOCHROME2', RescaleSlope=0, RescaleIntercept=5)
+    assert 'is its RescaleSlope 0' in refused(save(flat, tmp_path / 'z.dcm'))
     lossless = dataset(encapsulate([b'\xff\xd8\xff\xd9']), 'RGB', syntax=JPEGLSLossless, Rows=16, Columns=16)
     assert 'cannot be decoded' in refused(save(lossless, tmp_path / 'l.dcm'))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)

@@ -31,8 +31,8 @@ def read_dicom(file: Union[str, Path, BinaryIO]) -> Image.Image:
     of the stored bits. MONOCHROME1 is inverted.
 
     Raises:
-        OSError: pydicom is not installed, the file is not DICOM, holds no picture, several frames or more pixels than
-            Pillow allows, or cannot be decoded here.
+        OSError: pydicom is not installed, the file is not DICOM, holds no picture, several frames, more pixels than
+            Pillow allows or grey values without a range, or cannot be decoded here.
     """
     if missing('dicom'):
         raise OSError(missing('dicom'))
@@ -80,8 +80,10 @@ def _grey(pixels: np.ndarray, ds: Any) -> np.ndarray:
     """Grey values from 0, black, to 1, white."""
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-    values = apply_voi_lut(apply_modality_lut(pixels, ds), ds)
     low, high = _ends(ds)
+    if not low < high:
+        raise OSError('its black and white are the same value (is its RescaleSlope 0?)')
+    values = apply_voi_lut(apply_modality_lut(pixels, ds), ds)
     return np.clip((values.astype(np.float64) - low) / (high - low), 0, 1)
 
 
