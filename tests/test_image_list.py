@@ -74,6 +74,38 @@ def test_what_is_refused(listed, tmp_path, arguments, words):
     assert not (tmp_path / 'list').exists() and not (tmp_path / '.list.tmp').exists()
 
 
+def test_lines_that_are_not_names(listed):
+    for lines, words in (('a.jpg\0b.jpg\0', 'separated by NUL: .*find -print, not -print0'),
+                         ('a.jpg ' * 10_000, 'has 60000 characters: give one name on each line')):
+        with pytest.raises(InputError, match=words):
+            listed('-', lines=lines)
+
+
+def test_the_output_folder_itself_is_refused(listed):
+    listed.make('out/a.jpg', 'b.jpg')
+    os.symlink('out', 'link')
+    for name in ('out', './out/', 'link'):
+        for arguments in ([name], ['b.jpg', '-']):
+            with pytest.raises(InputError, match=f'{name} is also the output folder, .* choose another --output-dir'):
+                listed(*arguments, lines=f'b.jpg\n{name}\n')
+
+
+def test_folders_nested_deeper_than_python_calls(listed):
+    """Names beyond the longest path that the system takes are no subject here: 1200 folders are below it."""
+    names = ['d/' * depth for depth in range(1, 1201)]
+    for name in names:
+        os.mkdir(name)
+    listed.make('d/b.jpg')
+    os.rename('d/b.jpg', f'{names[-1]}b.jpg')
+    listed.make('d/e.jpg', 'd/a.jpg')
+    try:
+        assert listed('d') == ['d/a.jpg', f'{names[-1]}b.jpg', 'd/e.jpg']
+    finally:  # shutil.rmtree would fail as well
+        os.remove(f'{names[-1]}b.jpg')
+        for name in reversed(names[1:]):
+            os.rmdir(name)
+
+
 def test_odd_names(listed):
     odd = ['a,b.jpg', 'a\nb.jpg', '"quoted".jpg', ' blank .jpg', 'æøå 皮膚.jpg', os.fsdecode(b'\xff\xfe.jpg')]
     listed.make(*(f'p/{name}' for name in odd))

@@ -21,6 +21,7 @@ SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.tif', '.tiff', '
 NO_PICTURES = ('_superpixels.png',)  # which the challenge's zips hold beside the images
 AT_ONCE = 50_000  # names that are sorted in memory
 LONGEST_STEM = 200  # bytes; file systems allow 255 for a name
+LONGEST_LINE = 32_767  # characters, above the longest path of any system
 
 
 class InputError(ValueError):
@@ -47,7 +48,8 @@ def write_image_list(
         Number of images.
 
     Raises:
-        InputError: An argument that does not exist or gives no image, a folder that cannot be read, or no images.
+        InputError: An argument that does not exist or gives no image, a folder that cannot be read or is `leave_out`,
+            or lines that are not names.
     """
     output, count = os.path.realpath(leave_out), 0
     taken: Set[int] = set()
@@ -70,6 +72,11 @@ def write_image_list(
 def _lines(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         line = line.removeprefix('\ufeff').rstrip('\r\n')
+        if '\0' in line:
+            raise InputError('The names on standard input are separated by NUL: give one on each line (find -print, '
+                             'not -print0).')
+        if len(line) > LONGEST_LINE:
+            raise InputError(f'A line on standard input has {len(line)} characters: give one name on each line.')
         if line.strip():
             yield line
 
@@ -77,6 +84,9 @@ def _lines(lines: Iterable[str]) -> Iterator[str]:
 def _images(argument: str, leave_out: str, must_exist: bool = False) -> Iterator[str]:
     """The images that one argument names."""
     if os.path.isdir(argument):
+        if os.path.realpath(argument) == leave_out:
+            raise InputError(f'{argument} is also the output folder, which is not searched for images: choose another '
+                             f'--output-dir.')
         yield from _below(argument, leave_out)
     elif os.path.lexists(argument) or not glob.has_magic(argument) and not must_exist:
         yield argument
@@ -94,8 +104,19 @@ def _images(argument: str, leave_out: str, must_exist: bool = False) -> Iterator
 
 def _below(folder: str, leave_out: str) -> Iterator[str]:
     """Images of a folder and of those below it; hidden ones and links to folders are left out."""
-    if os.path.realpath(folder) == leave_out:
-        return
+    opened = [_entries(folder)]  # this folder, the one below it that is being read, and so on
+    while opened:
+        path = next(opened[-1], None)
+        if path is None:
+            opened.pop()
+        elif not path.endswith('/'):
+            yield path
+        elif os.path.realpath(path) != leave_out:
+            opened.append(_entries(path[:-1]))
+
+
+def _entries(folder: str) -> Iterator[str]:
+    """Images and, with / at the end, folders of a folder, sorted."""
     try:
         with os.scandir(folder) as entries:
             kept = (entry.name + '/' * entry.is_dir(follow_symlinks=False) for entry in entries
@@ -104,12 +125,7 @@ def _below(folder: str, leave_out: str) -> Iterator[str]:
             first = next(names, None)  # the folder is read before it is left
     except OSError as error:
         raise InputError(f'The folder {folder} cannot be read: {error.strerror}.') from error
-    for name in itertools.chain([] if first is None else [first], names):
-        path = os.path.join(folder, name)
-        if name.endswith('/'):
-            yield from _below(path[:-1], leave_out)
-        else:
-            yield path
+    return (os.path.join(folder, name) for name in itertools.chain([] if first is None else [first], names))
 
 
 def _is_image(entry: os.DirEntry) -> bool:
