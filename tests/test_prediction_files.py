@@ -1,10 +1,13 @@
 """Rows on the disk: whole, in order, each once, whatever killed the process that wrote them."""
+import contextlib
 import csv
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import pyarrow.parquet
@@ -16,7 +19,7 @@ from timm_arl.prediction_files import PredictionFiles
 LABELS = ('melanoma', 'seborrheic_keratosis')
 NAMES = [
     'plain.jpg', 'a,b.jpg', 'a\nb.jpg', '"quo"te".jpg', 'æøå 皮膚.jpg', os.fsdecode(b'\xff.jpg'), '\\udcff.jpg',
-    ' .jpg']
+    ' \r.jpg']
 
 
 def row(k, name=None):
@@ -191,6 +194,26 @@ def test_one_run_at_a_time(tmp_path):
     assert said == 'held'
     last.kill()
     last.wait()
+
+
+def take_turns(folder):
+    """Lock a folder and let go of it for a while: how often it worked."""
+    turns, end = 0, time.monotonic() + 0.6
+    while time.monotonic() < end:
+        files = PredictionFiles(folder, 'csv', ())
+        with contextlib.suppress(InputError):
+            files.lock()
+            (folder / 'mine').mkdir()  # fails if another process is here
+            (folder / 'mine').rmdir()
+            files.unlock()
+            turns += 1
+    return turns
+
+
+def test_runs_that_fail_at_the_same_moment_never_share_a_folder(tmp_path):
+    """Each lets go of the folder and removes the file that is locked, while others are about to lock it."""
+    with multiprocessing.get_context('fork').Pool(3) as pool:
+        assert min(pool.map(take_turns, [tmp_path] * 3, chunksize=1)) > 0
 
 
 def test_folders_of_others(tmp_path):

@@ -85,19 +85,25 @@ class PredictionFiles:
         """
         if fcntl is None:
             return
-        self._lock = self._lock_file.open('ab+')
-        try:
-            if not shared:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else is there, and from now on
-            fcntl.lockf(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # only those of this run
-        except OSError:
-            raise InputError(f'Another run is writing to {self.folder}: let it finish, or end its processes.') from None
+        while True:
+            self._lock = self._lock_file.open('ab+')
+            try:
+                if not shared:
+                    fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else is there, and from now on
+                fcntl.lockf(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # only those of this run
+            except OSError:
+                raise InputError(
+                    f'Another run is writing to {self.folder}: let it finish, or end its processes.') from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._lock.fileno()), self._lock_file.stat()):
+                    return
+            self._lock.close()  # another run has removed it between the two: the next one locks a new file
 
     def unlock(self) -> None:
         """Let go of the folder, before anything was written."""
+        self._lock_file.unlink(missing_ok=True)  # while it is held, so that nobody else's is removed
         if self._lock:
             self._lock.close()
-        self._lock_file.unlink(missing_ok=True)
 
     def start(self, record: Dict[str, Any]) -> None:
         """Record a new run, and begin its rows."""
@@ -263,7 +269,7 @@ class RowWriter:
 
 def _csv_line(cells: Sequence[Any]) -> bytes:
     buffer = io.StringIO(newline='')
-    csv.writer(buffer, lineterminator='\n').writerow(cells)
-    return buffer.getvalue().encode('utf-8', 'backslashreplace')
+    csv.writer(buffer, lineterminator='\r\n').writerow(cells)  # of which both are quoted in a cell
+    return (buffer.getvalue()[:-2] + '\n').encode('utf-8', 'backslashreplace')
 
 
