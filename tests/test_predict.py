@@ -4,22 +4,19 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import datasets
 import numpy as np
-import psutil
 import pyarrow.parquet
 import pytest
 import timm
 import torch
 from dicom_files import dataset, save
 from PIL import Image
+from predict_program import env, rows, run, values
 from scipy.special import expit, logit
 
 from timm_arl.export import export_onnx
@@ -29,37 +26,11 @@ from timm_arl.isic import LABELS
 from timm_arl.isic.images import decode
 from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.isic.transforms import restore_aspect
+from timm_arl.predict import main
 from timm_arl.predictor import Predictor, read_picture
 
 CONFIG = json.loads((Checkpoint('arl_cnn14.isic2017').folder / 'config.json').read_text())
 DIAGNOSES = ('melanoma', 'nevus', 'seborrheic_keratosis')
-
-
-def rows(out):
-    with open(out / 'predictions.csv', newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
-
-
-def values(found):
-    return np.array([[float(row[label]) for label in LABELS] for row in found])
-
-
-def env(**changes):
-    return {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path)), **changes}
-
-
-def start(*args, processes=0, **kwargs):
-    """The program as a user starts it, alone or as several processes."""
-    several = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)] if processes else []
-    return subprocess.Popen(
-        [sys.executable, *several, '-m', 'timm_arl.predict', *map(str, args)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=env(OMP_NUM_THREADS='1'), **kwargs)
-
-
-def run(*args, processes=0, stdin=None, **kwargs):
-    process = start(*args, processes=processes, stdin=subprocess.PIPE, **kwargs)
-    stdout, stderr = process.communicate(stdin, timeout=280)
-    return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
 
 @pytest.fixture(scope='session')
@@ -210,7 +181,7 @@ def test_odd_images(predict, tmp_path):
 
 
 def test_odd_names(predict, photographs, tmp_path):
-    names = ['a,b.jpg', 'a\nb.jpg', '"q".jpg', 'æ 皮膚.jpg', os.fsdecode(b'\xff.jpg')]
+    names = ['a,b.jpg', 'a\nb.jpg', 'c\rd.jpg', '\x1b[2J.jpg', '"q".jpg', 'æ 皮膚.jpg', os.fsdecode(b'\xff.jpg')]
     (tmp_path / 'p').mkdir()
     for name in names:
         shutil.copy(photographs / 'lesion3.jpg', tmp_path / 'p' / name)
@@ -219,6 +190,28 @@ def test_odd_names(predict, photographs, tmp_path):
     assert {row['image'] for row in rows(tmp_path / 'out')} == {
         f'p/{name}'.encode(errors='backslashreplace').decode() for name in names}
     assert len(os.listdir(tmp_path / 'out' / 'overlays')) == len(names)
+    assert r'p/\x1b[2J.jpg: melanoma' in done.stdout and r'p/c\rd.jpg: melanoma' in done.stdout
+    assert not set('\x1b\r') & set(done.stdout + done.stderr)
+    done = predict('p', '--overlays', '--resume')
+    assert done.returncode == 0 and f'{len(names)} of {len(names)} images were done before' in done.stdout
+    done = predict('\x1b[2J.jpg')
+    assert done.returncode == 2 and '\x1b' not in done.stderr
+
+
+def test_names_that_the_terminal_has_no_letters_for(photographs, tmp_path, monkeypatch):
+    shutil.copy(photographs / 'lesion3.jpg', tmp_path / '皮膚.jpg')
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding='cp1252'))
+    assert main([str(tmp_path / '皮膚.jpg'), '--output-dir', str(tmp_path / 'out'), '--workers', '0']) == 0
+    sys.stdout.flush()
+    assert rb'/\u76ae\u819a.jpg: melanoma ' in sys.stdout.buffer.getvalue()
+
+
+@pytest.mark.filterwarnings('ignore:Invalid value for VR')  # as in a damaged file
+def test_what_a_damaged_file_says_is_one_clean_line(predict, tmp_path):
+    save(dataset(np.zeros((20, 20, 3), np.uint8), 'RGB\x1b[2J'), tmp_path / 'a.dcm')
+    done = predict('a.dcm')
+    assert done.returncode == 1 and rows(tmp_path / 'out')[0]['error'].isprintable()
+    assert 'RGB [2J' in rows(tmp_path / 'out')[0]['error']
 
 
 def test_remarks_are_made_once(predict, tmp_path):
@@ -254,6 +247,9 @@ def test_what_is_refused(predict, photographs, tmp_path):
     refused('--device vulkan9 cannot be used', '.', '--device', 'vulkan9')
     refused('must be at least 1', '.', '--batch-size', '0')
     refused('not allowed with', '.', '--onnx', 'a.onnx', '--model', 'arl_cnn14.isic2017')
+    refused('is also the output folder', tmp_path / 'out', cwd=tmp_path)
+    for flag in ('--model', '--onnx', '--threshold-name', '--device'):
+        refused(f'{flag}: must not be empty', '.', flag, '')
     (tmp_path / 'out').mkdir(exist_ok=True)
     (tmp_path / 'out' / 'predictions.csv').write_text('precious')
     for resume in ((), ('--resume',)):
@@ -276,6 +272,17 @@ def test_the_predictions_of_another_run_are_kept(predict, photographs, tmp_path)
     done = predict('a', '--resume', cwd=photographs)
     assert done.returncode == 0 and '3 of 3 images were done before' in done.stdout
     assert (tmp_path / 'out' / 'predictions.csv').read_bytes() == before
+    (tmp_path / 'out' / 'predictions.csv').unlink()
+    for _ in range(2):
+        done = predict('a', '--resume', cwd=photographs)
+        assert done.returncode == 2 and 'is complete, but its predictions.csv was removed: put it back' in done.stderr
+    (tmp_path / 'out' / 'predictions.csv').write_bytes(before)
+    assert predict('a', '--resume', cwd=photographs).returncode == 0
+
+
+def test_an_output_folder_without_a_name(call, photographs, tmp_path):
+    done = call('timm_arl.predict', photographs, '--output-dir', '', cwd=tmp_path)
+    assert done.returncode == 2 and '--output-dir: must not be empty' in done.stderr and not os.listdir(tmp_path)
 
 
 @pytest.mark.slow
@@ -286,106 +293,6 @@ def test_a_list_on_standard_input(photographs, tmp_path):
     assert [(row['image'], row['error']) for row in rows(tmp_path / 'out')] == [
         ('lesion0.png', ''), ('missing.jpg', 'No such file or directory'), ('a/lesion1.jpg', ''), ('a/lesion4.png', ''),
         ('a/lesion7.jpg', ''), (f'{photographs}/lesion3.jpg', '')]
-
-
-@pytest.fixture(scope='module')
-def many(tmp_path_factory):
-    """160 pictures, two of them bad, and what an uninterrupted run finds in them."""
-    folder = tmp_path_factory.mktemp('many')
-    rng = np.random.default_rng(2)
-    drawn = [draw_lesion(diagnosis, rng, 140) for diagnosis in DIAGNOSES]
-    (folder / 'p').mkdir()
-    for k in range(160):
-        drawn[k % 3].rotate(k).save(folder / 'p' / f'{k:03d},\n.jpg')
-    for k in (7, 130):
-        (folder / 'p' / f'{k:03d},\n.jpg').write_text('bad')
-    done = run('p', '--output-dir', folder / 'whole', cwd=folder)
-    assert done.returncode == 1, done.stderr
-    return folder, rows(folder / 'whole')
-
-
-def same(found, expected):
-    """The same rows; a network's last digits depend on which images share a batch."""
-    assert [row['image'] for row in found] == [row['image'] for row in expected]
-    assert [row['error'] for row in found] == [row['error'] for row in expected]
-    good = [k for k, row in enumerate(expected) if not row['error']]
-    assert np.allclose(values(found[k] for k in good), values(expected[k] for k in good), atol=1e-6)
-
-
-def wait_for_rows(process, out, enough):
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        written = sum(path.read_bytes().count(b'jpg"') for path in (
-            *out.glob('predictions.csv'), *out.glob('parts/*')) if path.exists())
-        if written >= enough:
-            break
-        time.sleep(0.02)
-
-
-def kill_when(process, out, enough):
-    """SIGKILL for all processes of a run once so many rows are there."""
-    wait_for_rows(process, out, enough)
-    for each in (*psutil.Process(process.pid).children(recursive=True), process):
-        each.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, 'the run was over before it could be killed'
-
-
-@pytest.mark.slow
-def test_killed_and_resumed(many, tmp_path):
-    folder, expected = many
-    args = ['p', '--output-dir', tmp_path / 'out', '--batch-size', 2]
-    for enough in (10, 60):
-        kill_when(start(*args, *['--resume'] * (enough > 10), cwd=folder), tmp_path / 'out', enough)
-        with open(tmp_path / 'out' / 'predictions.csv', 'ab') as file:
-            file.write(b'"p/999,\n.jp')  # as a full disk leaves it
-    done = run(*args, '--resume', cwd=folder)
-    assert done.returncode == 1 and '2 of 160 images could not be read' in done.stderr
-    assert 60 <= int(re.search(r'(\d+) of 160 images were done before', done.stdout).group(1)) < 160
-    same(rows(tmp_path / 'out'), expected)
-    assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.csv', 'predictions.json']
-
-
-@pytest.mark.slow
-def test_a_full_disk(many, tmp_path):
-    """No file may grow beyond 6000 bytes: it stops in the middle of a row, and goes on when there is room."""
-    folder, expected = many
-    args = ['p', '--output-dir', tmp_path / 'out', '--workers', 0]
-    done = run(*args, cwd=folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)))
-    assert done.returncode == 2 and 'error: File too large. ' in done.stderr and '--resume goes on' in done.stderr
-    assert (tmp_path / 'out' / 'predictions.csv').stat().st_size == 6000
-    assert run(*args, '--resume', cwd=folder).returncode == 1
-    same(rows(tmp_path / 'out'), expected)
-
-
-@pytest.mark.slow
-def test_several_processes_killed_and_resumed(many, tmp_path):
-    """Two processes, killed; three, from elsewhere, which relative names do not notice; joined in order."""
-    folder, expected = many
-    args = ['p', '--output-dir', tmp_path / 'out', '--batch-size', 2]
-    kill_when(start(*args, processes=2, cwd=folder), tmp_path / 'out', 40)
-    assert len(list((tmp_path / 'out' / 'parts').iterdir())) == 2
-    done = run(*args, '--resume', processes=3, cwd=tmp_path)
-    assert '2 of 160 images could not be read' in done.stderr, done.stderr
-    assert done.stdout.count('Written:') == 1
-    same(rows(tmp_path / 'out'), expected)
-    assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.csv', 'predictions.json']
-
-
-@pytest.mark.slow
-def test_all_of_several_processes_stop_at_an_error(photographs, tmp_path):
-    (tmp_path / 'predictions.csv').write_text('precious')
-    done = run('a', '--output-dir', tmp_path, processes=2, cwd=photographs)
-    assert done.returncode and done.stderr.count('is not from a run') == 1
-
-
-@pytest.mark.slow
-def test_interrupted(many, tmp_path):
-    process = start('p', '--output-dir', tmp_path / 'out', '--batch-size', 1, cwd=many[0])
-    wait_for_rows(process, tmp_path / 'out', 5)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and '--resume goes on' in stderr and 'Traceback' not in stderr, stderr
 
 
 @pytest.mark.slow

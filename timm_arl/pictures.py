@@ -60,7 +60,8 @@ class Pictures(Dataset):
             reason = f'{type(error).__name__}: {error}'
         else:
             return Seen(name, stem, crops, picture if self.keep else None, '', remark_on(picture, crops[0]))
-        return Seen(name, stem, torch.empty(0), reason=' '.join(reason.split())[:LONGEST_REASON])
+        words = ''.join(c if c.isprintable() else ' ' for c in reason).split()  # decoders quote bytes of the file
+        return Seen(name, stem, torch.empty(0), reason=' '.join(words)[:LONGEST_REASON])
 
 
 def remark_on(picture: Image.Image, crop: torch.Tensor) -> str:

@@ -16,6 +16,7 @@ Exit status: 0; 1 if images could not be read; 2 if the program cannot start or 
 Not a medical device: for research only.
 """
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -23,7 +24,7 @@ import time
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, TextIO, Tuple
 
 import torch
 import torch.distributed as dist
@@ -56,16 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('images', metavar='IMAGE', nargs='+', help='file, folder, quoted pattern, or - for a list on standard input')
-    add('--output-dir', metavar='O', required=True, help='folder for all that is written')
+    add('--output-dir', type=_not_empty, metavar='O', required=True, help='folder for all that is written')
     network = parser.add_mutually_exclusive_group()
-    network.add_argument('--model', metavar='NAME|DIR', default=DEFAULT_MODEL,
+    network.add_argument('--model', type=_not_empty, metavar='NAME|DIR', default=DEFAULT_MODEL,
                          help='weights by name, or output folder of a training run (default: %(default)s)')
-    network.add_argument('--onnx', metavar='FILE', help='file of python -m timm_arl.export, by ONNX Runtime')
+    network.add_argument('--onnx', type=_not_empty, metavar='FILE',
+                         help='file of python -m timm_arl.export, by ONNX Runtime')
     add('--overlays', action='store_true', help='also a picture for each image: class activation maps laid over it')
     add('--format', choices=FORMATS, default='csv', help='of the predictions (default: %(default)s)')
     add('--crops', choices=CROPS, help='crops per image, whose probabilities are averaged (default: those that the '
                                        'network was evaluated with)')
-    add('--threshold-name', metavar='NAME',
+    add('--threshold-name', type=_not_empty, metavar='NAME',
         help="thresholds of the decisions, by the beginning of their name: youden, sensitivity, official (default: "
              "Youden's where validation chose one, else the official 0.5)")
     add('--calibrated', action='store_true',
@@ -74,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--batch-size', type=_at_least(1), default=16, metavar='N', help='images at a time (default: %(default)s)')
     add('--workers', type=_at_least(0), default=2, metavar='N', help='processes that read images (default: 2)')
     add('--cpu-threads', type=_at_least(1), metavar='N', help='threads of the network on a CPU (default: all cores)')
-    add('--device', help='cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)')
+    add('--device', type=_not_empty, help='cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)')
     add('--seed', type=_at_least(0), default=0, metavar='N', help='of random crops (default: 0)')
     return parser
 
@@ -86,6 +88,17 @@ def _at_least(low: int) -> Callable[[str], int]:
         return int(text)
     parse.__name__ = 'int'  # what argparse calls it
     return parse
+
+
+def _not_empty(text: str) -> str:
+    if not text:  # as of a variable that the shell does not know
+        raise argparse.ArgumentTypeError('must not be empty')
+    return text
+
+
+def say(text: str, file: Optional[TextIO] = None) -> None:
+    """Print a line, above the progress bar; what a terminal would obey in the name of a file is escaped."""
+    tqdm.write(''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text), file=file)
 
 
 def sentence_of(error: Exception) -> str:
@@ -192,6 +205,9 @@ def begin_or_go_on(
                              f'{record["settings"].get(key)!r}, not {value!r}): resume it with the same ones, or '
                              f'choose another --output-dir.')
     if record['complete']:
+        if not files.path.exists():
+            raise InputError(f'The run in {files.folder} is complete, but its {files.path.name} was removed: put it '
+                             f'back, or choose another --output-dir.')
         files.tidy()
         return record, record['images']
     if not files.list.exists():
@@ -217,7 +233,6 @@ def finish(files: PredictionFiles, record: Dict[str, Any]) -> Dict[str, Any]:
 
 def predict(args: argparse.Namespace) -> int:
     rank, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    say = print if rank == 0 else lambda *args, **kwargs: None
     if args.format == 'parquet' and find_spec('pyarrow') is None:
         raise InputError('--format parquet needs pyarrow: pip install pyarrow, or choose csv or jsonl.')
     predictor = load_predictor(args)
@@ -226,9 +241,9 @@ def predict(args: argparse.Namespace) -> int:
     files = PredictionFiles(Path(args.output_dir), args.format, predictor.labels)
     settings = settings_of(args, predictor)
     record, done = on_first(lambda: prepare(args, files, settings))
-    for remark in predictor.remarks:
+    for remark in predictor.remarks if rank == 0 else ():
         say(f'note: {remark}', file=sys.stderr)
-    if done:
+    if done and rank == 0:
         say(f'{done} of {record["images"]} images were done before.')
     seconds = 0.
     if not record['complete']:
@@ -277,7 +292,7 @@ def predict_rows(
                     if seen[i].remark in unsaid:
                         unsaid.remove(seen[i].remark)
                         remark = REMARKS[seen[i].remark].format(side=predictor.img_size)
-                        bar.write(f'note: {seen[i].name} {remark}. Others like it are not named.', file=sys.stderr)
+                        say(f'note: {seen[i].name} {remark}. Others like it are not named.', file=sys.stderr)
             writer.append(rows)  # after the pictures: where there is a row, its picture is complete
             bar.update(len(seen) * processes)
 
@@ -309,21 +324,22 @@ def report(files: PredictionFiles, record: Dict[str, Any], speed: float) -> None
     settings = record['settings']
     thresholds = thresholds_shown(settings)
     for row in files.read() if record['images'] <= SHOWN and files.rows == files.path else ():
-        name = row['image'].encode(errors='backslashreplace').decode()  # as it is in the file
-        print(f'{name}: {row["error"] or ", ".join(captions(files, row, thresholds))}')
-    print(f'Thresholds: {settings["threshold_name"]}, ' + ', '.join(
+        say(f'{row["image"]}: {row["error"] or ", ".join(captions(files, row, thresholds))}')
+    say(f'Thresholds: {settings["threshold_name"]}, ' + ', '.join(
         f'{label_words(label)} {p:.3f}' for label, p in thresholds.items()) + '.')
-    print(f'Written: {files.path} ({record["images"]} images' + (f', {speed:.1f} images/s)' if speed else ')'))
+    say(f'Written: {files.path} ({record["images"]} images' + (f', {speed:.1f} images/s)' if speed else ')'))
     if settings['overlays']:
-        print(f'Written: {files.overlays}')
-    print('Not a medical device: for research only. A probability here is no risk of a disease.')
+        say(f'Written: {files.overlays}')
+    say('Not a medical device: for research only. A probability here is no risk of a disease.')
     if record['failed']:
         named = '; '.join(record['first_failed']) + '; ...' * (record['failed'] > NAMED)
-        print(f'{record["failed"]} of {record["images"]} images could not be read ({named}): see the column error.',
-              file=sys.stderr)
+        say(f'{record["failed"]} of {record["images"]} images could not be read ({named}): see the column error.',
+            file=sys.stderr)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a name that its encoding lacks, as on stderr
     parser = build_parser()
     args = parser.parse_intermixed_args(argv)
     again = f'{args.output_dir} keeps what is done: the same command with --resume goes on.'
@@ -331,10 +347,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return predict(args)
     except InputError as error:
         if os.environ.get('RANK', '0') == '0':
-            print(f'{parser.prog}: error: {error}', file=sys.stderr)
+            say(f'{parser.prog}: error: {error}', file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, for one
-        print(f'{parser.prog}: error: {sentence_of(error)} {again}', file=sys.stderr)
+        say(f'{parser.prog}: error: {sentence_of(error)} {again}', file=sys.stderr)
         return 2
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -344,10 +360,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                     f'or an image makes its decoder crash. --workers 0 reads them one by one.')
         else:
             raise
-        print(f'{parser.prog}: error: {what} {again}', file=sys.stderr)
+        say(f'{parser.prog}: error: {what} {again}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f'\nInterrupted. {again}', file=sys.stderr)
+        print(file=sys.stderr)  # below what the terminal shows for Ctrl-C
+        say(f'Interrupted. {again}', file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():

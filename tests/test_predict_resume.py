@@ -1,0 +1,113 @@
+"""Predictions that were stopped, by a signal, a full disk or an error, and go on: no row is lost, none comes twice."""
+import os
+import re
+import resource
+import signal
+import time
+
+import numpy as np
+import psutil
+import pytest
+from predict_program import rows, run, start, values
+
+from timm_arl.isic.synthetic import draw_lesion
+
+
+@pytest.fixture(scope='module')
+def many(tmp_path_factory):
+    """160 pictures, two of them bad, and what an uninterrupted run finds in them."""
+    folder = tmp_path_factory.mktemp('many')
+    rng = np.random.default_rng(2)
+    drawn = [draw_lesion(diagnosis, rng, 140) for diagnosis in ('melanoma', 'nevus', 'seborrheic_keratosis')]
+    (folder / 'p').mkdir()
+    for k in range(160):
+        drawn[k % 3].rotate(k).save(folder / 'p' / f'{k:03d},\n.jpg')
+    for k in (7, 130):
+        (folder / 'p' / f'{k:03d},\n.jpg').write_text('bad')
+    done = run('p', '--output-dir', folder / 'whole', cwd=folder)
+    assert done.returncode == 1, done.stderr
+    return folder, rows(folder / 'whole')
+
+
+def same(found, expected):
+    """The same rows; a network's last digits depend on which images share a batch."""
+    assert [row['image'] for row in found] == [row['image'] for row in expected]
+    assert [row['error'] for row in found] == [row['error'] for row in expected]
+    good = [k for k, row in enumerate(expected) if not row['error']]
+    assert np.allclose(values(found[k] for k in good), values(expected[k] for k in good), atol=1e-6)
+
+
+def wait_for_rows(process, out, enough):
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        written = sum(path.read_bytes().count(b'jpg"') for path in (
+            *out.glob('predictions.csv'), *out.glob('parts/*')) if path.exists())
+        if written >= enough:
+            break
+        time.sleep(0.02)
+
+
+def kill_when(process, out, enough):
+    """SIGKILL for all processes of a run once so many rows are there."""
+    wait_for_rows(process, out, enough)
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, 'the run was over before it could be killed'
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(many, tmp_path):
+    folder, expected = many
+    args = ['p', '--output-dir', tmp_path / 'out', '--batch-size', 2]
+    for enough in (10, 60):
+        kill_when(start(*args, *['--resume'] * (enough > 10), cwd=folder), tmp_path / 'out', enough)
+        with open(tmp_path / 'out' / 'predictions.csv', 'ab') as file:
+            file.write(b'"p/999,\n.jp')  # as a full disk leaves it
+    done = run(*args, '--resume', cwd=folder)
+    assert done.returncode == 1 and '2 of 160 images could not be read' in done.stderr
+    assert 60 <= int(re.search(r'(\d+) of 160 images were done before', done.stdout).group(1)) < 160
+    same(rows(tmp_path / 'out'), expected)
+    assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.csv', 'predictions.json']
+
+
+@pytest.mark.slow
+def test_a_full_disk(many, tmp_path):
+    """No file may grow beyond 6000 bytes: it stops in the middle of a row, and goes on when there is room."""
+    folder, expected = many
+    args = ['p', '--output-dir', tmp_path / 'out', '--workers', 0]
+    done = run(*args, cwd=folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)))
+    assert done.returncode == 2 and 'error: File too large. ' in done.stderr and '--resume goes on' in done.stderr
+    assert (tmp_path / 'out' / 'predictions.csv').stat().st_size == 6000
+    assert run(*args, '--resume', cwd=folder).returncode == 1
+    same(rows(tmp_path / 'out'), expected)
+
+
+@pytest.mark.slow
+def test_several_processes_killed_and_resumed(many, tmp_path):
+    """Two processes, killed; three, from elsewhere, which relative names do not notice; joined in order."""
+    folder, expected = many
+    args = ['p', '--output-dir', tmp_path / 'out', '--batch-size', 2]
+    kill_when(start(*args, processes=2, cwd=folder), tmp_path / 'out', 40)
+    assert len(list((tmp_path / 'out' / 'parts').iterdir())) == 2
+    done = run(*args, '--resume', processes=3, cwd=tmp_path)
+    assert '2 of 160 images could not be read' in done.stderr, done.stderr
+    assert done.stdout.count('Written:') == 1
+    same(rows(tmp_path / 'out'), expected)
+    assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.csv', 'predictions.json']
+
+
+@pytest.mark.slow
+def test_all_of_several_processes_stop_at_an_error(tmp_path):
+    (tmp_path / 'predictions.csv').write_text('precious')
+    done = run('.', '--output-dir', tmp_path, processes=2, cwd=tmp_path)
+    assert done.returncode and done.stderr.count('is not from a run') == 1
+
+
+@pytest.mark.slow
+def test_interrupted(many, tmp_path):
+    process = start('p', '--output-dir', tmp_path / 'out', '--batch-size', 1, cwd=many[0])
+    wait_for_rows(process, tmp_path / 'out', 5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and '--resume goes on' in stderr and 'Traceback' not in stderr, stderr
