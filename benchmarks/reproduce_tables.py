@@ -265,7 +265,8 @@ def network_lines(args, out):
             found.setdefault(name, {})[seed] = rows
             columns[name] = read_record(record, 'columns')
     if not found:
-        raise RunError(f'No trained network of table3 or table5 is in {out / "runs"}: make those tables first.')
+        raise RunError(f'No trained network of table3 or table5{" with gates" * (args.table == "masks")} is in '
+                       f'{out / "runs"}: make one first, with table3 --row arl_cnn14.')
     command = 'python benchmarks/reproduce_tables.py ' + shlex.join([
         args.table, '--data', str(args.data), '--output-dir', args.output_dir, '--seeds', *map(str, args.seeds)])
 

@@ -29,7 +29,7 @@ PAGES = {str(path.relative_to(REPO)): path.read_text(encoding='utf-8') for path 
     *(REPO / name for name in ('README.md', 'RESULTS.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'hub_cards/README.md')),
     *sorted((REPO / 'docs').glob('*.md')))}
 COMMANDS = ('accelerate', 'make', 'pip', 'python', 'torchrun')
-NOT_OURS = ('git', 'hf', 'isic', 'pre-commit')  # programs of other projects, which the tests do not install
+NOT_OURS = ('git', 'hf', 'isic', 'pre-commit', 'source')  # of other projects and the shell
 NOT_OUR_FLAGS = {'--device-modules'}  # of timm's train.py
 
 SHOW = """
@@ -141,6 +141,8 @@ def unknown_flags(words):
         known = (launch_command_parser() if program == 'accelerate' else torchrun_parser())._option_string_actions
         return (flags_in(rest[:at]) - set(known)) | (set() if at is None else unknown_flags(['python', *rest[at:]]))
     assert program == 'python', words
+    if rest[:2] == ['-m', 'venv']:
+        return set()
     if rest[:2] == ['-m', 'pytest']:
         return {word for word in rest[2:] if word.endswith('.py') and not (REPO / word).is_file()}
     if rest[:2] == ['-m', 'timm_arl']:

@@ -181,9 +181,10 @@ def test_figures_of_two_checkpoints_and_a_folder(call, made, tmp_path):
         picture = Image.new('RGB', (90, 60), 'pink')
         picture.paste(colour, (30, 20, 60, 40))
         picture.save(tmp_path / 'images' / f'{k}.png')
+    (tmp_path / 'images' / 'broken.jpg').write_bytes(b'no image')
     models = ['--model', out / 'runs' / 'arl_cnn14-seed0', 'arl_cnn14.isic2017']
     done = call('reproduce_tables', 'figures', '--images', tmp_path / 'images', *models, '--output-dir', tmp_path / 'f')
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and 'broken is left out: ' in done.stderr, done.stderr
     assert {path.name for path in (tmp_path / 'f').iterdir()} == {f'fig{k}.png' for k in (5, 6, 7, 9, 10)}
     for path in (tmp_path / 'f').iterdir():
         with Image.open(path) as drawn:
@@ -203,7 +204,7 @@ def test_figures_of_two_checkpoints_and_a_folder(call, made, tmp_path):
     (['table3', '--data', 'nowhere', '--output-dir', 'o'], 'nowhere'),
     (['table7', '--output-dir', 'o', '--check'], 'make the table first'),
     (['figures', '--data', 'demo', '--output-dir', 'o', '--model', 'arl_cnn14'], '--model A B'),
-    (['maps', '--data', 'demo', '--output-dir', 'o'], 'make those tables first'),
+    (['maps', '--data', 'demo', '--output-dir', 'o'], 'make one first'),
 ])
 def test_bad_input_is_one_sentence(call, tmp_path, args, says):
     done = call('reproduce_tables', *args, cwd=tmp_path)

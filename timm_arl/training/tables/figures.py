@@ -2,8 +2,9 @@
 
 The paper's captions are not repeated here; `FIGURES` says what each of ours shows.
 """
+import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from ...attention import alphas_of
 from ...explain import class_activation_map, gate_maps, on_picture, overlay, panel
 from ...files import read_rows, replacing
 from ...isic.artefacts import draw_bubbles, draw_hair
+from ...isic.images import reason_of
 from ...isic.plots import alpha_plot
 from ...isic.task import LABELS, label_words
 
@@ -56,28 +58,34 @@ def draw_figures(
         predictors: Two trained networks, of timm_arl.predictor.
         images: What is shown, at least one.
         count: Images in a figure.
-        progress: Wraps the iteration over the images.
+        progress: Wraps the iteration over the images. One that cannot be read is named on stderr and left out.
 
     Returns:
         By figure, why it was not drawn, or ''.
 
     Raises:
-        ValueError: A network without class activation maps.
+        ValueError: A network without class activation maps, or no image that can be read.
     """
     names = [Path(predictor.name).name for predictor in predictors]
-    answers = []
+    seen, answers, reasons = [], [], dict.fromkeys(FIGURES, '')
     for shown in progress(images):
-        picture = shown.read()
-        answers.append([predictor.probabilities(predictor.prepare(picture, shown.name)[0]) for predictor in predictors])
-    chosen = images[:count]
-    reasons = dict.fromkeys(FIGURES, '')
+        try:
+            picture = shown.read()
+            crops = [predictor.prepare(picture, shown.name)[0] for predictor in predictors]
+        except OSError as error:
+            print(f'{shown.name} is left out: {reason_of(error)}.', file=sys.stderr)
+            continue
+        seen.append(shown)
+        answers.append(torch.stack([predictor.probabilities(each) for predictor, each in zip(predictors, crops)]))
+    if not seen:
+        raise ValueError('None of the images can be read.')
 
     def save(name: str, pictures: List, columns: int) -> None:
         with replacing(out / f'{name}.png') as temporary:
             panel(pictures, columns, WIDTH).save(temporary, 'png')
 
-    save('fig5', [each for shown, of in zip(chosen, answers) for each in _cams(predictors, names, shown, of)],
-         1 + len(predictors))
+    rows = [(shown, shown.read(), shown.name, of) for shown, of in zip(seen[:count], answers)]
+    save('fig5', _cams(predictors, names, rows), 1 + len(predictors))
 
     for predictor, name in zip(predictors, names):
         path = Path(predictor.name, 'summary.csv')
@@ -93,61 +101,70 @@ def draw_figures(
     if gated is None:
         reasons['fig7'] = 'neither network has gates'
     else:
-        tiles = [each for shown in chosen[:1] for each in _gates(predictors[gated], names[gated], shown)]
-        save('fig7', tiles, min(4, len(tiles) // 2))
+        tiles = _gates(predictors[gated], names[gated], seen[0])
+        save('fig7', tiles, min(5, len(tiles) // 2))
 
-    save('fig9', [each for shown in chosen for each in _with_artefacts(predictors, names, shown)], 1 + len(predictors))
+    changed = [(shown, picture if draw is None else draw(picture, SEED_OF_ARTEFACTS)[0], f'{shown.name}{what}', of)
+               for shown, picture, _, of in rows
+               for what, draw in (('', None), (', hair drawn', draw_hair), (', bubbles drawn', draw_bubbles))]
+    save('fig9', _cams(predictors, names, changed, again=True), 1 + len(predictors))
 
     apart = [float((first - second).abs().max()) for first, second in answers]
-    most = np.argsort(apart)[::-1][:count]
-    save('fig10', [each for k in most for each in _cams(predictors, names, images[k], answers[k])], 1 + len(predictors))
+    most = np.argsort(apart)[::-1][:count].tolist()
+    save('fig10', _cams(predictors, names, [(seen[k], seen[k].read(), seen[k].name, answers[k]) for k in most]),
+         1 + len(predictors))
     return reasons
 
 
-def _cam(predictor: Any, picture: Image.Image, label: int, name: str = '') -> np.ndarray:
-    crops, boxes = predictor.prepare(picture, name)
-    return on_picture(class_activation_map(predictor.network, crops)[:, label], boxes, picture.size)
+def _cams(predictors: Sequence[Any], names: List[str], rows: List[Tuple], again: bool = False) -> List:
+    """Pictures and, beside each, the maps of the networks for the label that both together find most probable.
 
-
-def _cams(predictors: Sequence[Any], names: List[str], shown: Shown, answers: List[torch.Tensor]) -> List:
-    label, original = int(torch.stack(answers).mean(0).argmax()), shown.read()
-    tiles = [(original, f'{shown.name}{", " * bool(shown.label)}{shown.label}')]
-    for predictor, name, p in zip(predictors, names, answers):
-        text = ', '.join(f'{label_words(each)} {value:.2f}' for each, value in zip(LABELS, p.tolist()))
-        heat = _cam(predictor, original, label, shown.name)
-        tiles.append((overlay(original, heat, f'logit of {label_words(LABELS[label])}'), f'{name}: {text}'))
+    Args:
+        predictors: The networks.
+        names: Theirs.
+        rows: An image, its picture, a caption, and the probabilities (networks, labels) of the picture as it was.
+        again: Whether the picture was changed, and probabilities are computed again.
+    """
+    heats, answers = [], []
+    for shown, picture, _, of in rows:
+        label = int(of.mean(0).argmax())
+        maps, found = [], []
+        for predictor in predictors:
+            crops, boxes = predictor.prepare(picture, shown.name)
+            maps.append(on_picture(class_activation_map(predictor.network, crops)[:, label], boxes, picture.size))
+            found.append(predictor.probabilities(crops))
+        heats.append(maps)
+        answers.append(torch.stack(found) if again else of)
+    tops = [max(float(np.nanmax(np.abs(maps[k]))) for maps in heats) for k in range(len(predictors))]
+    tiles = []
+    for (shown, picture, caption, of), maps, answer in zip(rows, heats, answers):
+        name_of_label = label_words(LABELS[int(of.mean(0).argmax())])
+        tiles.append((picture, f'{caption}{", " * bool(shown.label)}{shown.label}'))
+        for name, heat, top, p in zip(names, maps, tops, answer):  # one scale for each network, 0 in the middle
+            text = ', '.join(f'{label_words(each)} {value:.2f}' for each, value in zip(LABELS, p.tolist()))
+            legend = f'Evidence for {name_of_label}, logit: yellow for, blue against'
+            tiles.append((overlay(picture, heat, legend, (-top, top)), f'{name}: {text}'))
     return tiles
 
 
 def _gates(predictor: Any, name: str, shown: Shown) -> List:
-    original = shown.read()
-    crops, boxes = predictor.prepare(original, shown.name)
-    masks, shares = [], []
-    for block, gate in gate_maps(predictor.network, crops).items():
-        mask, share = (on_picture(each, boxes, original.size) for each in (gate.mask, gate.contribution))
-        top = max(2., float(np.nanmax(mask)))  # a flat mask stays of one colour
-        masks.append((overlay(original, mask, 'mask n(F), 1 is flat', (0., top)), f'{name}, {block}'))
-        top = max(0.1, float(np.nanmax(share)))
-        shares.append((overlay(original, share, "share of the block's output", (0., top)),
-                       f'{block}, alpha {gate.alpha:.2g}'))
-    columns = min(4, len(masks))
-    blank = (Image.new('RGB', original.size, 'white'), '')
+    """The picture and the masks of its blocks, and below each mask its share of what the block gives."""
+    picture = shown.read()
+    crops, boxes = predictor.prepare(picture, shown.name)
+    gates = gate_maps(predictor.network, crops)
+    heats = {block: on_picture(gate.mask, boxes, picture.size) for block, gate in gates.items()}
+    top = max(2., max(float(np.nanmax(heat)) for heat in heats.values()))  # a flat mask stays of one colour
+    masks = [(overlay(picture, heat, 'mask n(F), 1 is flat', (0., top)), f'{block}, alpha {gates[block].alpha:.2g}')
+             for block, heat in heats.items()]
+    heats = {block: on_picture(gate.contribution, boxes, picture.size) for block, gate in gates.items()}
+    top = max(0.1, max(float(np.nanmax(heat)) for heat in heats.values()))
+    shares = [(overlay(picture, heat, "share of the block's output", (0., top)), block)
+              for block, heat in heats.items()]
+    width = min(4, len(masks))
+    blank = (Image.new('RGB', picture.size, 'white'), '')
     tiles = []
-    for start in range(0, len(masks), columns):
-        for of in (masks, shares):
-            row = of[start:start + columns]
-            tiles += row + [blank] * (columns - len(row))
-    return tiles
-
-
-def _with_artefacts(predictors: Sequence[Any], names: List[str], shown: Shown) -> List:
-    original = shown.read()
-    label = int(predictors[0].probabilities(predictors[0].prepare(original, shown.name)[0]).argmax())
-    tiles = []
-    for what, draw in (('as it is', None), ('hair, drawn', draw_hair), ('bubbles, drawn', draw_bubbles)):
-        picture = original if draw is None else draw(original, SEED_OF_ARTEFACTS)[0]
-        tiles.append((picture, f'{shown.name}, {what}'))
-        tiles += [(overlay(picture, _cam(predictor, picture, label, shown.name),
-                           f'logit of {label_words(LABELS[label])}'), name)
-                  for predictor, name in zip(predictors, names)]
+    for start in range(0, len(masks), width):
+        for first, of in (((picture, f'{shown.name}, {name}'), masks), (blank, shares)):
+            row = of[start:start + width]
+            tiles += [first, *row, *[blank] * (width - len(row))]
     return tiles
