@@ -163,7 +163,7 @@ def test_a_picture_is_dropped(open_page, served, predictor, tmp_path):
     assert found == [pytest.approx(p, abs=6e-4) for p in values]
     assert page.inner_text('.arl-found h2') == 'a <b>lesion.jpg' and '1300 x 900 px' in page.inner_text('.arl-found')
     rows = page.locator('.arl-card tr.arl-default').all_inner_texts()  # Youden's, which decides
-    assert [row.split('\t')[:3] for row in rows] == [['youden', '0.000', 'above'], ['youden', '1.000', 'not above']]
+    assert [row.split('\t')[:3] for row in rows] == [["Youden's", '0.000', 'above'], ["Youden's", '1.000', 'not above']]
     assert '0.31/0.93' in page.locator('.arl-card').first.inner_text()  # measured at the official threshold
     assert page.locator('.arl-thumbs img').count() == 5 and page.locator('.arl-framed rect').count() > 5
     assert page.locator('.arl-maps > figure').count() == 4  # crops, two labels, the mask of a block
@@ -220,8 +220,23 @@ def test_another_block(open_page):
     options = page.get_by_role('option').all_inner_texts()
     assert [re.search(r'layer\d\.0 \(alpha 2\)', option) is None for option in options] == [False] * 4
     page.get_by_role('option').filter(has_text='layer2.0').click()
-    page.wait_for_selector('figcaption:text("Attention mask of block layer2.0")')
-    assert 'alpha is 2' in page.locator('.arl-maps figure').last.inner_text()
+    page.wait_for_selector('figcaption:text("Attention mask of layer2.0")')
+    mask = page.locator('.arl-maps > figure').filter(has_text='layer2.0').inner_text()
+    assert 'alpha is 2: lighter is strengthened more' in mask
+
+
+def test_the_map_is_within_the_first_screen(open_page, tmp_path):
+    page = open_page()
+    drop(page, picture_file(tmp_path / 'lesion.png'))
+    answered(page)
+    assert page.locator('#maps img').first.bounding_box()['y'] < 650 and not page.evaluate('scrollY')
+    text = page.inner_text('.arl-maps + p')
+    assert 'yellow speaks for the diagnosis and blue against it' in text and 'a blob in the centre' in text
+    assert page.locator('.arl-thumbs img').count() == 5 and 'squashed' not in page.inner_text('.arl-found')
+    drop(page, picture_file(tmp_path / 'square.png', size=(200, 200)))
+    page.wait_for_selector('text=The image is exactly square')
+    page.wait_for_selector('text=1, 4, 5 are the same crop')
+    assert page.locator('.arl-thumbs img').count() == 3
 
 
 def test_the_result_is_downloaded(open_page, predictor, tmp_path):
@@ -399,6 +414,37 @@ def test_the_space_installs_what_the_package_needs(repo):
     assert front['sdk'] == 'gradio' and (repo / 'space' / front['app_file']).is_file()
     assert Requirement(app[0]).name == 'gradio' and Requirement(app[0]).specifier.contains(front['sdk_version'])
     assert len(front['short_description']) <= 60  # the Hub's limit
+
+
+def test_thresholds_and_masks_in_words(tiny):
+    from timm_arl.app import views
+    from timm_arl.app.analysis import Analyst
+
+    analyst = Analyst(str(tiny))
+    analysis, aim = analyst.look_at_synthetic('nevus'), 'sensitivity 0.9 on validation'
+    analyst.predictor.thresholds[aim] = {'melanoma': 0.25, 'seborrheic_keratosis': 0.9999}  # Youden's for one label
+    measured = {**analyst.measured, 'melanoma': {**analyst.measured['melanoma'], 'operating_points': [
+        {'name': aim, 'sensitivity': 0.82, 'specificity': 0.52}]}}
+    melanoma, keratosis = (re.findall(r'<th scope="row">(.*?)</th>', card) for card in views.found(
+        analysis, analyst.predictor, measured).split('</article>')[:2])
+    words = 'aimed at a sensitivity of 0.9 (on validation)'
+    assert melanoma == ["Youden's", 'official', words] and keratosis == [f"Youden's; {words}", 'official']
+    assert '(0.82 of melanoma on the test images below)' in views.found(analysis, analyst.predictor, measured)
+    picture = analysis.picture
+    for alpha, share, expected in ((-1.5, 0.97, ('lighter is weakened more', 'it prefers almost no position')),
+                                   (2., 0.25, ('lighter is strengthened more', 'weight on 25 % of the positions'))):
+        block = analysis.blocks['layer1.0']._replace(alpha=alpha, effective_share=share)
+        html = views.maps({'layer1.0': picture}, analysis._replace(blocks={'layer1.0': block}), analyst.predictor)
+        assert 'Attention mask of layer1.0' in html and all(part in html for part in expected)
+
+
+@pytest.mark.parametrize('command', [['-m', 'timm_arl.app'], ['space/app.py']])
+def test_without_gradio(repo, tmp_path, command):
+    (tmp_path / 'sitecustomize.py').write_text("import sys\nsys.modules['gradio'] = None\n")
+    done = subprocess.run([sys.executable, *command], cwd=repo, capture_output=True, text=True, env={
+        **os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{repo}'})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: gradio is not installed: pip install 'timm-arl[app]'")
 
 
 def test_networks_that_have_less_to_show(tiny, tmp_path):

@@ -91,27 +91,23 @@ def build(analyst: Analyst) -> gr.Blocks:
         kept = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.HTML(views.head(predictor))
         with gr.Row():
-            with gr.Column(scale=1, min_width=280):
+            with gr.Column(scale=1, min_width=260):
                 drop = gr.HTML('', html_template=views.drop_zone(), elem_id='drop', js_on_load=(
                     HERE / 'drop.js').read_text(encoding='utf-8').replace('MAX_BYTES', str(MAX_BYTES)))
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(scale=3, min_width=300):
                 found = gr.HTML(views.nothing_yet(), elem_id='found')
-        with gr.Column(visible=False) as details:
-            with gr.Column(elem_classes='arl-section'):
-                gr.HTML('<h2>Where the answer comes from</h2><p>The network never sees the whole file, but crops of '
-                        'it, whose probabilities are averaged. In the maps lighter is more: the network used the light '
-                        'regions, which does not make them medically relevant.</p>')
-                block = gr.Dropdown([], label='Attention mask of block', elem_id='block', filterable=False)
-                maps = gr.HTML('', elem_id='maps')
-            with gr.Column(elem_classes='arl-section') as gates:
-                gr.HTML('<h2>What does attention change?</h2><p>Each block adds alpha times its attention term. Scale '
-                        'all alphas and watch the probabilities: a large change means that the network relies on '
-                        'attention for this image.</p>')
-                factor = gr.Slider(0, LARGEST_FACTOR, 1, step=0.25, label='Every alpha times', elem_id='factor',
-                                   info='0: no attention, a plain residual network. 1: as it was trained.')
-                change = gr.HTML('', elem_id='change')
-            download = gr.Button('Download the result (zip)', variant='primary', elem_id='download')
-            packed = gr.Textbox(visible=False)
+                with gr.Column(visible=False) as details:
+                    with gr.Column(elem_classes='arl-section'):
+                        gr.HTML('<h2>Where the answer comes from</h2>')
+                        maps = gr.HTML('', elem_id='maps')
+                        block = gr.Dropdown([], label='Attention mask of block', elem_id='block', filterable=False)
+                    with gr.Column(elem_classes='arl-section') as gates:
+                        gr.HTML(views.what_alpha_does())
+                        factor = gr.Slider(0, LARGEST_FACTOR, 1, step=0.25, label='Every alpha times', elem_id='factor',
+                                           info='0: no attention, a plain residual network. 1: as it was trained.')
+                        change = gr.HTML('', elem_id='change')
+                    download = gr.Button('Download the result (zip)', variant='primary', elem_id='download')
+                    packed = gr.Textbox(visible=False)
         gr.HTML(views.about(predictor, analyst.measured, analyst.repo))
 
         answers = [kept, found, drop, details, gates, block, factor, change, maps]

@@ -12,14 +12,21 @@ from ..predictor import Predictor
 from .analysis import MAX_BYTES, MAX_PIXELS, NOT_FOR, Analysis, accepted_words, data_url, synthetic_picture
 
 __all__ = [
-    'about', 'attention', 'drop_zone', 'found', 'head', 'maps', 'nothing_yet', 'problem',
+    'about', 'attention', 'drop_zone', 'found', 'head', 'maps', 'nothing_yet', 'problem', 'what_alpha_does',
 ]
 
 POINTS = {  # what an operating point is, by the beginning of its name
-    'youden': 'chosen on validation images, where sensitivity + specificity is largest there',
-    'sensitivity': 'chosen on validation images, where nine in ten with the diagnosis are found there',
+    'youden': 'chosen on validation images: the largest sum of sensitivity and specificity among them',
+    'sensitivity': 'chosen on validation images: the highest threshold that finds at least this share of those with '
+                   'the diagnosis among them; of other images it can find more or fewer',
     'official': "the challenge's",
 }
+HOW_TO_READ = (
+    'The network sees crops of the image, whose probabilities are averaged. In a class activation map yellow speaks '
+    'for the diagnosis and blue against it; grey is 0. It shows what the network used, which need not be medically '
+    'relevant: a blob in the centre of the image, which has not seen it, finds outlined lesions better than the '
+    'class activation maps of arl_cnn14.isic2017 do (docs/explain.md).')
+NEARLY_FLAT = 0.9  # the effective share above which a mask is called so
 THUMBNAIL = 160  # pixels
 
 
@@ -46,8 +53,9 @@ def drop_zone() -> str:
         f'aria-describedby="arl-limits"><strong>Drop an image here</strong><span class="arl-choose">or choose a file'
         f'</span></label>'
         f'<p id="arl-limits" class="arl-small">{accepted_words()}; up to {MAX_BYTES / 1e6:.0f} MB and '
-        f'{MAX_PIXELS / 1e6:.0f} megapixels. Nothing is stored: the image is gone from memory '
-        f'when you close the page or half an hour later.</p>'
+        f'{MAX_PIXELS / 1e6:.0f} megapixels. Nothing is written to a disk: a small copy stays in '
+        f'memory until your next image, for an hour at most. For many images: <code>python -m timm_arl.predict</code>.'
+        f'</p>'
         f'<p class="arl-status" role="status"></p>'
         f'<h2>No image at hand?</h2><p class="arl-small">These are <strong>SYNTHETIC</strong>: drawn by a program, not '
         f'dermoscopy. What the network says of them means nothing.</p>'
@@ -67,11 +75,16 @@ def found(analysis: Analysis, predictor: Predictor, measured: Optional[Dict[str,
     synthetic = ('<p class="arl-note"><strong>SYNTHETIC</strong> image, not dermoscopy: these numbers mean nothing.</p>'
                  if analysis.synthetic else '')
     remark = f'<p class="arl-note">The image {escape(analysis.remark)}</p>' if analysis.remark else ''
+    if analysis.size[0] == analysis.size[1] and not analysis.synthetic:
+        remark += ('<p class="arl-note">The image is exactly square, so it may be a copy that was squashed to a '
+                   'square. Use one of the original shape: squashed copies of ISIC 2017, stretched back, get other '
+                   'probabilities, by up to 0.2.</p>')
     points = list(predictor.thresholds)
     points.sort(key=lambda point: point != predictor.point)
     cards = ''.join(_card(label, p, points, analysis, predictor, measured)
                     for label, p in zip(predictor.labels, analysis.probabilities.tolist()))
-    words = ''.join(f'<li><em>{escape(point)}</em>: {text}{" (default)" if point == predictor.point else ""}</li>'
+    words = ''.join(f'<li><em>{_point_words(point)}</em>: {text}{_elsewhere(point, predictor, measured)}'
+                    f'{" (default)" if point == predictor.point else ""}</li>'
                     for point in points for start, text in POINTS.items() if point.startswith(start))
     share = (f' Sensitivity and specificity are those on {measured["images"]} {measured["split"]} images of '
              f'{escape(measured["data"])}.' if measured else '')
@@ -79,7 +92,7 @@ def found(analysis: Analysis, predictor: Predictor, measured: Optional[Dict[str,
         f'<section class="arl-found" aria-label="Result"><h2>{escape(analysis.name)}</h2>'
         f'<p class="arl-small">{analysis.size[0]} x {analysis.size[1]} px</p>{synthetic}{remark}'
         f'<div class="arl-cards">{cards}</div>'
-        f'<details class="arl-small" open><summary>What the thresholds are</summary>'
+        f'<details class="arl-small"><summary>What the thresholds are</summary>'
         f'<ul>{words}</ul><p>A diagnosis is called where its probability is above the threshold. Each probability is '
         f'against everything else, so the two need not add up to 1. They are not risks.{share}</p></details></section>')
 
@@ -96,23 +109,44 @@ def _card(
                     f'{" class=arl-default" if point == predictor.point else ""}></i>' for point in points)
     scores = _point_scores(measured, label)
     rows = []
+    equal: Dict[float, List[str]] = {}  # points of one threshold share a row
     for point in points:
+        equal.setdefault(predictor.thresholds[point][label], []).append(point)
+    for point, *others in equal.values():
         above = predictor.decide(analysis.probabilities, point)[label]
         score = f'<td>{scores[point][0]:.2f}/{scores[point][1]:.2f}</td>' if point in scores else '<td></td>'
         rows.append(
             f'<tr{" class=arl-default" if point == predictor.point else ""}>'
-            f'<th scope="row">{escape(point.removesuffix(" on validation"))}</th>'
+            f'<th scope="row">{"; ".join(map(_point_words, (point, *others)))}</th>'
             f'<td>{predictor.thresholds[point][label]:.3f}</td>'
             f'<td class="arl-{"above" if above else "below"}">{"above" if above else "not above"}</td>'
             f'{score if scores else ""}</tr>')
     heads = ['<span class="arl-hidden">operating point</span>', 'threshold', 'here',
              *(['<abbr title="sensitivity / specificity">sens./spec.</abbr>'] if scores else [])]
     return (
-        f'<article class="arl-card"><h3>{label_words(label)}</h3><p class="arl-p">{p:.3f}</p>'
+        f'<article class="arl-card"><div class="arl-top"><h3>{label_words(label)}</h3>'
+        f'<p class="arl-p">{p:.3f}</p></div>'
         f'<div class="arl-bar" role="img" aria-label="Probability of {label_words(label)}: {p:.3f} of 1"><span '
         f'style="width:{100 * p:.1f}%"></span>{marks}</div>'
         f'<table><thead><tr>{"".join(f"<th scope=col>{each}</th>" for each in heads)}</tr></thead>'
         f'<tbody>{"".join(rows)}</tbody></table></article>')
+
+
+def _point_words(point: str) -> str:
+    """An operating point as readers call it."""
+    kind, _, rest = point.removesuffix(' on validation').partition(' ')
+    if kind == 'sensitivity' and rest:
+        return f'aimed at a sensitivity of {escape(rest)} (on validation)'
+    return "Youden's" if (kind, rest) == ('youden', '') else escape(point)
+
+
+def _elsewhere(point: str, predictor: Predictor, measured: Optional[Dict[str, Any]]) -> str:
+    """What sensitivity a threshold that aims at one has on the images of the card."""
+    found = [f'{_point_scores(measured, label)[point][0]:.2f} of {label_words(label)}' for label in predictor.labels
+             if point in _point_scores(measured, label)]
+    if not point.startswith('sensitivity') or not found or not measured:
+        return ''
+    return f' ({" and ".join(found)} on the {measured["split"]} images below)'
 
 
 def _point_scores(measured: Optional[Dict[str, Any]], label: str) -> Dict[str, Tuple[float, float]]:
@@ -129,14 +163,22 @@ def _shown(analysis: Analysis) -> str:
     frames = ''.join(_frame([str(number) for number, other in enumerate(analysis.boxes, 1) if other == box], box, width)
                      for box in dict.fromkeys(analysis.boxes))  # in a square picture some are the same
     count = len(analysis.boxes)
+    same: Dict[int, List[str]] = {}  # number of the first -> numbers of those equal to it
+    for number, crop in enumerate(analysis.crops, 1):
+        first = next((k for k in same if torch.equal(analysis.crops[k - 1], crop)), number)
+        same.setdefault(first, []).append(str(number))
     cut = ''.join(
-        f'<figure><img alt="Crop {number} of {count}" src="{data_url(to_pil_image(crop))}">'
-        f'<figcaption>{number}</figcaption></figure>' for number, crop in enumerate(analysis.crops, 1))
+        f'<figure><img alt="Crop {", ".join(numbers)} of {count}" src="'
+        f'{data_url(to_pil_image(analysis.crops[first - 1]))}"><figcaption>{", ".join(numbers)}</figcaption></figure>'
+        for first, numbers in same.items())
+    alike = '' if len(same) == count else (
+        f'<p class="arl-small">{"; ".join(", ".join(each) for each in same.values() if len(each) > 1)} are the same '
+        f'crop, which counts as often in the mean.</p>')
     return (
         f'<figure><figcaption>What the network was shown: {count} {"crop" if count == 1 else "crops"}</figcaption>'
         f'<div class="arl-framed"><img alt="{escape(analysis.name)}, with a frame around each crop" src="'
         f'{data_url(analysis.picture)}"><svg viewBox="0 0 {width} {height}" aria-hidden="true">{frames}</svg></div>'
-        f'<div class="arl-thumbs">{cut}</div></figure>')
+        f'<div class="arl-thumbs">{cut}</div>{alike}</figure>')
 
 
 def _frame(numbers: Sequence[str], box: Box, width: int) -> str:
@@ -154,27 +196,42 @@ def _frame(numbers: Sequence[str], box: Box, width: int) -> str:
 
 
 def maps(pictures: Dict[str, Image.Image], analysis: Analysis, predictor: Predictor) -> str:
-    """What the network was shown, class activation maps and the mask of a block, side by side."""
-    figures = [_shown(analysis)]
+    """Class activation maps, the mask of a block, and what the network was shown, side by side."""
+    figures = []
     for name, picture in pictures.items():
         label = name in predictor.labels
-        words = f'class activation map of {label_words(name)}' if label else f'attention mask of block {name}'
-        title = f'What speaks for {label_words(name)}' if label else words[0].upper() + words[1:]
+        words, colours = ((f'Class activation map of {label_words(name)}', 'yellow speaks for it, blue against it')
+                          if label else (f'Attention mask of {name}', _lighter(name, analysis)))
         figures.append(
-            f'<figure><figcaption>{title}</figcaption>'
-            f'<img alt="{escape(analysis.name)} in grey under the {words}: lighter is more" src="'
-            f'{data_url(picture)}">{"" if label else _block_words(name, analysis)}</figure>')
-    none = '' if pictures else '<p class="arl-note">This network has no class activation map.</p>'
-    return f'{none}<div class="arl-maps">{"".join(figures)}</div>'
+            f'<figure><figcaption>{f"For and against {label_words(name)}" if label else words}</figcaption>'
+            f'<img alt="{words} on {escape(analysis.name)}, which is in grey: {colours}" src="{data_url(picture)}">'
+            f'{"" if label else _block_words(name, analysis, predictor)}</figure>')
+    shown = f'<div class="arl-maps">{"".join(figures)}{_shown(analysis)}</div>'
+    return (f'{shown}<p class="arl-small">{HOW_TO_READ}</p>' if pictures else
+            f'<p class="arl-note">This network has no class activation map.</p>{shown}')
 
 
-def _block_words(name: str, analysis: Analysis) -> str:
+def _lighter(name: str, analysis: Analysis) -> str:
+    alpha = analysis.blocks[name].alpha
+    return f'lighter is {"weakened" if alpha < 0 else "strengthened"} more' if alpha else 'it changes nothing'
+
+
+def _block_words(name: str, analysis: Analysis, predictor: Predictor) -> str:
     """What the mask of a block weighs: a mask may look interesting where it changes nothing."""
     block = analysis.blocks[name]
-    return (f'<p class="arl-small">Block {name}: alpha is {block.alpha:.3g}, and its attention term changes what the '
-            f'block gives by <strong>{100 * block.contribution:.1f} %</strong> on average. The mask is as wide as one '
-            f'that is flat on {100 * block.effective_share:.0f} % of the positions and 0 elsewhere.'
-            f'{" Alpha is negative: the light regions are weakened." if block.alpha < 0 else ""}</p>')
+    of = 'channel' if getattr(predictor.network, 'attention', '') == 'channel' else 'position'
+    spread = (f'The mask is nearly flat: it prefers almost no {of}.' if block.effective_share > NEARLY_FLAT else
+              f'The mask has most of its weight on {100 * block.effective_share:.0f} % of the {of}s.')
+    return (f'<p class="arl-small">Its alpha is {block.alpha:.3g}: {_lighter(name, analysis)}. The attention term '
+            f'changes what the block gives by <strong>{100 * block.contribution:.1f} %</strong> on average. {spread}'
+            f'</p>')
+
+
+def what_alpha_does() -> str:
+    return (
+        '<h2>What does attention change?</h2><p>Alpha is the weight of a block\'s attention mask: above 0 it '
+        'strengthens what the mask marks, below 0 it weakens that, and at 0 attention is off. Scale all alphas and '
+        'watch the probabilities: a large change means that the network relies on attention for this image.</p>')
 
 
 def attention(analysis: Analysis, predictor: Predictor, factor: float, probabilities: torch.Tensor) -> str:
