@@ -41,7 +41,7 @@ def photographs(tmp_path_factory):
     for k in range(8):
         path = folder / ('', 'a', 'b/c')[k % 3] / f'lesion{k}.{"jpg" if k % 2 else "png"}'
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_lesion(DIAGNOSES[k % 3], rng).save(path)
+        draw_lesion(DIAGNOSES[k % 3], rng).crop((0, 10, 160, 150)).save(path)  # a square would be remarked on
     (folder / 'notes.txt').write_text('no picture')
     return folder
 
@@ -225,6 +225,31 @@ def test_remarks_are_made_once(predict, tmp_path):
     lines = done.stderr.splitlines()
     assert len(lines) == 3 and all('note: ' in line and '0.png' in line for line in lines), lines
     assert 'no colours' in done.stderr and '128 x 128 px' in done.stderr and 'nearly one colour' in done.stderr
+
+
+def test_squashed_copies_are_stretched_back(predict, tmp_path):
+    """A square copy gets other probabilities than its original, a note says so, and --restore-aspect helps."""
+    original = draw_lesion('melanoma', np.random.default_rng(1), 300).resize((450, 300))
+    for name, picture in (('original', original), ('copy', original.resize((300, 300)))):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / 'a.png')
+    found = {}
+    for name, flags in (('original', ()), ('copy', ()), ('copy', ('--restore-aspect', '3/2'))):
+        done = predict(tmp_path / name, *flags)
+        assert done.returncode == 0, done.stderr
+        assert ('exactly square' in done.stderr) == (name == 'copy' and not flags)
+        found[name, flags] = values(rows(tmp_path / 'out'))
+        shutil.rmtree(tmp_path / 'out')
+    expected, squashed, restored = found.values()
+    assert np.abs(restored - expected).max() < 0.5 * np.abs(squashed - expected).max()
+    done = predict(tmp_path / 'copy', '--restore-aspect', 9)
+    assert done.returncode == 2 and 'between 0.2 and 5' in done.stderr
+
+
+@pytest.mark.parametrize('name', ['resnet14', 'arl_cnn50', 'resnet18'])
+def test_networks_that_know_no_lesions_are_refused_before_any_download(predict, photographs, tmp_path, name):
+    done = predict(photographs, '--model', name)
+    assert done.returncode == 2 and f'{name} has no weights that know skin lesions' in done.stderr
 
 
 def test_what_is_refused(predict, photographs, tmp_path):

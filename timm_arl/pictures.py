@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .isic.transforms import restore_aspect
 from .predictor import Cutter, read_picture
 
 __all__ = ['REMARKS', 'Pictures', 'Seen', 'collate', 'remark_on']
@@ -18,6 +19,8 @@ REMARKS = {
     'small': 'is smaller than what the network looks at ({side} x {side} px): expect less of its probabilities',
     'grey': 'has no colours, and the network was trained on colour photographs of skin',
     'flat': 'is nearly one colour, unlike a photograph',
+    'square': 'is exactly square. If it was squashed, its probabilities are off: networks here learned lesions in the '
+              'shape of the originals',
 }
 
 
@@ -35,14 +38,15 @@ class Seen(NamedTuple):
 class Pictures(Dataset):
     """Reads images by name."""
 
-    def __init__(self, cutter: Cutter, folder: str, keep: bool) -> None:
+    def __init__(self, cutter: Cutter, folder: str, keep: bool, aspect: Optional[float] = None) -> None:
         """
         Args:
             cutter: From a picture to crops.
             folder: Where relative names start.
             keep: Whether to give the pictures too.
+            aspect: Width / height of the originals of pictures that are exactly square, which are stretched back to it.
         """
-        self.cutter, self.folder, self.keep = cutter, folder, keep
+        self.cutter, self.folder, self.keep, self.aspect = cutter, folder, keep, aspect
 
     def __getitem__(self, listed: Tuple[str, str]) -> Seen:
         name, stem = listed
@@ -53,6 +57,8 @@ class Pictures(Dataset):
                 if not stat.S_ISREG(os.stat(path).st_mode):
                     raise OSError('it is a folder' if os.path.isdir(path) else 'it is no file')  # a pipe would block
                 picture = read_picture(path, self.cutter.shorter_side)
+                if self.aspect:
+                    picture = restore_aspect(picture, self.aspect)
                 crops, _ = self.cutter(picture, Path(name).stem)
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
@@ -71,7 +77,9 @@ def remark_on(picture: Image.Image, crop: torch.Tensor) -> str:
         return 'small'
     if crop.std((1, 2)).max() < 4:
         return 'flat'
-    return 'grey' if (crop.amax(0) - crop.amin(0)).mean() < 2 else ''
+    if (crop.amax(0) - crop.amin(0)).mean() < 2:
+        return 'grey'
+    return 'square' if picture.width == picture.height else ''
 
 
 def collate(seen: List[Seen]) -> Tuple[List[Seen], torch.Tensor]:

@@ -47,6 +47,12 @@ __all__ = ['main']
 
 SHOWN = 20  # rows that are also printed, if there are no more
 NAMED = 3  # images that could not be read
+CAVEATS = (
+    'Not a medical device: for research only. A probability is not the risk of having the disease.',
+    'Above a threshold does not mean diseased: many such images are false alarms. Any other lesion, and any picture of '
+    'something else, is answered as if it showed one of the diagnoses.',
+    'How often the network is right was measured on few images: see its card (docs/predict.md).',
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,6 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     add('--format', choices=FORMATS, default='csv', help='of the predictions (default: %(default)s)')
     add('--crops', choices=CROPS, help='crops per image, whose probabilities are averaged (default: those that the '
                                        'network was evaluated with)')
+    add('--restore-aspect', type=_ratio, metavar='W/H',
+        help='stretch pictures that are exactly square to this width / height, that of their originals: 1.5 or 4/3, '
+             'for copies that were squashed')
     add('--threshold-name', type=_not_empty, metavar='NAME',
         help="thresholds of the decisions, by the beginning of their name: youden, sensitivity, official (default: "
              "Youden's where validation chose one, else the official 0.5)")
@@ -106,6 +115,15 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f'{error.strerror}{f": {error.filename}" if error.filename else ""}.'
     return str(error)
+
+
+def _ratio(text: str) -> float:
+    """A width / height such as 1.5 or 4/3."""
+    width, _, height = text.partition('/')
+    ratio = float(width) / float(height or 1)
+    if not 0.2 <= ratio <= 5:
+        raise argparse.ArgumentTypeError(f'must be between 0.2 and 5, not {text}')
+    return ratio
 
 
 def on_first(work: Callable[[], Any]) -> Any:
@@ -161,7 +179,7 @@ def settings_of(args: argparse.Namespace, predictor: Predictor) -> Dict[str, Any
         'crops': predictor.crops, 'grey_world': predictor.cutter.colour_constancy, 'seed': args.seed,
         'labels': list(predictor.labels), 'threshold_name': point, 'thresholds': predictor.thresholds[point],
         'calibrated': args.calibrated, 'temperatures': predictor.temperatures, 'format': args.format,
-        'overlays': args.overlays,
+        'overlays': args.overlays, 'restore_aspect': args.restore_aspect,
     }
 
 
@@ -196,7 +214,8 @@ def begin_or_go_on(
         count = write_image_list(files.list, args.images, standard_input(), files.folder, args.overlays)
         record = {
             'settings': settings, 'images': count, 'folder': os.getcwd(), 'complete': False, 'timm_arl': __version__,
-            'torch': str(torch.__version__), 'command': shlex.join(['python', '-m', 'timm_arl.predict', *sys.argv[1:]])}
+            'torch': str(torch.__version__), 'command': shlex.join(['python', '-m', 'timm_arl.predict', *sys.argv[1:]]),
+            'caveats': CAVEATS}
         files.start(record)
         return record, 0
     for key, value in settings.items():
@@ -273,7 +292,7 @@ def predict_rows(
     settings, unsaid = record['settings'], set() if rank else set(REMARKS)
     own = OwnImages(files.list, record['images'], done + rank, processes)
     loader: DataLoader = DataLoader(
-        Pictures(predictor.cutter, record['folder'], args.overlays), args.batch_size, sampler=own,
+        Pictures(predictor.cutter, record['folder'], args.overlays, args.restore_aspect), args.batch_size, sampler=own,
         num_workers=min(args.workers, -(-len(own) // args.batch_size)), collate_fn=collate,
         pin_memory=predictor.device.type == 'cuda')
     with files.writer(rank, processes, done) as writer, tqdm(
@@ -292,6 +311,7 @@ def predict_rows(
                     if seen[i].remark in unsaid:
                         unsaid.remove(seen[i].remark)
                         remark = REMARKS[seen[i].remark].format(side=predictor.img_size)
+                        remark += ' (--restore-aspect)' * (seen[i].remark == 'square')
                         say(f'note: {seen[i].name} {remark}. Others like it are not named.', file=sys.stderr)
             writer.append(rows)  # after the pictures: where there is a row, its picture is complete
             bar.update(len(seen) * processes)
@@ -330,7 +350,8 @@ def report(files: PredictionFiles, record: Dict[str, Any], speed: float) -> None
     say(f'Written: {files.path} ({record["images"]} images' + (f', {speed:.1f} images/s)' if speed else ')'))
     if settings['overlays']:
         say(f'Written: {files.overlays}')
-    say('Not a medical device: for research only. A probability here is no risk of a disease.')
+    for caveat in CAVEATS:
+        say(caveat)
     if record['failed']:
         named = '; '.join(record['first_failed']) + '; ...' * (record['failed'] > NAMED)
         say(f'{record["failed"]} of {record["images"]} images could not be read ({named}): see the column error.',

@@ -158,6 +158,9 @@ class Predictor:
 
     def _load_checkpoint(self, threads: int) -> Tuple[Dict[str, Any], Dict[str, Any]]:
         checkpoint = Checkpoint(self.name)
+        if checkpoint.path is None and not self.name.startswith('hf-hub:') and not checkpoint.label_names():
+            raise WeightsError(f'{self.name} has no weights that know skin lesions: name the output folder of a '
+                               f'network that you trained, or {DEFAULT_MODEL}.')
         model: Any = checkpoint.network()
         if not has_isic_outputs(model):
             raise WeightsError(f'The {model.num_classes} outputs of {self.name} are not {", ".join(LABELS)}: choose a '
