@@ -46,6 +46,7 @@ from timm_arl.isic.calibration import (
 )
 from timm_arl.isic.dataset import DataError, check_usable, load_splits
 from timm_arl.isic.dataset.duplicates import read_pairs
+from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
 from timm_arl.isic.metrics import (
     auc_table,
@@ -113,10 +114,10 @@ def images_of_the_run(args, accelerator, checkpoint):
     """Prepare the images as in the checkpoint's own run, where the command line does not say how.
 
     Returns:
-        The arguments of that run; empty where they are not known.
+        The arguments of that run, and thresholds that the weights come with; empty where they are not known.
     """
     try:
-        saved = checkpoint.arguments()
+        saved = {**checkpoint.arguments(), **checkpoint.settings()}
     except WeightsError as error:
         accelerator.print(f'How the training images of {args.checkpoint} were prepared is not known: no {error.file}, '
                           f'{error.cause}.')
@@ -126,7 +127,7 @@ def images_of_the_run(args, accelerator, checkpoint):
         if getattr(args, name) is None:
             setattr(args, name, saved.get(name, value))
     accelerator.print('Images: ' + ', '.join(f'{name.replace("_", "-")} {getattr(args, name)}' for name in usual) + (
-        ' (as in training, where not given)' if saved else ''))
+        ' (as in training, where not given)' if usual.keys() & saved.keys() else ''))
     return saved
 
 
@@ -221,6 +222,8 @@ def evaluate(args):
         data_config['input_size'] = (3, args.img_size, args.img_size)
 
     splits = load_splits(args.data, seed=args.seed)
+    same_data = ids_digest(splits['train']['image_id']) == saved.get('train_ids')
+    kept_best = saved.get('keep') == 'best' and not saved.get('fold')  # a fold has validation images of its own
     if args.drop_duplicates:
         splits = without_duplicates(splits, args)
         check_usable(splits, f'{args.data} without duplicates')
@@ -286,7 +289,7 @@ def evaluate(args):
             images.normalise, probabilities[args.split], other and other.probabilities)
         page = html_report(
             shown, args.data, args.split, metrics, truth, probabilities, record,
-            Training(summary, alphas, saved.get('keep') == 'best'), examples, other)
+            Training(summary, alphas, kept_best, same_data, 'thresholds' in saved), examples, other)
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
     with replacing_evaluation(out) as new:
         write_json(new / 'metrics.json', metrics)

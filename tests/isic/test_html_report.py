@@ -55,7 +55,7 @@ def render(name='arl_cnn14.isic2017', data='isic2017', other=None, training=None
              **{f'validation_auc_{label}': '0.75' for label in LABELS}, 'layer1.0.alpha': '0.125'} for epoch in (1, 2)]
     html = html_report(
         name, data, 'test', metrics, truth, probabilities, record,
-        training or Training(rows, ['layer1.0.alpha'], True), examples(**changes), other)
+        training or Training(rows, ['layer1.0.alpha'], True, True), examples(**changes), other)
     return html, metrics, truth, probabilities
 
 
@@ -146,12 +146,17 @@ def test_what_is_said_first(rendered):
                   'small copies of 256 px, squashed to a square', 'They leave this machine only if you send the file',
                   'This file holds 4 pictures', 'strictly above the threshold', 'There are none.'):
         assert words in text
+    assert text.index('The validation images chose') < text.index('Mean AUC') and 'thresholds of their own' not in text
     assert 'SYNTHETIC' not in text and text.index('Not a medical device') < text.index('Summary')
     synthetic = Page(render(data='demo')[0]).text
     assert synthetic.index('SYNTHETIC images') < synthetic.index('Summary') and 'small copies' not in synthetic
     other = Page(render(side=1000, training=Training([], [], False), blocks=[], note='No maps here.')[0]).text
-    assert 'small copies' not in other and 'chose the thresholds' in other and 'No maps here.' in other
+    assert 'small copies' not in other and 'No maps here.' in other
+    assert "chosen on this data's validation images by this evaluation" in other and 'epoch that was kept' not in other
     assert 'Attention and training' not in other
+    shipped = Page(render(training=Training([], [], True, False, True))[0]).text
+    assert 'It is not known whether the weights were trained with this data. If they were, its val' in shipped
+    assert 'The weights come with thresholds of their own' in shipped and 'images chose the epoch' not in shipped
 
 
 def test_words_of_users_are_escaped():
@@ -211,7 +216,17 @@ def test_on_a_screen(browser, compared, tmp_path, width, scheme):
     assert (sum(map(int, re.findall(r'\d+', ground))) < 200) == dark and ink == axis != ground
     sizes = page.evaluate('''[...document.querySelectorAll('img')].map(
         e => [e.naturalWidth, e.getBoundingClientRect().width])''')
-    assert all(natural == 360 and shown >= 120 for natural, shown in sizes)
+    assert all(natural == 360 and shown >= (120 if width > 560 else 280) for natural, shown in sizes)
+    marks = page.evaluate('''[...document.querySelectorAll('.bar b')].map(e => [e.innerText, (
+        e.getBoundingClientRect().x - e.parentElement.getBoundingClientRect().x) / e.parentElement.offsetWidth])''')
+    assert marks and all(text == '0' and abs(at - 1.5 / 3.75) < 0.01 for text, at in marks)  # of -1.5 to 2.25
+    said = page.evaluate('''[...document.querySelectorAll('.scroll')].filter(e => e.checkVisibility()).map(
+        e => [e.scrollWidth > e.clientWidth,
+              getComputedStyle(e.querySelector('caption span'), '::after').content.includes('scroll sideways')])''')
+    assert all(scrolls <= says for scrolls, says in said) and any(says for _, says in said) == (width < 680)
+    assert not page.is_visible('text=AUC and other scores that need no threshold, validation')
+    page.click('text=Show the scores on validation')
+    assert page.is_visible('text=AUC and other scores that need no threshold, validation')
     page.close()
 
 
@@ -224,6 +239,7 @@ def test_on_paper(browser, compared, tmp_path):
     assert page.evaluate('document.documentElement.scrollWidth') == 688  # no table is cut off
     assert page.evaluate('''[...document.querySelectorAll('.scroll')].every(
         e => getComputedStyle(e).overflowX == 'visible' && e.scrollWidth <= e.clientWidth)''')
+    assert page.is_visible('text=AUC and other scores that need no threshold, validation')  # which a screen folds
     assert page.evaluate("getComputedStyle(document.body).color") == 'rgb(0, 0, 0)'  # though the screen is dark
     assert page.evaluate('''[...document.querySelectorAll('figure, .confusion, tr')].every(
         e => getComputedStyle(e).breakInside == 'avoid')''')

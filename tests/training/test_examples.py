@@ -68,6 +68,7 @@ def test_beside_each_image_its_map_and_the_mask_of_a_gate(split):
     assert examples.differing == [] and examples.note == '' and examples.square_copies and examples.side == 96
     for group in examples.groups:
         assert [scale[0] for scale in group.scales] == ['class activation map', 'attention mask']
+        assert group.scales[0][1] == -group.scales[0][2] < 0 and 'grey is 0' in group.scales[0][3]
         for example in group.examples:
             k = int(example.image_id[-1])
             assert example.diagnosis == ('nevus', 'melanoma', 'nevus', 'seborrheic keratosis')[k % 4]

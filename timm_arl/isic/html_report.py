@@ -109,10 +109,14 @@ class Training(NamedTuple):
         summary: Rows of its summary.csv; empty where there is none.
         alphas: Columns of it that hold alphas.
         kept_best: Whether validation chose the epoch that was kept.
+        same_data: Whether the run is known to have trained on this data.
+        own_thresholds: Whether the checkpoint holds thresholds that were chosen before.
     """
     summary: List[Dict[str, Any]]
     alphas: Sequence[str]
     kept_best: bool
+    same_data: bool = False
+    own_thresholds: bool = False
 
 
 class Comparison(NamedTuple):
@@ -169,7 +173,7 @@ def html_report(
         warnings=_warnings(metrics[split], probabilities[split], truth[split]), blocks=_blocks(examples),
         colours=['rgb({:.0f} {:.0f} {:.0f})'.format(*colour) for colour in colours(np.linspace(0, 1, 9))],
         sections=[
-            ('summary', 'Summary'), ('caveats', 'Read this first'), ('scores', f'Scores on {split}'),
+            ('caveats', 'Read this first'), ('summary', 'Summary'), ('scores', f'Scores on {split}'),
             *[('comparison', 'Two networks')] * bool(other), ('images', 'Images'),
             *[('training', 'Attention and training')] * bool(examples.blocks or training.summary),
             *((of, f'Scores on {of}') for of in shown if of != split), ('terms', 'Definitions'),

@@ -170,10 +170,11 @@ def _overlays(
     overlays = []
     if rows and looks[rows[0]].cams:
         heats = _heats({row: (looks[row].cams[label], looks[row]) for row in rows})
-        low, high = _range(heats)
+        most = max(*map(abs, _range(heats)), 1e-3)  # so that 0 has the middle colour
         overlays.append(_Overlay(
-            'class activation map', f'of {label_words(label)}, in units of the logit: lighter speaks for it',
-            (low, max(high, low + 1e-3)), heats))
+            'class activation map',
+            f'of {label_words(label)}, in units of the logit: yellow speaks for it, blue against it, grey is 0',
+            (-most, most), heats))
     if rows and block:
         heats = _heats({row: (looks[row].gates[block].mask, looks[row]) for row in rows})
         low, high = _range(heats)
