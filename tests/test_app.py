@@ -183,6 +183,7 @@ def test_a_generated_picture(open_page):
     assert 'SYNTHETIC' in page.inner_text('.arl-drop')
     page.click('[data-example=melanoma]')
     answered(page)
+    assert 'square' not in page.inner_text('.arl-found')  # it was drawn so
     assert 'SYNTHETIC' in page.inner_text('.arl-found') and 'synthetic melanoma' in page.inner_text('.arl-found h2')
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 import timm_arl  # noqa: F401  registers the models
 from timm_arl.factory import save_network, tensors_sha256
 from timm_arl.isic.dataset import label_array, load_splits
+from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, interval_text
 from timm_arl.isic.task import LABELS
 
@@ -76,6 +77,7 @@ def test_files(evaluated, checkpoint):
     page = Page((out / 'report.html').read_text())
     assert 'Not a medical device' in page.text and 'SYNTHETIC' not in page.text
     assert ['img_size', '64'] in page.tables['Settings of this evaluation']
+    assert "chosen on this data's validation images by this evaluation" in page.text  # its run is not known
     assert 'small copies of 256 px' in page.text and (out / 'report.html').stat().st_size < 2 ** 21
     # beside each image its map of the label, and the mask of a gate
     images = page.of('img')
@@ -121,6 +123,10 @@ def test_figures_follow_from_the_predictions(evaluated, isic_sample):
 def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, checkpoint, tmp_path):
     copy = tmp_path / 'copy'
     shutil.copytree(checkpoint, copy)
+    (copy / 'run.json').write_text(json.dumps({'arguments': {  # of a run on the same images
+        'keep': 'best', 'train_ids': ids_digest(load_splits(isic_sample)['train']['image_id'])}}))
+    config = json.loads((copy / 'config.json').read_text())
+    (copy / 'config.json').write_text(json.dumps({**config, 'thresholds': {'official': dict.fromkeys(LABELS, 0.5)}}))
     done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', copy, '--output-dir', tmp_path / 'r',
                 '--alpha-zero', '--report', '--crops', 'center', '--workers', 0, '--compare',
                 evaluated[0] / 'predictions_test.csv')
@@ -134,6 +140,8 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
         assert 0 <= pair[label]['p_value'] <= 1
     assert 'alpha zero' in pair['second']
     page = Page((tmp_path / 'r' / 'report.html').read_text())
+    assert 'The validation images chose the epoch that was kept, the thresholds and the temperatures' in page.text
+    assert 'The weights come with thresholds of their own' in page.text
     beside = page.tables['AUCs with 95 % intervals, and paired differences, test'][1:]
     for row, label in zip(beside, LABELS):
         texts = (interval_text(scores[label]['auc'], scores[label]['auc_ci95']) for scores in (metrics, before))

@@ -197,6 +197,8 @@ class Analyst:
         with self._turn:
             probabilities, blocks = self.predictor.probabilities(tensor), self._blocks(tensor)
         remark = REMARKS.get(remark_on(picture, crops[0]), '').format(side=self.predictor.img_size)
+        if synthetic and remark == REMARKS['square']:  # drawn so, not squashed
+            remark = ''
         analysis = Analysis(name, synthetic, size, remark, shown, crops, boxes, probabilities, None, blocks)
         return analysis._replace(without=self.at(analysis, 0.)) if blocks else analysis
 

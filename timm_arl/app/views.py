@@ -8,6 +8,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from ..isic.crops import Box
 from ..isic.task import DIAGNOSES, label_words
+from ..pictures import REMARKS
 from ..predictor import Predictor
 from .analysis import MAX_BYTES, MAX_PIXELS, NOT_FOR, Analysis, accepted_words, data_url, synthetic_picture
 
@@ -75,10 +76,10 @@ def found(analysis: Analysis, predictor: Predictor, measured: Optional[Dict[str,
     synthetic = ('<p class="arl-note"><strong>SYNTHETIC</strong> image, not dermoscopy: these numbers mean nothing.</p>'
                  if analysis.synthetic else '')
     remark = f'<p class="arl-note">The image {escape(analysis.remark)}</p>' if analysis.remark else ''
-    if analysis.size[0] == analysis.size[1] and not analysis.synthetic:
-        remark += ('<p class="arl-note">The image is exactly square, so it may be a copy that was squashed to a '
-                   'square. Use one of the original shape: squashed copies of ISIC 2017, stretched back, get other '
-                   'probabilities, by up to 0.2.</p>')
+    if analysis.remark == REMARKS['square']:
+        remark = ('<p class="arl-note">The image is exactly square, so it may be a copy that was squashed to a square. '
+                  'Use one of the original shape: squashed copies of ISIC 2017, stretched back, get other '
+                  'probabilities, by up to 0.2.</p>')
     points = list(predictor.thresholds)
     points.sort(key=lambda point: point != predictor.point)
     cards = ''.join(_card(label, p, points, analysis, predictor, measured)
