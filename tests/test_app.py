@@ -231,12 +231,12 @@ def test_the_map_is_within_the_first_screen(open_page, tmp_path):
     drop(page, picture_file(tmp_path / 'lesion.png'))
     answered(page)
     assert page.locator('#maps img').first.bounding_box()['y'] < 650 and not page.evaluate('scrollY')
-    text = page.inner_text('.arl-maps + p')
+    text = page.inner_text('.arl-maps > p')
     assert 'yellow speaks for the diagnosis and blue against it' in text and 'a blob in the centre' in text
     assert page.locator('.arl-thumbs img').count() == 5 and 'squashed' not in page.inner_text('.arl-found')
     drop(page, picture_file(tmp_path / 'square.png', size=(200, 200)))
     page.wait_for_selector('text=The image is exactly square')
-    page.wait_for_selector('text=1, 4, 5 are the same crop')
+    page.wait_for_selector('text=Crops 1, 4, 5 are the same')
     assert page.locator('.arl-thumbs img').count() == 3
 
 

@@ -172,9 +172,9 @@ def _shown(analysis: Analysis) -> str:
         f'<figure><img alt="Crop {", ".join(numbers)} of {count}" src="'
         f'{data_url(to_pil_image(analysis.crops[first - 1]))}"><figcaption>{", ".join(numbers)}</figcaption></figure>'
         for first, numbers in same.items())
-    alike = '' if len(same) == count else (
-        f'<p class="arl-small">{"; ".join(", ".join(each) for each in same.values() if len(each) > 1)} are the same '
-        f'crop, which counts as often in the mean.</p>')
+    alike = ''.join(
+        f'<p class="arl-small">Crops {", ".join(numbers)} are the same, shown once here. They count {len(numbers)} '
+        f'times in the mean.</p>' for numbers in same.values() if len(numbers) > 1)
     return (
         f'<figure><figcaption>What the network was shown: {count} {"crop" if count == 1 else "crops"}</figcaption>'
         f'<div class="arl-framed"><img alt="{escape(analysis.name)}, with a frame around each crop" src="'
@@ -207,9 +207,10 @@ def maps(pictures: Dict[str, Image.Image], analysis: Analysis, predictor: Predic
             f'<figure><figcaption>{f"For and against {label_words(name)}" if label else words}</figcaption>'
             f'<img alt="{words} on {escape(analysis.name)}, which is in grey: {colours}" src="{data_url(picture)}">'
             f'{"" if label else _block_words(name, analysis, predictor)}</figure>')
-    shown = f'<div class="arl-maps">{"".join(figures)}{_shown(analysis)}</div>'
-    return (f'{shown}<p class="arl-small">{HOW_TO_READ}</p>' if pictures else
-            f'<p class="arl-note">This network has no class activation map.</p>{shown}')
+        if name == predictor.labels[-1]:
+            figures.append(f'<p class="arl-small">{HOW_TO_READ}</p>')
+    none = '' if pictures else '<p class="arl-note">This network has no class activation map.</p>'
+    return f'{none}<div class="arl-maps">{"".join(figures)}{_shown(analysis)}</div>'
 
 
 def _lighter(name: str, analysis: Analysis) -> str:
