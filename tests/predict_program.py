@@ -1,6 +1,7 @@
 """The predict program as a user starts it, and what it writes: for tests."""
 import csv
 import os
+import signal
 import subprocess
 import sys
 
@@ -22,12 +23,17 @@ def env(**changes):
     return {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path)), **changes}
 
 
+def _hears_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job ignores
+
+
 def start(*args, processes=0, **kwargs):
     """The program as a user starts it, alone or as several processes."""
     several = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)] if processes else []
     return subprocess.Popen(
         [sys.executable, *several, '-m', 'timm_arl.predict', *map(str, args)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=env(OMP_NUM_THREADS='1'), **kwargs)
+        stderr=subprocess.PIPE, text=True, env=env(OMP_NUM_THREADS='1'),
+        preexec_fn=_hears_ctrl_c, **kwargs)
 
 
 def run(*args, processes=0, stdin=None, **kwargs):

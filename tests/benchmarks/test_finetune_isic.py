@@ -373,11 +373,11 @@ def test_init_checkpoint_and_other_timm_models(call, few, tmp_path):
 
 @pytest.mark.parametrize('args, message', [
     (['--model', 'arl_cnn15'], 'Unknown model arl_cnn15: did you mean'),
-    (['--model', 'arl_cnn14', '--pretrained'], 'No pretrained weights exist for arl_cnn14'),
+    (['--model', 'resnet14', '--pretrained'], 'No pretrained weights exist for resnet14'),
     (['--data', 'no/such/folder'], 'No folder no/such/folder'),
     (['--init-checkpoint', 'nowhere'], 'No weights at nowhere'),
     (['--pretrained', '--init-checkpoint', 'x'], 'not allowed with argument --pretrained'),
-    (['--recipe', 'moden'], 'No recipe moden: choose modern, paper, or a YAML file'),
+    (['--recipe', 'moden'], 'No recipe moden: choose modern, paper, tables, or a YAML file'),
     (['--tracker', 'wandbb'], 'Accelerate has no tracker wandbb'),
     (['--init-checkpoint', ''], '--init-checkpoint is empty: give it a value, or leave it out'),
     (['--model', ''], '--model is empty'),
