@@ -30,10 +30,10 @@ def _hears_ctrl_c():
 def start(*args, processes=0, **kwargs):
     """The program as a user starts it, alone or as several processes."""
     several = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)] if processes else []
+    kwargs.setdefault('preexec_fn', _hears_ctrl_c)
     return subprocess.Popen(
         [sys.executable, *several, '-m', 'timm_arl.predict', *map(str, args)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=env(OMP_NUM_THREADS='1'),
-        preexec_fn=_hears_ctrl_c, **kwargs)
+        stderr=subprocess.PIPE, text=True, env=env(OMP_NUM_THREADS='1'), **kwargs)
 
 
 def run(*args, processes=0, stdin=None, **kwargs):
