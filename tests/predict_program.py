@@ -23,14 +23,14 @@ def env(**changes):
     return {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path)), **changes}
 
 
-def _hears_ctrl_c():
+def hears_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job ignores
 
 
 def start(*args, processes=0, **kwargs):
     """The program as a user starts it, alone or as several processes."""
     several = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)] if processes else []
-    kwargs.setdefault('preexec_fn', _hears_ctrl_c)
+    kwargs.setdefault('preexec_fn', hears_ctrl_c)
     return subprocess.Popen(
         [sys.executable, *several, '-m', 'timm_arl.predict', *map(str, args)], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env=env(OMP_NUM_THREADS='1'), **kwargs)

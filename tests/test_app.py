@@ -26,6 +26,7 @@ import yaml
 from dicom_files import dataset, save
 from packaging.requirements import Requirement
 from PIL import Image
+from predict_program import hears_ctrl_c
 
 from timm_arl.attention import alphas_of
 from timm_arl.export import export_onnx
@@ -66,7 +67,7 @@ def serving(command, folder, **env):
     """A page served by a program; its temporary files lie in folder / 'tmp'."""
     (folder / 'tmp').mkdir()
     with open(folder / 'stderr', 'w') as stderr, subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=folder,
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=folder, preexec_fn=hears_ctrl_c,
             env={**os.environ, 'TMPDIR': str(folder / 'tmp'), 'OMP_NUM_THREADS': '1', **env}) as process:
         try:
             line = process.stdout.readline()
