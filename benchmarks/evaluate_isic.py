@@ -61,7 +61,7 @@ from timm_arl.isic.predictions import read_predictions, write_predictions
 from timm_arl.isic.task import LABELS, has_isic_outputs, label_words
 from timm_arl.isic.transforms import CROPS, EvalCrops
 from timm_arl.training.accelerator import create_accelerator
-from timm_arl.training.arguments import RunError, check_not_empty, number
+from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
 from timm_arl.training.examples import report_examples
 from timm_arl.training.images import check_images, has_masks, image_loader, predict
 from timm_arl.training.runs import check_output_dir, record_look
@@ -73,11 +73,7 @@ FILES = {  # all that this program may leave, apart from looks.csv, which grows
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        usage='%(prog)s --data DIR --checkpoint OUT|NAME --output-dir R [options] (--help lists them)',
-        description=__doc__.split('\n\n')[0], epilog=__doc__.split('\n\n', 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser(__doc__, '--data DIR --checkpoint OUT|NAME --output-dir R')
     add = parser.add_argument
     add('--data', required=True, metavar='DIR|HUB_ID|demo', help='folder, Hub id or demo, as for finetune_isic.py')
     add('--checkpoint', required=True, metavar='OUT|NAME',

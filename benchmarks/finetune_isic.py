@@ -56,24 +56,19 @@ from timm_arl.training.runs import (
     check_no_other_run,
     check_output_dir,
     discard_start,
+    kept_epoch,
     load_progress,
     prepare_output_dir,
     record_look,
     save_progress,
 )
 
+SCORE = 'validation_mean_auc'  # chooses the epoch
 LOSS_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
 
 
-def kept_epoch(summary, keep):
-    """Row of the epoch that is kept: the best by mean validation AUC (the first of equals), or the last."""
-    if keep == 'last':
-        return len(summary) - 1
-    return max(range(len(summary)), key=lambda i: summary[i]['validation_mean_auc'])
-
-
 def stopped_early(summary, patience):
-    return bool(patience and summary) and len(summary) - 1 - kept_epoch(summary, 'best') >= patience
+    return bool(patience and summary) and len(summary) - 1 - kept_epoch(summary, 'best', SCORE) >= patience
 
 
 def batch_loss(logits, labels, smoothing, weights):
@@ -225,7 +220,7 @@ def train(args, accelerator, splits, out, networks=None):
         }
         accelerator.log(row, step=epoch + 1)
         summary.append(row)
-        keep = kept_epoch(summary, args.keep) == epoch
+        keep = kept_epoch(summary, args.keep, SCORE) == epoch
         save_progress(accelerator, kept_network, ema is not None, out, summary, keep, partial(
             save_network, label_names=head_labels(network.num_classes), data_config=data_config, **args.model_kwargs))
         values = [row[name] for name in alphas]
@@ -241,7 +236,7 @@ def train(args, accelerator, splits, out, networks=None):
 
     # The kept epoch is scored on validation again, and once on test
     load_weights_file(kept_network, out)
-    kept = summary[kept_epoch(summary, args.keep)]
+    kept = summary[kept_epoch(summary, args.keep, SCORE)]
     metrics = {}
     for name in ('validation', 'test'):
         if name not in splits:

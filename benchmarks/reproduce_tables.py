@@ -17,7 +17,6 @@ share the runs between them. The output folder receives
 `masks` and `maps` measure the networks in runs/: how flat the masks of their gates are, and whether their class
 activation maps lie on the lesion and stay there when hair or bubbles are drawn on the picture.
 """
-import argparse
 import os
 import shlex
 import shutil
@@ -41,7 +40,7 @@ from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES, ids_digest
 from timm_arl.isic.task import DIAGNOSES, diagnoses_of, label_words
 from timm_arl.isic.transforms import restore_aspect
 from timm_arl.predictor import Predictor, read_picture
-from timm_arl.training.arguments import RunError, check_not_empty, number
+from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
 from timm_arl.training.runs import check_output_dir
 from timm_arl.training.tables.architectures import table1_lines
 from timm_arl.training.tables.figures import FIGURES, Shown, draw_figures
@@ -63,10 +62,7 @@ PROGRAMS = Path(__file__).resolve().parent
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, usage='%(prog)s TABLE --data DIR --output-dir O [options] (--help lists them)',
-        description=__doc__.split('\n\n')[0], epilog=__doc__.split('\n\n', 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser(__doc__, 'TABLE --data DIR --output-dir O')
     add = parser.add_argument
     add('table', choices=[*TITLES, 'figures'],
         help='; '.join(f'{name}: {title}' for name, title in TITLES.items()) + '; figures: pictures of two networks')

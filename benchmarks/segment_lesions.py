@@ -15,7 +15,6 @@ nothing. The output folder receives
     run.json                         command, arguments, versions, commit
     last/                            the state that --resume continues from
 """
-import argparse
 import math
 import shlex
 import shutil
@@ -56,7 +55,7 @@ from timm_arl.isic.metrics import interval_text
 from timm_arl.isic.transforms import EVAL_GAP, Transform, normalisation, train_transform
 from timm_arl.pretrained import check_file, check_fit
 from timm_arl.training.accelerator import create_accelerator
-from timm_arl.training.arguments import RunError, check_not_empty, number
+from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
 from timm_arl.training.images import check_images
 from timm_arl.training.options import resumed_args
 from timm_arl.training.runs import (
@@ -64,6 +63,7 @@ from timm_arl.training.runs import (
     check_no_other_run,
     check_output_dir,
     discard_start,
+    kept_epoch,
     load_progress,
     prepare_output_dir,
     save_progress,
@@ -76,10 +76,7 @@ SETTINGS = dict(  # of finetune_isic.py, which are no flags here
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, usage='%(prog)s --data DIR --output-dir OUT [options] (--help lists them)',
-        description=__doc__.split('\n\n')[0], epilog=__doc__.split('\n\n', 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser(__doc__, '--data DIR --output-dir OUT')
     add = parser.add_argument
     add('--data', metavar='DIR|HUB_ID', help='folder or Hub id with lesion masks, as for finetune_isic.py')
     add('--output-dir', metavar='OUT', help='folder for the results')
@@ -256,13 +253,6 @@ def scores_text(scores):
                      for name, words in (('dice', 'Dice'), ('iou', 'IoU')))
 
 
-def kept_epoch(summary, keep):
-    """Row of the epoch that is kept: the best by mean validation Dice (the first of equals), or the last."""
-    if keep == 'last':
-        return len(summary) - 1
-    return max(range(len(summary)), key=lambda i: summary[i]['validation_dice'])
-
-
 def train(args, accelerator, splits, out, network, data_config):
     """Train the network, choose its epoch on validation, and write the data set with its masks."""
     start_time = time.time()
@@ -325,7 +315,7 @@ def train(args, accelerator, splits, out, network, data_config):
         summary.append({
             'epoch': epoch + 1, 'train_loss': train_loss,
             **{f'validation_{name}': scores[name] for name in ('dice', 'iou')}, 'lr': optimizer.param_groups[0]['lr']})
-        keep = kept_epoch(summary, args.keep) == epoch
+        keep = kept_epoch(summary, args.keep, 'validation_dice') == epoch
         save_progress(accelerator, network, False, out, summary, keep, type(network).save_pretrained)
         accelerator.print(
             f'epoch {epoch + 1}/{args.epochs}  loss {train_loss:.4f}  validation {scores_text(scores)}'
@@ -349,7 +339,7 @@ def train(args, accelerator, splits, out, network, data_config):
         if Path(args.data, 'duplicates.csv').is_file():  # which finetune_isic.py --folds looks for
             shutil.copy(Path(args.data, 'duplicates.csv'), out / 'data')
         write_json(out / 'metrics.json', metrics)
-    kept = summary[kept_epoch(summary, args.keep)]
+    kept = summary[kept_epoch(summary, args.keep, 'validation_dice')]
     choice = f'the best of {len(summary)} by validation Dice' if args.keep == 'best' else 'the last'
     accelerator.print(f'Means over the images [95 % interval] of epoch {kept["epoch"]}, {choice}')
     for name, scores in metrics.items():

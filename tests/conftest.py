@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -68,6 +70,18 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])  # which root cannot have
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope='session')
+def few(isic_sample, tmp_path_factory):
+    """32/12/12 images of the sample, as many of each diagnosis as of another where there are."""
+    folder = tmp_path_factory.mktemp('few')
+    for name, split in datasets.load_dataset(isic_sample).items():
+        diagnoses = np.array(split['melanoma']) + 2 * np.array(split['seborrheic_keratosis'])
+        by_turns = np.argsort([(diagnoses[:row] == diagnoses[row]).sum() for row in range(len(split))], kind='stable')
+        rows = sorted(by_turns[:32 if name == 'train' else 12].tolist())
+        split.select(rows).to_parquet(folder / f'{name}-00000-of-00001.parquet')
+    return str(folder)
 
 
 @pytest.fixture(scope='session')

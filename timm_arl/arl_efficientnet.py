@@ -67,7 +67,6 @@ class ARLInvertedResidual(InvertedResidual):
         return x if add_shortcut else self.drop_path(x) + shortcut
 
 
-
 def _gate_blocks(model: nn.Module, attention: str, alpha_init: float, mask_scale: str) -> None:
     """Gate each inverted residual block that has an identity shortcut; timm's builder knows no other class for them."""
     check_gate(attention, mask_scale, alpha_init)
@@ -78,7 +77,6 @@ def _gate_blocks(model: nn.Module, attention: str, alpha_init: float, mask_scale
         block.alpha_init = float(alpha_init)
         block.alpha = nn.Parameter(next(block.parameters()).new_empty(1))  # shape (1,) and not (): FSDP refuses scalars
         block.reset_parameters()
-
 
 
 class _Gated:

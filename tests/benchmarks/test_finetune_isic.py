@@ -43,18 +43,6 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope='session')
-def few(isic_sample, tmp_path_factory):
-    """32/12/12 images of the sample, as many of each diagnosis as of another where there are."""
-    folder = tmp_path_factory.mktemp('few')
-    for name, split in datasets.load_dataset(isic_sample).items():
-        diagnoses = np.array(split['melanoma']) + 2 * np.array(split['seborrheic_keratosis'])
-        by_turns = np.argsort([(diagnoses[:row] == diagnoses[row]).sum() for row in range(len(split))], kind='stable')
-        rows = sorted(by_turns[:32 if name == 'train' else 12].tolist())
-        split.select(rows).to_parquet(folder / f'{name}-00000-of-00001.parquet')
-    return str(folder)
-
-
 @pytest.fixture(autouse=True)
 def threads():
     """A run in this process sets the number of threads."""

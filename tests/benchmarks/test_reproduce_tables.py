@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 import pytest
 from PIL import Image
-from test_finetune_isic import few  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.slow
 TINY = ['--epochs', 1, '--img-size', 64, '--workers', 0, '--cpu-threads', 1]
@@ -37,7 +36,7 @@ def is_free(path):
 
 
 @pytest.fixture(scope='module')
-def made(repo, few, tmp_path_factory):  # noqa: F811
+def made(repo, few, tmp_path_factory):
     """A table whose program was killed during a run, which lived on; then it was started again."""
     out = tmp_path_factory.mktemp('tables') / 'out'
     args = ['table5', '--data', few, '--output-dir', out, *TINY, '--seeds', 0]
@@ -100,7 +99,7 @@ def test_finished_runs_are_not_made_again(call, made):
     assert other.returncode == 2 and 'another --output-dir' in other.stderr
 
 
-def test_predictions_of_other_images_are_refused(call, made, few, tmp_path):  # noqa: F811
+def test_predictions_of_other_images_are_refused(call, made, few, tmp_path):
     """The same test images, one label changed: figures of the one must not stand under the name of the other."""
     out, args, _ = made
     for path in Path(few).glob('*.parquet'):
@@ -126,7 +125,7 @@ def test_damaged_record_is_named(call, made):
     assert done.returncode == 2 and f'{record} is missing or damaged' in done.stderr
 
 
-def test_run_of_another_process_is_left_to_it(call, few, tmp_path):  # noqa: F811
+def test_run_of_another_process_is_left_to_it(call, few, tmp_path):
     (tmp_path / 'runs').mkdir()
     with open(tmp_path / 'runs' / 'resnet14-seed0.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -136,7 +135,7 @@ def test_run_of_another_process_is_left_to_it(call, few, tmp_path):  # noqa: F81
     assert not (tmp_path / 'runs' / 'resnet14-seed0').exists()
 
 
-def test_weights_out_of_reach_are_an_empty_cell_with_the_reason(call, few, tmp_path, monkeypatch):  # noqa: F811
+def test_weights_out_of_reach_are_an_empty_cell_with_the_reason(call, few, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
     done = call('reproduce_tables', 'table3', '--data', few, '--output-dir', tmp_path, *TINY, '--seeds', 0, '--row',
@@ -147,7 +146,7 @@ def test_weights_out_of_reach_are_an_empty_cell_with_the_reason(call, few, tmp_p
     assert rows[0]['printed'] == '0.857'
 
 
-def test_masks_and_maps_of_the_trained_networks(call, few, made):  # noqa: F811
+def test_masks_and_maps_of_the_trained_networks(call, few, made):
     out, _, _ = made
     for table in ('masks', 'maps'):
         args = [table, '--data', few, '--output-dir', out, '--seeds', 0]

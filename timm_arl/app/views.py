@@ -78,8 +78,7 @@ def found(analysis: Analysis, predictor: Predictor, measured: Optional[Dict[str,
     remark = f'<p class="arl-note">The image {escape(analysis.remark)}</p>' if analysis.remark else ''
     if analysis.remark == REMARKS['square']:
         remark = ('<p class="arl-note">The image is exactly square, so it may be a copy that was squashed to a square. '
-                  'Use one of the original shape: squashed copies of ISIC 2017, stretched back, get other '
-                  'probabilities, by up to 0.2.</p>')
+                  'Use one of the original shape: squashed copies, stretched back, get other probabilities.</p>')
     points = list(predictor.thresholds)
     points.sort(key=lambda point: point != predictor.point)
     cards = ''.join(_card(label, p, points, analysis, predictor, measured)

@@ -10,6 +10,20 @@ class RunError(RuntimeError):
     """A run that cannot start or go on; the message says why and what to do."""
 
 
+def program_parser(doc: str, usage: str, **kwargs) -> argparse.ArgumentParser:
+    """A parser whose help is the docstring of a program, with abbreviations refused.
+
+    Args:
+        doc: The docstring; its first paragraph stands above the flags, the rest below.
+        usage: What follows the name of the program.
+        **kwargs: Of ArgumentParser.
+    """
+    description, epilog = doc.split('\n\n', 1)
+    return argparse.ArgumentParser(
+        usage=f'%(prog)s {usage} [options] (--help lists them)', description=description, epilog=epilog,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+
 def number(kind, low, high=math.inf):
     """A type for argparse: a finite int or float from low to high, both included."""
     def parse(text):

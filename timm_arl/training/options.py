@@ -9,7 +9,7 @@ import yaml
 
 from ..isic.task import HEADS
 from ..isic.transforms import AUGMENTATIONS, CROPS
-from .arguments import ModelKwargs, RunError, check_not_empty, number
+from .arguments import ModelKwargs, RunError, check_not_empty, number, program_parser
 
 RECIPES = Path(__file__).with_name('recipes')
 SECTIONS = ('from-scratch', 'from-weights')  # parts of a recipe that depend on the start
@@ -82,11 +82,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     Args:
         doc: Docstring of the program.
     """
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        usage='%(prog)s [--data DIR] [--model NAME] [--output-dir OUT] [options] (--help lists them)',
-        description=doc.split('\n\n')[0], epilog=doc.split('\n\n', 1)[1], parents=[recipe_parser()],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser(doc, '[--data DIR] [--model NAME] [--output-dir OUT]', parents=[recipe_parser()])
     add = parser.add_argument
     add('--data', default='demo', metavar='DIR|HUB_ID|demo',
         help="the challenge's folders, what `isic image download` wrote, a folder or Hub id of the datasets library "

@@ -148,6 +148,13 @@ def _cannot_resume(out, path, what):
             f'--init-checkpoint {out} and another --output-dir.')
 
 
+def kept_epoch(summary: List[Dict[str, Any]], keep: str, score: str) -> int:
+    """Row of the epoch that is kept: 'best', the highest by a column (the first of equals), or 'last'."""
+    if keep == 'last':
+        return len(summary) - 1
+    return max(range(len(summary)), key=lambda row: summary[row][score])
+
+
 def discard_start(out):
     """Remove what a run left that failed before its first epoch was finished, so that a corrected command can start."""
     started = [path.parent for pattern in ('seed-*/fold-*/', 'seed-*/', 'fold-*/', '')

@@ -25,8 +25,8 @@ def read_record(path: Path, key: str) -> Any:
     try:
         return json.loads(path.read_text(encoding='utf-8'))[key]
     except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f'{path} is missing or damaged: remove the files of that name in runs and predictions, and run '
-                       f'the same command again.') from None
+        what = path.parent if path.name == 'run.json' else path.with_suffix('.*')  # a run outlives its predictions
+        raise RunError(f'{path} is missing or damaged: remove {what}, and run the same command again.') from None
 
 
 def settings(args: Any, row: Row) -> List[str]:
