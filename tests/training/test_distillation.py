@@ -3,13 +3,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_finetune_isic import SMALL, few, read_csv, threads  # noqa: F401  two are fixtures
+from test_finetune_isic import SMALL, read_csv, threads  # noqa: F401  threads is a fixture
 
 from timm_arl.training.distillation import mask_loss
 
 
 @pytest.mark.slow
-def test_masks_are_learned_beside_the_diagnoses(call, few, tmp_path):  # noqa: F811
+def test_masks_are_learned_beside_the_diagnoses(call, few, tmp_path):
     args = ['--data', few, *SMALL, '--model', 'resnet14', '--mask-weight', 1, '--mixed-precision', 'bf16',
             '--batch-size', 8, '--epochs', 6, '--ema', 0, '--mixup', 0.2, '--output-dir', tmp_path / 'out']
     done = call('finetune_isic', *args)
