@@ -54,9 +54,9 @@ def threads():
 @pytest.fixture(scope='session')
 def finished(repo, few, tmp_path_factory):
     out = tmp_path_factory.mktemp('run') / 'out'
-    args = ['--data', few, *SMALL, 'attention=channel', 'mask_scale=mean1', '--tracker', 'tensorboard', '--workers', 1,
-            '--batch-size', 8, '--patches-per-image', 3, '--epochs', 3, '--seed', 7, '--mixup', 0.2, '--ema', 0.9,
-            '--gradient-accumulation-steps', 2]
+    args = ['--data', few, *SMALL, 'attention=channel', 'mask_scale=mean1', 'drop_path_rate=0.2', '--tracker',
+            'tensorboard', '--workers', 1, '--batch-size', 8, '--patches-per-image', 3, '--epochs', 3, '--seed', 7,
+            '--mixup', 0.2, '--ema', 0.9, '--gradient-accumulation-steps', 2]
     done = run(repo, *args, '--output-dir', out, launch=[*LAUNCH, '--num_processes', '1'])
     assert done.returncode == 0, done.stderr
     return out, done.stdout, args
@@ -154,7 +154,7 @@ def test_killed_and_resumed_is_as_undisturbed(finished, repo, call, tmp_path, mo
         environment.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')  # as accelerate launch hands it on
         refused = call('finetune_isic', '--output-dir', out, '--resume')
     assert 'resume it in the same way' in refused.stderr
-    done = run(repo, '--output-dir', out, '--resume')  # the arguments are remembered
+    done = run(repo, '--output-dir', out, '--resume', '--workers', 0)  # the other arguments are remembered
     assert epochs in (1, 2)  # as fast as the signal arrives
     assert done.returncode == 0 and f'Resuming after epoch {epochs} of 3' in done.stdout, done.stderr
     assert {p.name for p in out.iterdir()} == OUTPUTS

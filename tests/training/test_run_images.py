@@ -73,6 +73,17 @@ def test_crops_are_those_of_the_images_at_every_pass(splits, accelerator, monkey
     assert torch.equal(loader.dataset[1][0], expected[1])  # what a preview draws
 
 
+@pytest.mark.parametrize('workers', [0, 2])
+def test_loading_draws_no_random_numbers_of_the_run(splits, accelerator, workers):
+    """So dropout is the same with any number of workers, and after --resume."""
+    args, state = options(workers=workers), torch.get_rng_state()
+    loaders = [image_loader(args, splits[name], CONFIG, accelerator, name == 'train') for name in splits]
+    for _ in range(2):
+        for loader in loaders:
+            list(loader)
+            assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_images_are_read_once(tmp_path, accelerator):
     """The files are removed after the check: what is scored needs them no more, what is trained on does."""
     for number, name in enumerate(('train', 'validation', 'test')):

@@ -160,7 +160,8 @@ class CropLoader:
             if read:
                 for row, cut in zip(rows.tolist(), crops):
                     self.images.keep(row, cut)
-            yield self.normalise(crops.to(self.device, non_blocking=torch.cuda.is_available())), rows.to(self.device)
+            crops, rows = (t.to(self.device, non_blocking=torch.cuda.is_available()) for t in (crops, rows))
+            yield self.normalise(crops), rows
 
 
 @torch.inference_mode()
@@ -173,10 +174,10 @@ def predict(accelerator, model, loader, description):
             logits = model(crops.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         mean = probabilities_of(logits).unflatten(0, crops.shape[:2]).mean(1)
         gathered = accelerator.gather((mean, row))
-        probabilities.append(gathered[0].cpu())
-        rows.append(gathered[1].cpu())
-    _, first = np.unique(torch.cat(rows), return_index=True)  # each row once, in order
-    return torch.cat(probabilities)[first]
+        probabilities.append(gathered[0])
+        rows.append(gathered[1])
+    _, first = np.unique(torch.cat(rows).cpu(), return_index=True)  # each row once, in order
+    return torch.cat(probabilities).cpu()[first]
 
 
 class _Crops(IsicSplit):
@@ -211,7 +212,9 @@ def _look(args) -> Dict[str, Any]:
 
 
 def _workers(count: int) -> Dict[str, Any]:
-    return dict(num_workers=count, persistent_workers=count > 0, pin_memory=torch.cuda.is_available())
+    # a generator of its own: each pass that starts draws a number, and dropout must not depend on how many did
+    return dict(num_workers=count, persistent_workers=count > 0, pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator())
 
 
 def _own_rows(count: int, accelerator) -> List[int]:
