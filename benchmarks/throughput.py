@@ -2,6 +2,9 @@
 
     python benchmarks/throughput.py --models resnet50 arl_cnn50 seresnet50 --mode infer train --results-file F.csv
 
+`--mode latency` times single requests: one image, and the nine crops of one image, from the pixels in the host's memory
+to the logits there. `latency_p50_ms` and `latency_p95_ms` are over the single steps of all repetitions.
+
 Each row runs in its own process and shares no memory or caches with another. The rows of one setting run side by side:
 one repetition of the first model, one of the second, and so on, in an order that reverses each time. All of it is
 repeated in `--restarts` new sets of processes, because where a process's memory lies can change its speed by more than
@@ -12,13 +15,16 @@ Where the rows do not fit in memory together, they are measured one at a time (`
 alone does not fit, all rows of the setting use a smaller batch.
 
 bf16 and fp16 use autocast. fp32 on CUDA uses TF32 and cuDNN's autotuner, as timm's benchmark does; --no-tf32 and
---no-cudnn-benchmark turn them off. `infer_gmacs` are those of torch.utils.flop_counter: convolutions and matrix
-products, without normalization, activations, pooling and the gate's own arithmetic. `infer_macts` are the outputs of
-convolutions and linear layers. `peak_memory_mb` is the peak of PyTorch's allocator during one step, weights included;
-with CUDA graphs (--compile-mode reduce-overhead or max-autotune) it is what the allocator has reserved, because a graph
-replays in memory that was reserved when it was recorded. `saved_memory_mb` is what autograd saves for the backward pass
-(not with --compile), `peak_rss_mb` the peak of the whole process. With `accelerate launch` each process drives one
-device: samples are those of all processes, times those of the first.
+--no-cudnn-benchmark turn them off. `kernels` are those of the gate, as timm_arl.kernels.backend says; empty without a
+gate, and where torch.compile or ONNX Runtime makes the gate itself.
+
+`infer_gmacs` are those of torch.utils.flop_counter: convolutions and matrix products, without normalization,
+activations, pooling and the gate's own arithmetic. `infer_macts` are the outputs of convolutions and linear layers.
+`peak_memory_mb` is the peak of PyTorch's allocator during one step, weights included; with CUDA graphs (--compile-mode
+reduce-overhead or max-autotune) it is what the allocator has reserved, because a graph replays in memory that was
+reserved when it was recorded. `saved_memory_mb` is what autograd saves for the backward pass (not with --compile),
+`peak_rss_mb` the peak of the whole process. With `accelerate launch` each process drives one device: samples are those
+of all processes, times those of the first.
 """
 import argparse
 import contextlib
@@ -30,13 +36,13 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Set
 
 from timm_arl.extras import missing, require
 
 require('train', __name__)
 
-from throughput_report import bar_chart, growth_table, markdown_table
+from throughput_report import bar_chart, columns_of, growth_table, markdown_table
 from tqdm import tqdm
 
 from timm_arl.files import replacing, write_json
@@ -46,7 +52,7 @@ COLUMNS = [
     'infer_macts', 'train_samples_per_sec', 'train_step_time', 'train_batch_size', 'train_img_size', 'param_count',
     'spread', 'relative_to', 'ratio', 'peak_memory_mb', 'saved_memory_mb', 'peak_rss_mb', 'precision', 'backend',
     'compile', 'compile_mode', 'channels_last', 'tf32', 'cudnn_benchmark', 'side_by_side', 'repetitions', 'threads',
-    'processes', 'device', 'versions', 'commit',
+    'processes', 'device', 'versions', 'commit', 'kernels', 'latency_p50_ms', 'latency_p95_ms', 'steps',
 ]
 
 
@@ -70,7 +76,7 @@ class Row:
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name('throughput_worker.py')), json.dumps(spec)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-        self.times: List[float] = []
+        self.times: List[List[float]] = []
 
     def answer(self) -> Dict[str, Any]:
         line = self.process.stdout.readline()
@@ -89,7 +95,7 @@ class Row:
         return self.answer()
 
     def repeat(self) -> None:
-        self.times.append(self.ask('repeat')['step_time'])
+        self.times.append(self.ask('repeat')['step_times'])
 
     def close(self) -> None:
         self.process.kill()
@@ -102,11 +108,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--models', nargs='+', default=['resnet50', 'arl_cnn50', 'seresnet50'], metavar='NAME',
                         help='timm models; ratios are to the first')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda', 'mps'], help='device to run on')
-    parser.add_argument('--mode', nargs='+', default=['infer'], choices=['infer', 'train'],
-                        help='inference, or training steps: forward, loss, backward and SGD')
+    parser.add_argument('--mode', nargs='+', default=['infer'], choices=['infer', 'train', 'latency'],
+                        help='inference; training steps: forward, loss, backward and SGD; or single requests, each '
+                             'timed alone')
     parser.add_argument('--precision', nargs='+', default=['fp32'], choices=['fp32', 'bf16', 'fp16'],
                         help='fp32, or autocast to bf16 or fp16')
-    parser.add_argument('--batch-size', nargs='+', type=int, default=[8], metavar='N', help='images a step')
+    parser.add_argument('--batch-size', nargs='+', type=int, default=argparse.SUPPRESS, metavar='N',
+                        help='images a step (default: 8; latency: 1, and 9 for the crops of an image)')
     parser.add_argument('--img-size', nargs='+', type=int, default=[224], metavar='PX', help='side of the images')
     parser.add_argument('--backend', nargs='+', default=['eager'], choices=['eager', 'folded', 'onnx'],
                         help='inference only: the model unchanged, with BatchNorm folded into the convolutions, or '
@@ -126,16 +134,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--restarts', type=int, default=3, help='new sets of processes')
     parser.add_argument('--warmup', type=int, default=2, help='unmeasured repetitions before those')
     parser.add_argument('--seconds', type=float, default=0.5,
-                        help='approximate length of a repetition, which runs its step 1 to 100 times')
+                        help='approximate length of a repetition, of 1 to 100 steps (latency: at least 10)')
     parser.add_argument('--threads', type=int, default=0, help="PyTorch's threads on a CPU, 0 for its default")
     parser.add_argument('--seed', type=int, default=0, help='seed of weights and images')
     parser.add_argument('--resume', action='store_true', help='skip settings that the results file already has')
     parser.add_argument('--results-file', default='throughput.csv',
                         help='CSV to write; .json, .md and .png files are written beside it')
     args = parser.parse_args()
-    for name in ('batch_size', 'img_size'):
-        if min(getattr(args, name)) < 1:
-            parser.error(f'--{name.replace("_", "-")} must be at least 1.')
+    given = vars(args).get('batch_size')
+    args.batch_sizes = {mode: given or ([1, 9] if mode == 'latency' else [8]) for mode in args.mode}
+    for name, values in (('--batch-size', given or [8]), ('--img-size', args.img_size)):
+        if min(values) < 1:
+            parser.error(f'{name} must be at least 1.')
     if min(args.repetitions, args.restarts) < 1 or args.warmup < 0 or args.threads < 0:
         parser.error('--repetitions and --restarts must be at least 1, --warmup and --threads at least 0.')
     if not 0 <= args.seconds <= 60:
@@ -144,8 +154,10 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'--results-file must end in .csv: {args.results_file}')
     if len(set(args.models)) < len(args.models):
         parser.error('--models names a model twice.')
+    if args.compile_mode != 'default' and not args.compile:
+        parser.error('--compile-mode needs --compile.')
     if args.backend != ['eager'] and 'train' in args.mode:
-        parser.error('--backend folded and onnx are for --mode infer.')
+        parser.error('--backend folded and onnx are for --mode infer and latency.')
     if 'onnx' in args.backend and (args.device != 'cpu' or args.precision != ['fp32'] or args.compile):
         parser.error('--backend onnx needs --device cpu and --precision fp32, without --compile.')
     return args
@@ -175,8 +187,9 @@ def measure(
     """The rows of one setting; one at a time, then with a smaller batch for all, where memory is short."""
     from timm.utils import decay_batch_step
     rows: List[Row] = []
-    series: List[List[float]] = [[] for _ in specs]
+    series: List[List[List[float]]] = [[] for _ in specs]
     facts: List[Dict[str, Any]] = [{} for _ in specs]
+    steps = [0] * len(specs)
     try:
         for restart, group in itertools.product(
                 range(args.restarts), [range(len(specs))] if side_by_side else [[i] for i in range(len(specs))]):
@@ -189,6 +202,7 @@ def measure(
                     row.repeat()
             for i, row in zip(group, rows):
                 series[i] += row.times[args.warmup:]
+                steps[i] += facts[i]['steps'] * args.repetitions
                 if restart == args.restarts - 1:
                     facts[i].update(row.ask('memory'))
                 row.close()
@@ -198,7 +212,7 @@ def measure(
         batch_size = specs[0]['batch_size']
         if side_by_side and len(specs) > 1:
             remedy = 'Measuring the rows of this setting one at a time.'
-        elif (batch_size := decay_batch_step(batch_size)):
+        elif specs[0]['mode'] != 'latency' and (batch_size := decay_batch_step(batch_size)):
             remedy = f'Trying all models of this setting with a batch of {batch_size}.'
         else:
             raise
@@ -210,31 +224,55 @@ def measure(
         for row in rows:
             row.close()
     results = []
-    reference = series[0]
-    for spec, fact, times in zip(specs, facts, series):
+    medians = [[statistics.median(repetition) for repetition in repetitions] for repetitions in series]
+    for spec, fact, times, repetitions, count in zip(specs, facts, medians, series, steps):
         median = statistics.median(times)
         low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times * 3)
-        mode = spec['mode']
-        results.append({
+        mode, kind = spec['mode'], columns_of(spec)
+        row = {
             'model': spec['model'], 'mode': mode,
-            f'{mode}_samples_per_sec': round(spec['batch_size'] * fact['processes'] / median, 2),
-            f'{mode}_step_time': round(median * 1e3, 3), f'{mode}_batch_size': spec['batch_size'],
-            f'{mode}_img_size': spec['img_size'], 'spread': round((high - low) / median, 4),
+            f'{kind}_samples_per_sec': round(spec['batch_size'] * fact['processes'] / median, 2),
+            f'{kind}_step_time': round(median * 1e3, 3), f'{kind}_batch_size': spec['batch_size'],
+            f'{kind}_img_size': spec['img_size'], 'spread': round((high - low) / median, 4),
             'relative_to': f'{specs[0]["model"]} {specs[0]["backend"]}',
-            'ratio': round(statistics.median(a / b for a, b in zip(times, reference)), 4),
+            'ratio': round(statistics.median(a / b for a, b in zip(times, medians[0])), 4),
             'precision': spec['precision'], 'backend': spec['backend'], 'compile': spec['compile'],
             'compile_mode': spec['compile_mode'] if spec['compile'] else None, 'channels_last': spec['channels_last'],
-            'side_by_side': side_by_side, 'repetitions': len(times), **fact,
-        })
+            'side_by_side': side_by_side, 'repetitions': len(times), **fact, 'steps': count,
+        }
+        if mode == 'latency':
+            single = list(itertools.chain(*repetitions))
+            row['latency_p50_ms'] = round(statistics.median(single) * 1e3, 3)
+            row['latency_p95_ms'] = round(statistics.quantiles(single, n=20, method='inclusive')[-1] * 1e3, 3)
+        results.append(row)
     return results
 
 
+def earlier_rows(path: Path, compared: Set[str]) -> List[Dict[str, Any]]:
+    """The rows that --resume finds in the .json file beside a results file.
+
+    Raises:
+        Failed: It is missing, damaged, or of another version, whose rows do not say all that is to be compared.
+    """
+    record = path.with_suffix('.json')
+    if not record.exists() and not path.exists():
+        return []
+    try:
+        rows = json.loads(record.read_text())['rows']
+        if all(set(row['setting']) == compared and row['model'] and row['backend'] for row in rows):
+            return rows
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise Failed(f'--resume cannot continue {path}, since {record.name} beside it is missing, damaged or of another '
+                 f'version: choose another --results-file (throughput_report.py still reads this one).')
+
+
 def write_results(path: Path, rows: List[Dict[str, Any]]) -> None:
+    write_json(path.with_suffix('.json'), {'command': [Path(sys.argv[0]).name, *sys.argv[1:]], 'rows': rows})
     with replacing(path) as temporary, open(temporary, 'w', newline='') as f:
         writer = csv.DictWriter(f, COLUMNS, extrasaction='ignore')
         writer.writeheader()
         writer.writerows(rows)
-    write_json(path.with_suffix('.json'), {'command': [Path(sys.argv[0]).name, *sys.argv[1:]], 'rows': rows})
     with replacing(path.with_suffix('.md')) as temporary:
         temporary.write_text(markdown_table(rows) + growth_table(rows))
     bar_chart(rows, path.with_suffix('.png'))
@@ -248,30 +286,26 @@ def main() -> int:
         return 2
     main_process = int(os.environ.get('RANK', 0)) == 0
     path = Path(args.results_file)
-    results: List[Dict[str, Any]] = []
-    if args.resume and path.with_suffix('.json').exists():
-        results = json.loads(path.with_suffix('.json').read_text())['rows']
+    settings = [dict(
+        mode=mode, precision=precision, img_size=img_size, batch_size=batch_size, device=args.device,
+        compile=args.compile, compile_mode=args.compile_mode, channels_last=args.channels_last, tf32=args.tf32,
+        cudnn_benchmark=args.cudnn_benchmark, threads=args.threads, side_by_side=args.side_by_side,
+        repetitions=args.repetitions, restarts=args.restarts, kernels=os.environ.get('TIMM_ARL_KERNELS', 'auto'),
+    ) for mode in args.mode for precision, img_size, batch_size in itertools.product(
+        args.precision, args.img_size, args.batch_sizes[mode])]
+    try:
+        results = earlier_rows(path, set(settings[0])) if args.resume else []
+    except Failed as e:
+        print(f'throughput.py: error: {e}', file=sys.stderr)
+        return 2
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    settings = list(itertools.product(args.mode, args.precision, args.img_size, args.batch_size))
     bar = tqdm(settings, unit='setting', disable=not main_process)
-    for mode, precision, img_size, batch_size in bar:
-        specs = [dict(
-            model=model, backend=backend, mode=mode, precision=precision, img_size=img_size, batch_size=batch_size,
-            device=args.device, compile=args.compile, compile_mode=args.compile_mode, threads=args.threads,
-            channels_last=args.channels_last, tf32=args.tf32, cudnn_benchmark=args.cudnn_benchmark,
-            seconds=args.seconds, seed=args.seed,
-        ) for model in args.models for backend in args.backend]
+    for setting in bar:
+        specs = [dict(setting, model=model, backend=backend, seconds=args.seconds, seed=args.seed)
+                 for model in args.models for backend in args.backend]
         names = {(s['model'], s['backend']) for s in specs}
-        key = {  # None is the default, which older results files do not record
-            'mode': mode, 'precision': precision, 'device_type': args.device, 'compile': args.compile,
-            'compile_mode': args.compile_mode if args.compile else None, 'channels_last': args.channels_last,
-            'tf32': args.tf32 if args.device == 'cuda' else None,
-            'cudnn_benchmark': args.cudnn_benchmark if args.device == 'cuda' else None,
-            'side_by_side': None if args.side_by_side else False, 'threads': args.threads or None,
-            'repetitions': args.repetitions, 'restarts': args.restarts,
-            'requested_batch_size': batch_size, f'{mode}_img_size': img_size}
-        known = [r for r in results if all(r['setting'].get(k) == v for k, v in key.items())]
+        known = [r for r in results if r['setting'] == setting]
         if names <= {(r['model'], r['backend']) for r in known}:
             continue
         try:
@@ -280,7 +314,7 @@ def main() -> int:
             bar.close()
             print(f'throughput.py: error: {e}', file=sys.stderr)
             return 2
-        results += [dict(row, setting=key) for row in rows]
+        results += [dict(row, setting=setting) for row in rows]
         if main_process:
             write_results(path, results)
     if main_process:

@@ -15,12 +15,19 @@ require('train', __name__)
 
 from timm_arl.files import replacing
 
-__all__ = ['bar_chart', 'growth_table', 'markdown_table']
+__all__ = ['bar_chart', 'columns_of', 'growth_table', 'markdown_table']
+
+SOME = {'p50 ms': 'latency_p50_ms', 'p95 ms': 'latency_p95_ms', 'kernels': 'kernels'}  # columns by title
+
+
+def columns_of(row: Dict[str, Any]) -> str:
+    """What the columns of a row begin with: requests of latency are inference."""
+    return 'train' if row['mode'] == 'train' else 'infer'
 
 
 def setting_of(row: Dict[str, Any]) -> Tuple[str, str, int, int]:
-    mode = row['mode']
-    return mode, row['precision'], row[f'{mode}_batch_size'], row[f'{mode}_img_size']
+    kind = columns_of(row)
+    return row['mode'], row['precision'], row[f'{kind}_batch_size'], row[f'{kind}_img_size']
 
 
 def label_of(row: Dict[str, Any]) -> str:
@@ -31,21 +38,24 @@ def label_of(row: Dict[str, Any]) -> str:
 
 
 def number(value: Any) -> str:
-    return '' if value is None else f'{value:,}'
+    return '' if value is None else value if isinstance(value, str) else f'{value:,}'
 
 
 def markdown_table(rows: List[Dict[str, Any]]) -> str:
-    """One line per row: speed, ratio and memory."""
-    lines = [
-        '| model | mode | precision | batch x px | samples/s | ms/step | spread | ratio | peak MB '
-        '| saved for backward MB | GMACs |', '|---|---|---|---|---|---|---|---|---|---|---|']
+    """One line per row: speed, ratio and memory, and what only some files or rows have."""
+    some = {title: column for title, column in SOME.items() if any(row.get(column) is not None for row in rows)}
+    titles = ['model', 'mode', 'precision', 'batch x px', 'samples/s', 'ms/step', 'spread', 'ratio', 'peak MB',
+              'saved for backward MB', 'GMACs', *some]
+    lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
     for row in rows:
         mode, precision, batch_size, img_size = setting_of(row)
+        kind = columns_of(row)
         ratio = f'{row["ratio"]:.3f} of {row["relative_to"]}'
-        lines.append(' | '.join(['| ' + label_of(row), mode, precision, f'{batch_size} x {img_size}',
-                                 number(row[f'{mode}_samples_per_sec']), number(row[f'{mode}_step_time']),
-                                 f'{row["spread"]:.1%}', ratio, number(row.get('peak_memory_mb')),
-                                 number(row.get('saved_memory_mb')), f'{row["infer_gmacs"]:.2f} |']))
+        cells = [label_of(row), mode, precision, f'{batch_size} x {img_size}', number(row[f'{kind}_samples_per_sec']),
+                 number(row[f'{kind}_step_time']), f'{row["spread"]:.1%}', ratio, number(row.get('peak_memory_mb')),
+                 number(row.get('saved_memory_mb')), f'{row["infer_gmacs"]:.2f}',
+                 *(number(row.get(column)) for column in some.values())]
+        lines.append(f'| {" | ".join(cells)} |')
     devices = sorted({f'{row["device"]}, {row["threads"]} threads, {row["processes"]} process(es); {row["versions"]}; '
                       f'{settings_of(row)}; commit {row["commit"]}' for row in rows})
     return '\n'.join(lines) + '\n\n' + '\n'.join(devices) + '\n'
@@ -60,7 +70,7 @@ def settings_of(row: Dict[str, Any]) -> str:
 def growth_table(rows: List[Dict[str, Any]]) -> str:
     """Time and memory per pixel of a batch against those of the smallest batch; '' unless a sweep was run."""
     series: Dict[Tuple[str, ...], List[Dict[str, Any]]] = {}
-    for row in rows:
+    for row in (row for row in rows if row['mode'] != 'latency'):
         series.setdefault((label_of(row), row['mode'], row['precision']), []).append(row)
     if all(len(s) == 1 for s in series.values()):
         return ''

@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import accelerate
 import timm
@@ -22,14 +22,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_arl
 from timm_arl import kernels
+from timm_arl.attention import alphas_of
 from timm_arl.export import OnnxModel, fold_batch_norm
 from timm_arl.files import git_commit
+
+CPUINFO = '/proc/cpuinfo'
+BF16 = {'avx512_bf16': 'AVX512-BF16', 'amx_bf16': 'AMX'}  # by its flags
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether a smaller batch may help: the words of PyTorch's allocators, of CUDA's libraries and of C++."""
     return isinstance(error, MemoryError) or bool(re.search(
-        r'out of memory|allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|bad[_ ]alloc', str(error), re.IGNORECASE))
+        r'out[ _]?of[ _]?memory|allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|bad[_ ]alloc'
+        r'|(CUBLAS|CUDNN)_STATUS_NOT_INITIALIZED', str(error), re.IGNORECASE))  # a handle needs memory too
 
 
 def synchronize(device: torch.device) -> None:
@@ -57,20 +62,51 @@ def seconds(run: Callable[[], Any], times: int, device: torch.device) -> float:
     return (time.perf_counter() - start) / times
 
 
+def step_times(step: Callable[[], Any], times: int, spec: Dict[str, Any], device: torch.device) -> List[float]:
+    """Seconds of a repetition: the mean of its steps; for latency those of each step, as the caller's clock sees it."""
+    if spec['mode'] != 'latency':
+        return [seconds(step, times, device)]
+    step()  # not counted: another row has had the caches meanwhile
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        step()
+        found.append(time.perf_counter() - start)
+    return found
+
+
 def steps_per_repetition(step: Callable[[], Any], spec: Dict[str, Any], device: torch.device) -> int:
-    """Number of steps that take about the seconds asked for, 1 to 100, from one step after the warm-up."""
+    """Number of steps that take about the seconds asked for, 1 to 100 (latency: 10 to 100), from one after warm-up."""
     for _ in range(3 if spec['compile'] else 1):  # the first compiles, and CUDA graphs record in the second and third
         step()
     once = [seconds(step, 1, device)]
     broadcast_object_list(once)  # all processes repeat a step as often as the first
-    return max(1, min(100, round(spec['seconds'] / once[0])))
+    return max(10 if spec['mode'] == 'latency' else 1, min(100, round(spec['seconds'] / once[0])))
+
+
+def gate_kernels(step: Callable[[], Any], owned: List[Any], spec: Dict[str, Any]) -> Optional[str]:
+    """The kernels of a model's gates, such as 'native' or 'native+torch', by one step.
+
+    None for a model without a gate, or where a compiler or ONNX Runtime makes the gate itself.
+    """
+    if spec['compile'] or not owned:
+        return None
+    model, found = owned[0], set()
+    blocks = [model.get_submodule(name.rpartition('.')[0]) for name in alphas_of(model)]
+    hooks = [block.register_forward_hook(  # its output has the shape, type and memory format of F
+        lambda module, inputs, output: found.add(kernels.backend(output.detach()))) for block in blocks]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return '+'.join(sorted(found)) or None
 
 
 def make_step(spec: Dict[str, Any], accelerator: Accelerator) -> Tuple[Callable[[], Any], List[Any]]:
     """The step to repeat, and the model and optimizer that it owns."""
     size = (spec['batch_size'], 3, spec['img_size'], spec['img_size'])
     memory_format = torch.channels_last if spec['channels_last'] else torch.contiguous_format
-    x = torch.randn(size, device=accelerator.device).contiguous(memory_format=memory_format)
+    latency = spec['mode'] == 'latency'
+    x = torch.randn(size, device='cpu' if latency else accelerator.device).contiguous(memory_format=memory_format)
     model = timm.create_model(spec['model']).to(memory_format=memory_format)
     model.train(spec['mode'] == 'train')
     if spec['backend'] != 'eager':
@@ -79,14 +115,14 @@ def make_step(spec: Dict[str, Any], accelerator: Accelerator) -> Tuple[Callable[
         network = OnnxModel.of(model, spec['img_size'], threads=torch.get_num_threads())
         images = x.contiguous().numpy()
         return lambda: network(images), []
-    if spec['mode'] == 'infer':
+    if spec['mode'] != 'train':
         model = accelerator.prepare(model) if accelerator.mixed_precision != 'no' else model.to(accelerator.device)
         if spec['compile']:
             model = torch.compile(model, mode=spec['compile_mode'])
 
         def infer():
-            with torch.inference_mode():
-                return model(x)
+            with torch.inference_mode():  # latency: from the host's memory and back to it
+                return model(x.to(accelerator.device)).cpu() if latency else model(x)
         return infer, [model]
     if spec['compile']:
         model = torch.compile(model, mode=spec['compile_mode'])
@@ -191,10 +227,11 @@ def serve(spec: Dict[str, Any], reply: Callable[[Dict[str, Any]], None]) -> None
     set_seed(spec['seed'])
     facts = macs_and_activations(spec)
     step, owned = make_step(spec, accelerator)
+    gate = gate_kernels(step, owned, spec)
     times = steps_per_repetition(step, spec, accelerator.device)
     cuda = accelerator.device.type == 'cuda'
     reply(dict(
-        facts, threads=torch.get_num_threads(), processes=accelerator.num_processes,
+        facts, kernels=gate, steps=times, threads=torch.get_num_threads(), processes=accelerator.num_processes,
         device=torch.cuda.get_device_name() if cuda else cpu_name(),
         tf32=spec['tf32'] if cuda else None, cudnn_benchmark=spec['cudnn_benchmark'] if cuda else None,
         versions=f'timm_arl {timm_arl.__version__}, timm {timm.__version__}, torch {torch.__version__}, '
@@ -202,7 +239,7 @@ def serve(spec: Dict[str, Any], reply: Callable[[Dict[str, Any]], None]) -> None
         commit=git_commit(__file__)))
     for line in sys.stdin:
         if line == 'repeat\n':
-            reply({'step_time': seconds(step, times, accelerator.device)})
+            reply({'step_times': step_times(step, times, spec, accelerator.device)})
         elif line == 'memory\n':
             reply(memory(step, owned, spec, accelerator))
 
@@ -223,14 +260,13 @@ def main() -> None:
 
 
 def cpu_name() -> str:
-    """The processor and what of it PyTorch uses, such as 'AMD EPYC (2 cores, AVX2)'."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open('/proc/cpuinfo') as f:
-            name = next(line.split(':', 1)[1].strip() for line in f if line.startswith('model name'))
-    except (OSError, StopIteration):
-        pass
-    return f'{name} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})'
+    """The processor and what of it PyTorch uses, such as 'AMD EPYC (2 cores, AVX2)', with its bf16 instructions."""
+    name, abilities = platform.processor() or platform.machine(), [torch.backends.cpu.get_cpu_capability()]
+    with contextlib.suppress(OSError), open(CPUINFO) as f:
+        about = f.read()
+        name = next(iter(re.findall(r'^model name\s*: (.*)$', about, re.MULTILINE)), name)
+        abilities += [word for flag, word in BF16.items() if re.search(rf'\b{flag}\b', about)]
+    return f'{name} ({os.cpu_count()} cores, {", ".join(abilities)})'
 
 
 if __name__ == '__main__':

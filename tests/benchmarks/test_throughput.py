@@ -1,20 +1,15 @@
 """The harness, run for real on small networks: its columns, its files, and what it says of bad input."""
-import io
-import json
 import resource
 import subprocess
 import sys
-import time
 from argparse import Namespace
 
 import pytest
 import torch
-import torch.nn as nn
 from PIL import Image
-from timm.models import register_model
 from tqdm import tqdm
 
-from timm_arl.files import read_rows, write_rows
+from timm_arl.files import read_rows
 
 SPEC = dict(
     model='arl_cnn14', backend='eager', mode='infer', precision='fp32', img_size=32, batch_size=2, device='cpu',
@@ -31,23 +26,6 @@ def benchmarks(repo, monkeypatch):
 def harness(benchmarks):
     import throughput
     return throughput
-
-
-@pytest.fixture
-def work(benchmarks, call, monkeypatch):
-    """A row's program in this process: its replies at the start, to one repetition and to the question of memory."""
-    flags = [(torch.backends.cudnn, 'benchmark'), (torch.backends.cudnn, 'allow_tf32'),
-             (torch.backends.cuda.matmul, 'allow_tf32')]
-    before = [getattr(module, name) for module, name in flags]
-
-    def run(**changes):
-        monkeypatch.setattr('sys.stdin', io.StringIO('repeat\nmemory\n'))
-        done = call('throughput_worker', json.dumps({**SPEC, **changes}))
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    yield run
-    for (module, name), value in zip(flags, before):
-        setattr(module, name, value)
 
 
 @pytest.mark.slow
@@ -136,10 +114,10 @@ def test_a_row_killed_while_idle(harness):
     row.close()
 
 
-@pytest.mark.parametrize('side_by_side', [True, False])
-def test_order_and_ratios(harness, monkeypatch, side_by_side):
+@pytest.mark.parametrize('mode, side_by_side', [('infer', True), ('infer', False), ('latency', True)])
+def test_order_and_ratios(harness, monkeypatch, mode, side_by_side):
     """Times that are known, so that what is made of them is too: 1 and 2 s for a warm-up, then 2, 3, 4 to 1."""
-    log, made = [], []
+    log, made, latency = [], [], mode == 'latency'
 
     class Clock:
         def __init__(self, spec, index):
@@ -147,11 +125,12 @@ def test_order_and_ratios(harness, monkeypatch, side_by_side):
             made.append(index)
 
         def answer(self):
-            return {'processes': 2, 'device': 'a clock'}
+            return {'processes': 2, 'device': 'a clock', 'steps': 5}
 
         def repeat(self):
             count = len(self.times)
-            self.times.append(9. if not count else 1. if self.index == 0 else 1. + count)
+            time = 9. if not count else 1. if self.index == 0 else 1. + count
+            self.times.append([time / 2, time, time, time, 3 * time] if latency else [time])
             log.append(self.index)
 
         def ask(self, command):
@@ -162,14 +141,53 @@ def test_order_and_ratios(harness, monkeypatch, side_by_side):
 
     monkeypatch.setattr(harness, 'Row', Clock)
     args = Namespace(warmup=1, repetitions=3, restarts=2)
-    first, second = harness.measure(
-        [SPEC, {**SPEC, 'model': 'resnet14'}], args, tqdm(disable=True), side_by_side=side_by_side)
+    specs = [{**SPEC, 'mode': mode, 'model': model} for model in ('arl_cnn14', 'resnet14')]
+    first, second = harness.measure(specs, args, tqdm(disable=True), side_by_side=side_by_side)
     assert log == ([0, 1, 1, 0] * 2 + [1, 0, 0, 1] * 2 if side_by_side else [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4)
     assert made == [0, 1, 0, 1]  # new processes for each restart
     assert (first['ratio'], first['spread'], first['repetitions'], first['peak_memory_mb']) == (1, 0, 6, 5)
     assert (second['ratio'], second['spread'], second['relative_to']) == (3, 0.6667, 'arl_cnn14 eager')
     assert (second['infer_step_time'], second['infer_samples_per_sec']) == (3000, 1.33)  # of both processes
     assert second['side_by_side'] is side_by_side and second['compile_mode'] is None
+    assert first['steps'] == 2 * 3 * 5
+    if latency:  # of 30 single steps each: 2.5 s and less, then 3 s and more; the longest are 9, 12 and 12 s
+        assert (first['latency_p50_ms'], first['latency_p95_ms']) == (1000, 3000)
+        assert (second['latency_p50_ms'], second['latency_p95_ms']) == (3000, 10650)
+    else:
+        assert 'latency_p50_ms' not in second
+
+
+def test_a_request_that_does_not_fit_is_not_made_smaller(harness, monkeypatch):
+    tried = []
+
+    class Full:
+        def __init__(self, spec, index):
+            tried.append(spec['batch_size'])
+
+        def answer(self):
+            raise harness.Failed('no memory', out_of_memory=True)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(harness, 'Row', Full)
+    with pytest.raises(harness.Failed):
+        harness.measure([{**SPEC, 'mode': 'latency', 'batch_size': 9}], Namespace(warmup=0, repetitions=1, restarts=1),
+                        tqdm(disable=True), side_by_side=True)
+    assert tried == [9]
+
+
+@pytest.mark.slow
+def test_latency(call, tmp_path):
+    done = call('throughput', '--models', 'arl_cnn14', '--mode', 'latency', '--img-size', '32', '--batch-size', '1',
+                '--repetitions', '2', '--restarts', '1', '--warmup', '0', '--seconds', '0',
+                '--results-file', tmp_path / 'r.csv')
+    assert done.returncode == 0, done.stderr
+    row, = read_rows(tmp_path / 'r.csv')
+    assert (row['mode'], row['infer_batch_size'], row['steps']) == ('latency', '1', '20') and row['kernels']
+    assert 0 < float(row['latency_p50_ms']) <= float(row['latency_p95_ms'])
+    assert float(row['infer_samples_per_sec']) == pytest.approx(1e3 / float(row['infer_step_time']), rel=0.01)
+    assert '| p50 ms | p95 ms | kernels |' in (tmp_path / 'r.md').read_text()
 
 
 def test_resume(harness, call, monkeypatch, tmp_path):
@@ -180,82 +198,39 @@ def test_resume(harness, call, monkeypatch, tmp_path):
         asked.append(specs[0])
         return [dict.fromkeys(harness.COLUMNS, 1) | {
             'model': s['model'], 'backend': s['backend'], 'mode': s['mode'], 'precision': s['precision'],
-            'device': '', 'versions': '', 'commit': '', 'compile': True, 'compile_mode': s['compile_mode']}
+            'device': '', 'versions': '', 'commit': '', 'compile': True, 'compile_mode': s['compile_mode'],
+            'kernels': None}
             for s in specs]
 
     monkeypatch.setattr(harness, 'measure', measure)
     base = ['--models', 'resnet14', '--compile', '--results-file', tmp_path / 'r.csv']
     for extra, count in (((), 1), ((), 1), (('--compile-mode', 'reduce-overhead'), 2), (('--threads', 1), 3),
                          (('--no-side-by-side',), 4), (('--batch-size', 8, 16), 5), (('--mode', 'train'), 6),
-                         (('--compile-mode', 'default'), 6), (('--models', 'resnet14', 'arl_cnn14'), 7)):
+                         (('--compile-mode', 'default'), 6), (('--models', 'resnet14', 'arl_cnn14'), 7),
+                         (('--mode', 'latency', 'infer'), 9)):
         assert call('throughput', *base, *extra, '--resume').returncode == 0
         assert len(asked) == count, extra
-    assert len(read_rows(tmp_path / 'r.csv')) == 8
+    monkeypatch.setenv('TIMM_ARL_KERNELS', 'torch')
+    assert call('throughput', *base, '--resume').returncode == 0 and len(asked) == 10
+    assert len(read_rows(tmp_path / 'r.csv')) == 11
     assert asked[1]['compile_mode'] == 'reduce-overhead' and asked[4]['batch_size'] == 16
+    assert [(spec['mode'], spec['batch_size']) for spec in asked[7:]] == [
+        ('latency', 1), ('latency', 9), ('infer', 8)]
 
 
-@pytest.mark.slow
-def test_work_that_trains(work):
-    saved = {}
-    for name, batch_size in (('resnet14', 4), ('arl_cnn14', 4), ('arl_cnn14', 8)):
-        facts, step, memory = work(model=name, mode='train', batch_size=batch_size, img_size=64)
-        assert facts['device'] and facts['threads'] == torch.get_num_threads() and step['step_time'] > 0
-        saved[name, batch_size] = memory['saved_memory_mb']
-    assert saved['arl_cnn14', 4] <= 1.05 * saved['resnet14', 4]  # nothing but the batch norms' own inputs
-    assert saved['arl_cnn14', 8] == pytest.approx(2 * saved['arl_cnn14', 4], rel=0.1)
-
-
-@pytest.mark.parametrize('backend', ['eager', 'folded', pytest.param('onnx', marks=pytest.mark.slow)])
-def test_work_of_a_backend(work, backend):
-    facts, step, memory = work(backend=backend, tf32=False, cudnn_benchmark=True)
-    assert step['step_time'] > 0 and 'saved_memory_mb' not in memory and ('peak_memory_mb' in memory) != (
-        backend == 'onnx')
-    assert facts['tf32'] is None and facts['cudnn_benchmark'] is None  # of CUDA, but set
-    assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_tf32
-
-
-@pytest.mark.slow
-def test_work_that_is_folded_compiled_and_autocast(work):
-    @register_model
-    def one_convolution(pretrained=False, **kwargs):
-        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-    compiled = torch._dynamo.utils.counters['stats']['unique_graphs']
-    facts, step, memory = work(model='one_convolution', backend='folded', precision='bf16', compile=True)
-    assert step['step_time'] > 0 and memory['peak_memory_mb'] > 0 and facts['param_count'] == 0
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] > compiled
-
-
-def test_work_that_fails_says_so(work):
-    (reply,) = work(model='arl_cnn15')
-    assert 'arl_cnn15' in reply['error'] and not reply['out_of_memory']
-
-
-@pytest.mark.parametrize('error, short', [
-    (MemoryError(), True), (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), True),
-    (RuntimeError('CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported'), True),
-    (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), True),
-    (RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'), True), (RuntimeError('std::bad_alloc'), True),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), True),
-    (RuntimeError('MPS backend out of memory (MPS allocated: 1 GB)'), True),
-    (RuntimeError('CUDA error: an illegal memory access was encountered'), False), (ValueError(''), False)])
-def test_what_is_short_memory(benchmarks, error, short):
-    from throughput_worker import out_of_memory
-    assert out_of_memory(error) is short
-
-
-@pytest.mark.parametrize('compile', [pytest.param(True, marks=pytest.mark.slow), False])
-def test_steps_of_a_repetition(benchmarks, compile):
-    """Counted from a step after compiling and recording are over."""
-    from accelerate import PartialState
-    from throughput_worker import steps_per_repetition
-    PartialState(cpu=True)
-    durations = [0.5] * (3 if compile else 1)
-    steps = steps_per_repetition(
-        lambda: time.sleep(durations.pop() if durations else 0), dict(SPEC, compile=compile, seconds=1.),
-        torch.device('cpu'))
-    assert steps == 100
+@pytest.mark.parametrize('record', [
+    None, '{"rows"', '[]', '{"rows": [{"model": "resnet14", "backend": "eager"}]}',
+    '{"rows": [{"model": "resnet14", "backend": "eager", "setting": {"mode": "infer", "requested_batch_size": 8}}]}'])
+def test_resume_refuses_what_it_cannot_compare(call, tmp_path, record):
+    """An older version's rows do not say which kernels they had."""
+    (tmp_path / 'r.csv').write_text('model,mode\nresnet14,infer\n')
+    if record:
+        (tmp_path / 'r.json').write_text(record)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    done = call('throughput', '--models', 'resnet14', '--results-file', tmp_path / 'r.csv', '--resume')
+    assert done.returncode == 2 and 'r.json beside it is missing, damaged or of another version' in done.stderr
+    assert 'choose another --results-file' in done.stderr and done.stderr.count('\n') == 1
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize('arguments, sentence', [
@@ -263,6 +238,7 @@ def test_steps_of_a_repetition(benchmarks, compile):
     (['--batch-size', '0'], '--batch-size must be at least 1'), (['--results-file', 'r.txt'], 'must end in .csv'),
     (['--backend', 'onnx', '--mode', 'train'], 'are for --mode infer'),
     (['--backend', 'onnx', '--compile'], '--backend onnx needs'), (['--seconds', 'nan'], '--seconds must be'),
+    (['--compile-mode', 'reduce-overhead'], '--compile-mode needs --compile'),
     (['--models', 'resnet14', 'resnet14'], 'names a model twice'), (['--img-size', '-4'], '--img-size must be')])
 def test_bad_input(call, tmp_path, arguments, sentence):
     if 'cuda' in arguments and torch.cuda.is_available():
@@ -270,40 +246,3 @@ def test_bad_input(call, tmp_path, arguments, sentence):
     done = call('throughput', *arguments, cwd=tmp_path)
     assert done.returncode == 2 and sentence in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_report_of_old_and_new_files(repo, call, tmp_path):
-    """The files in benchmarks/results are of a version that had fewer columns."""
-    results = repo / 'benchmarks' / 'results'
-    done = call('throughput_report', results / 'arl_cnn14_sweep.csv', '--chart', tmp_path / 'c.png')
-    assert done.returncode == 0 and 'Growth: 1.00 means linear' in done.stdout, done.stderr
-    assert '| arl_cnn14 | train | fp32 | 16 x 320 | 0.83 | 1.00 |' in done.stdout
-    new = [{**row, 'compile': True, 'compile_mode': 'reduce-overhead', 'tf32': True, 'cudnn_benchmark': False,
-            'side_by_side': False} for row in read_rows(results / 'arl_cnn14.csv')]
-    write_rows(tmp_path / 'new.csv', new)
-    done = call('throughput_report', results / 'arl_cnn14.csv', results / 'arl_cnn14_compile.csv', tmp_path / 'new.csv',
-                '--chart', tmp_path / 'c.png')
-    assert done.returncode == 0, done.stderr
-    for label in ('| arl_cnn14 |', '| arl_cnn14 (compiled) |', '| arl_cnn14 (reduce-overhead) |'):
-        assert label in done.stdout
-    assert 'compile_mode reduce-overhead, channels_last True, tf32 True, cudnn_benchmark False' in done.stdout
-    with Image.open(tmp_path / 'c.png') as picture:
-        assert picture.width > 400
-    (tmp_path / 'other.csv').write_text('a,b\n1,2\n')
-    done = call('throughput_report', tmp_path / 'other.csv', '--chart', tmp_path / 'd.png')
-    assert done.returncode == 2 and 'cannot read results' in done.stderr and not (tmp_path / 'd.png').exists()
-
-
-def test_input_speed(call, tmp_path):
-    Image.new('RGB', (2500, 1900), (200, 150, 120)).save(tmp_path / 'i.jpg')
-    done = call('input_speed', '--image', tmp_path / 'i.jpg', '--workers', '1', '--images', '2', '--batch-size', '2',
-                '--steps', '1', '--img-size', '64', '--results-file', tmp_path / 'r.csv')
-    assert done.returncode == 0, done.stderr
-    table = read_rows(tmp_path / 'r.csv')
-    assert [(r['path'], r['decoded']) for r in table] == [
-        ('training, modern', '2500 x 1900'), ('training, modern', '313 x 238'),
-        ('evaluation, multiscale', '2500 x 1900'), ('evaluation, multiscale', '313 x 238')]
-    assert all(float(r['images_per_sec']) > 0 and float(r['train_samples_per_sec']) > 0 for r in table)
-    (tmp_path / 'no.jpg').write_bytes(b'no picture')
-    done = call('input_speed', '--image', tmp_path / 'no.jpg', cwd=tmp_path)
-    assert done.returncode == 2 and 'is not a picture' in done.stderr
