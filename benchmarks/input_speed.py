@@ -32,6 +32,7 @@ from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.isic.task import LABELS
 from timm_arl.isic.transforms import AUGMENTATIONS, CROPS, eval_transform, train_transform
 
+WARMUP = 2  # steps
 MEAN_STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 
 
@@ -64,20 +65,26 @@ def images_per_second(dataset: IsicSplit, workers: int) -> float:
     return count / (time.perf_counter() - start)
 
 
-def training_speed(model_name: str, batch_size: int, img_size: int, steps: int) -> float:
-    """Images a second of forward, loss, backward and SGD in float32, channels_last, on all cores: the median step."""
-    model = timm.create_model(model_name, num_classes=len(LABELS)).train().to(memory_format=torch.channels_last)
+def training_speed(args: argparse.Namespace) -> float:
+    """Images a second of forward, loss, backward and SGD, channels_last, on all cores of a CPU: the median step."""
+    model = timm.create_model(args.model, num_classes=len(LABELS)).train().to(
+        args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    x = torch.randn(batch_size, 3, img_size, img_size).to(memory_format=torch.channels_last)
-    y = torch.randint(2, (batch_size, len(LABELS))).float()
+    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size).to(
+        args.device, memory_format=torch.channels_last)
+    y = torch.randint(2, (args.batch_size, len(LABELS))).float().to(args.device)
     times = []
-    for _ in range(steps + 1):
+    for _ in range(WARMUP + args.steps):
         start = time.perf_counter()
         optimizer.zero_grad()
-        torch.nn.functional.binary_cross_entropy_with_logits(model(x), y).backward()
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == 'bf16'):
+            logits = model(x)
+        torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y).backward()
         optimizer.step()
+        if args.device != 'cpu':
+            torch.accelerator.synchronize()
         times.append(time.perf_counter() - start)
-    return batch_size / statistics.median(times[1:])
+    return args.batch_size / statistics.median(times[WARMUP:])
 
 
 def main() -> int:
@@ -90,6 +97,8 @@ def main() -> int:
     parser.add_argument('--augmentation', choices=AUGMENTATIONS, default='modern', help='of training')
     parser.add_argument('--crops', choices=CROPS, default='multiscale', help='of evaluation')
     parser.add_argument('--model', default='arl_cnn14', help='timm model whose training to compare with')
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda', 'mps'], help='of that training')
+    parser.add_argument('--precision', default='fp32', choices=['fp32', 'bf16'], help='of that training')
     parser.add_argument('--batch-size', type=int, default=32, help='of that training')
     parser.add_argument('--steps', type=int, default=5, help='measured steps of that training')
     parser.add_argument('--seed', type=int, default=0, help='of the synthetic image')
@@ -103,6 +112,9 @@ def main() -> int:
         parser.error('--workers, --images, --img-size, --batch-size and --steps must be at least 1.')
     if not timm.is_model(args.model):
         parser.error(f'timm has no model named {args.model!r}; timm.list_models() lists those it has.')
+    available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not available[args.device]:
+        parser.error(f'PyTorch finds no {args.device} device here; --device cpu always runs.')
     try:
         jpeg = Path(args.image).read_bytes() if args.image else synthetic_photograph(args.seed)
         with Image.open(io.BytesIO(jpeg)) as picture:
@@ -112,7 +124,7 @@ def main() -> int:
 
     torch.manual_seed(args.seed)
     what = f'{"" if args.image else "synthetic "}{kind} {size[0]} x {size[1]}, {len(jpeg) / 1e6:.1f} MB'
-    consumed = training_speed(args.model, args.batch_size, args.img_size, args.steps)
+    consumed = training_speed(args)
     rows = []
     split = photographs(jpeg, args.images + max(args.workers))
     paths = {f'training, {args.augmentation}': (train_transform, args.augmentation),
@@ -133,10 +145,11 @@ def main() -> int:
             'times_what_training_takes': round(produced / consumed, 1), 'img_size': args.img_size,
             'train_batch_size': args.batch_size, 'threads': torch.get_num_threads(),
             'versions': f'timm_arl {timm_arl.__version__}, timm {timm.__version__}, torch {torch.__version__}, '
-                        f'pillow {Image.__version__}', 'commit': git_commit(__file__)})
+                        f'pillow {Image.__version__}', 'commit': git_commit(__file__),
+            'train_device': args.device, 'train_precision': args.precision})
     Path(args.results_file).parent.mkdir(parents=True, exist_ok=True)
     write_rows(args.results_file, rows)
-    print(f'{what}; {args.model} trains on {consumed:.1f} images/s')
+    print(f'{what}; {args.model} trains on {consumed:.1f} images/s ({args.device}, {args.precision})')
     for row in rows:
         print('{path}, {workers} worker(s), decoded at {decoded}: {images_per_sec} images/s, '
               '{times_what_training_takes} times what training takes'.format(**row))
