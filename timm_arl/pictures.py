@@ -1,4 +1,5 @@
 """Images read one by one, in worker processes: the crops of each, or the reason why there are none."""
+import itertools
 import os
 import stat
 import warnings
@@ -65,15 +66,16 @@ class Pictures(Dataset):
         except Exception as error:  # decoders raise what they like about a damaged file, and the others are to be done
             reason = f'{type(error).__name__}: {error}'
         else:
-            return Seen(name, stem, crops, picture if self.keep else None, '', remark_on(picture, crops[0]))
+            return Seen(name, stem, crops, picture if self.keep else None, '',
+                        remark_on(picture, crops[0], self.cutter.crops.img_size))
         words = ''.join(c if c.isprintable() else ' ' for c in reason).split()  # decoders quote bytes of the file
         return Seen(name, stem, torch.empty(0), reason=' '.join(words)[:LONGEST_REASON])
 
 
-def remark_on(picture: Image.Image, crop: torch.Tensor) -> str:
-    """One of REMARKS that holds for a picture and its first crop, uint8 (3, S, S), or ''."""
+def remark_on(picture: Image.Image, crop: torch.Tensor, side: int) -> str:
+    """One of REMARKS for a picture and its first crop, uint8 (3, H, W), or ''; side: of what the network takes."""
     crop = crop.float()
-    if min(picture.size) < crop.shape[-1]:
+    if min(picture.size) < side:
         return 'small'
     if crop.std((1, 2)).max() < 4:
         return 'flat'
@@ -82,8 +84,9 @@ def remark_on(picture: Image.Image, crop: torch.Tensor) -> str:
     return 'square' if picture.width == picture.height else ''
 
 
-def collate(seen: List[Seen]) -> Tuple[List[Seen], torch.Tensor]:
-    """The images of a batch, and the crops of those that could be read, (B, K, 3, S, S)."""
+def collate(seen: List[Seen]) -> Tuple[List[Seen], List[torch.Tensor]]:
+    """The images of a batch, and the crops of those that could be read: (B, K, 3, S, S), in several parts for whole
+    pictures of several sizes."""
     readable = [image.crops for image in seen if not image.reason]
     return ([image._replace(crops=torch.empty(0)) for image in seen],
-            torch.stack(readable) if readable else torch.empty(0))
+            [torch.stack(list(same)) for _, same in itertools.groupby(readable, lambda crops: crops.shape)])

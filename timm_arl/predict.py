@@ -301,7 +301,8 @@ def predict_rows(
             rows = [{'image': image.name, 'error': image.reason} for image in seen]
             readable = [i for i, image in enumerate(seen) if not image.reason]
             if readable:
-                probabilities = predictor.probabilities(predictor.normalise(crops.to(predictor.device)))
+                probabilities = torch.cat([
+                    predictor.probabilities(predictor.normalise(part.to(predictor.device))) for part in crops])
                 written = predictor.calibrated(probabilities) if args.calibrated else probabilities.numpy()
                 for i, p, values in zip(readable, probabilities, written.tolist()):
                     rows[i].update(zip(files.labels, values))

@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import resolve_model_data_config
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .attention import alphas_of
 from .download import WeightsError, sha256_of
 from .explain import class_activation_map, gate_maps
-from .export import OnnxModel
 from .factory import Checkpoint, tensors_sha256
 from .isic.crops import Box
 from .isic.dicom import is_dicom, read_dicom
@@ -27,6 +27,7 @@ from .isic.task import (
     probabilities_of,
 )
 from .isic.transforms import CROPS, EvalCrops, grey_world, normalisation, seeded
+from .onnx_file import OnnxModel
 from .overlays import on_picture, overlay
 
 __all__ = ['DEFAULT_MODEL', 'Cutter', 'Predictor', 'read_picture']
@@ -54,16 +55,24 @@ def read_picture(path: Union[str, Path], shorter_side: Optional[int] = None) -> 
 class Cutter:
     """From a picture to the crops that a network looks at, 8 bits. It is small enough to be sent to other processes."""
 
-    def __init__(self, img_size: int, crops: str, colour_constancy: bool = False, seed: int = 0) -> None:
+    def __init__(
+            self,
+            img_size: int,
+            crops: str,
+            colour_constancy: bool = False,
+            seed: int = 0,
+            whole: bool = False,
+    ) -> None:
         """
         Args:
             img_size: Side of the network's input in pixels.
             crops: One of CROPS.
             colour_constancy: Grey-world, as in training.
             seed: Of the random positions of 'paper' crops.
+            whole: Give the picture as it is, for a network that cuts it itself.
         """
         self.crops = EvalCrops(img_size, crops)
-        self.colour_constancy, self.seed = colour_constancy, seed
+        self.colour_constancy, self.seed, self.whole = colour_constancy, seed, whole
         self.shorter_side = self.crops.shorter_side
 
     def __call__(self, picture: Image.Image, image_id: str = '') -> Tuple[torch.Tensor, List[Box]]:
@@ -79,6 +88,8 @@ class Cutter:
         shorter, longer = sorted(picture.size)
         if shorter < SMALLEST_SIDE or longer > LONGEST_SHAPE * shorter:
             raise OSError(f'it has {picture.width} x {picture.height} px, which is no picture of a lesion')
+        if self.whole:
+            return pil_to_tensor(picture)[None], [(0., 0., float(picture.width), float(picture.height))]
         with seeded(image_id, self.seed):
             return self.crops.with_boxes(grey_world(picture) if self.colour_constancy else picture)
 
@@ -91,6 +102,9 @@ class Predictor:
     >>> probabilities = predictor.probabilities(tensor)
     >>> predictor.decide(probabilities)
     {'melanoma': False, 'seborrheic_keratosis': True}
+
+    A file of `python -m timm_arl.export --with-preprocessing` looks at whole pictures: `prepare` gives one crop, the
+    picture, uint8 (1, 3, H, W).
 
     Attributes:
         name: As it was given.
@@ -137,8 +151,12 @@ class Predictor:
         if self.crops not in CROPS:
             raise WeightsError(f'{self.name} was evaluated with crops {self.crops!r}, which are not known here: choose '
                                f'{", ".join(CROPS)}.')
-        self.cutter = Cutter(self.img_size, self.crops, bool(saved.get('grey_world')), seed)
-        self.normalise = normalisation(config['mean'], config['std'])
+        self._whole = bool(config.get('with_preprocessing'))
+        if self._whole and self.crops != saved.get('crops'):
+            raise WeightsError(f'{self.name} cuts pictures itself, with crops {saved.get("crops")}: leave out --crops, '
+                               f'or use a file that was exported without --with-preprocessing.')
+        self.cutter = Cutter(self.img_size, self.crops, bool(saved.get('grey_world')), seed, self._whole)
+        self.normalise = nn.Identity() if self._whole else normalisation(config['mean'], config['std'])
         self.thresholds = _per_label(saved.get('thresholds'))
         self.temperatures = _per_label({'': saved.get('temperatures')}).get('', {})
         self.thresholds.setdefault('official', dict.fromkeys(self.labels, OFFICIAL_THRESHOLD))
@@ -189,11 +207,14 @@ class Predictor:
         if not {'mean', 'std', 'input_size'} <= about.keys():
             raise WeightsError(f'{self.name} does not say how its images are normalised: write it with python -m '
                                f'timm_arl.export.')
-        outputs = self._onnx.session.get_outputs()[0].shape[-1]
+        outputs = about.get('outputs') or self._onnx.session.get_outputs()[0].shape[-1]
         names = tuple(about.get('label_names') or next((n for n in HEADS.values() if len(n) == outputs), ()))
         if names not in HEADS.values() or len(names) != outputs:
             raise WeightsError(f'The {outputs} outputs of {self.name} are not {", ".join(LABELS)}: export a network '
                                f'that was fine-tuned on them, {DEFAULT_MODEL} for one.')
+        if (about.get('int8') or {}).get('worse'):
+            self.remarks.append(f'{self.name} is in 8 bits, and has a lower AUC than the network that it was made from '
+                                f'({about["int8"]["worse"]}).')
         if about.get('weights') == 'random':
             self.remarks.append(f'{self.name} holds random weights: its probabilities mean nothing.')
         self.sha256 = sha256_of(Path(self.name))
@@ -220,6 +241,9 @@ class Predictor:
     def probabilities(self, tensors: torch.Tensor) -> torch.Tensor:
         """Means over the crops, not calibrated: (labels,) of (N, 3, S, S), or (B, labels) of (B, N, 3, S, S)."""
         images = tensors.flatten(0, -4)
+        if self._whole:
+            found = torch.from_numpy(self._onnx(images.permute(0, 2, 3, 1).cpu().numpy()))
+            return found.unflatten(0, tensors.shape[:-3]).mean(-2)
         if self.network is None:
             logits = torch.from_numpy(self._onnx(images.numpy()))
         else:

@@ -196,7 +196,8 @@ class Analyst:
         tensor = self.predictor.normalise(crops)
         with self._turn:
             probabilities, blocks = self.predictor.probabilities(tensor), self._blocks(tensor)
-        remark = REMARKS.get(remark_on(picture, crops[0]), '').format(side=self.predictor.img_size)
+        side = self.predictor.img_size
+        remark = REMARKS.get(remark_on(picture, crops[0], side), '').format(side=side)
         if synthetic and remark == REMARKS['square']:  # drawn so, not squashed
             remark = ''
         analysis = Analysis(name, synthetic, size, remark, shown, crops, boxes, probabilities, None, blocks)

@@ -1,31 +1,19 @@
-"""A model as an ONNX file, checked against what it was made from; and BatchNorm folded into the convolutions.
-
-    python -m timm_arl.export --model OUT --output arl_cnn50.onnx
-
-Needs the extra `export`. The file takes `images`, float32 (N, 3, H, W), normalised as the model's data config says, any
-N and the H and W it was exported for, and gives `logits`, (N, classes). Its metadata hold, as JSON, mean, std,
-input_size, label_names where the model knows them, and weights: where they are from, or "random"; of a trained
-checkpoint also its thresholds, temperatures and crops: `python -m timm_arl.predict --onnx FILE` needs nothing else.
-"""
-import argparse
+"""A network as an ONNX file, checked against what it was made from; and BatchNorm folded into the convolutions."""
 import contextlib
 import copy
 import json
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Union, cast
+from typing import Any, Dict, Optional, Union, cast
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from .download import WeightsError
 from .extras import require
-from .factory import Checkpoint, create_for_task
 
-__all__ = ['ExportError', 'OnnxModel', 'export_onnx', 'fold_batch_norm']
+__all__ = ['ExportError', 'OnnxModel', 'export_onnx', 'fold_batch_norm', 'metadata_of']
 
 
 class ExportError(Exception):
@@ -115,6 +103,24 @@ class OnnxModel:
             return cls(export_onnx(model, Path(folder) / 'model.onnx', img_size), threads)
 
 
+def metadata_of(
+        model: nn.Module,
+        img_size: Optional[int] = None,
+        weights: Optional[str] = None,
+        settings: Optional[Dict[str, Any]] = None,
+) -> Dict[str, Any]:
+    """What the metadata of a file say of the model: mean, std, input_size, label_names, weights and the settings.
+
+    Args:
+        model, img_size, weights, settings: As for export_onnx.
+    """
+    config = cast(Any, model).pretrained_cfg
+    side = img_size or config['input_size'][-1]
+    about = dict(mean=config['mean'], std=config['std'], input_size=[_in_channels(model), side, side],
+                 label_names=config.get('label_names'), weights=weights, **(settings or {}))
+    return {key: value for key, value in about.items() if value is not None}
+
+
 def export_onnx(
         model: nn.Module,
         path: Union[str, Path],
@@ -143,19 +149,16 @@ def export_onnx(
     require('export', __name__)
     path = Path(path)
     model = copy.deepcopy(model).cpu().float().eval()
-    side = img_size or cast(Any, model).pretrained_cfg['input_size'][-1]
+    about = metadata_of(model, img_size, weights, settings)
     source = fold_batch_norm(model) if fold else model
     for module in source.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False  # PyTorch 2.6 cannot export one after a cast that changes nothing
-    images = torch.randn(2, _in_channels(model), side, side, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, *about['input_size'], generator=torch.Generator().manual_seed(0))
     program: Any = torch.onnx.export(
         source.to(memory_format=torch.contiguous_format), (images,), dynamo=True, input_names=['images'],
         output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch', min=1)},), verbose=False)
-    config = cast(Any, model).pretrained_cfg
-    about = dict(mean=config['mean'], std=config['std'], input_size=[images.shape[1], side, side],
-                 label_names=config.get('label_names'), weights=weights, **(settings or {}))
-    program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items() if value is not None})
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -168,41 +171,3 @@ def export_onnx(
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_arl.export', description='Write a model as an ONNX file and check it against the model.')
-    parser.add_argument('--model', required=True, metavar='NAME|DIR',
-                        help='a timm model, or the output folder of a training run')
-    parser.add_argument('--pretrained', action='store_true',
-                        help='load the default weights of a NAME; those of a DIR or a NAME.TAG are always loaded')
-    parser.add_argument('--img-size', type=int, metavar='PX', help="side of the images (default: the model's own)")
-    parser.add_argument('--fold', action=argparse.BooleanOptionalAction, default=True,
-                        help='fold BatchNorm into the convolutions (default: yes)')
-    parser.add_argument('--output', required=True, metavar='FILE.onnx', help='file to write')
-    args = parser.parse_args(argv)
-    if args.img_size is not None and args.img_size < 32:
-        parser.error(f'--img-size must be at least 32, not {args.img_size}.')
-    if Path(args.output).is_dir():
-        parser.error(f'--output {args.output} is a folder: name a file in it.')
-    require('export', __name__)  # before weights are downloaded
-    try:
-        trained = args.pretrained or ':' in args.model or '.' in args.model or Path(args.model).exists()
-        checkpoint = Checkpoint(args.model) if trained else None
-        model = checkpoint.network() if checkpoint else create_for_task(args.model)
-        settings = checkpoint.settings() if checkpoint else None
-        path = export_onnx(
-            model, args.output, args.img_size, args.fold, args.model if trained else 'random', settings)
-    except (ExportError, WeightsError, OSError) as error:
-        print(f'python -m timm_arl.export: error: {error}', file=sys.stderr)
-        return 2
-    print(f'written: {path} ({path.stat().st_size / 1e6:.1f} MB), same logits as the model in eager mode')
-    if not trained:
-        print(f'WARNING: {args.model} has RANDOM WEIGHTS, and so has {path}: --pretrained, a NAME.TAG or the output '
-              f'folder of a training run loads trained ones.')
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -4,13 +4,11 @@ import json
 import numpy as np
 import onnx
 import pytest
-import timm
 import torch
 import torch.nn as nn
 from test_arl_cnn import create, image, with_alpha
-from timm.models import save_for_hf
 
-from timm_arl.export import ExportError, OnnxModel, _in_channels, export_onnx, fold_batch_norm
+from timm_arl.onnx_file import ExportError, OnnxModel, _in_channels, export_onnx, fold_batch_norm
 
 
 def randomise(model):
@@ -72,42 +70,3 @@ def test_onnx(name, tmp_path):
     assert [i.name for i in graph.input] == ['images'] and [o.name for o in graph.output] == ['logits']
     operators = {node.op_type for node in graph.node}
     assert 'BatchNormalization' not in operators
-
-
-@pytest.mark.slow
-def test_command(call, tmp_path):
-    model = randomise(with_alpha(create(num_classes=2), 2.))
-    save_for_hf(model, tmp_path / 'run', safe_serialization=True)
-    command = ['timm_arl.export', '--model', tmp_path / 'run', '--img-size', '64']
-    done = call(*command, '--output', tmp_path / 'deep' / 'm.onnx')
-    assert done.returncode == 0 and 'm.onnx' in done.stdout, done.stderr
-    with torch.inference_mode():
-        expected = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True).eval()(image())
-    assert np.allclose(OnnxModel(tmp_path / 'deep' / 'm.onnx')(image().numpy()), expected, atol=1e-4, rtol=1e-3)
-    for wrong, sentence in ((['--model', 'arl_cnn15'], 'Unknown model arl_cnn15'),
-                            (['--output', str(tmp_path)], 'is a folder'), (['--img-size', '3'], 'at least 32')):
-        done = call(*command, '--output', tmp_path / 'x.onnx', *wrong)
-        assert done.returncode == 2 and sentence in done.stderr
-    assert not (tmp_path / 'x.onnx').exists()
-
-
-def weights_of(path):
-    return {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}['weights']
-
-
-@pytest.mark.slow
-def test_a_name_with_a_tag_has_its_weights(call, tmp_path):
-    done = call('timm_arl.export', '--model', 'arl_cnn14.isic2017', '--output', tmp_path / 'm.onnx')
-    assert done.returncode == 0 and 'RANDOM' not in done.stdout, done.stderr
-    model = timm.create_model('arl_cnn14.isic2017', pretrained=True).eval()
-    with torch.inference_mode():
-        expected = model(image(128))
-    assert np.allclose(OnnxModel(tmp_path / 'm.onnx')(image(128).numpy()), expected, atol=1e-4, rtol=1e-3)
-    assert weights_of(tmp_path / 'm.onnx') == 'arl_cnn14.isic2017'
-
-
-@pytest.mark.slow
-def test_random_weights_are_called_so(call, tmp_path):
-    done = call('timm_arl.export', '--model', 'arl_cnn14', '--img-size', 64, '--output', tmp_path / 'm.onnx')
-    assert done.returncode == 0 and 'WARNING: arl_cnn14 has RANDOM WEIGHTS' in done.stdout, done.stderr
-    assert weights_of(tmp_path / 'm.onnx') == 'random'

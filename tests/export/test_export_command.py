@@ -1,0 +1,146 @@
+"""The command as a user types it: what it writes, what it says, and what it refuses."""
+import json
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from PIL import Image
+from test_arl_cnn import create, image, with_alpha
+from test_onnx_file import randomise
+from timm.models import save_for_hf
+
+from timm_arl.export import OnnxModel
+from timm_arl.export.__main__ import main
+from timm_arl.export.calibration import Loss
+from timm_arl.export.quantize import update_metadata
+from timm_arl.isic.task import LABELS
+from timm_arl.predictor import Predictor
+
+
+@pytest.mark.slow
+def test_command(call, tmp_path):
+    model = randomise(with_alpha(create(num_classes=2), 2.))
+    save_for_hf(model, tmp_path / 'run', safe_serialization=True)
+    command = ['timm_arl.export.__main__', '--model', tmp_path / 'run', '--img-size', '64']
+    done = call(*command, '--output', tmp_path / 'deep' / 'm.onnx')
+    assert done.returncode == 0 and 'm.onnx' in done.stdout, done.stderr
+    with torch.inference_mode():
+        expected = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True).eval()(image())
+    assert np.allclose(OnnxModel(tmp_path / 'deep' / 'm.onnx')(image().numpy()), expected, atol=1e-4, rtol=1e-3)
+    for wrong, sentence in ((['--model', 'arl_cnn15'], 'Unknown model arl_cnn15'),
+                            (['--output', str(tmp_path)], 'is a folder'), (['--img-size', '3'], 'at least 32'),
+                            (['--int8'], '--int8 needs --calibration'), (['--calibration', 'x'], 'is for --int8'),
+                            (['--calibration-images', 31], 'at least 32'),
+                            (['--model', 'arl_cnn14', '--with-preprocessing'], 'what the 1000 outputs')):
+        done = call(*command, '--output', tmp_path / 'x.onnx', *wrong)
+        assert done.returncode == 2 and sentence in done.stderr
+    assert not (tmp_path / 'x.onnx').exists()
+
+
+def weights_of(path):
+    return {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}['weights']
+
+
+@pytest.mark.slow
+def test_a_name_with_a_tag_has_its_weights(call, tmp_path):
+    done = call('timm_arl.export.__main__', '--model', 'arl_cnn14.isic2017', '--output', tmp_path / 'm.onnx')
+    assert done.returncode == 0 and 'RANDOM' not in done.stdout, done.stderr
+    model = timm.create_model('arl_cnn14.isic2017', pretrained=True).eval()
+    with torch.inference_mode():
+        expected = model(image(128))
+    assert np.allclose(OnnxModel(tmp_path / 'm.onnx')(image(128).numpy()), expected, atol=1e-4, rtol=1e-3)
+    assert weights_of(tmp_path / 'm.onnx') == 'arl_cnn14.isic2017'
+
+
+@pytest.mark.slow
+def test_random_weights_are_called_so(call, tmp_path):
+    done = call('timm_arl.export.__main__', '--model', 'arl_cnn14', '--img-size', 64, '--output', tmp_path / 'm.onnx')
+    assert done.returncode == 0 and 'WARNING: arl_cnn14 has RANDOM WEIGHTS' in done.stdout, done.stderr
+    assert weights_of(tmp_path / 'm.onnx') == 'random'
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    """34 pictures of several sizes, and a file that is none."""
+    folder, rng = tmp_path_factory.mktemp('photographs'), np.random.default_rng(0)
+    for k in range(34):
+        pixels = rng.integers(60, 200, (4, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((96 + k, 80), Image.Resampling.BICUBIC).save(folder / f'{k:02d}.png')
+    (folder / 'broken.jpg').write_text('no picture')
+    return folder
+
+
+@pytest.mark.slow
+def test_8_bits_of_a_data_set(call, few, tmp_path):
+    command = ['timm_arl.export.__main__', '--model', 'arl_cnn14.isic2017', '--img-size', 64, '--int8',
+               '--calibration', few]
+    done = call(*command, '--output', tmp_path / 'm.onnx', '--with-preprocessing')
+    worse = done.returncode == 1
+    assert done.returncode in (0, 1) and worse == ('WARNING' in done.stderr), done.stderr
+    assert f'calibrating on 32 train images of {few}' in done.stdout and '12 validation images' in done.stdout
+    for label in ('melanoma', 'seborrheic keratosis'):
+        assert f'{label}: AUC 0.' in done.stdout
+    assert f'no AUC is lower by more than 0.003: {"no" if worse else "yes"}' in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ['m.onnx']
+    predictor = Predictor(tmp_path / 'm.onnx')
+    assert predictor.thresholds == Predictor('arl_cnn14.isic2017').thresholds
+    assert bool(predictor.remarks) == worse
+    about = OnnxModel(tmp_path / 'm.onnx').about['int8']
+    assert about['calibration_images'] == 32 and list(about['auc']) == list(LABELS)
+
+
+@pytest.mark.slow
+def test_8_bits_of_a_folder(call, photographs, tmp_path):
+    command = ['timm_arl.export.__main__', '--model', 'arl_cnn14.isic2017', '--img-size', 64, '--int8',
+               '--output', tmp_path / 'm.onnx']
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'few').mkdir()
+    Image.new('RGB', (96, 80)).save(tmp_path / 'few' / 'a.png')
+    for folder, words in (('empty', 'holds no images'), ('few', '1 images of'), ('none', 'none')):
+        done = call(*command, '--calibration', tmp_path / folder)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert 'at least 32' in call(*command, '--calibration', tmp_path / 'few').stderr
+    assert not (tmp_path / 'm.onnx').exists()
+    done = call(*command, '--calibration', photographs)
+    assert done.returncode == 0 and '34 images of' in done.stdout and '1 more cannot be read' in done.stdout
+    assert 'no AUC was compared' in done.stdout and '34 images of the calibration' in done.stdout
+    update_metadata(tmp_path / 'm.onnx', int8={'worse': 'melanoma 0.9000 to 0.8000'})
+    assert 'melanoma 0.9000 to 0.8000' in Predictor(tmp_path / 'm.onnx').remarks[0]
+
+
+def test_which_aucs_are_worse():
+    loss = Loss(9, {'melanoma': (0.9, 0.8975), 'nevus': (0.9, 0.8965), 'other': (0.8, 0.9)}, 0., 0., (0, 9))
+    assert loss.worse() == 'nevus 0.9000 to 0.8965'
+
+
+@pytest.mark.slow
+def test_pictures_in_and_probabilities_out(call, photographs, tmp_path):
+    name = str(tmp_path / 'whole.onnx')
+    assert main(['--model', 'arl_cnn14.isic2017', '--output', name, '--with-preprocessing']) == 0
+    found = {}
+    for name, option in (('plain', []), ('whole', ['--onnx', tmp_path / 'whole.onnx'])):
+        done = call('timm_arl.predict', photographs, *option, '--output-dir', tmp_path / name, '--workers', 0,
+                    '--batch-size', 8, '--calibrated', '--format', 'jsonl')
+        assert done.returncode == 1 and 'smaller than' in done.stderr, done.stderr
+        found[name] = [json.loads(line) for line in (tmp_path / name / 'predictions.jsonl').read_text().splitlines()]
+    for plain, whole in zip(found['plain'], found['whole']):
+        assert plain['image'] == whole['image'] and plain['error'] == whole['error']
+        for label in LABELS:
+            assert plain['error'] or abs(plain[label] - whole[label]) <= 5e-3
+    done = call('timm_arl.predict', photographs, '--onnx', tmp_path / 'whole.onnx', '--output-dir', tmp_path / 'x',
+                '--crops', 'center')
+    assert done.returncode == 2 and 'cuts pictures itself, with crops multiscale' in done.stderr
+
+    # without this package, as docs/models.md shows
+    import onnxruntime
+    session = onnxruntime.InferenceSession(tmp_path / 'whole.onnx')
+    picture = np.asarray(Image.open(photographs / '07.png'))
+    probabilities, calibrated = session.run(None, {'pictures': np.stack([picture, picture[:, ::-1]])})
+    assert probabilities.shape == calibrated.shape == (2, 2)
+    predictor = Predictor(tmp_path / 'whole.onnx')
+    assert np.allclose(predictor.calibrated(torch.from_numpy(probabilities)), calibrated, atol=1e-6)
+    with open(tmp_path / 'whole' / 'predictions.jsonl') as file:
+        row = json.loads(file.readlines()[7])
+    assert np.allclose(calibrated[0], [row[label] for label in LABELS], atol=1e-6)
