@@ -1,0 +1,69 @@
+"""The Triton kernels: interpreted everywhere, compiled for GPUs that need not be there, run on one that is."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_arl.attention import ATTENTIONS
+from timm_arl.kernels import triton
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(triton.triton is None, reason='needs Triton, which PyTorch brings on Linux')
+
+
+def python(*args, **environment):
+    return subprocess.run(
+        [sys.executable, '-W', 'ignore', *args], text=True, capture_output=True, cwd=HERE.parents[1],
+        env={**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': os.pathsep.join(sys.path), **environment})
+
+
+def check(attention, **environment):
+    result = python(
+        '-m', 'pytest', '-q', '--noconftest', '-p', 'no:cacheprovider', '-k', attention, HERE / 'triton_checks.py',
+        **environment)
+    assert result.returncode == 0 and ' passed' in result.stdout, result.stdout + result.stderr
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_in_the_interpreter(attention):
+    check(attention, TRITON_INTERPRET='1')
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # hundreds of kernels are compiled
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_on_the_gpu(attention):
+    check(attention)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize('capability', ['80', '90'])
+def test_compiled_kernels_fit_the_registers(capability):
+    result = python(HERE / 'triton_registers.py', capability)
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {k['kernel'] for k in kernels} == {
+        'softmax_forward', 'softmax_backward', 'mixed_sums', 'mixed_forward', 'mixed_backward'}
+    # ptxas may spill two registers, rather than use more, for the sake of programs that run at the same time
+    assert not [k for k in kernels if k['spilled'] > (0 if k['layout'] == 'torch.channels_last' else 8)]
+
+
+def test_why_it_is_unavailable():
+    if triton.triton is not None:
+        assert triton.unavailable() == (None if torch.cuda.is_available() else 'PyTorch sees no NVIDIA GPU.')
+    code = "import sys; sys.modules['triton'] = None; from timm_arl.kernels import triton; print(triton.unavailable())"
+    assert python('-c', code).stdout == 'Triton is not installed.\n'  # but the module is imported
+
+
+def test_a_processor_is_not_its_business():
+    f = torch.ones(1, 2, 3, 3)
+    assert not triton.takes(f, f)
