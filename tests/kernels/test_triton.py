@@ -57,6 +57,7 @@ def test_compiled_kernels_fit_the_registers(capability):
     assert not [k for k in kernels if k['spilled'] > (0 if k['layout'] == 'torch.channels_last' else 8)]
 
 
+@pytest.mark.slow
 def test_why_it_is_unavailable():
     if triton.triton is not None:
         assert triton.unavailable() == (None if torch.cuda.is_available() else 'PyTorch sees no NVIDIA GPU.')

@@ -100,10 +100,9 @@ def check(shape, dtype, layout, gate, norms, seed=0):
 
 
 @both_layouts
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_every_gate(attention, layout, dtype):
-    for mask_scale, add_shortcut, relu, norms in KINDS[::1 if dtype == torch.float32 else 7]:
-        check((2, 5, 4, 3), dtype, layout, Gate(attention, mask_scale, add_shortcut, relu), norms)
+def test_every_gate(attention, layout):
+    for mask_scale, add_shortcut, relu, norms in KINDS:
+        check((2, 5, 4, 3), torch.float32, layout, Gate(attention, mask_scale, add_shortcut, relu), norms)
 
 
 @both_layouts
@@ -129,9 +128,8 @@ def test_values_to_overflow(attention, layout, dtype):
         assert torch.allclose(a.double(), b, rtol=2 * torch.finfo(dtype).eps, atol=5e-5)
 
 
-@pytest.mark.parametrize('mask_scale', MASK_SCALES)
-@both_layouts
-def test_what_is_not_finite_is_as_from_torch(attention, layout, mask_scale):
+@pytest.mark.parametrize('mask_scale, layout', zip(MASK_SCALES, FORMATS))
+def test_what_is_not_finite_is_as_from_torch(attention, mask_scale, layout):
     inf, nan = float('inf'), float('nan')
     for value in (inf, -inf, nan, (inf, -inf)):
         for where in range(3):  # in the residual, the shortcut, the gradient
