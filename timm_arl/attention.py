@@ -28,8 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import kernels
-from .kernels import Gate, NormState
+from .kernels import FOLDING, Gate, NormState, kernels_for
 
 __all__ = [
     'ATTENTIONS', 'MASK_SCALES', 'FusedAttentionResidual', 'alphas_of', 'attention_mask', 'attention_residual',
@@ -203,13 +202,17 @@ def fused_attention_residual(
         return FusedAttentionResidual.apply(
             residual, shortcut, alpha, norm, shortcut_norm, Gate(attention, mask_scale, add_shortcut, relu),
             *parameters)
+    gate = Gate(attention, mask_scale, add_shortcut, relu)
+    if fuse and not off and _folds(residual, shortcut, alpha):
+        states = _statistics(residual, norm), _statistics(shortcut, shortcut_norm)
+        return kernels_for(residual, shortcut).gate_forward(
+            residual, shortcut, alpha, gate, inplace and norm is None, *states)[0]
     f = residual if norm is None else norm(residual)
     x = shortcut if shortcut_norm is None else shortcut_norm(shortcut)
     if off:
         y = (f + x).to(f.dtype) if add_shortcut else f
     elif fuse and can_fuse(f, x):
-        gate = Gate(attention, mask_scale, add_shortcut, relu)
-        return kernels.gate_forward(f, x, alpha, gate, inplace)[0]
+        return kernels_for(f, x).gate_forward(f, x, alpha, gate, inplace)[0]
     else:
         y = attention_residual(f, x, alpha, attention, mask_scale, add_shortcut)
     return y.relu() if relu else y
@@ -239,9 +242,14 @@ class FusedAttentionResidual(torch.autograd.Function):
             gate: Gate,
             *parameters: Optional[torch.Tensor],  # of the norms, for autograd to know of them
     ) -> torch.Tensor:
-        f, state = _normalize(residual, norm)
-        x, shortcut_state = _normalize(shortcut, shortcut_norm)
-        y, *kept = kernels.gate_forward(f, x, alpha, gate, inplace=norm is not None)
+        if _folds(residual, shortcut, alpha):
+            state, shortcut_state = _statistics(residual, norm), _statistics(shortcut, shortcut_norm)
+            y, *kept = kernels_for(residual, shortcut).gate_forward(
+                residual, shortcut, alpha, gate, False, state, shortcut_state)
+        else:
+            f, state = _normalize(residual, norm)
+            x, shortcut_state = _normalize(shortcut, shortcut_norm)
+            y, *kept = kernels_for(f, x).gate_forward(f, x, alpha, gate, inplace=norm is not None)
         nothing = (None,) * 4
         ctx.save_for_backward(
             residual, shortcut, alpha, y if gate.relu else None, *(state or nothing)[:4],
@@ -258,13 +266,32 @@ class FusedAttentionResidual(torch.autograd.Function):
         if torch.is_grad_enabled() or not can_fuse(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
             # create_graph, or a batch of gradients
             return _differentiable_backward(grad, residual, shortcut, alpha, norm, shortcut_norm, ctx.gate)
-        grad_f, grad_x, grad_alpha = kernels.gate_backward(
+        grad_f, grad_x, grad_alpha = kernels_for(residual, shortcut).gate_backward(
             grad, y, residual, shortcut, alpha, norm, shortcut_norm, ctx.gate, *saved[8:])
         needs = ctx.needs_input_grad
         grad_residual, *grads = _normalize_backward(grad_f, residual, norm, [needs[0], *needs[6:8]])
         grad_shortcut, *shortcut_grads = _normalize_backward(
             grad_x, shortcut, shortcut_norm, [needs[1], *needs[8:]])
         return grad_residual, grad_shortcut, grad_alpha, None, None, None, *grads, *shortcut_grads
+
+
+def _folds(residual: torch.Tensor, shortcut: torch.Tensor, alpha: torch.Tensor) -> bool:
+    """Whether the kernels apply the norms themselves. Not where alpha is 0: then F + x is timm's, bit for bit."""
+    return kernels_for(residual, shortcut) in FOLDING and alpha.item() != 0
+
+
+def _statistics(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Optional[NormState]:
+    """All effects of a batch norm's forward but its output."""
+    if norm is None:
+        return None
+    if not norm.training:
+        statistics = norm.running_mean, norm.running_var
+    else:
+        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # the block passes no norm without it
+        mean, var = torch.batch_norm_update_stats(
+            z, norm.running_mean, norm.running_var, norm.momentum)  # type: ignore[arg-type]  # nor without momentum
+        statistics = mean, (var + norm.eps).rsqrt()
+    return NormState(norm.weight, norm.bias, *statistics, norm.training, norm.eps)
 
 
 def _normalize(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Tuple[torch.Tensor, Optional[NormState]]:

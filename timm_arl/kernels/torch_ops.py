@@ -4,7 +4,7 @@ On a CPU they work on a few samples at a time: what one operation writes is stil
 """
 import math
 import threading
-from typing import NamedTuple, Optional, Tuple, Union
+from typing import List, NamedTuple, Optional, Tuple, Union
 
 import torch
 
@@ -40,11 +40,17 @@ class NormState(NamedTuple):
         return scale, self.bias.to(dtype) - mean * scale
 
 
-def _layout(t: torch.Tensor) -> torch.memory_format:
+def layout(t: torch.Tensor) -> torch.memory_format:
     """The memory format to work in: the tensor's own if it is channels_last, else contiguous."""
     if t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
+
+
+def small_shape(t: torch.Tensor, attention: str) -> List[int]:
+    """Shape of what there is one of for each softmax: (B, C, 1, 1), (B, 1, H, W), or (B, 1, 1, 1) for the sigmoid."""
+    reduced = {'spatial': (2, 3), 'channel': (1,), 'mixed': (1, 2, 3)}[attention]
+    return [1 if i in reduced else n for i, n in enumerate(t.shape)]
 
 
 def _flat(t: torch.Tensor, fmt: torch.memory_format) -> torch.Tensor:
@@ -105,11 +111,10 @@ def gate_forward(
         inplace: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y; and per softmax, what was subtracted from F and the sum of the exponentials, (B, C, 1, 1) or (B, 1, H, W)."""
-    fmt, dtype = _layout(f), _work_dtype(f)
+    fmt, dtype = layout(f), _work_dtype(f)
     dims = _dims(gate.attention, fmt)
     y = f if inplace and f.is_contiguous(memory_format=fmt) else torch.empty_like(f, memory_format=fmt)
-    reduced = {'spatial': (2, 3), 'channel': (1,), 'mixed': (1, 2, 3)}[gate.attention]
-    tops = f.new_zeros([1 if i in reduced else n for i, n in enumerate(f.shape)], dtype=dtype)
+    tops = f.new_zeros(small_shape(f, gate.attention), dtype=dtype)
     sums = torch.empty_like(tops)
     f, x, out, top, total = (_flat(t, fmt) for t in (f, x, y, tops, sums))
     size, starts = _blocks(f)
@@ -160,7 +165,7 @@ def gate_backward(
         sums: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of F, x and alpha, by the equations of ``FusedAttentionResidual``."""
-    fmt, dtype = _layout(residual), _work_dtype(residual)
+    fmt, dtype = layout(residual), _work_dtype(residual)
     dims = _dims(gate.attention, fmt)
     grad_f = torch.empty_like(residual, memory_format=fmt)
     grad_x = torch.empty_like(shortcut, memory_format=fmt)

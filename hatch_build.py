@@ -1,0 +1,71 @@
+"""Compiles timm_arl/kernels/native.c while a wheel is built, once for each kind of processor.
+
+Any C compiler with GCC's or Clang's options serves; ``CC`` names another than ``cc``. Without one the wheel is built
+all the same, for every platform, and the gate uses PyTorch's operations (``timm_arl.kernels.backend`` says which).
+"""
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from packaging.tags import sys_tags
+
+FLAGS = ['-std=gnu11', '-O3', '-fPIC', '-shared', '-fno-math-errno', '-fno-trapping-math', '-fvisibility=hidden']
+# the kinds of torch.backends.cpu.get_cpu_capability()
+X86 = {
+    'any': [],
+    'avx2': ['-mavx2', '-mfma'],
+    'avx512': ['-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma', '-mprefer-vector-width=512'],
+}
+
+
+class NativeKernels(BuildHookInterface):
+    """See above."""
+
+    def initialize(self, version: str, build_data: Dict[str, Any]) -> None:
+        folder = Path(self.root, 'timm_arl', 'kernels')
+        if sys.platform == 'win32':
+            return  # PyTorch's OpenMP there is another
+        built = compile_all(folder)
+        for path in built:
+            build_data['artifacts'].append(f'/{path.relative_to(self.root)}')
+        if built:
+            build_data['pure_python'] = False
+            build_data['tag'] = f'py3-none-{platform_tag(built)}'
+
+
+def compile_all(folder: Path) -> List[Path]:
+    """The libraries, for all kinds of this machine's architecture; none of them if one cannot be compiled."""
+    kinds = X86 if platform.machine().lower() in ('x86_64', 'amd64') else {'any': []}
+    paths = [folder / f'native-{kind}.so' for kind in kinds]
+    for path, options in zip(paths, kinds.values()):
+        temporary = path.with_suffix('.part')
+        compiler = shlex.split(os.environ.get('CC', 'cc'))
+        command = [*compiler, *FLAGS, *options, str(folder / 'native.c'), '-o', str(temporary)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+            problem = done.stderr.strip() if done.returncode else ''
+        except OSError as error:
+            problem = str(error)
+        if problem:
+            temporary.unlink(missing_ok=True)
+            for old in paths:
+                old.unlink(missing_ok=True)
+            print(f'timm-arl: no C kernels, since `{shlex.join(command)}` failed: {problem}', file=sys.stderr)
+            return []
+        temporary.replace(path)
+    return paths
+
+
+def platform_tag(libraries: List[Path]) -> str:
+    """The platform that the libraries run on: on Linux, by the newest symbols of glibc that they ask for."""
+    if platform.libc_ver()[0] != 'glibc':
+        return next(sys_tags()).platform
+    asked = [found for path in libraries for found in re.findall(rb'GLIBC_(\d+)\.(\d+)', path.read_bytes())]
+    major, minor = max([(2, 17), *(tuple(map(int, found)) for found in asked)])  # PyTorch itself asks for 2.17 or more
+    return f'manylinux_{major}_{minor}_{platform.machine()}'

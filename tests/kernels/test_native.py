@@ -1,0 +1,111 @@
+"""The gate in C: which file is used, what happens without it, and after a fork."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_attention import FORMATS, pair
+
+from timm_arl import kernels
+from timm_arl.attention import attention_residual, fused_attention_residual
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code, cwd, **env):
+    return subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=300)
+
+
+def test_what_a_tensor_gets(monkeypatch):
+    t = torch.ones(2, 3, 4, 5)
+    assert kernels.backend(t) == kernels.backend(t.bfloat16()) == 'native'
+    assert kernels.backend(t.double()) == kernels.backend(t.half()) == kernels.backend(t[:0]) == 'torch'
+    monkeypatch.setenv('TIMM_ARL_KERNELS', 'torch')
+    assert kernels.backend(t) == 'torch'
+    monkeypatch.setenv('TIMM_ARL_KERNELS', 'cuda')
+    with pytest.raises(ValueError, match="is 'cuda': set it to 'auto' or to one of torch, native"):
+        kernels.backend(t)
+
+
+@pytest.mark.slow
+def test_without_the_library(tmp_path):
+    left_out = shutil.ignore_patterns('*.so', 'weights', '__pycache__')
+    shutil.copytree(ROOT / 'timm_arl', tmp_path / 'timm_arl', ignore=left_out)
+    asked = python('''
+import torch
+from timm_arl import kernels
+print(kernels.backend(torch.ones(1, 2, 3, 3)), kernels.backend(torch.ones(1, 2, 3, 3)))
+''', tmp_path, PYTHONPATH=str(tmp_path))
+    assert asked.stdout.split() == ['torch', 'torch']
+    assert asked.stderr.count('UserWarning') == 1 and 'Install a C compiler, then timm-arl again' in asked.stderr
+    quiet = '''
+import torch, timm, timm_arl
+timm.create_model('arl_cnn14')(torch.zeros(1, 3, 32, 32))
+'''
+    assert python(quiet, tmp_path, PYTHONPATH=str(tmp_path)).stderr == ''
+    refused = python(quiet, tmp_path, PYTHONPATH=str(tmp_path), TIMM_ARL_KERNELS='native')
+    assert 'RuntimeError: TIMM_ARL_KERNELS asks for native, but the C kernels are missing' in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('capability', ['default', 'avx2'])
+def test_other_kinds_of_processors(capability):
+    # this machine can do what lesser ones can
+    done = python('''
+import sys
+import torch
+from test_attention import FORMATS, pair
+from timm_arl import kernels
+from timm_arl.attention import ATTENTIONS, attention_residual, fused_attention_residual
+print(kernels.native._library()._name)
+for attention in ATTENTIONS:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        for memory_format in FORMATS:
+            inputs = [t.requires_grad_() for t in pair((2, 37, 9, 8), dtype, memory_format)]
+            results = []
+            for gate in (fused_attention_residual, attention_residual):
+                y = gate(*inputs, torch.tensor([0.7]), attention)
+                results.append([y, *torch.autograd.grad(y, inputs, torch.ones_like(y))])
+            for a, b in zip(*results):
+                assert (a - b).abs().max() <= tolerance * b.abs().max()
+''', ROOT / 'tests', ATEN_CPU_CAPABILITY=capability, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).name == {'default': 'native-any.so', 'avx2': 'native-avx2.so'}[capability]
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+@pytest.mark.parametrize('memory_format', FORMATS)
+def test_after_a_fork(memory_format):
+    inputs = pair((4, 64, 14, 14), memory_format=memory_format)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = fused_attention_residual(*inputs, torch.tensor([0.7]))  # the threads of OpenMP are there now
+        child = os.fork()
+        if not child:
+            signal.alarm(60)  # should it wait for threads that stayed behind
+            y = fused_attention_residual(*inputs, torch.tensor([0.7]))
+            os._exit(0 if np.array_equal(y.numpy(), expected.numpy()) else 1)  # PyTorch's own operations would wait
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(expected, attention_residual(*inputs, torch.tensor([0.7])), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_building_without_a_compiler(tmp_path):
+    for name in ('native.c', 'native-any.so', 'native-avx2.so'):
+        (tmp_path / name).write_text('old')
+    done = python(f'''
+from pathlib import Path
+from hatch_build import compile_all
+print(compile_all(Path({str(tmp_path)!r})))
+''', ROOT, CC='no-such-compiler')
+    assert done.stdout.strip() == '[]' and 'no C kernels, since `no-such-compiler -std=gnu11' in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ['native.c']  # no library of another source stays

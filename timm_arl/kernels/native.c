@@ -1,0 +1,384 @@
+/* The gate on a CPU: relu(x + F + alpha n(F) x) and its gradients, Eq. 3 to 9 of the ARL-CNN paper.
+ *
+ * F and x may still be inputs of their batch norms, which are then applied here: F = scale z + shift.
+ * n is a softmax over one dimension of a matrix, or a sigmoid. In memory that dimension is one of
+ *   columns  `steps` elements, `apart` from each other: spatial in NHWC, channel in NCHW
+ *   rows     contiguous: spatial in NCHW, channel in NHWC, and whatever is handy for the sigmoid
+ * A task is a few columns of a sample, or a few rows. It goes over its part twice, once for the sums and once for the
+ * result, while the part is still in the caches; to compute an exponential again takes less time than to write it.
+ *
+ * Arithmetic is in float32; bfloat16 is read, and rounded to nearest even, here. The innermost loops are over `W`
+ * neighbours in memory and have no branches, for compilers to make vectors of. There is no state, no allocation and
+ * no library: safe in threads and after fork. The file is compiled once for each kind of processor (hatch_build.py);
+ * native.py chooses among them.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#define W 32       /* neighbours that are worked on together */
+#define ROWS 16384 /* elements in the rows of a task */
+#define INLINE static inline __attribute__((always_inline))
+#define PUBLIC __attribute__((visibility("default")))
+
+enum { SPATIAL, CHANNEL, MIXED };
+
+/* What a call is about. Every field has 64 bits, so that compilers and ctypes agree on the layout. */
+struct call {
+    void *y;               /* the result; in backward, the forward result, or whatever where there was no ReLU */
+    const void *f, *x;     /* F and x, or what their norms are given */
+    const void *dy;        /* gradient of y */
+    void *df, *dx;         /* gradients of F and x */
+    float *top, *total;    /* of each softmax: what was subtracted from F, and the sum of the exponentials */
+    float *inner;          /* of each softmax, or of each task of a sigmoid: its part of alpha's gradient */
+    const float *scale, *shift, *x_scale, *x_shift; /* F = scale f + shift, for each channel; NULL if F is f */
+    const float *alpha;
+    int64_t samples, channels, positions;
+    int64_t channels_last, attention, mean1, add_shortcut, relu, half; /* half: bfloat16, else float32 */
+    int64_t threads, next; /* next: the first task that no thread has taken */
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel of the OpenMP in use, or NULL */
+};
+
+/* ---- numbers ---- */
+
+INLINE uint32_t bits_of(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+
+INLINE float of_bits(uint32_t bits) {
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+/* bits of v, rounded to nearest even in the upper 16; NaN stays NaN, since the lower bits of bfloat16's are 0 */
+INLINE uint32_t rounded(float v) { return bits_of(v) + 0x7fff + ((bits_of(v) >> 16) & 1); }
+
+/* v or 0, without a branch around the load of v */
+INLINE float v_if(int wanted, float v) { return of_bits(bits_of(v) & -(uint32_t)wanted); }
+
+INLINE float get(const void *p, int64_t i, int half) {
+    return half ? of_bits((uint32_t)((const uint16_t *)p)[i] << 16) : ((const float *)p)[i];
+}
+
+INLINE void put(void *p, int64_t i, int half, float v) {
+    if (half) ((uint16_t *)p)[i] = (uint16_t)(rounded(v) >> 16);
+    else ((float *)p)[i] = v;
+}
+
+/* F from what its norm is given, rounded as the norm's result would be */
+INLINE float normed(float z, float scale, float shift, int norm, int half) {
+    if (!norm) return z;
+    const float f = z * scale + shift;
+    return half ? of_bits(rounded(f) & 0xffff0000) : f;
+}
+
+/* e^v within 3e-7 of it, between 2^-126 and 2^127.5; NaN of NaN. It is 2^k e^r with |r| <= ln(2) / 2 */
+INLINE float exponential(float v) {
+    const float inside = v < -87.336544f ? -87.336544f : v > 88.37626f ? 88.37626f : v;
+    const float whole = inside * 1.44269504f + 12582912.f; /* 1.5 * 2^23: rounds, the lowest bits then hold k */
+    const float k = whole - 12582912.f;
+    const float r = (inside - k * 0.693359375f) + k * 2.12194440e-4f; /* ln(2) in two parts */
+    float p = r * 8.3125e-3f + 4.189033e-2f; /* minimax for the relative error: 1e-7 */
+    p = p * r + 1.6667115e-1f;
+    p = p * r + 4.999923e-1f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    const float e = of_bits(bits_of(p) + (bits_of(whole) << 23));
+    return v == v ? e : v;
+}
+
+INLINE float sigmoid(float v) { return 1.f / (1.f + exponential(-v)); }
+
+INLINE float larger(float a, float b) { return a > b || a != a ? a : b; } /* NaN of NaN, if a is it */
+
+/* a sum outside of this is computed again with the largest F subtracted; a NaN is outside */
+INLINE int fits(float sum) { return sum > 0x1p-32f && sum < 0x1p32f; }
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---- the shape of a call ---- */
+
+INLINE int by_columns(const struct call *c) {
+    return c->attention != MIXED && (c->attention == SPATIAL) == (c->channels_last != 0);
+}
+
+/* elements of a softmax; for the sigmoid, of a row */
+INLINE int64_t length(const struct call *c) {
+    if (c->attention == MIXED) return c->channels_last ? c->channels : c->positions;
+    return c->attention == SPATIAL ? c->positions : c->channels;
+}
+
+/* columns of a sample: how far the elements of one are apart */
+INLINE int64_t columns(const struct call *c) { return c->attention == SPATIAL ? c->channels : c->positions; }
+
+INLINE int64_t rows_of(const struct call *c) { return c->samples * c->channels * c->positions / length(c); }
+
+/* neighbours, which do not depend on each other */
+#define EACH _Pragma("GCC ivdep") for (int i = 0; i < n; i++)
+
+struct norms { float scale[W], shift[W], x_scale[W], x_shift[W]; };
+
+/* of n neighbours, whose channels start at `channel` and are `next` apart */
+INLINE void load_norms(const struct call *c, int64_t channel, int next, int n, struct norms *to) {
+    EACH {
+        to->scale[i] = c->scale[channel + i * next], to->shift[i] = c->shift[channel + i * next];
+        to->x_scale[i] = c->x_scale[channel + i * next], to->x_shift[i] = c->x_shift[channel + i * next];
+    }
+}
+
+#define F_HERE normed(get(c->f, at + i, half), norms.scale[i], norms.shift[i], norm, half)
+#define X_HERE normed(get(c->x, at + i, half), norms.x_scale[i], norms.x_shift[i], norm, half)
+
+/* gradient of the sum, which is y before the ReLU */
+#define G_HERE v_if(!((get(c->y, at + i, half) <= 0) & relu), get(c->dy, at + i, half))
+
+/* ---- columns ---- */
+
+#define EACH_STEP(...) \
+    for (int64_t s = 0, at = base; s < steps; s++, at += apart) { \
+        if (norm && c->attention == CHANNEL) load_norms(c, s, 0, n, &norms); \
+        EACH { __VA_ARGS__ } \
+    }
+
+INLINE void forward_columns(
+        const struct call *c, int64_t sample, int64_t lane, const int n, const int half, const int norm) {
+    const int64_t steps = length(c), apart = columns(c), base = sample * steps * apart + lane;
+    const int relu = c->relu != 0;
+    const float one = c->add_shortcut ? 1.f : 0.f;
+    float *const top = c->top + sample * apart + lane, *const total = c->total + sample * apart + lane;
+    float sum[W], factor[W], most[W];
+    struct norms norms;
+    int again = 0;
+    if (norm && c->attention == SPATIAL) load_norms(c, lane, 1, n, &norms);
+    EACH sum[i] = most[i] = 0;
+    EACH_STEP(sum[i] += exponential(F_HERE);)
+    EACH again |= !fits(sum[i]);
+    if (again) {
+        EACH sum[i] = 0, most[i] = -__builtin_inff();
+        EACH_STEP(most[i] = larger(F_HERE, most[i]);)
+        EACH_STEP(sum[i] += exponential(F_HERE - most[i]);)
+    }
+    EACH {
+        factor[i] = *c->alpha * (c->mean1 ? (float)steps : 1.f) / sum[i];
+        top[i] = most[i], total[i] = sum[i];
+    }
+    EACH_STEP(
+        const float f = F_HERE, y = f + X_HERE * (one + factor[i] * exponential(f - most[i]));
+        put(c->y, at + i, half, (y < 0) & relu ? 0.f : y);
+    )
+}
+
+INLINE void backward_columns(const struct call *c, int64_t sample, int64_t lane, const int n, const int half) {
+    const int64_t steps = length(c), apart = columns(c), base = sample * steps * apart + lane;
+    const int relu = c->relu != 0, norm = 1;
+    const float one = c->add_shortcut ? 1.f : 0.f;
+    const float *const top = c->top + sample * apart + lane, *const total = c->total + sample * apart + lane;
+    float *const alphas = c->inner + sample * apart + lane;
+    float inner[W], factor[W], most[W];
+    struct norms norms;
+    if (c->attention == SPATIAL) load_norms(c, lane, 1, n, &norms);
+    EACH inner[i] = 0, most[i] = top[i];
+    EACH_STEP(inner[i] += G_HERE * X_HERE * exponential(F_HERE - most[i]);)
+    EACH {
+        const float scaled = (c->mean1 ? (float)steps : 1.f) / total[i];
+        alphas[i] = inner[i] * scaled;
+        inner[i] /= total[i];
+        factor[i] = *c->alpha * scaled;
+    }
+    EACH_STEP(
+        const float g = G_HERE, m = factor[i] * exponential(F_HERE - most[i]), u = g * X_HERE - inner[i];
+        put(c->df, at + i, half, g + m * u);
+        put(c->dx, at + i, half, g * (one + m));
+    )
+}
+
+/* ---- rows ---- */
+
+/* whole blocks of neighbours, of which compilers make more, and what is left; channels are along a row, or it has one */
+#define BLOCK(count, ...) { \
+        const int n = (int)(count); \
+        const int64_t at = base + s; \
+        if (norm && c->channels_last) load_norms(c, s, 1, n, &norms); \
+        EACH { __VA_ARGS__ } \
+    }
+#define EACH_BLOCK(...) { \
+        int64_t s = 0; \
+        if (norm && !c->channels_last) load_norms(c, row % c->channels, 0, W, &norms); \
+        for (; s + W <= steps; s += W) BLOCK(W, __VA_ARGS__) \
+        if (s < steps) BLOCK(steps - s, __VA_ARGS__) \
+    }
+
+INLINE float sum_of(const float *v) {
+    float sum = 0;
+    for (int i = 0; i < W; i++) sum += v[i];
+    return sum;
+}
+
+/* sum of the exponentials of a row and what was subtracted from F; or of the sigmoids of a row */
+INLINE float row_sum(const struct call *c, int64_t row, float *top, const int half, const int norm) {
+    const int64_t steps = length(c), base = row * steps;
+    float sum[W] = {0}, most[W];
+    struct norms norms;
+    if (c->attention == MIXED) {
+        EACH_BLOCK(sum[i] += sigmoid(F_HERE);)
+        return sum_of(sum);
+    }
+    EACH_BLOCK(sum[i] += exponential(F_HERE);)
+    *top = 0;
+    if (fits(sum_of(sum))) return sum_of(sum);
+    for (int i = 0; i < W; i++) sum[i] = 0, most[i] = -__builtin_inff();
+    EACH_BLOCK(most[i] = larger(F_HERE, most[i]);)
+    float largest = most[0];
+    for (int i = 1; i < W; i++) largest = larger(most[i], largest);
+    EACH_BLOCK(sum[i] += exponential(F_HERE - largest);)
+    *top = largest;
+    return sum_of(sum);
+}
+
+INLINE void forward_row(const struct call *c, int64_t row, const float factor, const int half, const int norm) {
+    const int64_t steps = length(c), base = row * steps;
+    const int relu = c->relu != 0;
+    const float one = c->add_shortcut ? 1.f : 0.f;
+    struct norms norms;
+    if (c->attention == MIXED) {
+        EACH_BLOCK(
+            const float f = F_HERE, y = f + X_HERE * (one + factor * sigmoid(f));
+            put(c->y, at + i, half, (y < 0) & relu ? 0.f : y);
+        )
+        return;
+    }
+    float top;
+    const float total = row_sum(c, row, &top, half, norm), share = factor / total, most = top;
+    EACH_BLOCK(
+        const float f = F_HERE, y = f + X_HERE * (one + share * exponential(f - most));
+        put(c->y, at + i, half, (y < 0) & relu ? 0.f : y);
+    )
+    c->top[row] = most, c->total[row] = total;
+}
+
+/* a sigmoid's sums of g x m and of m */
+INLINE void backward_row_sums(const struct call *c, int64_t row, double sums[2], const int half) {
+    const int64_t steps = length(c), base = row * steps;
+    const int relu = c->relu != 0, norm = 1;
+    float inner[W] = {0}, all[W] = {0};
+    struct norms norms;
+    EACH_BLOCK(
+        const float m = sigmoid(F_HERE);
+        inner[i] += G_HERE * X_HERE * m;
+        all[i] += m;
+    )
+    sums[0] += sum_of(inner), sums[1] += sum_of(all);
+}
+
+/* the gradients; of a sigmoid, `factor` and the `mean` of g x under the mask are those of its task */
+INLINE void backward_row(const struct call *c, int64_t row, float factor, float mean, const int half) {
+    const int64_t steps = length(c), base = row * steps;
+    const int relu = c->relu != 0, norm = 1;
+    const float one = c->add_shortcut ? 1.f : 0.f;
+    struct norms norms;
+    if (c->attention == MIXED) {
+        EACH_BLOCK(
+            const float g = G_HERE, m = sigmoid(F_HERE), share = factor * m;
+            put(c->df, at + i, half, g + share * (1.f - m) * (g * X_HERE - mean));
+            put(c->dx, at + i, half, g * (one + share));
+        )
+        return;
+    }
+    const float top = c->top[row], scaled = (c->mean1 ? (float)steps : 1.f) / c->total[row];
+    float inner[W] = {0};
+    EACH_BLOCK(inner[i] += G_HERE * X_HERE * exponential(F_HERE - top);)
+    c->inner[row] = sum_of(inner) * scaled;
+    factor = *c->alpha * scaled, mean = sum_of(inner) / c->total[row];
+    EACH_BLOCK(
+        const float g = G_HERE, m = factor * exponential(F_HERE - top);
+        put(c->df, at + i, half, g + m * (g * X_HERE - mean));
+        put(c->dx, at + i, half, g * (one + m));
+    )
+}
+
+/* ---- tasks ---- */
+
+/* rows in a task: those of a sample, where the mask is divided by its mean over it */
+INLINE int64_t rows_in_task(const struct call *c) {
+    if (c->attention == MIXED && c->mean1) return rows_of(c) / c->samples;
+    const int64_t rows = ROWS / length(c);
+    return rows > 0 ? rows : 1;
+}
+
+static int64_t tasks_of(const struct call *c) {
+    if (!by_columns(c)) return (rows_of(c) + rows_in_task(c) - 1) / rows_in_task(c);
+    return c->samples * ((columns(c) + W - 1) / W);
+}
+
+INLINE void forward_task(const struct call *c, int64_t task, const int half, const int norm) {
+    if (by_columns(c)) {
+        const int64_t parts = (columns(c) + W - 1) / W, lane = task % parts * W, left = columns(c) - lane;
+        if (left >= W) forward_columns(c, task / parts, lane, W, half, norm);
+        else forward_columns(c, task / parts, lane, (int)left, half, norm);
+        return;
+    }
+    const int64_t from = task * rows_in_task(c), to = smaller(from + rows_in_task(c), rows_of(c)), steps = length(c);
+    float factor = *c->alpha * (c->mean1 && c->attention != MIXED ? (float)steps : 1.f);
+    if (c->attention == MIXED && c->mean1) {
+        double sum = 0; /* of up to a million sigmoids */
+        for (int64_t row = from; row < to; row++) sum += row_sum(c, row, 0, half, norm);
+        factor *= (float)((double)((to - from) * steps) / sum);
+    }
+    for (int64_t row = from; row < to; row++) forward_row(c, row, factor, half, norm);
+}
+
+INLINE void backward_task(const struct call *c, int64_t task, const int half) {
+    if (by_columns(c)) {
+        const int64_t parts = (columns(c) + W - 1) / W, lane = task % parts * W, left = columns(c) - lane;
+        if (left >= W) backward_columns(c, task / parts, lane, W, half);
+        else backward_columns(c, task / parts, lane, (int)left, half);
+        return;
+    }
+    const int64_t from = task * rows_in_task(c), to = smaller(from + rows_in_task(c), rows_of(c));
+    float factor = *c->alpha, mean = 0;
+    if (c->attention == MIXED) {
+        double sums[2] = {0};
+        for (int64_t row = from; row < to; row++) backward_row_sums(c, row, sums, half);
+        const double scaled = c->mean1 ? (double)((to - from) * length(c)) / sums[1] : 1;
+        c->inner[task] = (float)(sums[0] * scaled);
+        factor *= (float)scaled;
+        if (c->mean1) mean = (float)(sums[0] / sums[1]);
+    }
+    for (int64_t row = from; row < to; row++) backward_row(c, row, factor, mean, half);
+}
+
+#define WORKER(name, each)                                                             \
+    static void name(void *p) {                                                        \
+        struct call *c = p;                                                            \
+        const int64_t tasks = tasks_of(c);                                             \
+        int64_t task;                                                                  \
+        while ((task = __atomic_fetch_add(&c->next, 1, __ATOMIC_RELAXED)) < tasks) each; \
+    }
+
+WORKER(forward_float, forward_task(c, task, 0, 0))
+WORKER(forward_half, forward_task(c, task, 1, 0))
+WORKER(forward_float_norm, forward_task(c, task, 0, 1))
+WORKER(forward_half_norm, forward_task(c, task, 1, 1))
+WORKER(backward_float, backward_task(c, task, 0))
+WORKER(backward_half, backward_task(c, task, 1))
+
+static void run(struct call *c, int backward) {
+    void (*worker)(void *) = c->half ? forward_half : forward_float;
+    if (backward) worker = c->half ? backward_half : backward_float;
+    else if (c->scale) worker = c->half ? forward_half_norm : forward_float_norm;
+    c->next = 0;
+    if (c->parallel && c->threads > 1 && tasks_of(c) > 1) c->parallel(worker, c, (unsigned)c->threads, 0);
+    else worker(c);
+}
+
+/* how many numbers `inner` must hold */
+PUBLIC int64_t arl_gate_inner(const struct call *c) {
+    if (by_columns(c)) return c->samples * columns(c);
+    return c->attention == MIXED ? tasks_of(c) : rows_of(c);
+}
+
+PUBLIC void arl_gate_forward(struct call *c) { run(c, 0); }
+
+PUBLIC void arl_gate_backward(struct call *c) { run(c, 1); }

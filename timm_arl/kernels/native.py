@@ -1,0 +1,139 @@
+"""The gate's kernels in C, for float32 and bfloat16 on a CPU: native.c, built with the package by hatch_build.py.
+
+They run on the threads of PyTorch's own OpenMP, as many as ``torch.get_num_threads()`` says.
+"""
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, Optional, Tuple
+
+import torch
+
+from .torch_ops import Gate, NormState, layout, small_shape
+
+__all__ = ['gate_backward', 'gate_forward', 'takes', 'unavailable']
+
+ATTENTIONS = ('spatial', 'channel', 'mixed')  # in the order of native.c
+_forked = False
+
+
+class _Call(ctypes.Structure):
+    """struct call of native.c."""
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            'y', 'f', 'x', 'dy', 'df', 'dx', 'top', 'total', 'inner', 'scale', 'shift', 'x_scale', 'x_shift', 'alpha')),
+        *((name, ctypes.c_int64) for name in (
+            'samples', 'channels', 'positions', 'channels_last', 'attention', 'mean1', 'add_shortcut', 'relu', 'half',
+            'threads', 'next')),
+        ('parallel', ctypes.c_void_p)]
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True  # the threads of OpenMP stayed behind
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The library for this processor. Raises OSError if it was not built or cannot be loaded."""
+    # what PyTorch's own kernels use, which ATEN_CPU_CAPABILITY can lower
+    kind = {'AVX512': 'avx512', 'AVX2': 'avx2'}.get(torch.backends.cpu.get_cpu_capability(), 'any')
+    library = ctypes.CDLL(str(Path(__file__).with_name(f'native-{kind}.so')))
+    library.arl_gate_inner.restype = ctypes.c_int64
+    return library
+
+
+@cache
+def _parallel() -> Optional[int]:
+    """Address of GOMP_parallel in the OpenMP that PyTorch has loaded for all, or None."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):  # another OpenMP, or an operating system that does not say
+        return None
+
+
+@cache
+def unavailable() -> Optional[str]:
+    """Why these kernels cannot be used on this machine, in one sentence, or None if they can."""
+    try:
+        _library()
+    except OSError as error:
+        return f'the C kernels are missing ({error}). Install a C compiler, then timm-arl again.'
+    if _parallel() is None and torch.get_num_threads() > 1:
+        return "the OpenMP of this PyTorch has no GOMP_parallel, by which the C kernels would use PyTorch's threads."
+    return None
+
+
+def takes(f: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether these kernels are for such F and x."""
+    return (f.device.type == x.device.type == 'cpu' and f.dtype == x.dtype and f.shape == x.shape and f.numel() > 0
+            and f.dtype in (torch.float32, torch.bfloat16))
+
+
+def _call(fmt: torch.memory_format, f: torch.Tensor, alpha: torch.Tensor, gate: Gate, **tensors: Any) -> _Call:
+    pointers = {name: t if t is None else t.data_ptr() for name, t in tensors.items()}
+    return _Call(
+        **pointers, f=f.data_ptr(), alpha=alpha.data_ptr(), samples=f.shape[0], channels=f.shape[1],
+        positions=f.shape[2] * f.shape[3], channels_last=fmt == torch.channels_last,
+        attention=ATTENTIONS.index(gate.attention), mean1=gate.mask_scale == 'mean1', add_shortcut=gate.add_shortcut,
+        relu=gate.relu, half=f.dtype == torch.bfloat16, threads=1 if _forked else torch.get_num_threads(),
+        parallel=_parallel())
+
+
+def _affine(norm: Optional[NormState], t: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    if norm is None:
+        return torch.ones(t.shape[1]), torch.zeros(t.shape[1])
+    scale, shift = norm.affine(torch.float32)
+    return scale.contiguous(), shift.contiguous()
+
+
+def gate_forward(
+        f: torch.Tensor,
+        x: torch.Tensor,
+        alpha: torch.Tensor,
+        gate: Gate,
+        inplace: bool,
+        norm: Optional[NormState] = None,
+        shortcut_norm: Optional[NormState] = None,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    fmt = layout(f)
+    f, x, alpha = f.contiguous(memory_format=fmt), x.contiguous(memory_format=fmt), alpha.detach().float()
+    y = f if inplace else torch.empty_like(f, memory_format=fmt)
+    top = torch.zeros(small_shape(f, gate.attention), dtype=torch.float32, device='cpu')
+    total = torch.empty_like(top)
+    norms = dict.fromkeys(('scale', 'shift', 'x_scale', 'x_shift'))
+    if norm is not None or shortcut_norm is not None:
+        norms = dict(zip(norms, (*_affine(norm, f), *_affine(shortcut_norm, f))))
+    _library().arl_gate_forward(ctypes.byref(_call(fmt, f, alpha, gate, y=y, x=x, top=top, total=total, **norms)))
+    return y, top, total
+
+
+def gate_backward(
+        grad: torch.Tensor,
+        y: Optional[torch.Tensor],
+        residual: torch.Tensor,
+        shortcut: torch.Tensor,
+        alpha: torch.Tensor,
+        norm: Optional[NormState],
+        shortcut_norm: Optional[NormState],
+        gate: Gate,
+        top: torch.Tensor,
+        total: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    fmt = layout(residual)
+    grad, y, f, x = (
+        t.contiguous(memory_format=fmt) for t in (grad, grad if y is None else y, residual, shortcut))
+    df, dx = torch.empty_like(f, memory_format=fmt), torch.empty_like(x, memory_format=fmt)
+    scale, shift, x_scale, x_shift = *_affine(norm, f), *_affine(shortcut_norm, f)
+    call = _call(
+        fmt, f, alpha.detach().float(), gate, y=y, x=x, dy=grad, df=df, dx=dx, top=top, total=total, scale=scale,
+        shift=shift, x_scale=x_scale, x_shift=x_shift)
+    inner = torch.empty(_library().arl_gate_inner(ctypes.byref(call)), dtype=torch.float32, device='cpu')
+    call.inner = inner.data_ptr()
+    _library().arl_gate_backward(ctypes.byref(call))
+    return df, dx, inner.sum().view(1).to(alpha.dtype)
