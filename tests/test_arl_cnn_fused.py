@@ -163,7 +163,8 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('attention', ATTENTIONS)
-def test_alpha_of_zero_skips_the_gate_in_eval(attention):
+def test_alpha_of_zero_skips_the_gate_in_eval(monkeypatch, attention):
+    monkeypatch.setenv('TIMM_ARL_KERNELS', 'torch')  # whose operations can be listed
     def operations(alpha, grad=False):
         model = with_alpha(create(num_classes=2, attention=attention), alpha)
         with Operations() as operations, torch.set_grad_enabled(grad):
