@@ -285,7 +285,7 @@ def _statistics(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Optional[Nor
     if norm is None:
         return None
     if not norm.training:
-        statistics = norm.running_mean, norm.running_var
+        statistics: Tuple[Any, Any] = norm.running_mean, norm.running_var
     else:
         norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # the block passes no norm without it
         mean, var = torch.batch_norm_update_stats(

@@ -46,7 +46,7 @@ print(kernels.backend(torch.ones(1, 2, 3, 3)), kernels.backend(torch.ones(1, 2, 
     assert asked.stderr.count('UserWarning') == 1 and 'Install a C compiler, then timm-arl again' in asked.stderr
     quiet = '''
 import torch, timm, timm_arl
-timm.create_model('arl_cnn14')(torch.zeros(1, 3, 32, 32))
+timm.create_model('arl_cnn14').eval()(torch.zeros(1, 3, 32, 32))
 '''
     assert python(quiet, tmp_path, PYTHONPATH=str(tmp_path)).stderr == ''
     refused = python(quiet, tmp_path, PYTHONPATH=str(tmp_path), TIMM_ARL_KERNELS='native')
