@@ -15,7 +15,9 @@ from typing import Any, Dict, List
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import sys_tags
 
-FLAGS = ['-std=gnu11', '-O3', '-fPIC', '-shared', '-fno-math-errno', '-fno-trapping-math', '-fvisibility=hidden']
+FLAGS = [
+    '-std=gnu11', '-O3', '-fPIC', '-shared', '-fvisibility=hidden',
+    '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=off']  # branches become vectors; see FMA in native.c
 # the kinds of torch.backends.cpu.get_cpu_capability()
 X86 = {
     'any': [],

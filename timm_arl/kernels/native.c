@@ -41,6 +41,13 @@ struct call {
 
 /* ---- numbers ---- */
 
+/* Written out, and not left to compilers: F must be what PyTorch's batch norm gives, bit for bit. */
+#if defined __FMA__ || defined __ARM_FEATURE_FMA
+#define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define FMA(a, b, c) ((a) * (b) + (c))
+#endif
+
 INLINE uint32_t bits_of(float v) {
     uint32_t bits;
     memcpy(&bits, &v, sizeof bits);
@@ -68,8 +75,12 @@ INLINE void put(void *p, int64_t i, int half, float v) {
     else ((float *)p)[i] = v;
 }
 
-/* F from what its norm is given; not rounded on the way, to bfloat16, in which nobody keeps it */
-INLINE float normed(float z, float scale, float shift, int norm) { return norm ? z * scale + shift : z; }
+/* F from what its norm is given, rounded to bfloat16 as the norm's result would be */
+INLINE float normed(float z, float scale, float shift, int norm, int half) {
+    if (!norm) return z;
+    const float f = FMA(z, scale, shift);
+    return half ? of_bits(rounded(f) & 0xffff0000) : f;
+}
 
 /* e^v between 2^-126 and 2^127, NaN of NaN; within 3e-7 of it, or 1e-4, which is little beside bfloat16's 4e-3.
  * It is 2^k times a polynomial, minimax for the relative error, of what k leaves. */
@@ -81,18 +92,18 @@ INLINE float exponential(float v, int half) {
         t = t > 127 ? 127 : t;
         t = t < -126 ? -126 : t;
         const float whole = t + round, r = t - (whole - round);
-        const float p = ((5.5171336e-2f * r + 2.4261349e-1f) * r + 6.9326121e-1f) * r + 9.9992793e-1f;
+        const float p = FMA(FMA(FMA(5.5171336e-2f, r, 2.4261349e-1f), r, 6.9326121e-1f), r, 9.9992793e-1f);
         return p * of_bits(bits_of(whole) << 23);
     }
     v = v > 88.02969f ? 88.02969f : v;
     v = v < -87.336544f ? -87.336544f : v;
-    const float whole = v * log2_e + round, k = whole - round;
-    const float r = (v - k * 0.693359375f) + k * 2.12194440e-4f; /* ln(2) in two parts */
-    float p = r * 8.3125e-3f + 4.189033e-2f;
-    p = p * r + 1.6667115e-1f;
-    p = p * r + 4.999923e-1f;
-    p = p * r + 1.f;
-    p = p * r + 1.f;
+    const float whole = FMA(v, log2_e, round), k = whole - round;
+    const float r = FMA(k, 2.12194440e-4f, FMA(k, -0.693359375f, v)); /* ln(2) in two parts */
+    float p = FMA(r, 8.3125e-3f, 4.189033e-2f);
+    p = FMA(p, r, 1.6667115e-1f);
+    p = FMA(p, r, 4.999923e-1f);
+    p = FMA(p, r, 1.f);
+    p = FMA(p, r, 1.f);
     return p * of_bits(bits_of(whole) << 23);
 }
 
@@ -135,8 +146,8 @@ INLINE void load_norms(const struct call *c, int64_t channel, int next, int n, s
     }
 }
 
-#define F_HERE normed(get(c->f, at + i, half), norms.scale[i], norms.shift[i], norm)
-#define X_HERE normed(get(c->x, at + i, half), norms.x_scale[i], norms.x_shift[i], norm)
+#define F_HERE normed(get(c->f, at + i, half), norms.scale[i], norms.shift[i], norm, half)
+#define X_HERE normed(get(c->x, at + i, half), norms.x_scale[i], norms.x_shift[i], norm, half)
 
 /* gradient of the sum, which is y before the ReLU */
 #define G_HERE v_if(!((get(c->y, at + i, half) <= 0) & relu), get(c->dy, at + i, half))
@@ -179,7 +190,7 @@ INLINE void forward_columns(
         top[i] = most[i], total[i] = sum[i];
     }
     EACH_STEP(
-        const float f = F_HERE, y = f + X_HERE * (one + factor[i] * exponential(f - most[i], half));
+        const float f = F_HERE, y = FMA(X_HERE, FMA(factor[i], exponential(f - most[i], half), one), f);
         put(c->y, at + i, half, (y < 0) & relu ? 0.f : y);
     )
 }
@@ -194,7 +205,7 @@ INLINE void backward_columns(const struct call *c, int64_t sample, int64_t lane,
     struct norms norms;
     if (c->attention == SPATIAL) load_norms(c, lane, 1, n, &norms);
     EACH inner[i] = 0, most[i] = top[i];
-    EACH_STEP(inner[i] += G_HERE * X_HERE * exponential(F_HERE - most[i], half);)
+    EACH_STEP(inner[i] = FMA(G_HERE * X_HERE, exponential(F_HERE - most[i], half), inner[i]);)
     EACH {
         const float scaled = (c->mean1 ? (float)steps : 1.f) / total[i];
         alphas[i] = inner[i] * scaled;
@@ -202,8 +213,8 @@ INLINE void backward_columns(const struct call *c, int64_t sample, int64_t lane,
         factor[i] = *c->alpha * scaled;
     }
     EACH_STEP(
-        const float g = G_HERE, m = factor[i] * exponential(F_HERE - most[i], half), u = g * X_HERE - inner[i];
-        put(c->df, at + i, half, g + m * u);
+        const float g = G_HERE, m = factor[i] * exponential(F_HERE - most[i], half), u = FMA(g, X_HERE, -inner[i]);
+        put(c->df, at + i, half, FMA(m, u, g));
         put(c->dx, at + i, half, g * (one + m));
     )
 }
@@ -258,7 +269,7 @@ INLINE void forward_row(const struct call *c, int64_t row, const float factor, c
     struct norms norms;
     if (c->attention == MIXED) {
         EACH_BLOCK(
-            const float f = F_HERE, y = f + X_HERE * (one + factor * sigmoid(f, half));
+            const float f = F_HERE, y = FMA(X_HERE, FMA(factor, sigmoid(f, half), one), f);
             put(c->y, at + i, half, (y < 0) & relu ? 0.f : y);
         )
         return;
@@ -266,7 +277,7 @@ INLINE void forward_row(const struct call *c, int64_t row, const float factor, c
     float top;
     const float total = row_sum(c, row, &top, half, norm), share = factor / total, most = top;
     EACH_BLOCK(
-        const float f = F_HERE, y = f + X_HERE * (one + share * exponential(f - most, half));
+        const float f = F_HERE, y = FMA(X_HERE, FMA(share, exponential(f - most, half), one), f);
         put(c->y, at + i, half, (y < 0) & relu ? 0.f : y);
     )
     c->top[row] = most, c->total[row] = total;
@@ -280,7 +291,7 @@ INLINE void backward_row_sums(const struct call *c, int64_t row, double sums[2],
     struct norms norms;
     EACH_BLOCK(
         const float m = sigmoid(F_HERE, half);
-        inner[i] += G_HERE * X_HERE * m;
+        inner[i] = FMA(G_HERE * X_HERE, m, inner[i]);
         all[i] += m;
     )
     sums[0] += sum_of(inner), sums[1] += sum_of(all);
@@ -295,19 +306,19 @@ INLINE void backward_row(const struct call *c, int64_t row, float factor, float 
     if (c->attention == MIXED) {
         EACH_BLOCK(
             const float g = G_HERE, m = sigmoid(F_HERE, half), share = factor * m;
-            put(c->df, at + i, half, g + share * (1.f - m) * (g * X_HERE - mean));
+            put(c->df, at + i, half, FMA(share * (1.f - m), FMA(g, X_HERE, -mean), g));
             put(c->dx, at + i, half, g * (one + share));
         )
         return;
     }
     const float top = c->top[row], scaled = (c->mean1 ? (float)steps : 1.f) / c->total[row];
     float inner[W] = {0};
-    EACH_BLOCK(inner[i] += G_HERE * X_HERE * exponential(F_HERE - top, half);)
+    EACH_BLOCK(inner[i] = FMA(G_HERE * X_HERE, exponential(F_HERE - top, half), inner[i]);)
     c->inner[row] = sum_of(inner) * scaled;
     factor = *c->alpha * scaled, mean = sum_of(inner) / c->total[row];
     EACH_BLOCK(
         const float g = G_HERE, m = factor * exponential(F_HERE - top, half);
-        put(c->df, at + i, half, g + m * (g * X_HERE - mean));
+        put(c->df, at + i, half, FMA(m, FMA(g, X_HERE, -mean), g));
         put(c->dx, at + i, half, g * (one + m));
     )
 }

@@ -37,7 +37,7 @@ class NormState(NamedTuple):
         """Scale and shift, shape (C,), by which the norm maps its input to its output."""
         mean, spread = self.mean.to(dtype), self.spread.to(dtype)
         scale = self.weight.to(dtype) * (spread if self.training else (spread + self.eps).rsqrt())
-        return scale, self.bias.to(dtype) - mean * scale
+        return scale, torch.addcmul(self.bias.to(dtype), mean, scale, value=-1)  # rounded as often as PyTorch's own
 
 
 def layout(t: torch.Tensor) -> torch.memory_format:
