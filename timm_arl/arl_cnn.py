@@ -14,7 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch.nn.modules import module as nn_module
 
-from .attention import attention_residual, can_fuse, check_gate, fused_attention_residual
+from .attention import attention_residual, can_fuse, check_gate, folds_norms, fused_attention_residual
 from .pretrained import HUB, build_with_local_weights
 
 __all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
@@ -110,7 +110,7 @@ class ARLBottleneck(Bottleneck):
         if not can_fuse(x, self.alpha):
             return None, None, False, False
         relu = self.drop_path is None and _is_plain(self.act3, nn.ReLU)
-        if not torch.is_grad_enabled():  # norms are computed at once: their inputs need not be kept
+        if not torch.is_grad_enabled() and not folds_norms(x, x, self.alpha):  # nothing is kept for backward
             return None, None, relu, self.se is None and (
                 _is_plain(self.bn3, nn.BatchNorm2d)
                 or _is_plain(self.bn3, nn.Identity) and _is_plain(self.conv3, nn.Conv2d))  # folded

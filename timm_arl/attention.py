@@ -28,11 +28,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .kernels import FOLDING, Gate, NormState, kernels_for
+from . import kernels
+from .kernels import Gate, NormState, kernels_for
 
 __all__ = [
     'ATTENTIONS', 'MASK_SCALES', 'FusedAttentionResidual', 'alphas_of', 'attention_mask', 'attention_residual',
-    'can_fuse', 'check_gate', 'check_names', 'fused_attention_residual',
+    'can_fuse', 'check_gate', 'check_names', 'folds_norms', 'fused_attention_residual',
 ]
 
 ATTENTIONS = ('spatial', 'channel', 'mixed')
@@ -159,6 +160,11 @@ def can_fuse(*tensors: torch.Tensor) -> bool:
         for t in tensors)
 
 
+def folds_norms(residual: torch.Tensor, shortcut: torch.Tensor, alpha: torch.Tensor) -> bool:
+    """Whether the gate's kernels apply batch norms on the way; not where alpha is 0: that is timm's, bit for bit."""
+    return kernels.folds_norms(residual, shortcut) and alpha.item() != 0
+
+
 def fused_attention_residual(
         residual: torch.Tensor,
         shortcut: torch.Tensor,
@@ -203,7 +209,7 @@ def fused_attention_residual(
             residual, shortcut, alpha, norm, shortcut_norm, Gate(attention, mask_scale, add_shortcut, relu),
             *parameters)
     gate = Gate(attention, mask_scale, add_shortcut, relu)
-    if fuse and not off and _folds(residual, shortcut, alpha):
+    if fuse and not off and folds_norms(residual, shortcut, alpha):
         states = _statistics(residual, norm), _statistics(shortcut, shortcut_norm)
         return kernels_for(residual, shortcut).gate_forward(
             residual, shortcut, alpha, gate, inplace and norm is None, *states)[0]
@@ -242,7 +248,7 @@ class FusedAttentionResidual(torch.autograd.Function):
             gate: Gate,
             *parameters: Optional[torch.Tensor],  # of the norms, for autograd to know of them
     ) -> torch.Tensor:
-        if _folds(residual, shortcut, alpha):
+        if folds_norms(residual, shortcut, alpha):
             state, shortcut_state = _statistics(residual, norm), _statistics(shortcut, shortcut_norm)
             y, *kept = kernels_for(residual, shortcut).gate_forward(
                 residual, shortcut, alpha, gate, False, state, shortcut_state)
@@ -273,11 +279,6 @@ class FusedAttentionResidual(torch.autograd.Function):
         grad_shortcut, *shortcut_grads = _normalize_backward(
             grad_x, shortcut, shortcut_norm, [needs[1], *needs[8:]])
         return grad_residual, grad_shortcut, grad_alpha, None, None, None, *grads, *shortcut_grads
-
-
-def _folds(residual: torch.Tensor, shortcut: torch.Tensor, alpha: torch.Tensor) -> bool:
-    """Whether the kernels apply the norms themselves. Not where alpha is 0: then F + x is timm's, bit for bit."""
-    return kernels_for(residual, shortcut) in FOLDING and alpha.item() != 0
 
 
 def _statistics(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Optional[NormState]:

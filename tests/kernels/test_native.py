@@ -29,7 +29,7 @@ def test_what_a_tensor_gets(monkeypatch):
     monkeypatch.setenv('TIMM_ARL_KERNELS', 'torch')
     assert kernels.backend(t) == 'torch'
     monkeypatch.setenv('TIMM_ARL_KERNELS', 'cuda')
-    with pytest.raises(ValueError, match="is 'cuda': set it to 'auto' or to one of torch, native"):
+    with pytest.raises(ValueError, match="is 'cuda': set it to auto, torch, native or triton"):
         kernels.backend(t)
 
 
@@ -50,7 +50,7 @@ timm.create_model('arl_cnn14').eval()(torch.zeros(1, 3, 32, 32))
 '''
     assert python(quiet, tmp_path, PYTHONPATH=str(tmp_path)).stderr == ''
     refused = python(quiet, tmp_path, PYTHONPATH=str(tmp_path), TIMM_ARL_KERNELS='native')
-    assert 'RuntimeError: TIMM_ARL_KERNELS asks for native, but the C kernels are missing' in refused.stderr
+    assert 'RuntimeError: TIMM_ARL_KERNELS asks for native. The C kernels are missing' in refused.stderr
 
 
 @pytest.mark.slow
@@ -61,9 +61,9 @@ def test_other_kinds_of_processors(capability):
 import sys
 import torch
 from test_attention import FORMATS, pair
-from timm_arl import kernels
+from timm_arl.kernels import native
 from timm_arl.attention import ATTENTIONS, attention_residual, fused_attention_residual
-print(kernels.native._library()._name)
+print(native._library()._name)
 for attention in ATTENTIONS:
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         for memory_format in FORMATS:

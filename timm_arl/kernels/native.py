@@ -12,7 +12,7 @@ import torch
 
 from .torch_ops import Gate, NormState, layout, small_shape
 
-__all__ = ['gate_backward', 'gate_forward', 'takes', 'unavailable']
+__all__ = ['folds_norms', 'gate_backward', 'gate_forward', 'takes', 'unavailable']
 
 ATTENTIONS = ('spatial', 'channel', 'mixed')  # in the order of native.c
 _forked = False
@@ -63,9 +63,9 @@ def unavailable() -> Optional[str]:
     try:
         _library()
     except OSError as error:
-        return f'the C kernels are missing ({error}). Install a C compiler, then timm-arl again.'
+        return f'The C kernels are missing ({error}). Install a C compiler, then timm-arl again.'
     if _parallel() is None and torch.get_num_threads() > 1:
-        return "the OpenMP of this PyTorch has no GOMP_parallel, by which the C kernels would use PyTorch's threads."
+        return "The OpenMP of this PyTorch has no GOMP_parallel, by which the C kernels would use PyTorch's threads."
     return None
 
 
@@ -73,6 +73,21 @@ def takes(f: torch.Tensor, x: torch.Tensor) -> bool:
     """Whether these kernels are for such F and x."""
     return (f.device.type == x.device.type == 'cpu' and f.dtype == x.dtype and f.shape == x.shape and f.numel() > 0
             and f.dtype in (torch.float32, torch.bfloat16))
+
+
+@cache
+def folds_norms() -> bool:
+    """Whether a norm with running statistics that is applied here is PyTorch's bit for bit, as FX graphs promise.
+
+    It is if both are compiled to round equally often: always, as far as is known.
+    """
+    with torch.inference_mode(), torch.device('cpu'):
+        z, ones, *parameters = (torch.arange(1., 1 + 64 * 8).sin().mul(k).view(1, 64, 2, 4) for k in (9, 0, 1, 2, 3))
+        weight, bias, mean = (p[0, :, 0, 0].contiguous() for p in parameters)
+        variance, eps = bias.square(), 1e-5
+        norm = NormState(weight, bias, mean, variance, False, eps)
+        found, _, _ = gate_forward(z, ones, ones.view(-1)[:1], Gate('mixed', add_shortcut=False), False, norm)
+        return torch.equal(found, torch.batch_norm(z, weight, bias, mean, variance, False, 0., eps, False))
 
 
 def _call(fmt: torch.memory_format, f: torch.Tensor, alpha: torch.Tensor, gate: Gate, **tensors: Any) -> _Call:
@@ -130,8 +145,9 @@ def gate_backward(
         t.contiguous(memory_format=fmt) for t in (grad, grad if y is None else y, residual, shortcut))
     df, dx = torch.empty_like(f, memory_format=fmt), torch.empty_like(x, memory_format=fmt)
     scale, shift, x_scale, x_shift = *_affine(norm, f), *_affine(shortcut_norm, f)
+    weight = alpha.detach().float()  # held here, like all that the call points to
     call = _call(
-        fmt, f, alpha.detach().float(), gate, y=y, x=x, dy=grad, df=df, dx=dx, top=top, total=total, scale=scale,
+        fmt, f, weight, gate, y=y, x=x, dy=grad, df=df, dx=dx, top=top, total=total, scale=scale,
         shift=shift, x_scale=x_scale, x_shift=x_shift)
     inner = torch.empty(_library().arl_gate_inner(ctypes.byref(call)), dtype=torch.float32, device='cpu')
     call.inner = inner.data_ptr()
