@@ -3,6 +3,7 @@
 Any C compiler with GCC's or Clang's options serves; ``CC`` names another than ``cc``. Without one the wheel is built
 all the same, for every platform, and the gate uses PyTorch's operations (``timm_arl.kernels.backend`` says which).
 """
+import contextlib
 import os
 import platform
 import re
@@ -47,17 +48,17 @@ def compile_all(folder: Path) -> List[Path]:
     paths = [folder / f'native-{kind}.so' for kind in kinds]
     for path, options in zip(paths, kinds.values()):
         temporary = path.with_suffix('.part')
-        compiler = shlex.split(os.environ.get('CC', 'cc'))
+        compiler = shlex.split(os.environ.get('CC') or 'cc')
         command = [*compiler, *FLAGS, *options, str(folder / 'native.c'), '-o', str(temporary)]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
-            problem = done.stderr.strip() if done.returncode else ''
+            problem = done.returncode and (done.stderr.strip() or f'exit status {done.returncode}')
         except OSError as error:
             problem = str(error)
         if problem:
-            temporary.unlink(missing_ok=True)
-            for old in paths:
-                old.unlink(missing_ok=True)
+            for old in (temporary, *paths):
+                with contextlib.suppress(OSError):  # not there, or in a folder that cannot be written
+                    old.unlink()
             print(f'timm-arl: no C kernels, since `{shlex.join(command)}` failed: {problem}', file=sys.stderr)
             return []
         temporary.replace(path)
