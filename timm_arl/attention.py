@@ -198,6 +198,7 @@ def fused_attention_residual(
 
     Raises:
         ValueError: An unknown ``attention`` or ``mask_scale``.
+        RuntimeError: A norm for another number of channels.
     """
     check_names(attention, mask_scale)
     grad, fuse = torch.is_grad_enabled(), can_fuse(residual, shortcut, alpha)
@@ -281,10 +282,19 @@ class FusedAttentionResidual(torch.autograd.Function):
         return grad_residual, grad_shortcut, grad_alpha, None, None, None, *grads, *shortcut_grads
 
 
+def _check_norm(z: torch.Tensor, norm: nn.BatchNorm2d) -> None:
+    """Raise RuntimeError if a norm is not for z: ATen's functions would read and write beyond its tensors."""
+    for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        if t is not None and (t.shape != z.shape[1:2] or t.device != z.device):
+            raise RuntimeError(
+                f'A batch norm of {len(t)} channels on {t.device} was given {z.shape[1]} channels on {z.device}.')
+
+
 def _statistics(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Optional[NormState]:
     """All effects of a batch norm's forward but its output."""
     if norm is None:
         return None
+    _check_norm(z, norm)
     if not norm.training:
         statistics: Tuple[Any, Any] = norm.running_mean, norm.running_var
     else:
@@ -299,6 +309,7 @@ def _normalize(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Tuple[torch.T
     """A batch norm with all effects of its module's forward, and what it did; without a norm, ``z`` and None."""
     if norm is None:
         return z, None
+    _check_norm(z, norm)
     if norm.training:
         norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # the block passes no norm without it
     f, mean, rstd = torch.native_batch_norm(

@@ -134,6 +134,44 @@ def test_the_default_device_is_not_ours():
     assert torch.equal(*results) and results[0].device.type == 'cpu'
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_not_ours(kernels, dtype):
+    inputs = pair((2, 37, 5, 6))
+    norm = norm_layer(37, False, torch.float32)
+    options = 'spatial', 'softmax', True, True, norm, None
+
+    def run(gate):
+        tensors = [t.detach().requires_grad_() for t in (*inputs, torch.tensor([0.7], dtype=torch.float32))]
+        y = gate(*tensors, *options)
+        return [y, *torch.autograd.grad(y, tensors, torch.ones_like(y))]
+
+    expected, before = run(plain_tail), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        found = run(fused_attention_residual)
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(found, expected):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('channels', [1, 5, 64])
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('grad', [False, True])
+def test_a_norm_of_other_channels_is_refused(kernels, channels, training, grad):
+    # as by its module, for example after layers were pruned: no kernel may read or write beyond a norm's tensors
+    inputs = [t.requires_grad_(grad) for t in pair((2, 37, 5, 6))]
+    for which in (0, 1):
+        norms = [None, None]
+        norms[which] = norm_layer(channels, training, torch.float32)
+        before = norms[which].running_mean.clone()
+        for alpha in (0., 0.7):
+            with pytest.raises(RuntimeError, match='channels|elements'):
+                fused_attention_residual(
+                    *inputs, torch.tensor([alpha]), 'spatial', 'softmax', True, True, *norms)
+        assert torch.equal(norms[which].running_mean, before)
+
+
 def run_tail(tail, dtype, inputs, alpha, options, norms):
     """y and all gradients of a block's end, and what its norms then know."""
     tensors = [t.to(dtype).requires_grad_() for t in inputs]

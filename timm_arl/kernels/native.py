@@ -71,8 +71,8 @@ def unavailable() -> Optional[str]:
 
 def takes(f: torch.Tensor, x: torch.Tensor) -> bool:
     """Whether these kernels are for such F and x."""
-    return (f.device.type == x.device.type == 'cpu' and f.dtype == x.dtype and f.shape == x.shape and f.numel() > 0
-            and f.dtype in (torch.float32, torch.bfloat16))
+    return (f.device.type == x.device.type == 'cpu' and f.dtype == x.dtype and f.shape == x.shape and f.ndim == 4
+            and f.numel() > 0 and f.dtype in (torch.float32, torch.bfloat16))
 
 
 @cache
@@ -81,8 +81,9 @@ def folds_norms() -> bool:
 
     It is if both are compiled to round equally often: always, as far as is known.
     """
-    with torch.inference_mode(), torch.device('cpu'):
-        z, ones, *parameters = (torch.arange(1., 1 + 64 * 8).sin().mul(k).view(1, 64, 2, 4) for k in (9, 0, 1, 2, 3))
+    with torch.inference_mode():
+        start = torch.arange(1, 1 + 64 * 8, dtype=torch.float32, device='cpu').sin()
+        z, ones, *parameters = (start.mul(k).view(1, 64, 2, 4) for k in (9, 0, 1, 2, 3))
         weight, bias, mean = (p[0, :, 0, 0].contiguous() for p in parameters)
         variance, eps = bias.square(), 1e-5
         norm = NormState(weight, bias, mean, variance, False, eps)
@@ -101,8 +102,8 @@ def _call(fmt: torch.memory_format, f: torch.Tensor, alpha: torch.Tensor, gate: 
 
 
 def _affine(norm: Optional[NormState], t: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    if norm is None:
-        return torch.ones(t.shape[1]), torch.zeros(t.shape[1])
+    if norm is None:  # whatever the default dtype and device are
+        return t.new_ones(t.shape[1], dtype=torch.float32), t.new_zeros(t.shape[1], dtype=torch.float32)
     scale, shift = norm.affine(torch.float32)
     return scale.contiguous(), shift.contiguous()
 
@@ -117,7 +118,8 @@ def gate_forward(
         shortcut_norm: Optional[NormState] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     fmt = layout(f)
-    f, x, alpha = f.contiguous(memory_format=fmt), x.contiguous(memory_format=fmt), alpha.detach().float()
+    f, x = f.contiguous(memory_format=fmt), x.contiguous(memory_format=fmt)
+    alpha = alpha.detach().to(f.device, torch.float32)
     y = f if inplace else torch.empty_like(f, memory_format=fmt)
     top = torch.zeros(small_shape(f, gate.attention), dtype=torch.float32, device='cpu')
     total = torch.empty_like(top)
@@ -145,7 +147,7 @@ def gate_backward(
         t.contiguous(memory_format=fmt) for t in (grad, grad if y is None else y, residual, shortcut))
     df, dx = torch.empty_like(f, memory_format=fmt), torch.empty_like(x, memory_format=fmt)
     scale, shift, x_scale, x_shift = *_affine(norm, f), *_affine(shortcut_norm, f)
-    weight = alpha.detach().float()  # held here, like all that the call points to
+    weight = alpha.detach().to(f.device, torch.float32)  # held here, like all that the call points to
     call = _call(
         fmt, f, weight, gate, y=y, x=x, dy=grad, df=df, dx=dx, top=top, total=total, scale=scale,
         shift=shift, x_scale=x_scale, x_shift=x_shift)
