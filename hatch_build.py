@@ -45,7 +45,8 @@ class NativeKernels(BuildHookInterface):
 def compile_all(folder: Path) -> List[Path]:
     """The libraries, for all kinds of this machine's architecture; none of them if one cannot be compiled."""
     kinds = X86 if platform.machine().lower() in ('x86_64', 'amd64') else {'any': []}
-    paths = [folder / f'native-{kind}.so' for kind in kinds]
+    # two dots: what walks through packages would take native-any.so for a module
+    paths = [folder / f'native.{kind}.so' for kind in kinds]
     for path, options in zip(paths, kinds.values()):
         temporary = path.with_suffix('.part')
         compiler = shlex.split(os.environ.get('CC') or 'cc')

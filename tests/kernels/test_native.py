@@ -76,7 +76,7 @@ for attention in ATTENTIONS:
                 assert (a - b).abs().max() <= tolerance * b.abs().max()
 ''', ROOT / 'tests', ATEN_CPU_CAPABILITY=capability, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).name == {'default': 'native-any.so', 'avx2': 'native-avx2.so'}[capability]
+    assert Path(done.stdout.strip()).name == {'default': 'native.any.so', 'avx2': 'native.avx2.so'}[capability]
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
@@ -100,7 +100,7 @@ def test_after_a_fork(memory_format):
 
 @pytest.mark.parametrize('compiler, problem', [('no-such-compiler', 'No such file'), ('false', 'exit status 1')])
 def test_building_without_a_compiler(tmp_path, compiler, problem):
-    for name in ('native.c', 'native-any.so', 'native-avx2.so'):
+    for name in ('native.c', 'native.any.so', 'native.avx2.so'):
         (tmp_path / name).write_text('old')
     done = python(f'''
 from pathlib import Path

@@ -43,7 +43,7 @@ def _library() -> ctypes.CDLL:
     """The library for this processor. Raises OSError if it was not built or cannot be loaded."""
     # what PyTorch's own kernels use, which ATEN_CPU_CAPABILITY can lower
     kind = {'AVX512': 'avx512', 'AVX2': 'avx2'}.get(torch.backends.cpu.get_cpu_capability(), 'any')
-    library = ctypes.CDLL(str(Path(__file__).with_name(f'native-{kind}.so')))
+    library = ctypes.CDLL(str(Path(__file__).with_name(f'native.{kind}.so')))
     library.arl_gate_inner.restype = ctypes.c_int64
     return library
 
