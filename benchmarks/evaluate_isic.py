@@ -36,7 +36,7 @@ from timm.data import resolve_model_data_config
 import timm_arl
 from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
-from timm_arl.factory import Checkpoint, create_trained, tensors_sha256
+from timm_arl.factory import Checkpoint, tensors_sha256
 from timm_arl.files import git_commit, make_folder, read_rows, write_json
 from timm_arl.isic.calibration import (
     apply_temperature,
@@ -44,7 +44,7 @@ from timm_arl.isic.calibration import (
     fit_temperature,
     subgroup_table,
 )
-from timm_arl.isic.dataset import DataError, check_usable, load_splits
+from timm_arl.isic.dataset import DataError, check_usable, load_data
 from timm_arl.isic.dataset.duplicates import read_pairs
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
@@ -58,7 +58,7 @@ from timm_arl.isic.metrics import (
 )
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
 from timm_arl.isic.predictions import read_predictions, write_predictions
-from timm_arl.isic.task import LABELS, has_isic_outputs, label_words
+from timm_arl.isic.task import Task, label_words
 from timm_arl.isic.transforms import CROPS, EvalCrops
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
@@ -127,11 +127,13 @@ def images_of_the_run(args, accelerator, checkpoint):
     return saved
 
 
-def load_network(args):
-    model = create_trained(args.checkpoint)
-    if not has_isic_outputs(model):
-        raise WeightsError(f'The {model.num_classes} outputs of {args.checkpoint} are not {", ".join(LABELS)}: '
-                           f'fine-tune it first with finetune_isic.py.')
+def load_network(args, checkpoint):
+    """The network, and its task."""
+    model = checkpoint.network()
+    task = Task.of_network(model, checkpoint.config())
+    if task is None:
+        raise WeightsError(f'What the {model.num_classes} outputs of {args.checkpoint} mean is not known: fine-tune it '
+                           f'first with finetune_isic.py.')
     if args.alpha_zero:
         alphas = alphas_of(model)
         if not alphas:
@@ -139,7 +141,7 @@ def load_network(args):
         with torch.no_grad():
             for alpha in alphas.values():
                 alpha.zero_()
-    return model.to(memory_format=torch.channels_last).eval()
+    return model.to(memory_format=torch.channels_last).eval(), task
 
 
 def epochs_of(folder, accelerator):
@@ -206,8 +208,9 @@ def evaluate(args):
     check_free(out, args.compare)
     accelerator = create_accelerator(args)
     set_seed(args.seed)
-    model = load_network(args)
-    weights, checkpoint = Path(model.pretrained_cfg['file']), Checkpoint(args.checkpoint)
+    checkpoint = Checkpoint(args.checkpoint)
+    model, task = load_network(args, checkpoint)
+    weights = Path(model.pretrained_cfg['file'])
     folder = (checkpoint.folder or weights.parent).absolute()
     shown = (folder.name if checkpoint.folder else args.checkpoint) + ', alpha zero' * args.alpha_zero
     summary = [] if args.alpha_zero else epochs_of(folder, accelerator)
@@ -217,28 +220,33 @@ def evaluate(args):
     if args.img_size:
         data_config['input_size'] = (3, args.img_size, args.img_size)
 
-    splits = load_splits(args.data, seed=args.seed)
+    data = load_data(args.data, seed=args.seed)
+    splits = data.splits
+    if data.task.labels != task.labels:
+        raise RunError(f'{args.data} has the labels {", ".join(data.task.labels)}, but {args.checkpoint} knows '
+                       f'{", ".join(task.labels)}: choose data or a checkpoint with the same.')
     same_data = ids_digest(splits['train']['image_id']) == saved.get('train_ids')
     kept_best = saved.get('keep') == 'best' and not saved.get('fold')  # a fold has validation images of its own
     if args.drop_duplicates:
         splits = without_duplicates(splits, args)
-        check_usable(splits, f'{args.data} without duplicates')
+        check_usable(splits, f'{args.data} without duplicates', task)
     splits = {name: splits[name] for name in dict.fromkeys(('validation', args.split))}
     for name, split in splits.items() if args.lesion_crop else ():
         if not has_masks(split):
             accelerator.print(f'The {name} images have no masks: --lesion-crop does not change them.')
     if args.compare:  # a fault in it is told before the work, not after
         try:
-            read_predictions(args.compare, splits[args.split]['image_id'])
+            read_predictions(args.compare, splits[args.split]['image_id'], task)
         except ValueError as error:
             raise RunError(f'--compare: {error}') from error
-    check_images(splits, args, accelerator, data_config)
-    loaders = {name: image_loader(args, split, data_config, accelerator) for name, split in splits.items()}
+    check_images(splits, args, accelerator, data_config, task)
+    loaders = {name: image_loader(args, split, data_config, accelerator, task=task, groups=data.groups)
+               for name, split in splits.items()}
     truth = {name: loader.dataset.labels.numpy() for name, loader in loaders.items()}
     if accelerator.is_main_process:
         make_folder(out)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    probabilities = {name: predict(accelerator, model, loader, name).numpy() for name, loader in loaders.items()}
+    probabilities = {name: predict(accelerator, model, loader, name, task).numpy() for name, loader in loaders.items()}
     if not accelerator.is_main_process:
         return
 
@@ -250,20 +258,22 @@ def evaluate(args):
 
     metrics = {}
     for name, split in splits.items():
-        scores = metrics[name] = score_split(truth[name], probabilities[name], seed=args.seed, operating_points=points)
-        for label, t, p, temperature in zip(LABELS, truth[name].T, probabilities[name].T, temperatures):
+        scores = metrics[name] = score_split(
+            truth[name], probabilities[name], seed=args.seed, operating_points=points, task=task)
+        for label, t, p, temperature in zip(task.labels, truth[name].T, probabilities[name].T, temperatures):
             scores[label]['calibration'] = {
                 'ece': expected_calibration_error(t, p), 'temperature': temperature,
                 'ece_with_temperature': expected_calibration_error(t, apply_temperature(p, temperature))}
         columns = {c: list(split[c]) for c in ('sex', 'age_approximate') if c in split.column_names}
         scores['subgroups'] = subgroup_table(
-            truth[name], probabilities[name], columns.get('sex'), columns.get('age_approximate'))
+            truth[name], probabilities[name], columns.get('sex'), columns.get('age_approximate'),
+            task=task)
     other = None
     if args.compare:
-        other = Comparison(args.compare, read_predictions(args.compare, loaders[args.split].dataset.image_ids))
+        other = Comparison(args.compare, read_predictions(args.compare, loaders[args.split].dataset.image_ids, task))
         metrics[args.split]['comparison'] = {
             'first': args.compare, 'second': shown,
-            **compare(truth[args.split], other.probabilities, probabilities[args.split], seed=args.seed)}
+            **compare(truth[args.split], other.probabilities, probabilities[args.split], seed=args.seed, task=task)}
 
     # The look is recorded before anybody can see what it gave
     if args.split == 'test':
@@ -282,30 +292,33 @@ def evaluate(args):
         images = loaders[args.split]
         examples = report_examples(
             accelerator.unwrap_model(model), images.dataset, EvalCrops(data_config['input_size'][-1], args.crops),
-            images.normalise, probabilities[args.split], other and other.probabilities)
+            images.normalise, probabilities[args.split], other and other.probabilities, task)
         page = html_report(
             shown, args.data, args.split, metrics, truth, probabilities, record,
-            Training(summary, alphas, kept_best, same_data, 'thresholds' in saved), examples, other)
+            Training(summary, alphas, kept_best, same_data, 'thresholds' in saved), examples, other, task)
     synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
     with replacing_evaluation(out) as new:
         write_json(new / 'metrics.json', metrics)
         write_json(new / 'evaluation.json', record)
         for name, scores in metrics.items():
             title = f'{shown}, {name}, {len(truth[name])} images{synthetic}'
-            write_predictions(new / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities[name])
-            roc_plot(new / f'roc_{name}.png', truth[name], probabilities[name], scores, title)
-            reliability_plot(new / f'reliability_{name}.png', truth[name], probabilities[name], scores, title)
+            images = loaders[name].dataset
+            write_predictions(
+                new / f'predictions_{name}.csv', images.image_ids, probabilities[name], task, images.groups)
+            roc_plot(new / f'roc_{name}.png', truth[name], probabilities[name], scores, title, task=task)
+            reliability_plot(
+                new / f'reliability_{name}.png', truth[name], probabilities[name], scores, title, task)
         if summary:
-            curve_plot(new / 'curves.png', summary, folder.name)
+            curve_plot(new / 'curves.png', summary, folder.name, task)
         if alphas:
             alpha_plot(new / 'alphas.png', summary, alphas, folder.name)
         if args.report:
             (new / 'report.html').write_text(page, encoding='utf-8')
         written = sorted(path.name for path in new.iterdir())
-    print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics))
+    print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics, task))
     if args.compare:
         print(f'AUC of {shown} minus that of {args.compare}, on the same images:')
-        for name in (*LABELS, 'mean_auc'):
+        for name in (*task.labels, 'mean_auc'):
             pair = metrics[args.split]['comparison'][name]
             print(f'  {label_words(name):22}' + interval_text(pair['difference'], pair['difference_ci95'], '+')
                   + (f", DeLong's p {pair['p_value']:.3g}" if pair.get('p_value') is not None else ''))

@@ -31,18 +31,18 @@ from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy, nll_loss
 from tqdm import tqdm
 
 from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
 from timm_arl.factory import load_weights_file, save_network
 from timm_arl.files import write_json
-from timm_arl.isic.dataset import DataError, load_splits
+from timm_arl.isic.dataset import DataError, load_data
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, auc_table, score_split
 from timm_arl.isic.predictions import write_predictions
-from timm_arl.isic.task import LABELS, balancing_weights, diagnoses_of, head_labels, is_softmax, label_words
+from timm_arl.isic.task import balancing_weights, label_words
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError
 from timm_arl.training.distillation import Student, mask_loss
@@ -71,35 +71,35 @@ def stopped_early(summary, patience):
     return bool(patience and summary) and len(summary) - 1 - kept_epoch(summary, 'best', SCORE) >= patience
 
 
-def batch_loss(logits, labels, smoothing, weights):
-    """Mean cross-entropy over the images, each weighted by its diagnosis; that of the labels' sigmoids is averaged."""
-    diagnoses = diagnoses_of(labels)
-    if is_softmax(logits.shape[1]):
-        loss = cross_entropy(logits, diagnoses, reduction='none', label_smoothing=smoothing)
+def batch_loss(task, logits, labels, smoothing, weights):
+    """Mean cross-entropy over the images, each weighted by its class; that of the labels' sigmoids is averaged."""
+    if task.is_softmax:
+        loss = cross_entropy(logits, task.class_numbers(labels), reduction='none', label_smoothing=smoothing)
     else:
         targets = labels * (1 - smoothing) + 0.5 * smoothing
         loss = binary_cross_entropy_with_logits(logits, targets, reduction='none').mean(1)
-    return (loss * weights[diagnoses]).mean()
+    return (loss * task.image_weights(labels, weights)).mean()
 
 
-def train(args, accelerator, splits, out, networks=None):
+def train(args, accelerator, data, out, networks=None):
     """Train one network on the split train, choose its epoch on validation, and score that on test, if there is one."""
-    start_time = time.time()
-    model, teacher, data_config = networks or create_networks(args, accelerator)
+    start_time, task, splits = time.time(), data.task, data.splits
+    model, teacher, data_config = networks or create_networks(args, accelerator, task)
     set_seed(args.seed)
     alphas = list(alphas_of(model))
     img_size = data_config['input_size'][-1]
     lr = args.lr
 
     # Loaders: the order is drawn from seed and epoch, the augmentation from seed, epoch and image
-    loaders = {name: image_loader(args, splits[name], data_config, accelerator, name == 'train') for name in splits}
+    loaders = {name: image_loader(args, split, data_config, accelerator, name == 'train', task, data.groups)
+               for name, split in splits.items()}
     if args.preview:
         loaders['train'].dataset.set_epoch(args.epochs - 1)  # the final size
-        preview(args, {name: loader.dataset for name, loader in loaders.items()}, data_config)
+        preview(args, {name: loader.dataset for name, loader in loaders.items()}, data_config, task)
         return
     truth = {name: loader.dataset.labels for name, loader in loaders.items()}
     train_set = loaders['train'].dataset
-    weights = balancing_weights(truth['train'])
+    weights = balancing_weights(truth['train'], task)
     weights = torch.tensor(
         weights if args.balance == 'weights' else np.ones_like(weights), dtype=torch.float32, device=accelerator.device)
     with_masks = learns_masks(args, splits['train'])
@@ -168,9 +168,9 @@ def train(args, accelerator, splits, out, networks=None):
                     images = images.lerp(images.flip(0), 1 - share)
                 images = images.contiguous(memory_format=torch.channels_last)
                 logits, features, mask_logits = model(images) if student else (model(images), None, None)
-                loss = share * batch_loss(logits, labels, args.label_smoothing, weights)
+                loss = share * batch_loss(task, logits, labels, args.label_smoothing, weights)
                 if args.mixup:
-                    loss = loss + (1 - share) * batch_loss(logits, labels.flip(0), args.label_smoothing, weights)
+                    loss = loss + (1 - share) * batch_loss(task, logits, labels.flip(0), args.label_smoothing, weights)
                 if teacher:
                     loss = teacher.loss(loss, logits, features, images)
                 if with_masks:
@@ -202,17 +202,19 @@ def train(args, accelerator, splits, out, networks=None):
         if accelerator.num_processes > 1:  # each has batch statistics of its own, but one network is kept
             for buffer in kept_network.buffers():
                 buffer.copy_(broadcast(buffer))
-        probabilities = predict(accelerator, kept_network, loaders['validation'], 'validation')
+        probabilities = predict(accelerator, kept_network, loaders['validation'], 'validation', task)
         if not torch.isfinite(probabilities).all():
             raise RunError(f'Probabilities of validation images are not numbers after epoch {epoch + 1}: lower --lr.')
-        validation_loss = binary_cross_entropy(probabilities, truth['validation']).item()
+        validation_loss = (
+            binary_cross_entropy(probabilities, truth['validation']) if task.kind == 'multilabel' else
+            nll_loss(probabilities.clamp(min=1e-12).log(), task.class_numbers(truth['validation']))).item()
         aucs = auc(truth['validation'].T.numpy(), probabilities.T.numpy()).tolist()
         row = {
             'epoch': epoch + 1,
             'train_loss': accelerator.reduce(total_loss, 'mean').item() / steps,
             **({'train_mask_loss': accelerator.reduce(total_mask_loss, 'mean').item() / steps} if with_masks else {}),
             'validation_loss': validation_loss,
-            **{f'validation_auc_{label}': value for label, value in zip(LABELS, aucs)},
+            **{f'validation_auc_{label}': value for label, value in zip(task.labels, aucs)},
             'validation_mean_auc': float(np.mean(aucs)),
             'lr': optimizer.param_groups[0]['lr'],
             'img_size': epoch_sides(args, img_size)[epoch],
@@ -222,13 +224,13 @@ def train(args, accelerator, splits, out, networks=None):
         summary.append(row)
         keep = kept_epoch(summary, args.keep, SCORE) == epoch
         save_progress(accelerator, kept_network, ema is not None, out, summary, keep, partial(
-            save_network, label_names=head_labels(network.num_classes), data_config=data_config, **args.model_kwargs))
+            save_network, label_names=task.outputs, data_config=data_config, task=task.config(), **args.model_kwargs))
         values = [row[name] for name in alphas]
         of_masks = f" ({args.mask_weight * row['train_mask_loss']:.4f} of it the masks')" if with_masks else ''
         accelerator.print(
             f'epoch {epoch + 1}/{args.epochs}  loss {row["train_loss"]:.4f} train{of_masks}, {validation_loss:.4f} '
             f'validation  '
-            'AUC ' + ''.join(f'{value:.3f} {label_words(label)}, ' for label, value in zip(LABELS, aucs))
+            'AUC ' + ''.join(f'{value:.3f} {label_words(label)}, ' for label, value in zip(task.labels, aucs))
             + f'{row["validation_mean_auc"]:.3f} mean'
             + (' (best)' if keep and args.keep == 'best' else '')
             + (f'  alpha {min(values):.2g} to {max(values):.2g}' if values else '')
@@ -241,21 +243,22 @@ def train(args, accelerator, splits, out, networks=None):
     for name in ('validation', 'test'):
         if name not in splits:
             continue
-        probabilities = predict(accelerator, kept_network, loaders[name], name).numpy()
-        metrics[name] = score_split(truth[name].numpy(), probabilities, seed=args.seed)
+        probabilities = predict(accelerator, kept_network, loaders[name], name, task).numpy()
+        metrics[name] = score_split(truth[name].numpy(), probabilities, seed=args.seed, task=task)
         if abs(metrics['validation']['mean_auc'] - kept['validation_mean_auc']) > 0.005:
             raise RunError(f'The weights in {out} score {metrics["validation"]["mean_auc"]:.4f} on validation, but '
                            f'epoch {kept["epoch"]} scored {kept["validation_mean_auc"]:.4f}: they are not its weights.')
         if accelerator.is_main_process:
             if name == 'test':  # before anybody can see the scores
                 record_look(out, out, metrics['test'])
-            write_predictions(out / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities)
+            write_predictions(out / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities, task,
+                              loaders[name].dataset.groups)
     if accelerator.is_main_process:
         write_json(out / 'metrics.json', metrics)
     synthetic = ', SYNTHETIC images' * (args.data == 'demo')
     choice = f'the best of {len(summary)} by validation mean AUC' if args.keep == 'best' else 'the last'
     accelerator.print(
-        f'AUC [95 % interval] of epoch {kept["epoch"]}, {choice}{synthetic}\n' + auc_table(metrics))
+        f'AUC [95 % interval] of epoch {kept["epoch"]}, {choice}{synthetic}\n' + auc_table(metrics, task))
     accelerator.print(
         f'{time.time() - start_time:.0f} s. In {out}: model.safetensors and config.json (epoch {kept["epoch"]}), '
         f'summary.csv, metrics.json, predictions, run.json, last/\n'
@@ -276,11 +279,13 @@ def main():
         if args.output_dir and not args.preview:
             check_output_dir(Path(args.output_dir))
             check_no_other_run(args, Path(args.output_dir))
-        # what is wrong with the network is told before any image is read
-        networks = model, teacher, data_config = create_networks(args, accelerator)
         if args.data == 'demo':
             accelerator.print('Data: demo, generated SYNTHETIC images; scores on them say nothing about skin lesions.')
-        splits = load_splits(args.data, seed=args.seed, streaming=args.streaming)
+        data = load_data(args.data, seed=args.seed, streaming=args.streaming)
+        data = data._replace(task=data.task.with_head(args.head))
+        task, splits, args.head = data.task, data.splits, data.task.head
+        # what is wrong with the network is told before any image is read
+        networks = model, teacher, data_config = create_networks(args, accelerator, task)
         ids = splits['train'].table['image_id'] if args.streaming else splits['train']['image_id']
         digest = ids_digest(ids)
         if args.resume and args.train_ids != digest:
@@ -288,21 +293,21 @@ def main():
                            f'another run in another --output-dir.')
         args.train_ids, args.train_images = digest, len(ids)
         if args.folds:
-            check_start(args)
-        check_learnable(args, splits, accelerator)
+            check_start(args, task)
+        check_learnable(args, splits, accelerator, task)
         Student(model, data_config['input_size'][-1], teacher and teacher.width, learns_masks(args, splits['train']))
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))
             accelerator.print(f'The pairs of {args.duplicates} stay in the same fold.')
-        check_images(splits, args, accelerator, None if args.folds else data_config)
+        check_images(splits, args, accelerator, None if args.folds else data_config, task)
         name = f'{args.model}-{Path(args.data).name}-{time.strftime("%Y%m%d-%H%M%S")}'
         name = name.replace('/', '-').replace(':', '-')
         out = Path(broadcast_object_list([args.output_dir or f'runs/{name}'])[0])
         if (args.folds or args.seeds) and not args.preview:
             prepare_output_dir(args, accelerator, out)
-            run_each(args, accelerator, splits, out, train)
+            run_each(args, accelerator, data, out, train)
         else:
-            train(args, accelerator, splits, out, networks)
+            train(args, accelerator, data, out, networks)
         accelerator.end_training()
     except Exception as error:  # whatever it is, a start that failed must not block its folder
         if out and accelerator.is_main_process and not (

@@ -37,7 +37,7 @@ from timm_arl.download import WeightsError
 from timm_arl.files import make_folder, read_rows, replacing, write_json, write_rows
 from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
 from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES, ids_digest
-from timm_arl.isic.task import DIAGNOSES, diagnoses_of, label_words
+from timm_arl.isic.task import ISIC2017, label_words
 from timm_arl.isic.transforms import restore_aspect
 from timm_arl.predictor import Predictor, read_picture
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
@@ -292,8 +292,9 @@ def figures(args, out):
         images = [Shown(path.stem, partial(read_picture, path)) for path in paths]
     else:
         test = args.splits['test']
-        diagnoses = diagnoses_of(label_array(test))
-        images = [Shown(test[row]['image_id'], partial(picture_of, test, row), label_words(DIAGNOSES[diagnoses[row]]))
+        diagnoses = ISIC2017.class_numbers(label_array(test))
+        words = [label_words(name) for name in ISIC2017.classes]
+        images = [Shown(test[row]['image_id'], partial(picture_of, test, row), words[diagnoses[row]])
                   for row in np.argsort(-diagnoses, kind='stable').tolist()]  # rare diagnoses first
     if not images:
         raise RunError(f'There is no image in {args.images}: name a folder with {", ".join(sorted(IMAGE_SUFFIXES))}.')

@@ -221,6 +221,14 @@ class Checkpoint:
             raise WeightsError(f'{self.path} is a file: pass the folder that holds it, beside its config.json.')
         return create_for_task(f'local-dir:{self.path}', pretrained=True)
 
+    def config(self) -> Dict[str, Any]:
+        """Content of the config.json beside the weights; empty where there is none.
+
+        Raises:
+            WeightsError: A config.json that could not be loaded from the Hub.
+        """
+        return _read_json(self._published('config.json'))
+
     def label_names(self) -> Sequence[str]:
         """What the outputs of the network are called; empty where its config does not tell.
 
@@ -229,20 +237,21 @@ class Checkpoint:
         """
         if self.path is None and not self._on_hub:
             return self._cfg and self._cfg.label_names or ()
-        return _read_json(self._published('config.json')).get('label_names') or ()
+        return self.config().get('label_names') or ()
 
     def settings(self) -> Dict[str, Any]:
         """How the network is to be used: thresholds and temperatures, and how its run prepared images.
 
         Returns:
-            Those of thresholds, temperatures, crops, grey_world, lesion_crop and aspect that are known.
+            Those of task, thresholds, temperatures, crops, grey_world, lesion_crop and aspect that are known.
 
         Raises:
             WeightsError: A config.json or results.json that could not be loaded from the Hub.
         """
-        config, arguments = _read_json(self._published('config.json')), self.arguments()
+        config, arguments = self.config(), self.arguments()
         return {key: source[key] for source, keys in (
-            (config, ('thresholds', 'temperatures')), (arguments, ('crops', 'grey_world', 'lesion_crop', 'aspect')))
+            (config, ('task', 'thresholds', 'temperatures')),
+            (arguments, ('crops', 'grey_world', 'lesion_crop', 'aspect')))
             for key in keys if source.get(key) is not None}
 
     def arguments(self, published: bool = True) -> Dict[str, Any]:
@@ -341,6 +350,7 @@ def save_network(
         folder: Union[str, Path],
         label_names: Sequence[str] = (),
         data_config: Optional[Dict[str, Any]] = None,
+        task: Optional[Dict[str, Any]] = None,
         **model_args,
 ) -> None:
     """Write config.json and model.safetensors, which `timm.create_model('local-dir:FOLDER', pretrained=True)` reads.
@@ -350,6 +360,7 @@ def save_network(
         folder: Where to; made if it does not exist.
         label_names: Names of the outputs.
         data_config: timm's data config of its images, where the model's own says something else.
+        task: What config.json tells of the task, beside label_names.
         **model_args: Further arguments of `timm.create_model` that the model was created with.
     """
     keywords: Dict[str, Any] = dict(data_config=data_config)
@@ -363,7 +374,7 @@ def save_network(
         if hasattr(model, 'mask_scale'):
             model_args = {'attention': model.attention, 'mask_scale': model.mask_scale, **model_args}
     save_for_hf(model, str(folder), safe_serialization=True, model_args=model_args,
-                model_config=dict(label_names=list(label_names)), **keywords)
+                model_config=dict(label_names=list(label_names), **({'task': task} if task else {})), **keywords)
 
 
 def _check_attention(model: Any, file: Path) -> None:

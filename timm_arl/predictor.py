@@ -16,16 +16,7 @@ from .factory import Checkpoint, tensors_sha256
 from .isic.crops import Box
 from .isic.dicom import is_dicom, read_dicom
 from .isic.images import read_image
-from .isic.task import (
-    HEADS,
-    LABELS,
-    OFFICIAL_THRESHOLD,
-    apply_temperature,
-    has_isic_outputs,
-    head_labels,
-    label_words,
-    probabilities_of,
-)
+from .isic.task import ISIC2017, OFFICIAL_THRESHOLD, Task, apply_temperature, label_words
 from .isic.transforms import CROPS, EvalCrops, grey_world, normalisation, seeded
 from .onnx_file import OnnxModel
 from .overlays import on_picture, overlay
@@ -108,7 +99,8 @@ class Predictor:
 
     Attributes:
         name: As it was given.
-        labels: What is predicted, in order.
+        task: What is predicted.
+        labels: Its labels, in order.
         crops: How the picture is cut, one of CROPS.
         img_size: Side of the network's input in pixels.
         cutter: From a picture to 8-bit crops.
@@ -138,14 +130,15 @@ class Predictor:
             threads: Of ONNX Runtime; 0 for one per core.
 
         Raises:
-            WeightsError: A network that cannot be loaded, or whose outputs are not these labels.
+            WeightsError: A network that cannot be loaded, or whose outputs nobody named.
             ImportError: ONNX Runtime is missing.
         """
-        self.name, self.labels, self.device = str(name), LABELS, torch.device(device)
+        self.name, self.device = str(name), torch.device(device)
         self.network: Optional[nn.Module] = None
         self.remarks: List[str] = []
         load = self._load_onnx if self.name.lower().endswith('.onnx') else self._load_checkpoint
-        config, saved = load(threads)
+        self.task, config, saved = load(threads)
+        self.labels = self.task.labels
         self.img_size = int(config['input_size'][-1])
         self.crops = crops or saved.get('crops', USUAL_CROPS)
         if self.crops not in CROPS:
@@ -157,8 +150,8 @@ class Predictor:
                                f'or use a file that was exported without --with-preprocessing.')
         self.cutter = Cutter(self.img_size, self.crops, bool(saved.get('grey_world')), seed, self._whole)
         self.normalise = nn.Identity() if self._whole else normalisation(config['mean'], config['std'])
-        self.thresholds = _per_label(saved.get('thresholds'))
-        self.temperatures = _per_label({'': saved.get('temperatures')}).get('', {})
+        self.thresholds = _per_label(saved.get('thresholds'), self.labels)
+        self.temperatures = _per_label({'': saved.get('temperatures')}, self.labels).get('', {})
         self.thresholds.setdefault('official', dict.fromkeys(self.labels, OFFICIAL_THRESHOLD))
         self.point = self.operating_point('youden') or 'official'
         if len(self.thresholds) == 1:
@@ -174,15 +167,16 @@ class Predictor:
             self.remarks.append(f'Thresholds and temperatures of {self.name} were chosen with crops {saved["crops"]}, '
                                 f'not {self.crops}.')
 
-    def _load_checkpoint(self, threads: int) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    def _load_checkpoint(self, threads: int) -> Tuple[Task, Dict[str, Any], Dict[str, Any]]:
         checkpoint = Checkpoint(self.name)
         if checkpoint.path is None and not self.name.startswith('hf-hub:') and not checkpoint.label_names():
             raise WeightsError(f'{self.name} has no weights that know skin lesions: name the output folder of a '
                                f'network that you trained, or {DEFAULT_MODEL}.')
         model: Any = checkpoint.network()
-        if not has_isic_outputs(model):
-            raise WeightsError(f'The {model.num_classes} outputs of {self.name} are not {", ".join(LABELS)}: choose a '
-                               f'network that was fine-tuned on them, {DEFAULT_MODEL} for one.')
+        task = Task.of_network(model, checkpoint.config())
+        if task is None:
+            raise WeightsError(f'What the {model.num_classes} outputs of {self.name} mean is not known: choose a '
+                               f'network that finetune_isic.py trained on skin lesions, {DEFAULT_MODEL} for one.')
         try:
             saved = checkpoint.settings()
         except WeightsError as error:
@@ -191,9 +185,9 @@ class Predictor:
                                 f'{USUAL_CROPS}.')
         self.sha256 = tensors_sha256(Path(model.pretrained_cfg['file']))
         self.network = model.to(self.device, memory_format=torch.channels_last).eval()
-        return resolve_model_data_config(model), saved
+        return task, resolve_model_data_config(model), saved
 
-    def _load_onnx(self, threads: int) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    def _load_onnx(self, threads: int) -> Tuple[Task, Dict[str, Any], Dict[str, Any]]:
         if not Path(self.name).is_file():
             raise WeightsError(f'No file {self.name}: python -m timm_arl.export writes one.')
         try:
@@ -208,17 +202,17 @@ class Predictor:
             raise WeightsError(f'{self.name} does not say how its images are normalised: write it with python -m '
                                f'timm_arl.export.')
         outputs = about.get('outputs') or self._onnx.session.get_outputs()[0].shape[-1]
-        names = tuple(about.get('label_names') or next((n for n in HEADS.values() if len(n) == outputs), ()))
-        if names not in HEADS.values() or len(names) != outputs:
-            raise WeightsError(f'The {outputs} outputs of {self.name} are not {", ".join(LABELS)}: export a network '
-                               f'that was fine-tuned on them, {DEFAULT_MODEL} for one.')
+        task = Task.of_config(about, outputs, ISIC2017.classes if outputs == len(ISIC2017.classes) else ())
+        if task is None:
+            raise WeightsError(f'What the {outputs} outputs of {self.name} mean is not known: export a network that '
+                               f'finetune_isic.py trained on skin lesions, {DEFAULT_MODEL} for one.')
         if (about.get('int8') or {}).get('worse'):
             self.remarks.append(f'{self.name} is in 8 bits, and has a lower AUC than the network that it was made from '
                                 f'({about["int8"]["worse"]}).')
         if about.get('weights') == 'random':
             self.remarks.append(f'{self.name} holds random weights: its probabilities mean nothing.')
         self.sha256 = sha256_of(Path(self.name))
-        return about, about
+        return task, about, about
 
     def operating_point(self, name: str) -> str:
         """Full name of the operating point whose name begins so, 'youden' for one; '' where there is none."""
@@ -248,7 +242,7 @@ class Predictor:
             logits = torch.from_numpy(self._onnx(images.numpy()))
         else:
             logits = self.network(images.to(self.device).contiguous(memory_format=torch.channels_last))
-        return probabilities_of(logits).unflatten(0, tensors.shape[:-3]).mean(-2).cpu()
+        return self.task.probabilities(logits).unflatten(0, tensors.shape[:-3]).mean(-2).cpu()
 
     def decide(self, probabilities: torch.Tensor, point: Optional[str] = None) -> Dict[str, bool]:
         """Label -> whether its probability is strictly above its threshold.
@@ -314,8 +308,8 @@ class Predictor:
         tensor = tensor.to(self.device)
         maps = class_activation_map(self.network, tensor)
         pictures = {}
-        outputs = head_labels(maps.shape[1])
-        heats = {label: on_picture(maps[:, outputs.index(label)], boxes, picture.size) for label in self.labels}
+        heats = {label: on_picture(maps[:, self.task.outputs.index(label)], boxes, picture.size)
+                 for label in self.labels}
         most = max(float(np.nanmax(np.abs(heat))) for heat in heats.values()) or 1.  # so that 0 has one colour in all
         for label, heat in heats.items():
             pictures[label] = overlay(
@@ -332,8 +326,8 @@ class Predictor:
         return pictures
 
 
-def _per_label(points: Any) -> Dict[str, Dict[str, float]]:
+def _per_label(points: Any, labels: Sequence[str]) -> Dict[str, Dict[str, float]]:
     """Of a config.json, by name: what has a number for each label."""
-    return {name: {label: float(values[label]) for label in LABELS}
+    return {name: {label: float(values[label]) for label in labels}
             for name, values in (points if isinstance(points, dict) else {}).items()
-            if isinstance(values, dict) and all(isinstance(values.get(label), (int, float)) for label in LABELS)}
+            if isinstance(values, dict) and all(isinstance(values.get(label), (int, float)) for label in labels)}

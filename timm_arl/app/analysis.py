@@ -9,7 +9,7 @@ import threading
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -24,7 +24,7 @@ from ..isic.crops import Box
 from ..isic.dicom import SUFFIXES, read_dicom
 from ..isic.images import decode
 from ..isic.synthetic import draw_lesion
-from ..isic.task import LABELS, label_words
+from ..isic.task import label_words
 from ..pictures import REMARKS, remark_on
 from ..predictor import Predictor
 
@@ -134,7 +134,7 @@ class Analyst:
             ImportError: As Predictor.
         """
         self.predictor = Predictor(name)
-        self.measured = _measured(name)  # scores, or None
+        self.measured = _measured(name, self.predictor.labels)  # scores, or None
         self.repo = None if self.measured or name.lower().endswith('.onnx') else Checkpoint(name).repo
         self._turn = threading.Lock()  # the alphas of the one network change
 
@@ -282,7 +282,7 @@ class Analyst:
         return buffer.getvalue()
 
 
-def _measured(name: str) -> Optional[Dict[str, Any]]:
+def _measured(name: str, labels: Sequence[str]) -> Optional[Dict[str, Any]]:
     """Scores of a checkpoint from the files beside it, on the test images if there are some, or None."""
     if name.lower().endswith('.onnx'):
         return None
@@ -299,5 +299,5 @@ def _measured(name: str) -> Optional[Dict[str, Any]]:
         if split and metrics[split].get('mean_auc') is not None:
             data = content.get('data', {})
             return {'split': split, 'data': 'ISIC 2017' if split in data.get('official_splits', ()) else
-                    data.get('name', 'its data set'), 'images': metrics[split][LABELS[0]]['images'], **metrics[split]}
+                    data.get('name', 'its data set'), 'images': metrics[split][labels[0]]['images'], **metrics[split]}
     return None

@@ -31,7 +31,7 @@ from ..download import WeightsError
 from ..extras import require
 from ..factory import Checkpoint, create_for_task
 from ..files import make_folder, replacing
-from ..isic.task import LABELS, OFFICIAL_THRESHOLD, has_isic_outputs, label_words, probabilities_of
+from ..isic.task import OFFICIAL_THRESHOLD, Task, label_words
 from ..onnx_file import ExportError, OnnxModel, export_onnx, metadata_of
 from .calibration import FEWEST, TOLERANCE, USUAL, CalibrationImages, Loss, measure_loss
 from .preprocessing import add_preprocessing
@@ -91,11 +91,11 @@ def export(args: argparse.Namespace) -> int:
     checkpoint = Checkpoint(args.model) if trained else None
     model: Any = checkpoint.network() if checkpoint else create_for_task(args.model)
     settings = checkpoint.settings() if checkpoint else None
-    known = trained and has_isic_outputs(model)
-    if args.with_preprocessing and not known:
+    task = Task.of_network(model, checkpoint.config()) if checkpoint else None
+    if args.with_preprocessing and task is None:
         raise ExportError(f'--with-preprocessing: what the {model.num_classes} outputs of {args.model} mean is not '
-                          f'known: export a network that was fine-tuned on {", ".join(LABELS)}.')
-    probabilities = probabilities_of if known else partial(torch.softmax, dim=1)
+                          f'known: export a network that finetune_isic.py trained.')
+    probabilities, labels = (task.probabilities, task.labels) if task else (partial(torch.softmax, dim=1), ())
     weights = args.model if trained else 'random'
     images = loss = None
     if args.int8:  # before the rest, which takes longer
@@ -105,9 +105,9 @@ def export(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(model, Path(folder) / 'float.onnx', args.img_size, args.fold, weights, settings)
         if images:
-            path, loss = to_int8(path, Path(folder) / 'int8.onnx', images, probabilities, LABELS if known else ())
+            path, loss = to_int8(path, Path(folder) / 'int8.onnx', images, probabilities, labels)
         if args.with_preprocessing:
-            path = add_preprocessing(path, Path(folder) / 'whole.onnx', probabilities, LABELS)
+            path = add_preprocessing(path, Path(folder) / 'whole.onnx', probabilities, labels)
         make_folder(Path(args.output).parent)
         with replacing(args.output) as temporary:
             shutil.copyfile(path, temporary)

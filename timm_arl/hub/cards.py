@@ -14,12 +14,11 @@ from ..isic.report import (
     points_table,
     scores_table,
 )
-from ..isic.task import LABELS, label_words
+from ..isic.task import ISIC2017, Task, label_words
 
 __all__ = ['render_card']
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
-WORDS = {label: label_words(label) for label in LABELS}
 MIXES = {  # by --balance
     'none': 'They follow the mix of diagnoses in the training images.',
     'weights': 'In training, every diagnosis had the same weight (`--balance weights`).',
@@ -48,6 +47,7 @@ def render_card(
     cfg = config['pretrained_cfg']
     label_names = config.get('label_names') or []
     measured = results is not None
+    task = Task.of_config(config, len(label_names)) or ISIC2017
     source = results['base_model'] if results else (cfg.get('hf_hub_id') or '').partition('@')[0]
     data_set = results['data'] if results else {}
     arguments = results['run']['arguments'] if results else {}
@@ -60,7 +60,7 @@ def render_card(
         tags=['timm', 'timm_arl', 'image-classification', 'attention', *['dermoscopy', 'skin-lesion'] * measured],
         datasets=['imagenet-1k'] if not measured else ['isic-2017'] if official else None,
         base_model=source or None, model_name=name,
-        eval_results=_eval_results(results) if results else None)
+        eval_results=_eval_results(results, task) if results else None)
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=config['architecture'], measured=measured,
         is_arl=config['architecture'].startswith('arl_'), label_names=label_names, source=source,
@@ -71,21 +71,21 @@ def render_card(
         lesion_crop=arguments.get('lesion_crop'), squash=arguments.get('aspect') == 'squash',
         has_points=len(thresholds) > 1,
         thresholds={label: float(f'{value:.6g}') for label, value in thresholds.get(point, {}).items()}, point=point,
-        splits=[_split(split, results) for split in _ordered(results['metrics'])] if results else [],
+        splits=[_split(split, results, task) for split in _ordered(results['metrics'])] if results else [],
         looks=_times(len(results['looks'])) if results else '',
         pictures=[(name, _words_of(name)) for name in pictures or []],
         training=_training(results) if results else '', mix=MIXES[arguments.get('balance', 'none')], sha256=sha256)
     return str(card).rstrip() + '\n'
 
 
-def _eval_results(results: Dict[str, Any]) -> List[EvalResult]:
+def _eval_results(results: Dict[str, Any], task: Task) -> List[EvalResult]:
     return [
         EvalResult(
             task_type='image-classification', task_name='skin lesion classification',
             dataset_type=_data_set(split, results['data'])[0], dataset_name=_data_set(split, results['data'])[1],
             dataset_split=split,
-            metric_type='roc_auc', metric_name=f'AUC, {WORDS[label]}', metric_value=scores[label]['auc'])
-        for split, scores in _ordered(results['metrics']).items() for label in LABELS
+            metric_type='roc_auc', metric_name=f'AUC, {label_words(label)}', metric_value=scores[label]['auc'])
+        for split, scores in _ordered(results['metrics']).items() for label in task.labels
         if scores[label]['auc'] is not None]
 
 
@@ -101,30 +101,30 @@ def _data_set(split: str, data: Dict[str, Any]) -> Tuple[str, str]:
     return ('isic-2017', 'ISIC 2017 Part 3') if split in data['official_splits'] else ('other', data['name'])
 
 
-def _split(name: str, results: Dict[str, Any]) -> Dict[str, Any]:
+def _split(name: str, results: Dict[str, Any], task: Task) -> Dict[str, Any]:
     scores = results['metrics'][name]
-    tasks = {label: scores[label] for label in LABELS}
-    chosen = any(task.get('operating_points') for task in tasks.values())
+    tasks = {label: scores[label] for label in task.labels}
+    chosen = any(own.get('operating_points') for own in tasks.values())
     kept = 'the epoch that was kept' if results['run']['arguments']['keep'] == 'best' else ''
     by_validation = ', '.join(filter(None, [kept, 'thresholds and temperatures' * chosen]))
     alpha_zero = results.get('alpha_zero', {}).get(name)
     groups = [row for row in scores.get('subgroups', ()) if row['auc'] is not None]
     return {
-        'title': f'{name.capitalize()}, {tasks[LABELS[0]]["images"]} images of {_data_set(name, results["data"])[1]}'
-                 .replace('synthetic', '**synthetic**'),
+        'title': f'{name.capitalize()}, {tasks[task.labels[0]]["images"]} images of '
+                 f'{_data_set(name, results["data"])[1]}'.replace('synthetic', '**synthetic**'),
         'note': f'These images chose {by_validation}: their figures are too good.'
                 if name == 'validation' and by_validation else '',
-        'scores': scores_table(scores), 'points': points_table(scores), 'chosen': chosen,
-        'calibration': calibration_table(scores) if 'calibration' in tasks[LABELS[0]] else '',
+        'scores': scores_table(scores, task), 'points': points_table(scores, task), 'chosen': chosen,
+        'calibration': calibration_table(scores, task) if 'calibration' in tasks[task.labels[0]] else '',
         'warnings': [
-            f'**The AUC of {WORDS[label]} ' + ('is below chance** (0.5)' if t['auc_ci95'][1] < 0.5 else
+            f'**The AUC of {label_words(label)} ' + ('is below chance** (0.5)' if t['auc_ci95'][1] < 0.5 else
                                                'cannot be told from chance** (0.5) with these images') + '.'
             for label, t in tasks.items() if t['auc_ci95'] and t['auc_ci95'][0] <= 0.5] + [
-            f'**Probabilities of {WORDS[label]} are {direction}** here, by {abs(gap):.3f} on average: do not read them '
-            f'as risks.' for label, t in tasks.items() if 'mean_probability' in t
+            f'**Probabilities of {label_words(label)} are {direction}** here, by {abs(gap):.3f} on average: do not '
+            f'read them as risks.' for label, t in tasks.items() if 'mean_probability' in t
             for gap in [t['mean_probability'] - t['positives'] / t['images']]
             for direction in ['too high' if gap > 0 else 'too low'] if abs(gap) > 0.05],
-        'alpha_zero': differences_table(alpha_zero) if alpha_zero else '',
+        'alpha_zero': differences_table(alpha_zero, task) if alpha_zero else '',
         'groups': groups_table(groups) if groups else '',
     }
 

@@ -18,7 +18,7 @@ from ..download import sha256_of
 from ..factory import Checkpoint, create_trained, tensors_sha256
 from ..files import make_folder, read_rows, replacing, replacing_folder, write_json
 from ..isic.dataset.sources import CHALLENGE_IDS, ids_digest
-from ..isic.task import LABELS
+from ..isic.task import Task
 from ..pretrained import OWN_WEIGHTS, shipped_weights
 from .cards import read_results, registered_config, render_card
 
@@ -83,10 +83,15 @@ def stage(
     record, metrics, config = (_read(run / name, 'a finished run of finetune_isic.py') for name in (
         'run.json', 'metrics.json', 'config.json'))
     model = create_trained(str(run))
+    task = Task.of_network(model, config)
+    if task is None:
+        raise HubError(f'The config.json of {run} does not say what its outputs mean: fine-tune it with '
+                       f'finetune_isic.py.')
     try:
         if evaluation is not None:
-            metrics = {**metrics, **_evaluated(run, metrics, evaluation)}
-        results = _results(run, record, metrics, config, evaluation, alpha_zero, tag, ' '.join(note.split()))
+            metrics = {**metrics, **_evaluated(run, metrics, evaluation, task)}
+        results = _results(
+            run, record, metrics, config, evaluation, alpha_zero, tag, ' '.join(note.split()), task)
     except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
         raise HubError(f'{run} or its evaluation is incomplete ({_brief(error)}): restore the file or rerun.') from None
     versions = {key: config[f'{key}_version'] for key in ('timm_arl', 'timm')}
@@ -114,6 +119,7 @@ def _results(
         alpha_zero: Optional[Path],
         tag: Optional[str],
         note: str,
+        task: Task,
 ) -> Dict[str, Any]:
     """Content of results.json; adds to that of config.json."""
     summary = read_rows(run / 'summary.csv')
@@ -127,14 +133,15 @@ def _results(
     start = record['arguments']['model'] if record['arguments'].get('pretrained') else None
     versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
     config['pretrained_cfg'].update(tag=tag, license=config['pretrained_cfg'].get('license', 'apache-2.0'))
-    config.update({f'{name}_version': version for name, version in versions.items()}, **_operating_points(metrics))
+    config.update(
+        {f'{name}_version': version for name, version in versions.items()}, **_operating_points(metrics, task))
     return {
         'name': f'{config["architecture"]}.{tag}', 'metrics': metrics, 'run': record, 'epochs': len(summary),
         'base_model': Checkpoint(start, paths=False).repo if start else None,
         'data': {'name': record['arguments']['data'], 'note': note, 'official_splits': official},
         'kept_epoch': int(kept['epoch']), 'img_size': config['pretrained_cfg']['input_size'][-1],
         'alphas': {key: float(value) for key, value in kept.items() if key.endswith('.alpha')}, 'looks': _looks(run),
-        **({'alpha_zero': _differences(run, metrics, alpha_zero)} if alpha_zero is not None else {}),
+        **({'alpha_zero': _differences(run, metrics, alpha_zero, task)} if alpha_zero is not None else {}),
     }
 
 
@@ -211,7 +218,7 @@ def card_of_registered(name: str, output: Path) -> Path:
     return output / 'README.md'
 
 
-def _evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path) -> Dict[str, Any]:
+def _evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path, task: Task) -> Dict[str, Any]:
     """The scores of an evaluation, after checking that it is one of this run."""
     what = 'an output folder of evaluate_isic.py'
     about = _read(evaluation / 'evaluation.json', what)
@@ -221,14 +228,14 @@ def _evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path) -> Dict[str
                        f'network as it was trained by --evaluation.')
     richer = _read(evaluation / 'metrics.json', what)
     for split, scores in richer.items():
-        probabilities = _predictions(evaluation / f'predictions_{split}.csv')
+        probabilities = _predictions(evaluation / f'predictions_{split}.csv', task)
         if split in metrics:
-            ours = _predictions(run / f'predictions_{split}.csv')
+            ours = _predictions(run / f'predictions_{split}.csv', task)
             both = ours.keys() & probabilities.keys()
             if not both or any(abs(a - b) > 2e-3 for key in both for a, b in zip(ours[key], probabilities[key])):
                 raise HubError(f'{evaluation} has other predictions on {split} than the run: evaluate {run} again, '
                                f'with the images and crops of its training.')
-        for k, label in enumerate(LABELS):
+        for k, label in enumerate(task.labels):
             scores[label]['mean_probability'] = sum(p[k] for p in probabilities.values()) / len(probabilities)
         scores.pop('comparison', None)  # it names files of this disk
     return richer
@@ -241,7 +248,7 @@ def _check_weights(run: Path, about: Dict[str, Any], evaluation: Path) -> None:
         raise HubError(f'{evaluation} is an evaluation of other weights than those of {run}: choose one of {run}.')
 
 
-def _differences(run: Path, metrics: Dict[str, Any], alpha_zero: Path) -> Dict[str, Any]:
+def _differences(run: Path, metrics: Dict[str, Any], alpha_zero: Path, task: Task) -> Dict[str, Any]:
     """What setting every alpha to 0 changed, by split and label, on the same images."""
     what = 'an output folder of evaluate_isic.py --alpha-zero --compare'
     theirs = _read(alpha_zero / 'metrics.json', what)
@@ -251,13 +258,13 @@ def _differences(run: Path, metrics: Dict[str, Any], alpha_zero: Path) -> Dict[s
         raise HubError(f'{alpha_zero} is not {what}.')
     _check_weights(run, about, alpha_zero)
     for split, pair in found.items():
-        for label in LABELS:
+        for label in task.labels:
             difference = pair[label]['difference']
             before = metrics.get(split, {}).get(label, {}).get('auc')
             if difference is not None and (
                     before is None or abs(theirs[split][label]['auc'] - before - difference) > 1e-3):
                 raise HubError(f'{alpha_zero} was compared with other predictions on {split} than those of this run.')
-    return {split: {key: pair[key] for key in (*LABELS, 'mean_auc')} for split, pair in found.items()}
+    return {split: {key: pair[key] for key in (*task.labels, 'mean_auc')} for split, pair in found.items()}
 
 
 def _usual_tag(architecture: str, arguments: Dict[str, Any], official: List[str]) -> str:
@@ -288,14 +295,14 @@ def _check_tag(tag: str) -> str:
     return tag
 
 
-def _operating_points(metrics: Dict[str, Any]) -> Dict[str, Any]:
+def _operating_points(metrics: Dict[str, Any], task: Task) -> Dict[str, Any]:
     """Thresholds by name and label; temperatures by label, if an evaluation fitted them on validation."""
-    tasks = {label: metrics['validation'][label] for label in LABELS}
-    names = [point['name'] for point in tasks[LABELS[0]].get('operating_points', ())]
-    thresholds = {'official': {label: task['threshold'] for label, task in tasks.items()}}
+    tasks = {label: metrics['validation'][label] for label in task.labels}
+    names = [point['name'] for point in tasks[task.labels[0]].get('operating_points', ())]
+    thresholds = {'official': {label: own['threshold'] for label, own in tasks.items()}}
     for k, name in enumerate(names):
-        thresholds[name] = {label: task['operating_points'][k]['threshold'] for label, task in tasks.items()}
-    temperatures = {label: task['calibration']['temperature'] for label, task in tasks.items() if 'calibration' in task}
+        thresholds[name] = {label: own['operating_points'][k]['threshold'] for label, own in tasks.items()}
+    temperatures = {label: own['calibration']['temperature'] for label, own in tasks.items() if 'calibration' in own}
     return {'thresholds': thresholds, **({'temperatures': temperatures} if temperatures else {})}
 
 
@@ -313,9 +320,9 @@ def _official_splits(arguments: Dict[str, Any], run: Path, evaluation: Optional[
     return ['train', *official] if whole else official
 
 
-def _predictions(path: Path) -> Dict[str, List[float]]:
+def _predictions(path: Path, task: Task) -> Dict[str, List[float]]:
     try:
-        return {row['image_id']: [float(row[label]) for label in LABELS] for row in read_rows(path)}
+        return {row['image_id']: [float(row[label]) for label in task.labels] for row in read_rows(path)}
     except (OSError, KeyError, ValueError) as error:
         raise HubError(f'{path} is missing or unreadable: restore it or evaluate again.') from error
 

@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 
 from .intervals import delong_interval
 from .metrics import score_task
-from .task import LABELS, OFFICIAL_THRESHOLD, apply_temperature
+from .task import ISIC2017, OFFICIAL_THRESHOLD, Task, apply_temperature
 
 __all__ = [
     'AGE_BANDS', 'apply_temperature', 'expected_calibration_error', 'fit_temperature', 'reliability', 'subgroup_table',
@@ -65,16 +65,18 @@ def subgroup_table(
         probabilities: np.ndarray,
         sex: Optional[Sequence[Optional[str]]] = None,
         age: Optional[Sequence[Optional[float]]] = None,
-        thresholds: Sequence[float] = (OFFICIAL_THRESHOLD,) * len(LABELS),
+        thresholds: Optional[Sequence[float]] = None,
+        task: Task = ISIC2017,
 ) -> List[Dict[str, Any]]:
     """Scores by sex and by age band; patients of unknown sex or age are groups too.
 
     Args:
-        truth: 0 or 1, shape (N, labels), columns in the order of LABELS.
+        truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.
         probabilities: Shape (N, labels).
         sex: N words or codes, or None for unknown.
         age: N ages in years; None, or anything that is not a number, for unknown.
-        thresholds: Operating point of each label.
+        thresholds: Operating point of each label; None: the official 0.5.
+        task: Whose labels they are.
 
     Returns:
         A row for each group and label: group, label, score_task's scores, and auc_ci95 by DeLong (None with fewer than
@@ -94,7 +96,8 @@ def subgroup_table(
     return [
         {'group': name, 'label': label, **score_task(t, p, threshold), 'auc_ci95': _interval(t, p)}
         for name, which in groups if which.any()
-        for label, t, p, threshold in zip(LABELS, truth[which].T, probabilities[which].T, thresholds)
+        for label, t, p, threshold in zip(
+            task.labels, truth[which].T, probabilities[which].T, thresholds or [OFFICIAL_THRESHOLD] * len(task.labels))
     ]
 
 

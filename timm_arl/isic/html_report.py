@@ -28,7 +28,7 @@ from .plots import (
     inline_svg,
 )
 from .report import Cells, calibration_cells, groups_cells, number, points_cells, scores_cells
-from .task import LABELS, OFFICIAL_THRESHOLD, label_words
+from .task import ISIC2017, OFFICIAL_THRESHOLD, Task, label_words
 
 __all__ = ['Comparison', 'Example', 'Examples', 'Group', 'Shown', 'Training', 'html_report']
 
@@ -141,6 +141,7 @@ def html_report(
         training: Training,
         examples: Examples,
         other: Optional[Comparison] = None,
+        task: Task = ISIC2017,
 ) -> str:
     """The page of one evaluation.
 
@@ -149,11 +150,12 @@ def html_report(
         data: As the program was told.
         split: The one that is scored.
         metrics: Content of metrics.json.
-        truth, probabilities: By split, shape (N, labels), columns in the order of LABELS.
+        truth, probabilities: By split, shape (N, labels), columns in the order of the task's labels.
         record: Content of evaluation.json.
         training: The checkpoint's run.
         examples: Images of the split.
         other: Another network, whose comparison metrics holds.
+        task: What is predicted.
 
     Returns:
         HTML that loads nothing.
@@ -162,15 +164,16 @@ def html_report(
                                      undefined=jinja2.StrictUndefined)
     environment.filters.update(words=label_words, number=number, uri=_data_uri)
     template = environment.from_string(TEMPLATE.read_text(encoding='utf-8'))
-    shown = {of: _split(of, metrics[of], truth[of], probabilities[of]) for of in (split, *(metrics.keys() - {split}))}
+    shown = {of: _split(of, metrics[of], truth[of], probabilities[of], task)
+             for of in (split, *(metrics.keys() - {split}))}
     groups = (*examples.groups, *examples.differing)
     pictures = [picture for group in groups for example in group.examples for picture in example.pictures]
     html = template.render(
-        name=name, data=data, split=split, splits=shown, labels=LABELS, scores=metrics[split], record=record,
+        name=name, data=data, split=split, splits=shown, labels=task.labels, scores=metrics[split], record=record,
         synthetic=data == 'demo', training=training, examples=examples, pictures=len(pictures), today=date.today(),
-        coarse=0 < examples.side < COARSE, official=OFFICIAL_THRESHOLD, curves=_curves(training),
+        coarse=0 < examples.side < COARSE, official=OFFICIAL_THRESHOLD, curves=_curves(training, task),
         kinds={scale[0] for group in groups for scale in group.scales},
-        warnings=_warnings(metrics[split], probabilities[split], truth[split]), blocks=_blocks(examples),
+        warnings=_warnings(metrics[split], probabilities[split], truth[split], task), blocks=_blocks(examples),
         colours=['rgb({:.0f} {:.0f} {:.0f})'.format(*colour) for colour in colours(np.linspace(0, 1, 9))],
         sections=[
             ('caveats', 'Read this first'), ('summary', 'Summary'), ('scores', f'Scores on {split}'),
@@ -178,34 +181,41 @@ def html_report(
             *[('training', 'Attention and training')] * bool(examples.blocks or training.summary),
             *((of, f'Scores on {of}') for of in shown if of != split), ('terms', 'Definitions'),
             ('settings', 'Settings')],
-        comparison=other and _comparison(other, metrics[split], truth[split], probabilities[split], record['seed']))
+        comparison=other and _comparison(
+            other, metrics[split], truth[split], probabilities[split], record['seed'], task))
     return html.strip() + '\n'
 
 
-def _split(split: str, scores: Dict[str, Any], truth: np.ndarray, probabilities: np.ndarray) -> Dict[str, Any]:
+def _split(
+        split: str,
+        scores: Dict[str, Any],
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        task: Task,
+) -> Dict[str, Any]:
     """What the page says of one split."""
     decisions, rocs, reliabilities = {}, [], []
-    for label, t, p in zip(LABELS, truth.T, probabilities.T):
-        task, words = scores[label], label_words(label)
-        points = [{'name': 'official', **task}, *task['operating_points']]
+    for label, t, p in zip(task.labels, truth.T, probabilities.T):
+        own, words = scores[label], label_words(label)
+        points = [{'name': 'official', **own}, *own['operating_points']]
         decisions[label] = [_confusion(t, p, point) for point in points]
-        calibration = task['calibration']
-        auc = interval_text(task['auc'], task['auc_ci95'])
+        calibration = own['calibration']
+        auc = interval_text(own['auc'], own['auc_ci95'])
         rocs.append((f'{words}: AUC {auc}', Markup(inline_svg(
-            partial(draw_roc, label=label, truth=t, probabilities=p, task=task),
+            partial(draw_roc, label=label, truth=t, probabilities=p, scores=own, task=task),
             f'ROC curve of {words} on {split}, with a 95 % band. AUC {auc}.' + ''.join(
                 f' At the threshold {point["threshold"]:.2f} ({point["name"]}): sensitivity '
                 f'{number(point["sensitivity"])}, specificity {number(point["specificity"])}.' for point in points),
             f'roc-{split}-{label}', (4.2, 5.2)))))
         reliabilities.append((words, Markup(inline_svg(
-            partial(draw_reliability, label=label, truth=t, probabilities=p, task=task),
+            partial(draw_reliability, label=label, truth=t, probabilities=p, scores=own, task=task),
             f'Share of positives against mean probability of {words} on {split}. Expected calibration error '
             f'{calibration["ece"]:.3f} as given, {calibration["ece_with_temperature"]:.3f} with the temperature '
             f'{calibration["temperature"]:.2f}.', f'reliability-{split}-{label}', (4.2, 5.2)))))
     return {
-        'images': len(truth), 'scores': scores_cells(scores), 'points': points_cells(scores), 'decisions': decisions,
-        'calibration': calibration_cells(scores), 'rocs': rocs, 'reliabilities': reliabilities,
-        'groups': groups_cells(scores['subgroups']) if scores['subgroups'] else None}
+        'images': len(truth), 'scores': scores_cells(scores, task), 'points': points_cells(scores, task),
+        'decisions': decisions, 'calibration': calibration_cells(scores, task), 'rocs': rocs,
+        'reliabilities': reliabilities, 'groups': groups_cells(scores['subgroups']) if scores['subgroups'] else None}
 
 
 def _confusion(truth: np.ndarray, probabilities: np.ndarray, point: Dict[str, Any]) -> Dict[str, Any]:
@@ -223,10 +233,10 @@ def _share(part: int, whole: int) -> str:
     return interval_text(part / whole, binomtest(part, whole).proportion_ci(method='wilson')) + f', {part} of {whole}'
 
 
-def _warnings(scores: Dict[str, Any], probabilities: np.ndarray, truth: np.ndarray) -> List[str]:
+def _warnings(scores: Dict[str, Any], probabilities: np.ndarray, truth: np.ndarray, task: Task) -> List[str]:
     """What a reader must know of these scores, as model cards say it."""
     lines = []
-    for label, t, p in zip(LABELS, truth.T, probabilities.T):
+    for label, t, p in zip(task.labels, truth.T, probabilities.T):
         words, interval, gap = label_words(label), scores[label]['auc_ci95'], float(p.mean() - t.mean())
         if interval and interval[0] <= 0.5:
             chance = 'is below chance' if interval[1] < 0.5 else 'cannot be told from chance'
@@ -239,7 +249,7 @@ def _warnings(scores: Dict[str, Any], probabilities: np.ndarray, truth: np.ndarr
     return lines
 
 
-def _curves(training: Training) -> List[Tuple[str, Markup]]:
+def _curves(training: Training, task: Task) -> List[Tuple[str, Markup]]:
     """Losses, AUCs and alphas over the epochs."""
     if not training.summary:
         return []
@@ -247,7 +257,7 @@ def _curves(training: Training) -> List[Tuple[str, Markup]]:
     panels = [
         ('Losses', partial(draw_losses, summary=training.summary),
          f'Training and validation loss over {len(training.summary)} epochs.'),
-        ('AUCs on validation', partial(draw_aucs, summary=training.summary),
+        ('AUCs on validation', partial(draw_aucs, summary=training.summary, task=task),
          f'AUCs on the validation images over {len(training.summary)} epochs; at last their mean is '
          f'{float(last["validation_mean_auc"]):.3f}.')]
     if training.alphas:
@@ -269,11 +279,12 @@ def _comparison(
         truth: np.ndarray,
         probabilities: np.ndarray,
         seed: int,
+        task: Task,
 ) -> Dict[str, Any]:
     """Both networks side by side."""
-    pair, others = scores['comparison'], score_split(truth, other.probabilities, seed=seed)
+    pair, others = scores['comparison'], score_split(truth, other.probabilities, seed=seed, task=task)
     aucs: List[List[Any]] = []
-    for label in (*LABELS, 'mean_auc'):
+    for label in (*task.labels, 'mean_auc'):
         both = [(s['mean_auc'], s['mean_auc_ci95']) if label == 'mean_auc' else (s[label]['auc'], s[label]['auc_ci95'])
                 for s in (scores, others)]
         p_value = pair[label].get('p_value')
@@ -282,12 +293,13 @@ def _comparison(
                      '' if p_value is None else number(p_value)])
     decisions: List[List[Any]] = []
     rocs = []
-    for label, t, ours, theirs in zip(LABELS, truth.T, probabilities.T, other.probabilities.T):
+    for label, t, ours, theirs in zip(task.labels, truth.T, probabilities.T, other.probabilities.T):
         for network, p in (('this network', ours), ('the other', theirs)):
             at = _confusion(t, p, {'name': 'official', **operating_point(t, p, OFFICIAL_THRESHOLD)})
             decisions.append([f'{label_words(label)}, {network}', at['sensitivity'], at['specificity']])
         rocs.append((label_words(label), Markup(inline_svg(
-            partial(draw_roc_pair, label=label, truth=t, networks={'this network': ours, 'the other': theirs}),
+            partial(draw_roc_pair, label=label, truth=t, networks={'this network': ours, 'the other': theirs},
+                    task=task),
             f'ROC curves of {label_words(label)}: AUC {number(scores[label]["auc"])} of this network, '
             f'{number(others[label]["auc"])} of the other.', f'pair-{label}'))))
     cells: Cells = (['diagnosis', 'AUC, this network', 'AUC, the other', 'difference [95 % interval]', "DeLong's p"],

@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 
 from .dataset import DataError, StreamedSplit, label_array
 from .images import decode, decode_mask, reason_of
-from .task import LABELS, balancing_weights, diagnoses_of
+from .task import ISIC2017, Task, balancing_weights
 from .transforms import grey_world, lesion_crop, restore_aspect, seeded
 
 __all__ = ['EpochBatches', 'IsicImages', 'IsicSplit', 'IsicStream']
@@ -134,18 +134,23 @@ class IsicSplit(IsicImages, torch.utils.data.Dataset):
             split: datasets.Dataset,
             transform: Union[Callable, List[Callable]],
             seed: int = 0,
+            task: Task = ISIC2017,
+            groups: str = '',
             **kwargs,
     ) -> None:
         """
         Args:
             split: A split of load_splits.
             transform, seed, **kwargs: Of :class:`IsicImages`.
+            task: Whose labels it has.
+            groups: Its column of patients or lesions; '': none.
         """
         super().__init__(transform, seed, **kwargs)
         # only what an item needs
         self.cells = split.select_columns([c for c in self.columns if c in split.column_names])
         self.image_ids = [str(image_id) for image_id in split['image_id']]
-        self.labels = torch.from_numpy(label_array(split))
+        self.labels = torch.from_numpy(label_array(split, task))
+        self.groups = [str(group) for group in split[groups]] if groups else None
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -189,6 +194,7 @@ class EpochBatches(torch.utils.data.Sampler):
             balanced: bool = False,
             processes: int = 1,
             rank: int = 0,
+            task: Task = ISIC2017,
     ) -> None:
         """
         Args:
@@ -199,8 +205,10 @@ class EpochBatches(torch.utils.data.Sampler):
             balanced: Draw N * patches_per_image images with replacement instead, each diagnosis as often as another.
             processes: How many share the images.
             rank: Which of them this is.
+            task: Whose labels they are.
         """
-        self.diagnoses = diagnoses_of(np.asarray(labels))
+        self.diagnoses = task.strata(labels)
+        self.task = task
         self.global_batch = batch_size * processes
         self.seed = seed
         self.patches_per_image = patches_per_image
@@ -276,11 +284,11 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
         super().__init__(transform, seed, **kwargs)
         self.batches = batches
         self.skip_bad_images = skip_bad_images
-        self.labels = torch.from_numpy(label_array(split.table))
-        columns = [c for c in ('image_id', *LABELS, *self.columns) if c in split.stream.features]
+        self.labels = torch.from_numpy(label_array(split.table, batches.task))
+        columns = [c for c in ('image_id', *batches.task.labels, *self.columns) if c in split.stream.features]
         self.stream = split_dataset_by_node(
             split.stream.select_columns(columns), rank=batches.rank, world_size=batches.processes)
-        weights = balancing_weights(self.labels)
+        weights = balancing_weights(self.labels, batches.task)
         self.copies = batches.patches_per_image * (weights if batches.balanced else np.ones_like(weights))
         self.shards, self.kinds = split.shards, len(set(batches.diagnoses))
         self.passes = self.rows = 0
@@ -338,7 +346,7 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
                 occurrence = shown[image_id] + self.passes * MANY_EPOCHS
                 shown[image_id] += 1
                 any_shown = True
-                labels = torch.tensor([cells[label] for label in LABELS], dtype=torch.float32)
+                labels = torch.tensor([cells[label] for label in self.batches.task.labels], dtype=torch.float32)
                 image, *mask = self.transformed(*prepared, image_id, occurrence)
                 yield image, labels, image_id, *mask
             if not self.rows:
@@ -350,8 +358,9 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
     def _repeat(self, rows: Dict[str, List]) -> Dict[str, List]:
         """Each row as often as the epoch shows it; fractions are rounded up or down at random."""
         which: List[int] = []
-        for i, image_id in enumerate(rows['image_id']):
-            expected = self.copies[diagnoses_of([rows[label][i] for label in LABELS])]
+        labels = np.stack([np.asarray(rows[label]) for label in self.batches.task.labels], 1)
+        expectations = self.batches.task.image_weights(labels, self.copies)
+        for i, (image_id, expected) in enumerate(zip(rows['image_id'], expectations)):
             entropy = (self.seed, self.epoch, self.passes, zlib.crc32(str(image_id).encode()))
             which += [i] * (int(expected) + (np.random.default_rng(entropy).random() < expected % 1))
         self.rows += len(rows['image_id'])

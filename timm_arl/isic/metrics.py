@@ -1,4 +1,4 @@
-"""Scores of the ISIC 2017 Part 3 task, as the challenge's official scorer counts them, and metrics.json."""
+"""Scores of each label, as the official scorer of ISIC 2017 counts them, and metrics.json."""
 from typing import Any, Dict, Optional, Sequence
 
 from ..extras import require
@@ -11,7 +11,7 @@ from sklearn.metrics import auc as area_under
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_curve
 
 from .intervals import RESAMPLES, delong_test, percentile_interval, resampled_indices
-from .task import LABELS, OFFICIAL_THRESHOLD, label_words
+from .task import ISIC2017, OFFICIAL_THRESHOLD, Task, label_words
 
 __all__ = [
     'OFFICIAL_THRESHOLD', 'auc', 'auc_above_sensitivity', 'auc_table', 'compare', 'interval_text', 'operating_point',
@@ -140,6 +140,7 @@ def score_split(
         resamples: int = RESAMPLES,
         seed: int = 0,
         operating_points: Optional[Dict[str, Sequence[float]]] = None,
+        task: Task = ISIC2017,
 ) -> Dict[str, Any]:
     """Scores of all labels, as metrics.json keeps them for one split.
 
@@ -147,11 +148,12 @@ def score_split(
     without images of both classes are left out.
 
     Args:
-        truth: 0 or 1, shape (N, labels), columns in the order of LABELS.
+        truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.
         probabilities: In [0, 1], shape (N, labels).
         resamples: Number of bootstrap resamples.
         seed: Seed of the resampling.
         operating_points: By name, a threshold for each label, chosen elsewhere.
+        task: Whose labels they are.
 
     Returns:
         A dict of scores for each label (score_task's, auc_ci95, and a list operating_points), mean_auc and
@@ -160,7 +162,7 @@ def score_split(
     index = resampled_indices(len(truth), resamples, seed)
     scores: Dict[str, Any] = {}
     values, distributions = [], []
-    for k, (label, t, p) in enumerate(zip(LABELS, truth.T, probabilities.T)):
+    for k, (label, t, p) in enumerate(zip(task.labels, truth.T, probabilities.T)):
         values.append(auc(t, p))
         distributions.append(auc(t[index], p[index]))
         scores[label] = {
@@ -176,14 +178,16 @@ def compare(
         second: np.ndarray,
         resamples: int = RESAMPLES,
         seed: int = 0,
+        task: Task = ISIC2017,
 ) -> Dict[str, Any]:
     """The AUC of the second network minus that of the first, paired on the same images.
 
     Args:
-        truth: 0 or 1, shape (N, labels), columns in the order of LABELS.
+        truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.
         first, second: Probabilities, shape (N, labels).
         resamples: Number of bootstrap resamples, the same for both networks.
         seed: Seed of the resampling.
+        task: Whose labels they are.
 
     Returns:
         For each label, and for mean_auc: difference and difference_ci95 (bootstrap); for the labels also DeLong's z and
@@ -193,7 +197,7 @@ def compare(
     index = resampled_indices(len(truth), resamples, seed)
     result: Dict[str, Any] = {}
     values, distributions = [], []
-    for label, t, a, b in zip(LABELS, truth.T, first.T, second.T):
+    for label, t, a, b in zip(task.labels, truth.T, first.T, second.T):
         values.append(auc(t, b) - auc(t, a))
         distributions.append(auc(t[index], b[index]) - auc(t[index], a[index]))
         z, p_value = delong_test(t, a, b) if 2 <= np.sum(t) <= len(t) - 2 else (None, None)
@@ -224,12 +228,12 @@ def interval_text(value: Optional[float], interval: Optional[Sequence[float]], s
     return f'{value:{sign}.3f}' + (f' [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]' if interval else '')
 
 
-def auc_table(metrics: Dict[str, Dict[str, Any]]) -> str:
+def auc_table(metrics: Dict[str, Dict[str, Any]], task: Task = ISIC2017) -> str:
     """AUCs with their intervals as text: a heading, then a line for each split of metrics.json."""
     width = max(12, *(len(split) + 1 for split in metrics))
-    lines = [' ' * width + ''.join(f'{label_words(label):24}' for label in LABELS) + 'mean']
+    lines = [' ' * width + ''.join(f'{label_words(label):24}' for label in task.labels) + 'mean']
     for split, scores in metrics.items():
-        texts = [interval_text(scores[label]['auc'], scores[label]['auc_ci95']) for label in LABELS]
+        texts = [interval_text(scores[label]['auc'], scores[label]['auc_ci95']) for label in task.labels]
         texts.append(interval_text(scores['mean_auc'], scores['mean_auc_ci95']))
         lines.append(f'{split:{width}}' + ''.join(f'{text:24}' for text in texts).rstrip())
     return '\n'.join(lines)

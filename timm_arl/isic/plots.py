@@ -24,7 +24,7 @@ from sklearn.metrics import roc_curve
 from ..files import replacing
 from .calibration import apply_temperature, reliability
 from .intervals import resampled_indices
-from .task import LABELS, label_words
+from .task import ISIC2017, Task, label_words
 
 __all__ = [
     'alpha_plot', 'curve_plot', 'draw_alphas', 'draw_aucs', 'draw_losses', 'draw_reliability', 'draw_roc',
@@ -47,6 +47,7 @@ def inline_svg(draw: Callable[[Axes], None], alt: str, name: str, size: Tuple[fl
         name: Unlike that of any other panel of the page, for its ids.
         size: Width and height in inches, of which the page keeps the shape.
     """
+    name = re.sub(r'[^\w-]', '-', name)
     figure = _figure(*size, '')
     draw(figure.add_subplot())
     with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name}), io.StringIO() as file:
@@ -69,20 +70,22 @@ def roc_plot(
         scores: Dict[str, Any],
         title: str = '',
         resamples: int = 500,
+        task: Task = ISIC2017,
 ) -> None:
     """ROC curve of each label, 95 % bootstrap band of the sensitivity at each specificity, and operating points.
 
     Args:
         path: PNG file to write.
-        truth: 0 or 1, shape (N, labels), columns in the order of LABELS.
+        truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.
         probabilities: Shape (N, labels).
         scores: What score_split gave for them.
         title: Above the picture.
         resamples: Number of bootstrap resamples of the bands.
+        task: Whose labels they are.
     """
-    figure, panels = _panels(len(LABELS), 5.8, title)
-    for axes, label, t, p in zip(panels, LABELS, truth.T, probabilities.T):
-        draw_roc(axes, label, t, p, scores[label], resamples)
+    figure, panels = _panels(len(task.labels), 5.8, title)
+    for axes, label, t, p in zip(panels, task.labels, truth.T, probabilities.T):
+        draw_roc(axes, label, t, p, scores[label], resamples, task)
         axes.set_title(label_words(label) + (
             ': undefined, all images are of one class' if scores[label]['auc'] is None
             else ': AUC {:.3f} [{:.3f}, {:.3f}]'.format(scores[label]['auc'], *scores[label]['auc_ci95'])), fontsize=10)
@@ -94,18 +97,19 @@ def draw_roc(
         label: str,
         truth: np.ndarray,
         probabilities: np.ndarray,
-        task: Dict[str, Any],
+        scores: Dict[str, Any],
         resamples: int = 500,
+        task: Task = ISIC2017,
 ) -> None:
-    """The panel of one label of roc_plot, without its title; arrays of shape (N,), `task` its scores."""
+    """The panel of one label of roc_plot, without its title; arrays of shape (N,), `scores` its own."""
     _roc_axes(axes)
-    if task['auc'] is None:
+    if scores['auc'] is None:
         return
     band = np.percentile(
         _sensitivities(truth, probabilities, resampled_indices(len(truth), resamples)), (2.5, 97.5), axis=0)
-    axes.fill_between(GRID, *band, color=_colour(label), alpha=0.18, linewidth=0)
-    _roc_line(axes, truth, probabilities, color=_colour(label))
-    points = [{'name': 'official', **task}, *task['operating_points']]
+    axes.fill_between(GRID, *band, color=_colour(label, task), alpha=0.18, linewidth=0)
+    _roc_line(axes, truth, probabilities, color=_colour(label, task))
+    points = [{'name': 'official', **scores}, *scores['operating_points']]
     for point, (marker, size, colour) in zip(points, cycle(POINTS)):
         axes.plot(1 - point['specificity'], point['sensitivity'], marker, markersize=size, markeredgecolor='black',
                   color=colour, label=f'{point["threshold"]:.2f}, {point["name"]}')
@@ -117,6 +121,7 @@ def draw_roc_pair(
         label: str,
         truth: np.ndarray,
         networks: Dict[str, np.ndarray],
+        task: Task = ISIC2017,
 ) -> None:
     """The ROC curves of a label for two networks.
 
@@ -125,9 +130,10 @@ def draw_roc_pair(
         label: Which.
         truth: 0 or 1, shape (N,).
         networks: By name, probabilities of shape (N,).
+        task: Whose label it is.
     """
     _roc_axes(axes)
-    for (name, p), colour, style in zip(networks.items(), (_colour(label), '0.5'), ('-', '--')):
+    for (name, p), colour, style in zip(networks.items(), (_colour(label, task), '0.5'), ('-', '--')):
         if 0 < truth.sum() < len(truth):
             _roc_line(axes, truth, p, color=colour, linestyle=style, label=_plain(name))
     _legend(axes)
@@ -139,19 +145,21 @@ def reliability_plot(
         probabilities: np.ndarray,
         scores: Dict[str, Any],
         title: str = '',
+        task: Task = ISIC2017,
 ) -> None:
     """Share of positives against mean probability in ten bins, as given and with the temperature of each label.
 
     Args:
         path: PNG file to write.
-        truth: 0 or 1, shape (N, labels), columns in the order of LABELS.
+        truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.
         probabilities: Shape (N, labels).
         scores: As metrics.json has them for the split, with the calibration of each label.
         title: Above the picture.
+        task: Whose labels they are.
     """
-    figure, panels = _panels(len(LABELS), 5.8, title)
-    for axes, label, t, p in zip(panels, LABELS, truth.T, probabilities.T):
-        draw_reliability(axes, label, t, p, scores[label])
+    figure, panels = _panels(len(task.labels), 5.8, title)
+    for axes, label, t, p in zip(panels, task.labels, truth.T, probabilities.T):
+        draw_reliability(axes, label, t, p, scores[label], task)
         axes.set_title(label_words(label), fontsize=10)
     _save(figure, path)
 
@@ -161,19 +169,20 @@ def draw_reliability(
         label: str,
         truth: np.ndarray,
         probabilities: np.ndarray,
-        task: Dict[str, Any],
+        scores: Dict[str, Any],
+        task: Task = ISIC2017,
 ) -> None:
-    """The panel of one label of reliability_plot, without its title; arrays of shape (N,), `task` its scores."""
+    """The panel of one label of reliability_plot, without its title; arrays of shape (N,), `scores` its own."""
     example = 10 ** int(np.log10(max(len(truth) / 2, 1)))  # of a circle's area
 
     def area(images: float) -> float:
         return 12 + 400 * images / len(truth)
 
-    calibration = task['calibration']
+    calibration = scores['calibration']
     temperature = calibration['temperature']
     axes.plot([0, 1], [0, 1], color='0.6', linewidth=1, linestyle=':')
     for values, colour, style, name in (
-            (probabilities, _colour(label), '-', f'as given, ECE {calibration["ece"]:.3f}'),
+            (probabilities, _colour(label, task), '-', f'as given, ECE {calibration["ece"]:.3f}'),
             (apply_temperature(probabilities, temperature), '0.5', '--',
              f'with temperature T = {temperature:.2f}, ECE {calibration["ece_with_temperature"]:.3f}')):
         rows = reliability(truth, values)
@@ -185,17 +194,18 @@ def draw_reliability(
     _legend(axes)
 
 
-def curve_plot(path: PathLike, summary: List[Dict[str, Any]], title: str = '') -> None:
+def curve_plot(path: PathLike, summary: List[Dict[str, Any]], title: str = '', task: Task = ISIC2017) -> None:
     """Losses, and validation AUCs, over the epochs; a line where the mean AUC was best.
 
     Args:
         path: PNG file to write.
         summary: Rows of summary.csv.
         title: Above the picture.
+        task: Of the run.
     """
     figure, panels = _panels(2, 4.6, title)
-    for axes, draw in zip(panels, (draw_losses, draw_aucs)):
-        draw(axes, summary)
+    draw_losses(panels[0], summary)
+    draw_aucs(panels[1], summary, task)
     _save(figure, path)
 
 
@@ -205,10 +215,10 @@ def draw_losses(axes: Axes, summary: List[Dict[str, Any]]) -> None:
     _curves(axes, summary, 'loss', [('train_loss', training, '0.6'), ('validation_loss', 'validation', 'black')])
 
 
-def draw_aucs(axes: Axes, summary: List[Dict[str, Any]]) -> None:
+def draw_aucs(axes: Axes, summary: List[Dict[str, Any]], task: Task = ISIC2017) -> None:
     """The AUCs of curve_plot."""
     _curves(axes, summary, 'AUC on validation', [
-        *((f'validation_auc_{label}', label_words(label), _colour(label)) for label in LABELS),
+        *((f'validation_auc_{label}', label_words(label), _colour(label, task)) for label in task.labels),
         ('validation_mean_auc', 'mean', 'black')])
 
 
@@ -248,8 +258,8 @@ def draw_alphas(axes: Axes, summary: List[Dict[str, Any]], alphas: Sequence[str]
     axes.legend(fontsize=9, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
 
 
-def _colour(label: str) -> str:
-    return COLOURS[LABELS.index(label) % len(COLOURS)]
+def _colour(label: str, task: Task) -> str:
+    return COLOURS[task.labels.index(label) % len(COLOURS)]
 
 
 def _roc_axes(axes: Axes) -> None:

@@ -1,38 +1,48 @@
 """Predictions as the challenge's CSV has them: image_id and a probability for each label."""
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
 from ..files import read_rows, write_rows
-from .task import LABELS
+from .task import ISIC2017, Task
 
 __all__ = ['read_predictions', 'write_predictions']
 
 PathLike = Union[str, Path]
 
 
-def write_predictions(path: PathLike, image_ids: Sequence[str], probabilities: Any) -> None:
+def write_predictions(
+        path: PathLike,
+        image_ids: Sequence[str],
+        probabilities: Any,
+        task: Task = ISIC2017,
+        groups: Optional[Sequence[str]] = None,
+) -> None:
     """Write the challenge's columns: image_id and a probability for each label.
 
     Args:
         path: CSV file to write.
         image_ids: N ids.
-        probabilities: Shape (N, labels), in the order of LABELS; nine digits, which give a float32 back exactly.
+        probabilities: Shape (N, labels); nine digits are written, which give a float32 back exactly.
+        task: Whose labels they are.
+        groups: N names of patients or lesions, for a column group; None: no such column.
     """
     rows: List[Dict[str, Any]] = [
-        {'image_id': image_id, **{label: f'{float(value):.9g}' for label, value in zip(LABELS, values)}}
-        for image_id, values in zip(image_ids, probabilities)
+        {'image_id': image_id, **{label: f'{float(value):.9g}' for label, value in zip(task.labels, values)},
+         **({} if groups is None else {'group': groups[row]})}
+        for row, (image_id, values) in enumerate(zip(image_ids, probabilities))
     ]
     write_rows(path, rows)
 
 
-def read_predictions(path: PathLike, image_ids: Sequence[str]) -> np.ndarray:
+def read_predictions(path: PathLike, image_ids: Sequence[str], task: Task = ISIC2017) -> np.ndarray:
     """Read what write_predictions wrote, in the order of `image_ids`.
 
     Args:
-        path: CSV with the columns image_id (or image) and those of LABELS; a byte order mark and CRLF are fine.
+        path: CSV with the columns image_id (or image) and those of the labels; a byte order mark and CRLF are fine.
         image_ids: N ids, each of which must be there; others are left out.
+        task: Whose labels they are.
 
     Returns:
         Probabilities, shape (N, labels), float64.
@@ -46,13 +56,14 @@ def read_predictions(path: PathLike, image_ids: Sequence[str]) -> np.ndarray:
         why = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f'{path} cannot be read as predictions: {why}.') from error
     key = 'image' if rows and 'image' in rows[0] else 'image_id'
-    absent = [column for column in (key, *LABELS) if not rows or column not in rows[0]]
+    absent = [column for column in (key, *task.labels) if not rows or column not in rows[0]]
     if absent:
-        raise ValueError(f'{path} has no column {", ".join(absent)}: predictions have image_id, {", ".join(LABELS)}.')
+        raise ValueError(f'{path} has no column {", ".join(absent)}: predictions have image_id, '
+                         f'{", ".join(task.labels)}.')
     found: Dict[str, List[float]] = {}
     for row in rows:
         try:
-            values = [float(row[label]) for label in LABELS]
+            values = [float(row[label]) for label in task.labels]
         except (TypeError, ValueError):
             values = [float('nan')]
         if not all(0 <= value <= 1 for value in values):

@@ -2,7 +2,7 @@
 from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 from .metrics import interval_text
-from .task import LABELS, label_words
+from .task import ISIC2017, Task, label_words
 
 __all__ = [
     'Cells', 'calibration_cells', 'calibration_table', 'differences_table', 'groups_cells', 'groups_table',
@@ -29,38 +29,39 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
     return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
 
 
-def scores_cells(scores: Dict[str, Any]) -> Cells:
+def scores_cells(scores: Dict[str, Any], task: Task = ISIC2017) -> Cells:
     """AUCs with intervals and other figures that need no threshold.
 
     Args:
         scores: What metrics.json holds for a split; the same below.
+        task: Whose labels it has; the same below.
     """
     rows: List[List[Any]] = [
-        [label_words(label), interval_text(task['auc'], task['auc_ci95']), task['positives'],
-         number(task['average_precision']), number(task['auc_sens_80'])]
-        for label, task in ((label, scores[label]) for label in LABELS)]
+        [label_words(label), interval_text(of['auc'], of['auc_ci95']), of['positives'],
+         number(of['average_precision']), number(of['auc_sens_80'])]
+        for label, of in ((label, scores[label]) for label in task.labels)]
     rows.append(['mean', interval_text(scores['mean_auc'], scores['mean_auc_ci95']), '', '', ''])
     return ['diagnosis', 'AUC [95 % interval]', 'images with it', 'average precision',
             'AUC above 80 % sensitivity'], rows
 
 
-def points_cells(scores: Dict[str, Any]) -> Cells:
+def points_cells(scores: Dict[str, Any], task: Task = ISIC2017) -> Cells:
     """Figures at the official threshold and at those of the operating points."""
     return (['diagnosis, threshold', 'threshold', 'accuracy', 'sensitivity', 'specificity', 'PPV', 'NPV'],
-            [[f'{label_words(label)}, {point["name"]}', *(number(point[key]) for key in POINT)] for label in LABELS
+            [[f'{label_words(label)}, {point["name"]}', *(number(point[key]) for key in POINT)] for label in task.labels
              for point in ({'name': 'official', **scores[label]}, *scores[label].get('operating_points', ()))])
 
 
-def calibration_cells(scores: Dict[str, Any]) -> Cells:
+def calibration_cells(scores: Dict[str, Any], task: Task = ISIC2017) -> Cells:
     """Expected calibration errors with and without the temperature."""
     rows = []
-    for label in LABELS:
-        task, calibration = scores[label], scores[label]['calibration']
-        rows.append([label_words(label), number(task['positives'] / task['images']),
-                     *([number(task['mean_probability'])] if 'mean_probability' in task else []),
+    for label in task.labels:
+        of, calibration = scores[label], scores[label]['calibration']
+        rows.append([label_words(label), number(of['positives'] / of['images']),
+                     *([number(of['mean_probability'])] if 'mean_probability' in of else []),
                      number(calibration['ece']), number(calibration['ece_with_temperature']),
                      number(calibration['temperature'])])
-    mean = ['mean probability'] * ('mean_probability' in scores[LABELS[0]])
+    mean = ['mean probability'] * ('mean_probability' in scores[task.labels[0]])
     return ['diagnosis', 'share of images with it', *mean, 'calibration error', 'with temperature', 'temperature'], rows
 
 
@@ -76,19 +77,19 @@ def groups_cells(rows: Iterable[Dict[str, Any]]) -> Cells:
              for row in rows])
 
 
-def scores_table(scores: Dict[str, Any]) -> str:
+def scores_table(scores: Dict[str, Any], task: Task = ISIC2017) -> str:
     """Markdown of scores_cells."""
-    return markdown_table(*scores_cells(scores))
+    return markdown_table(*scores_cells(scores, task))
 
 
-def points_table(scores: Dict[str, Any]) -> str:
+def points_table(scores: Dict[str, Any], task: Task = ISIC2017) -> str:
     """Markdown of points_cells."""
-    return markdown_table(*points_cells(scores))
+    return markdown_table(*points_cells(scores, task))
 
 
-def calibration_table(scores: Dict[str, Any]) -> str:
+def calibration_table(scores: Dict[str, Any], task: Task = ISIC2017) -> str:
     """Markdown of calibration_cells."""
-    return markdown_table(*calibration_cells(scores))
+    return markdown_table(*calibration_cells(scores, task))
 
 
 def groups_table(rows: Iterable[Dict[str, Any]]) -> str:
@@ -96,15 +97,16 @@ def groups_table(rows: Iterable[Dict[str, Any]]) -> str:
     return markdown_table(*groups_cells(rows))
 
 
-def differences_table(pair: Dict[str, Any]) -> str:
+def differences_table(pair: Dict[str, Any], task: Task = ISIC2017) -> str:
     """AUC differences of two networks on the same images.
 
     Args:
         pair: A comparison of metrics.json.
+        task: Whose labels it has.
     """
     return markdown_table(
         ['diagnosis', 'AUC difference [95 % interval]', "DeLong's p"],
-        [[label_words(name) if name in LABELS else 'mean',
+        [[label_words(name) if name in task.labels else 'mean',
           interval_text(pair[name]['difference'], pair[name]['difference_ci95'], '+'),
           '' if pair[name].get('p_value') is None else number(pair[name]['p_value'])]
-         for name in (*LABELS, 'mean_auc')])
+         for name in (*task.labels, 'mean_auc')])

@@ -14,8 +14,8 @@ from torch.nn.functional import (
     cross_entropy,
 )
 
-from ..factory import create_trained
-from ..isic.task import has_isic_outputs, is_softmax, probabilities_of
+from ..factory import Checkpoint
+from ..isic.task import Task
 from .arguments import RunError
 
 
@@ -110,13 +110,13 @@ class Teacher(nn.Module):
 
     network: Any
 
-    def __init__(self, name: str, data_config: dict, outputs: int, weight: float, feature_weight: float) -> None:
+    def __init__(self, name: str, data_config: dict, task: Task, weight: float, feature_weight: float) -> None:
         """
         Args:
-            name: Output folder of finetune_isic.py, or a timm name with pretrained weights. If its outputs are other
-                than LABELS or DIAGNOSES, as ImageNet's are, only the features are distilled.
+            name: Output folder of finetune_isic.py, or a timm name with pretrained weights. If its labels are
+                others, as ImageNet's are, only the features are distilled.
             data_config: The student's; its images are normalised by it.
-            outputs: Number of the student's outputs.
+            task: The student's.
             weight: Share of the loss taken by the teacher's probabilities.
             feature_weight: Weight of one minus the cosine similarity of the features.
 
@@ -124,10 +124,13 @@ class Teacher(nn.Module):
             RunError: A network without one pooled vector per image, or from which nothing would be learned.
         """
         super().__init__()
-        self.network = create_trained(name)
+        checkpoint = Checkpoint(name)
+        self.network = checkpoint.network()
+        own_task = Task.of_network(self.network, checkpoint.config())
         self.network.eval().requires_grad_(False)
-        self.weight = weight if has_isic_outputs(self.network) else 0.
-        if self.weight and is_softmax(outputs) and not is_softmax(self.network.num_classes):
+        self.task, self.own_task = task, own_task or task
+        self.weight = weight if own_task and own_task.labels == task.labels else 0.
+        if self.weight and task.is_softmax and not self.own_task.is_softmax:
             raise RunError(f'The teacher {name} has one sigmoid per label, and a softmax over the diagnoses cannot '
                            f'learn from it: pass --distill-weight 0, or a teacher trained with --head softmax.')
         if not self.weight and not feature_weight:
@@ -159,10 +162,11 @@ class Teacher(nn.Module):
         """(1 - w) * label_loss + w * H(teacher's probabilities, student's) + v * (1 - cos(features, teacher's))."""
         teacher_features, teacher_logits = self(images)
         loss = (1 - self.weight) * label_loss
-        if self.weight and is_softmax(logits.shape[1]):
+        if self.weight and self.task.is_softmax:
             loss = loss + self.weight * cross_entropy(logits, teacher_logits.softmax(1))
         elif self.weight:
-            loss = loss + self.weight * binary_cross_entropy_with_logits(logits, probabilities_of(teacher_logits))
+            loss = loss + self.weight * binary_cross_entropy_with_logits(
+                logits, self.own_task.probabilities(teacher_logits))
         if features is not None:
             loss = loss + self.feature_weight * (1 - cosine_similarity(features, teacher_features)).mean()
         return loss

@@ -12,7 +12,7 @@ from ..explain import GateMap, class_activation_map, gate_maps, on_picture, over
 from ..isic.crops import Box
 from ..isic.html_report import Example, Examples, Group, Shown
 from ..isic.loading import IsicSplit
-from ..isic.task import DIAGNOSES, LABELS, OFFICIAL_THRESHOLD, diagnoses_of, head_labels, label_words
+from ..isic.task import ISIC2017, OFFICIAL_THRESHOLD, Task, label_words
 from ..isic.transforms import EvalCrops, seeded
 
 __all__ = ['most_certain', 'most_different', 'most_wrong', 'report_examples']
@@ -80,6 +80,7 @@ def report_examples(
         normalise: Callable[[torch.Tensor], torch.Tensor],
         probabilities: np.ndarray,
         other: Optional[np.ndarray] = None,
+        task: Task = ISIC2017,
 ) -> Examples:
     """Choose images of a split, and lay on them the map of a label and the mask of the gate that changes most.
 
@@ -90,34 +91,37 @@ def report_examples(
         normalise: From 8-bit crops to what the network is given.
         probabilities: Shape (N, labels).
         other: Those of another network on the same images.
+        task: Of the network, its head included.
     """
     truth = images.labels.numpy()
     chosen = [  # label, whether it compares two networks, title, text, rows
-        each for label, t, p in zip(LABELS, truth.T, probabilities.T) for each in (
+        each for label, t, p in zip(task.labels, truth.T, probabilities.T) for each in (
             (label, False, f'{label_words(label)}: most wrong',
              f'Of those called wrong at {OFFICIAL_THRESHOLD}: images with {label_words(label)} that got the lowest '
              f'probabilities, then images without it that got the highest.', most_wrong(t, p)),
             (label, False, f'{label_words(label)}: most certain',
              f'Of those called right at {OFFICIAL_THRESHOLD}: images with {label_words(label)} that got the highest '
              f'probabilities, then images without it that got the lowest.', most_certain(t, p)))]
-    for label, p, q in zip(LABELS, probabilities.T, [] if other is None else other.T):
+    for label, p, q in zip(task.labels, probabilities.T, [] if other is None else other.T):
         chosen.append((label, True, f'{label_words(label)}: largest disagreement',
                        'Images whose two probabilities are furthest apart. The maps are those of this network.',
                        most_different(p, q)))
     rows = list(dict.fromkeys(row for *_, some in chosen for row in some))
-    looks = {row: _look(model, images, row, crops, normalise) for row in rows}
+    looks = {row: _look(model, images, row, crops, normalise, task) for row in rows}
     blocks = _blocks([look.gates for look in looks.values()])
     share, block = max(((share, name) for name, _, share, _ in blocks), default=(0., ''))
     alpha = dict(each[:2] for each in blocks).get(block, 0.)
     kind = str(model.get_submodule(block).attention) if block else 'spatial'
     mask = f'of {block}, alpha {alpha:.2g}: lighter is {"weakened" if alpha < 0 else "strengthened"} more; '
     overlays = {label: _overlays(label, looks, [row for of, *_, some in chosen if of == label for row in some],
-                                 block if share else '', mask + SCALES[kind][0], SCALES[kind][1]) for label in LABELS}
+                                 block if share else '', mask + SCALES[kind][0], SCALES[kind][1])
+                for label in task.labels}
     groups: Tuple[List[Group], List[Group]] = [], []
     for label, differs, title, text, some in chosen:
         groups[differs].append(Group(
-            title, text, [_example(row, label, images, looks[row].picture, overlays[label], truth, probabilities, other)
-                          for row in some], [(each.name, *each.limits, each.words) for each in overlays[label]]))
+            title, text, [_example(
+                row, label, images, looks[row].picture, overlays[label], truth, probabilities, other, task)
+                for row in some], [(each.name, *each.limits, each.words) for each in overlays[label]]))
     notes = [
         'This network has no class activation map: its outputs are not a linear layer on features averaged over the '
         'positions.' * any(not look.cams for look in looks.values()),
@@ -133,6 +137,7 @@ def _look(
         row: int,
         crops: EvalCrops,
         normalise: Callable[[torch.Tensor], torch.Tensor],
+        task: Task,
 ) -> _Look:
     picture = images.picture(row)
     with seeded(images.image_ids[row], images.seed):  # the crops that were scored
@@ -141,7 +146,7 @@ def _look(
     cams, gates = {}, {}
     with contextlib.suppress(ValueError):  # another kind of head
         maps = class_activation_map(model, tensors).cpu()
-        cams = {label: maps[:, list(head_labels(maps.shape[1])).index(label)] for label in LABELS}
+        cams = {label: maps[:, task.outputs.index(label)] for label in task.labels}
     with contextlib.suppress(ValueError):  # no gates
         gates = gate_maps(model, tensors)
     scale = WIDTH / picture.width
@@ -199,9 +204,10 @@ def _example(
         truth: np.ndarray,
         probabilities: np.ndarray,
         other: Optional[np.ndarray],
+        task: Task,
 ) -> Example:
-    image_id, k = images.image_ids[row], LABELS.index(label)
-    diagnosis = label_words(DIAGNOSES[int(diagnoses_of(truth[row:row + 1])[0])])
+    image_id, k = images.image_ids[row], task.labels.index(label)
+    diagnosis = task.diagnosis(truth[row])
     positive, called = truth[row, k] == 1, float(probabilities[row, k]) > OFFICIAL_THRESHOLD
     verdict = {(True, True): 'found', (True, False): 'missed', (False, True): 'false alarm',
                (False, False): 'rightly not called'}[bool(positive), called]

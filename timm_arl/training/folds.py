@@ -11,11 +11,11 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from ..factory import Checkpoint
 from ..files import write_json, write_rows
-from ..isic.dataset import DataError, label_array
+from ..isic.dataset import Data, DataError, label_array
 from ..isic.dataset.duplicates import read_pairs
 from ..isic.metrics import auc_table, score_split
 from ..isic.predictions import read_predictions, write_predictions
-from ..isic.task import HEADS, LABELS, diagnoses_of, label_words
+from ..isic.task import ISIC2017, Task, label_words
 from .arguments import RunError
 
 
@@ -24,6 +24,8 @@ def fold_rows(
         folds: int,
         seed: int,
         duplicates: Optional[str] = None,
+        task: Task = ISIC2017,
+        groups: str = '',
 ) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
     """Rows to train on and rows held out, for each fold; all folds have about the same share of each diagnosis.
 
@@ -32,12 +34,14 @@ def fold_rows(
         folds: Number of folds.
         seed: Seed of the division.
         duplicates: CSV of pairs of images (image_id_a, image_id_b) that stay in the same fold, or None.
+        task: Whose labels it has.
+        groups: Column of patients or lesions that stay in the same fold; '': none.
 
     Raises:
         DataError: A list that cannot be read, or too few images of a diagnosis for so many folds.
     """
-    labels = label_array(split)
-    diagnoses = diagnoses_of(labels)
+    labels = label_array(split, task)
+    diagnoses = task.strata(labels)
     counts = np.bincount(diagnoses)
     rarest = counts[counts > 0].min()
     if rarest < folds:
@@ -46,23 +50,27 @@ def fold_rows(
     row_of = {image_id: row for row, image_id in enumerate(split['image_id'])}
     pairs = [(row_of[a], row_of[b]) for a, b in (read_pairs(duplicates) if duplicates else ())
              if a in row_of and b in row_of]
+    if groups:
+        first_of: Dict[str, int] = {}
+        pairs += [(first_of.setdefault(group, row), row) for row, group in enumerate(split[groups])]
     first, second = np.array(pairs, dtype=int).reshape(-1, 2).T
-    _, groups = connected_components(coo_array(
+    _, parts = connected_components(coo_array(
         (np.ones(len(pairs)), (first, second)), shape=(len(row_of), len(row_of))), directed=False)
     # shuffled here, since scikit-learn < 1.8 mixes the groups up when it shuffles
-    groups = np.argsort(np.random.RandomState(seed).permutation(groups.max() + 1))[groups]
-    for kept, rest in StratifiedGroupKFold(folds).split(groups, diagnoses, groups):
-        if not all(0 < labels[rows, k].sum() < len(rows) for rows in (kept, rest) for k in range(len(LABELS))):
+    parts = np.argsort(np.random.RandomState(seed).permutation(parts.max() + 1))[parts]
+    for kept, rest in StratifiedGroupKFold(folds).split(parts, diagnoses, parts):
+        if not all(0 < labels[rows, k].sum() < len(rows) for rows in (kept, rest) for k in range(len(task.labels))):
             raise DataError(f'--folds {folds} leaves a fold without images of '
-                            f'{" or of ".join(map(label_words, LABELS))}: choose fewer.')
+                            f'{" or of ".join(map(label_words, task.labels))}: choose fewer.')
         yield kept, rest
 
 
-def check_start(args: Any) -> None:
+def check_start(args: Any, task: Task = ISIC2017) -> None:
     """Refuse to cross-validate from a network that was trained on the images of all folds.
 
     Args:
         args: Arguments of finetune_isic.py.
+        task: Of the data.
 
     Raises:
         RunError: --init-checkpoint, --teacher or --pretrained name one that learned from the same data.
@@ -73,33 +81,34 @@ def check_start(args: Any) -> None:
             continue
         checkpoint = Checkpoint(name, paths)
         saved = checkpoint.arguments(published=False)
-        knows_labels = not saved and tuple(checkpoint.label_names()) in HEADS.values()
+        knows_labels = not saved and tuple(checkpoint.label_names()) in (task.labels, task.classes)
         if knows_labels or saved.get('train_ids') == args.train_ids:
             raise RunError(f'{flag} {name} was trained on images that --folds would hold out, and its scores would be '
                            f'too high: start from other weights.')
 
 
-def _parts(args: Any, splits: Dict[str, Any]) -> Iterator[Tuple[str, Dict[str, Any]]]:
-    """Names and splits of the folds, one after the other, so that only one keeps its crops; or all splits."""
+def _parts(args: Any, data: Data) -> Iterator[Tuple[str, Data]]:
+    """Names and data of the folds, one after the other, so that only one keeps its crops; or all splits."""
     if not args.folds:
-        yield '', splits
+        yield '', data
         return
-    train = splits['train']
-    for k, (kept, rest) in enumerate(fold_rows(train, args.folds, args.seed, args.duplicates)):
-        yield f'fold-{k}', {'train': train.select(kept), 'validation': train.select(rest)}
+    train = data.splits['train']
+    rows = fold_rows(train, args.folds, args.seed, args.duplicates, data.task, data.groups)
+    for k, (kept, rest) in enumerate(rows):
+        yield f'fold-{k}', data._replace(splits={'train': train.select(kept), 'validation': train.select(rest)})
 
 
-def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, train: Callable) -> None:
+def run_each(args: Any, accelerator: Any, data: Data, out: Path, train: Callable) -> None:
     """Train a network for each seed and fold, each in its own folder, and collect their scores.
 
     Finished runs are skipped, so that a killed cross-validation can be resumed.
     """
-    seeds = args.seeds or [args.seed]
+    seeds, task = args.seeds or [args.seed], data.task
     scores: Dict[str, Any] = {}
     rows = []
     for seed in seeds:
         held_out: Dict[str, np.ndarray] = {}
-        for fold, part in _parts(args, splits):
+        for fold, part in _parts(args, data):
             name = '/'.join(filter(None, [f'seed-{seed}' * bool(args.seeds), fold]))
             folder = out / name
             run = copy.copy(args)
@@ -117,26 +126,28 @@ def run_each(args: Any, accelerator: Any, splits: Dict[str, Any], out: Path, tra
             metrics = json.loads((folder / 'metrics.json').read_text())
             rows.append({'run': name, 'seed': seed, **{
                 f'{split}_{key}': values[key] if key == 'mean_auc' else values[key]['auc']
-                for split, values in metrics.items() for key in (*LABELS, 'mean_auc')}})
+                for split, values in metrics.items() for key in (*task.labels, 'mean_auc')}})
             if args.folds:
-                ids = list(part['validation']['image_id'])
-                held_out.update(zip(ids, read_predictions(folder / 'predictions_validation.csv', ids)))
+                ids = list(part.splits['validation']['image_id'])
+                held_out.update(zip(ids, read_predictions(folder / 'predictions_validation.csv', ids, task)))
         if args.folds:
             name = 'cross_validation' + f'_seed-{seed}' * bool(args.seeds)
-            ids = list(splits['train']['image_id'])
+            ids = list(data.splits['train']['image_id'])
             probabilities = np.array([held_out[image_id] for image_id in ids])
-            scores[name] = score_split(label_array(splits['train']), probabilities, seed=args.seed)
+            scores[name] = score_split(
+                label_array(data.splits['train'], task), probabilities, seed=args.seed, task=task)
             if accelerator.is_main_process:
-                write_predictions(out / f'predictions_{name}.csv', ids, probabilities)
+                write_predictions(
+                    out / f'predictions_{name}.csv', ids, probabilities, task, data.group_ids('train'))
     if not accelerator.is_main_process:
         return
     write_rows(out / 'runs.csv', rows)
     if scores:
         print('AUC [95 % interval] of all held-out images together, each scored by the network that did not see it')
-        print(auc_table(scores))
+        print(auc_table(scores, task))
     scores['runs'] = {}
     print('Means of the runs, each by itself:')
-    for column in [column for column in rows[0] if column.endswith(('auc', *LABELS))]:
+    for column in [column for column in rows[0] if column.endswith(('auc', *task.labels))]:
         values = [row[column] for row in rows if row[column] is not None]  # undefined where a split lacks a class
         mean = float(np.mean(values)) if values else None
         sd = float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..isic.dataset import DataError, StreamedSplit, check_usable, label_array
 from ..isic.images import readings, unreadable_images
 from ..isic.loading import EpochBatches, IsicSplit, IsicStream
-from ..isic.task import LABELS, label_words, probabilities_of
+from ..isic.task import ISIC2017, Task, label_words
 from ..isic.transforms import EvalCrops, eval_transform, normalisation, train_transform
 
 __all__ = [
@@ -28,7 +28,7 @@ MEMORY_SHARE = 1 / 8  # of the available memory, which the crops of a split may 
 _kept: MutableMapping[Any, Tuple[Tuple, Dict[str, torch.Tensor]]] = weakref.WeakKeyDictionary()
 
 
-def check_images(splits, args, accelerator, data_config=None):
+def check_images(splits, args, accelerator, data_config=None, task: Task = ISIC2017):
     """Read every image once, so that a bad one stops the run now and not in an hour; each process reads its share.
 
     Args:
@@ -36,6 +36,7 @@ def check_images(splits, args, accelerator, data_config=None):
         args: Of the program.
         accelerator: Accelerate's.
         data_config: Of the network: keep the crops of validation and test images, which need not be read again then.
+        task: Whose labels the splits have.
     """
     for name, split in splits.items():
         if isinstance(split, StreamedSplit):  # told when they arrive
@@ -46,7 +47,7 @@ def check_images(splits, args, accelerator, data_config=None):
         if name == 'train' or data_config is None:
             bad = unreadable_images(split, bar, masks, rows, args.workers)
         else:
-            images, bad = _Crops(split, args, data_config['input_size'][-1]), {}
+            images, bad = _Crops(split, args, data_config['input_size'][-1], task), {}
             for row, cut, reason in bar(readings(images.cut, rows, args.workers)):
                 if reason:
                     bad[row] = reason
@@ -65,7 +66,7 @@ def check_images(splits, args, accelerator, data_config=None):
         splits[name] = split.select([row for row in range(len(split)) if row not in bad])
         if split in _kept:
             _kept[splits[name]] = _kept[split]
-    check_usable(splits, args.data)
+    check_usable(splits, args.data, task)
 
 
 def has_masks(split):
@@ -81,15 +82,15 @@ def learns_masks(args, split):
     return bool(getattr(args, 'mask_weight', 0)) and has_masks(split)
 
 
-def check_learnable(args, splits, accelerator):
+def check_learnable(args, splits, accelerator, task: Task = ISIC2017):
     """Refuse a training split without one of the classes, and --lesion-crop without masks to crop to.
 
     Raises:
         DataError: Either.
     """
     train = splits['train']
-    labels = label_array(train.table if isinstance(train, StreamedSplit) else train)
-    for label, column in zip(LABELS, labels.T):
+    labels = label_array(train.table if isinstance(train, StreamedSplit) else train, task)
+    for label, column in zip(task.labels, labels.T):
         if column.min() == column.max():
             raise DataError(f'{args.data}, split train, has {int(column.sum())} images of {label_words(label)} out of '
                             f'{len(column)}: training needs images with it and images without it.')
@@ -108,23 +109,24 @@ def epoch_sides(args, img_size) -> List[int]:
     return [*(img_size if img_size - side < 32 else side for side in sides), img_size]
 
 
-def image_loader(args, split, data_config, accelerator, training=False):
+def image_loader(args, split, data_config, accelerator, training=False, task: Task = ISIC2017, groups=''):
     """Batches of one split: its crops in the order of its rows or, when training, augmented in the epoch's order."""
     if not training:
-        return CropLoader(args, split, data_config, accelerator)
+        return CropLoader(args, split, data_config, accelerator, task, groups)
     mean_std = data_config['mean'], data_config['std']
     sides = epoch_sides(args, data_config['input_size'][-1])
     transforms = {side: train_transform(side, *mean_std, args.augmentation) for side in set(sides)}
     shown = dict(transform=[transforms[side] for side in sides], with_masks=learns_masks(args, split), **_look(args))
     streamed = isinstance(split, StreamedSplit)
     batches = EpochBatches(
-        torch.from_numpy(label_array(split.table if streamed else split)), args.batch_size, args.seed,
-        args.patches_per_image, args.balance == 'sampler', accelerator.num_processes, accelerator.process_index)
+        torch.from_numpy(label_array(split.table if streamed else split, task)), args.batch_size, args.seed,
+        args.patches_per_image, args.balance == 'sampler', accelerator.num_processes, accelerator.process_index,
+        task)
     if streamed:
         images = IsicStream(split, batches, skip_bad_images=args.skip_bad_images, **shown)
         loader = DataLoader(images, batch_size=None, **_workers(images.workers(args.workers)))
     else:
-        loader = DataLoader(IsicSplit(split, **shown), batch_sampler=batches, **_workers(args.workers))
+        loader = DataLoader(IsicSplit(split, task=task, **shown), batch_sampler=batches, **_workers(args.workers))
     # the batches know the processes; Accelerate would show some images twice to make them even
     return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True,
                                dispatch_batches=False, non_blocking=torch.cuda.is_available())
@@ -137,11 +139,11 @@ class CropLoader:
     the available memory. They are normalised on the device.
     """
 
-    def __init__(self, args, split, data_config, accelerator) -> None:
+    def __init__(self, args, split, data_config, accelerator, task: Task = ISIC2017, groups: str = '') -> None:
         img_size, mean_std = data_config['input_size'][-1], (data_config['mean'], data_config['std'])
         transform = eval_transform(img_size, *mean_std, args.crops)
-        self.dataset = IsicSplit(split, transform, every_epoch=False, **_look(args))
-        self.images = _Crops(split, args, img_size)
+        self.dataset = IsicSplit(split, transform, task=task, groups=groups, every_epoch=False, **_look(args))
+        self.images = _Crops(split, args, img_size, task)
         self.rows = _own_rows(len(split), accelerator)
         self.normalise, self.device, self.batch_size = normalisation(*mean_std), accelerator.device, args.batch_size
         self.loader = self._loader(args.workers)
@@ -165,14 +167,17 @@ class CropLoader:
 
 
 @torch.inference_mode()
-def predict(accelerator, model, loader, description):
-    """Probabilities of every image, shape (N, labels), in the order of the split: the means over its crops."""
+def predict(accelerator, model, loader, description, task: Task = ISIC2017):
+    """Probabilities of every image, shape (N, labels), in the order of the split: the means over its crops.
+
+    The task is that of the network, its head included.
+    """
     model.eval()
     probabilities, rows = [], []
     for crops, row in tqdm(loader, desc=description, leave=False, disable=not accelerator.is_local_main_process):
         with accelerator.autocast():
             logits = model(crops.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-        mean = probabilities_of(logits).unflatten(0, crops.shape[:2]).mean(1)
+        mean = task.probabilities(logits).unflatten(0, crops.shape[:2]).mean(1)
         gathered = accelerator.gather((mean, row))
         probabilities.append(gathered[0])
         rows.append(gathered[1])
@@ -183,8 +188,8 @@ def predict(accelerator, model, loader, description):
 class _Crops(IsicSplit):
     """The crops of a split as 8 bits: (K, 3, H, W) and the row number; from memory, where they are kept."""
 
-    def __init__(self, split, args, img_size) -> None:
-        super().__init__(split, EvalCrops(img_size, args.crops), every_epoch=False, **_look(args))
+    def __init__(self, split, args, img_size, task: Task) -> None:
+        super().__init__(split, EvalCrops(img_size, args.crops), task=task, every_epoch=False, **_look(args))
         look = {**_look(args), 'seed': args.seed if args.crops == 'paper' else None}  # which alone draws its crops
         settings = img_size, args.crops, *look.values()
         if split not in _kept or _kept[split][0] != settings:

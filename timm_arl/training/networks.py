@@ -7,7 +7,7 @@ from timm.optim import param_groups_weight_decay
 from ..attention import alphas_of
 from ..download import WeightsError
 from ..factory import create_for_task, load_weights_file
-from ..isic.task import HEADS
+from ..isic.task import ISIC2017, Task
 from ..isic.transforms import CROP_PCT
 from .arguments import RunError
 from .distillation import Teacher
@@ -19,7 +19,7 @@ SET_BY_FLAGS = {  # and so not by --model-kwargs
     'features_only'}
 
 
-def create_networks(args, accelerator):
+def create_networks(args, accelerator, task: Task = ISIC2017):
     """The network in its starting state, its teacher or None, and timm's data config for the images.
 
     Sizes that the model does not take are changed in args, with a line that says so, unless a flag gave them.
@@ -33,7 +33,7 @@ def create_networks(args, accelerator):
         raise RunError(f'--model-kwargs {name}: leave it out, this program sets it itself.')
     try:
         model = create_for_task(
-            args.model, pretrained=args.pretrained, num_classes=len(HEADS[args.head]), **args.model_kwargs)
+            args.model, pretrained=args.pretrained, num_classes=len(task.outputs), **args.model_kwargs)
     except WeightsError as error:
         if args.model_kwargs and isinstance(error.__context__, (TypeError, ValueError)):
             given = ' '.join(f'{name}={value}' for name, value in args.model_kwargs.items())
@@ -72,7 +72,7 @@ def create_networks(args, accelerator):
         input_size=(3, img_size, img_size), interpolation='bilinear', crop_pct=CROP_PCT, crop_mode='center')
     teacher = None
     if args.teacher:
-        teacher = Teacher(args.teacher, data_config, model.num_classes, args.distill_weight, args.distill_features)
+        teacher = Teacher(args.teacher, data_config, task, args.distill_weight, args.distill_features)
         accelerator.print(f'Teacher {args.teacher}: ' + ' and '.join(
             ['probabilities'] * bool(teacher.weight) + ['pooled features'] * bool(teacher.feature_weight)))
     return model, teacher, data_config

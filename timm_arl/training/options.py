@@ -44,8 +44,9 @@ def recipe_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
         help='decay of the moving average of the weights, which is then scored and kept; 0: no average')
     add('--balance', choices=['none', 'weights', 'sampler'], default='none',
         help='make up for rare diagnoses: weights in the loss, or a sampler that draws all diagnoses equally often')
-    add('--head', choices=list(HEADS), default='sigmoid',
-        help='sigmoid: one output per label; softmax: one output per diagnosis (default: %(default)s)')
+    add('--head', choices=HEADS,
+        help='sigmoid: one output per label; softmax: one output per diagnosis (default: softmax where an image has '
+             'one of the labels, sigmoid where it may have several or none, as in ISIC 2017)')
     add('--mask-weight', type=number(float, 0), default=0.,
         help='weight of the loss that predicts the lesion mask, if the training images have masks; 0: no such loss')
     add('--mixup', type=number(float, 0), default=0., help='alpha of mixup; 0: no mixup')

@@ -7,7 +7,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from ..files import replacing
 from ..isic.loading import IsicStream
-from ..isic.task import DIAGNOSES, LABELS, label_words
+from ..isic.task import ISIC2017, Task
 
 __all__ = ['preview']
 
@@ -15,7 +15,7 @@ COLUMNS = 8
 LINE, MARGIN = 16, 12  # height of a line of text, space around a tile, in pixels
 
 
-def preview(args, images, data_config):
+def preview(args, images, data_config, task: Task = ISIC2017):
     """Draw a contact sheet: a row of training images, augmented, at the final size, and crops of each other split."""
     side, font = data_config['input_size'][-1], ImageFont.load_default(size=12)
     width = max(side, 124) + MARGIN  # room for the captions
@@ -32,8 +32,8 @@ def preview(args, images, data_config):
         for column, (image, labels, caption) in enumerate(islice(_tiles(split), COLUMNS)):
             left = column * width + MARGIN
             sheet.paste(to_pil_image((image * std + mean).clamp(0, 1)), (left, top + LINE + 4))
-            diagnosis = ' and '.join(label_words(label) for label, value in zip(LABELS, labels) if value)
-            draw.multiline_text((left, top + side + LINE + 6), f'{caption}\n{diagnosis or DIAGNOSES[0]}', 'black', font)
+            draw.multiline_text(
+                (left, top + side + LINE + 6), f'{caption}\n{task.diagnosis(labels)}', 'black', font)
     with replacing(args.preview) as temporary:
         sheet.save(temporary, format='PNG')
     print(f'Contact sheet of what the network sees: {args.preview}')

@@ -5,9 +5,9 @@ require('train', __name__)
 
 from ..images import decode, decode_mask, read_image, unreadable_images
 from .sources import DataError
-from .splits import SPLITS, StreamedSplit, check_usable, label_array, load_splits
+from .splits import SPLITS, Data, StreamedSplit, check_usable, label_array, load_data, load_splits
 
 __all__ = [
-    'DataError', 'SPLITS', 'StreamedSplit', 'check_usable', 'decode', 'decode_mask', 'label_array', 'load_splits',
-    'read_image', 'unreadable_images',
+    'Data', 'DataError', 'SPLITS', 'StreamedSplit', 'check_usable', 'decode', 'decode_mask', 'label_array',
+    'load_data', 'load_splits', 'read_image', 'unreadable_images',
 ]

@@ -6,7 +6,7 @@ from typing import Dict, Iterable, Optional, Tuple
 
 import datasets
 
-from ..task import DIAGNOSES, LABELS, label_words
+from ..task import DIAGNOSES, LABELS, DataError, label_words
 
 __all__ = [
     'CHALLENGE_IDS', 'CHALLENGE_ZIPS', 'DataError', 'check_image_id', 'ids_digest', 'image_files', 'read_folder',
@@ -30,10 +30,6 @@ FEATURES = datasets.Features({
     **{label: datasets.Value('float32') for label in LABELS},
     'age_approximate': datasets.Value('float32'), 'sex': datasets.Value('string'), 'mask': datasets.Image(),
 })
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names what is wrong and what to do."""
 
 
 def ids_digest(image_ids: Iterable[str]) -> str:

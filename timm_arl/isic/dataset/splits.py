@@ -3,7 +3,7 @@ import hashlib
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, TypeVar, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, TypeVar, Union
 
 import datasets
 import numpy as np
@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from yaml import YAMLError
 
 from ...download import plain_http
-from ..task import LABELS
+from ..task import ISIC2017, Task
 from .demo import demo_dataset
 from .sources import DataError, check_image_id, image_files, read_folder
 
@@ -34,6 +34,28 @@ class StreamedSplit(NamedTuple):
     stream: datasets.IterableDataset
     table: datasets.Dataset
     shards: Sequence[int]
+
+
+class Data(NamedTuple):
+    """Images, and what is predicted of them.
+
+    Attributes:
+        task: What is predicted.
+        splits: By name, each with the columns image (undecoded), image_id and those of the task's labels.
+        groups: Column of the patient or lesion of each image, none of which is in two splits; '': not known.
+    """
+    task: Task
+    splits: Dict[str, Any]
+    groups: str = ''
+
+    def group_ids(self, name: str) -> Optional[List[str]]:
+        """Patient or lesion of each image of a split, or None where they are not known."""
+        return [str(group) for group in self.splits[name][self.groups]] if self.groups else None
+
+
+def load_data(data: str, seed: int = 0, streaming: bool = False) -> Data:
+    """As load_splits, with what is predicted."""
+    return Data(ISIC2017, load_splits(data, seed, streaming))
 
 
 def load_splits(data: str, seed: int = 0, streaming: bool = False) -> Dict[str, Any]:
@@ -93,7 +115,7 @@ def check_splits(
     return splits
 
 
-def check_usable(splits: Mapping[str, Any], data: str) -> None:
+def check_usable(splits: Mapping[str, Any], data: str, task: Task = ISIC2017) -> None:
     """Refuse a split without images, and a validation split that lacks a class; again after images were left out.
 
     Raises:
@@ -104,8 +126,8 @@ def check_usable(splits: Mapping[str, Any], data: str) -> None:
             raise DataError(f'{data}, split {name}, has no images.')
     if 'validation' not in splits:
         return
-    labels = label_array(splits['validation'])
-    for k, label in enumerate(LABELS):
+    labels = label_array(splits['validation'], task)
+    for k, label in enumerate(task.labels):
         if labels[:, k].min() == labels[:, k].max():
             raise DataError(f'{data}, split validation, has {int(labels[:, k].sum())} images of {label} out of '
                             f'{len(labels)}: the AUC that chooses epochs and thresholds needs both classes.')
@@ -113,7 +135,7 @@ def check_usable(splits: Mapping[str, Any], data: str) -> None:
 
 def _check_columns(split: Union[datasets.Dataset, datasets.IterableDataset], where: str) -> None:
     columns = list(split.features)
-    absent = [column for column in ('image', 'image_id', *LABELS) if column not in columns]
+    absent = [column for column in ('image', 'image_id', *ISIC2017.labels) if column not in columns]
     if absent:
         raise DataError(f'{where}, has no column {", ".join(absent)} (it has {", ".join(columns)}): rename or add it.')
 
@@ -194,7 +216,7 @@ def _load_streaming(data: str) -> Dict[str, Any]:
                 stream = stream.cast_column('image_id', datasets.Value('string'))
             source[name] = stream
             if name == 'train':  # the images of the others are all needed at once
-                about = [c for c in ('image_id', *LABELS, 'aspect_ratio') if c in stream.features]
+                about = [c for c in ('image_id', *ISIC2017.labels, 'aspect_ratio') if c in stream.features]
                 try:
                     stream = _load_dataset(data, split=name, streaming=True, columns=about)
                 except DataError as error:  # images in files, say, whose reader knows no columns
@@ -225,7 +247,7 @@ def _cache_of(folder: Path) -> str:
 
 
 def _check_labels(split: datasets.Dataset, where: str) -> None:
-    for label in LABELS:
+    for label in ISIC2017.labels:
         wrong = [(i, v) for i, v in zip(split['image_id'], split[label]) if v not in (0, 1)]
         if wrong:
             raise DataError(f'{where}: {label} must be 0 or 1, but is {wrong[0][1]!r} for image {wrong[0][0]} '
@@ -233,7 +255,7 @@ def _check_labels(split: datasets.Dataset, where: str) -> None:
     several = np.flatnonzero(label_array(split).sum(1) > 1)
     if len(several):
         raise DataError(f'{where}: image {split[int(several[0])]["image_id"]} has more than one label '
-                        f'({" and ".join(LABELS)}; {len(several)} such images): a lesion has one diagnosis.')
+                        f'({" and ".join(ISIC2017.labels)}; {len(several)} such images): a lesion has one diagnosis.')
 
 
 def _check_aspect_ratios(split: datasets.Dataset, where: str) -> None:
@@ -257,6 +279,6 @@ def _check_ids(splits: Dict[str, datasets.Dataset], data: str) -> None:
             seen[image_id] = name
 
 
-def label_array(split: datasets.Dataset) -> np.ndarray:
-    """The labels as float32, shape (N, labels), columns in the order of LABELS."""
-    return np.stack([np.asarray(list(split[label]), dtype=np.float32) for label in LABELS], axis=1)
+def label_array(split: datasets.Dataset, task: Task = ISIC2017) -> np.ndarray:
+    """The labels as float32, shape (N, labels), columns in the order of the task's labels."""
+    return np.stack([np.asarray(list(split[label]), dtype=np.float32) for label in task.labels], axis=1)
