@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Score a checkpoint on ISIC 2017 Part 3: AUCs with intervals, operating points, calibration, groups, pictures.
+"""Score a checkpoint on ISIC 2017 Part 3 or other images: AUCs, operating points, calibration, groups, pictures.
 
     python benchmarks/evaluate_isic.py --data path/to/isic2017 --checkpoint OUT --split test --output-dir R --report
     python benchmarks/evaluate_isic.py --data path/to/isic2017 --checkpoint OUT --output-dir R \\
         --compare OTHER/predictions_test.csv                                 # paired, on the same images
 
-Thresholds and temperatures are chosen on the validation split, never on the test split. The output folder receives
+Thresholds and temperatures are chosen on the validation split, never on the test split; without a validation split
+none are chosen. Data without splits are scored as a whole, but those that the checkpoint's run has divided stay divided
+so (its splits.csv). The output folder receives
     metrics.json              scores keyed by split; at the threshold 0.5, and a list of other operating points
     predictions_SPLIT.csv     image_id and a probability for each label
     roc_SPLIT.png, reliability_SPLIT.png; curves.png and alphas.png where the checkpoint has a summary.csv
@@ -44,7 +46,8 @@ from timm_arl.isic.calibration import (
     fit_temperature,
     subgroup_table,
 )
-from timm_arl.isic.dataset import DataError, check_usable, load_data
+from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of
+from timm_arl.isic.dataset.demo import DEMO_TASKS
 from timm_arl.isic.dataset.duplicates import read_pairs
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
@@ -75,11 +78,13 @@ FILES = {  # all that this program may leave, apart from looks.csv, which grows
 def build_parser():
     parser = program_parser(__doc__, '--data DIR --checkpoint OUT|NAME --output-dir R')
     add = parser.add_argument
-    add('--data', required=True, metavar='DIR|HUB_ID|demo', help='folder, Hub id or demo, as for finetune_isic.py')
+    add('--data', required=True, metavar='DIR|FILE.csv|HUB_ID|demo',
+        help='CSV, folder, Hub id or demo, as for finetune_isic.py')
+    add_data_arguments(parser)
     add('--checkpoint', required=True, metavar='OUT|NAME',
         help='output folder of finetune_isic.py, or a timm name whose weights have the same outputs')
     add('--split', default='test', choices=['validation', 'test'],
-        help='the split to score; validation is always scored (default: %(default)s)')
+        help='the split to score; validation is scored too, where there is one (default: %(default)s)')
     add('--crops', choices=CROPS,
         help="crops per image, whose probabilities are averaged (default: as in the checkpoint's run, or multiscale)")
     add('--output-dir', required=True, help="where to write; not the folder of the checkpoint's run")
@@ -113,7 +118,7 @@ def images_of_the_run(args, accelerator, checkpoint):
         The arguments of that run, and thresholds that the weights come with; empty where they are not known.
     """
     try:
-        saved = {**checkpoint.arguments(), **checkpoint.settings()}
+        saved = {**checkpoint.settings(), **checkpoint.arguments()}
     except WeightsError as error:
         accelerator.print(f'How the training images of {args.checkpoint} were prepared is not known: no {error.file}, '
                           f'{error.cause}.')
@@ -122,6 +127,10 @@ def images_of_the_run(args, accelerator, checkpoint):
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, saved.get(name, value))
+    if saved.get('data') == args.data:
+        for name in ('task', 'labels', 'columns', 'group_column', 'splits'):
+            if getattr(args, name) is None:
+                setattr(args, name, saved.get(name))
     accelerator.print('Images: ' + ', '.join(f'{name.replace("_", "-")} {getattr(args, name)}' for name in usual) + (
         ' (as in training, where not given)' if usual.keys() & saved.keys() else ''))
     return saved
@@ -220,17 +229,22 @@ def evaluate(args):
     if args.img_size:
         data_config['input_size'] = (3, args.img_size, args.img_size)
 
-    data = load_data(args.data, seed=args.seed)
+    data = load_data(args.data, wanted_of(args), args.seed, needed=(args.split,), whole=args.split, expected=task,
+                     earlier=folder / 'splits.csv')
     splits = data.splits
     if data.task.labels != task.labels:
         raise RunError(f'{args.data} has the labels {", ".join(data.task.labels)}, but {args.checkpoint} knows '
                        f'{", ".join(task.labels)}: choose data or a checkpoint with the same.')
-    same_data = ids_digest(splits['train']['image_id']) == saved.get('train_ids')
+    same_data = 'train' in splits and ids_digest(splits['train']['image_id']) == saved.get('train_ids')
     kept_best = saved.get('keep') == 'best' and not saved.get('fold')  # a fold has validation images of its own
     if args.drop_duplicates:
+        if 'train' not in splits:
+            raise RunError(f'--drop-duplicates: {args.data} has no split train to compare with, leave it out.')
         splits = without_duplicates(splits, args)
         check_usable(splits, f'{args.data} without duplicates', task)
-    splits = {name: splits[name] for name in dict.fromkeys(('validation', args.split))}
+    splits = {name: splits[name] for name in dict.fromkeys(('validation', args.split)) if name in splits}
+    if 'validation' not in splits:
+        accelerator.print(f'{args.data} has no validation split: no thresholds and no temperatures are chosen.')
     for name, split in splits.items() if args.lesion_crop else ():
         if not has_masks(split):
             accelerator.print(f'The {name} images have no masks: --lesion-crop does not change them.')
@@ -251,10 +265,10 @@ def evaluate(args):
         return
 
     # Chosen on validation
-    validation = list(zip(truth['validation'].T, probabilities['validation'].T))
-    choosers = {'youden': youden_threshold, 'sensitivity 0.9': threshold_for_sensitivity}
+    validation = list(zip(*(each['validation'].T for each in (truth, probabilities)))) if 'validation' in truth else []
+    choosers = {'youden': youden_threshold, 'sensitivity 0.9': threshold_for_sensitivity} if validation else {}
     points = {f'{name} on validation': [chooser(t, p) for t, p in validation] for name, chooser in choosers.items()}
-    temperatures = [fit_temperature(t, p) for t, p in validation]
+    temperatures = [fit_temperature(t, p) for t, p in validation] or [None] * len(task.labels)
 
     metrics = {}
     for name, split in splits.items():
@@ -263,7 +277,8 @@ def evaluate(args):
         for label, t, p, temperature in zip(task.labels, truth[name].T, probabilities[name].T, temperatures):
             scores[label]['calibration'] = {
                 'ece': expected_calibration_error(t, p), 'temperature': temperature,
-                'ece_with_temperature': expected_calibration_error(t, apply_temperature(p, temperature))}
+                'ece_with_temperature': temperature and expected_calibration_error(
+                    t, apply_temperature(p, temperature))}
         columns = {c: list(split[c]) for c in ('sex', 'age_approximate') if c in split.column_names}
         scores['subgroups'] = subgroup_table(
             truth[name], probabilities[name], columns.get('sex'), columns.get('age_approximate'),
@@ -296,7 +311,7 @@ def evaluate(args):
         page = html_report(
             shown, args.data, args.split, metrics, truth, probabilities, record,
             Training(summary, alphas, kept_best, same_data, 'thresholds' in saved), examples, other, task)
-    synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
+    synthetic = ' (SYNTHETIC images)' * (args.data in DEMO_TASKS)
     with replacing_evaluation(out) as new:
         write_json(new / 'metrics.json', metrics)
         write_json(new / 'evaluation.json', record)

@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
-"""Fine-tune a timm model on ISIC 2017 Part 3 (melanoma, seborrheic keratosis) with Accelerate.
+"""Fine-tune a timm model on ISIC 2017 Part 3, or on any labelled images of skin lesions, with Accelerate.
 
     accelerate launch benchmarks/finetune_isic.py --data path/to/isic2017 --model arl_cnn14
     accelerate launch benchmarks/finetune_isic.py --data path/to/isic2017 --model arl_cnn50 --pretrained --img-size 224
+    accelerate launch benchmarks/finetune_isic.py --data mine.csv            # columns image, label; docs/data.md
     accelerate launch benchmarks/finetune_isic.py                            # on synthetic images, no download
 
-One sigmoid output per label, trained with binary cross-entropy, or --head softmax. Most settings come from a recipe
+The labels are those of the data. One sigmoid output per label, trained with binary cross-entropy, or a softmax with
+cross-entropy where an image has one of the labels (--head). Most settings come from a recipe
 (timm_arl/training/recipes). The epoch with the best mean AUC on the validation split is kept and scored once on the
 test split. The output folder receives
     config.json, model.safetensors   the kept epoch: timm.create_model('local-dir:OUT', pretrained=True)
     summary.csv, tensorboard/        one row per epoch: losses, AUCs, learning rate, every alpha
     metrics.json                     scores with 95 % intervals, keyed by split
     predictions_validation.csv, predictions_test.csv
+    splits.csv                       if the data had no splits: those that were made, for --splits
     run.json                         command, arguments, versions, commit
     looks.csv                        one row for each time that the test split was scored
     last/                            the state that --resume continues from
@@ -38,7 +41,9 @@ from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
 from timm_arl.factory import load_weights_file, save_network
 from timm_arl.files import write_json
-from timm_arl.isic.dataset import DataError, load_data
+from timm_arl.isic.dataset import DataError, load_data, wanted_of
+from timm_arl.isic.dataset.demo import DEMO_TASKS
+from timm_arl.isic.dataset.groups import write_split_file
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, auc_table, score_split
 from timm_arl.isic.predictions import write_predictions
@@ -130,6 +135,8 @@ def train(args, accelerator, data, out, networks=None):
 
     # Output folder, resuming
     summary = prepare_output_dir(args, accelerator, out)
+    if data.made and accelerator.is_main_process:
+        write_split_file(out / 'splits.csv', splits)
     if summary:
         load_progress(accelerator, kept_network, ema is not None, out)
         accelerator.print(f'Resuming after epoch {len(summary)} of {args.epochs}.')
@@ -255,7 +262,7 @@ def train(args, accelerator, data, out, networks=None):
                               loaders[name].dataset.groups)
     if accelerator.is_main_process:
         write_json(out / 'metrics.json', metrics)
-    synthetic = ', SYNTHETIC images' * (args.data == 'demo')
+    synthetic = ', SYNTHETIC images' * (args.data in DEMO_TASKS)
     choice = f'the best of {len(summary)} by validation mean AUC' if args.keep == 'best' else 'the last'
     accelerator.print(
         f'AUC [95 % interval] of epoch {kept["epoch"]}, {choice}{synthetic}\n' + auc_table(metrics, task))
@@ -279,11 +286,16 @@ def main():
         if args.output_dir and not args.preview:
             check_output_dir(Path(args.output_dir))
             check_no_other_run(args, Path(args.output_dir))
-        if args.data == 'demo':
-            accelerator.print('Data: demo, generated SYNTHETIC images; scores on them say nothing about skin lesions.')
-        data = load_data(args.data, seed=args.seed, streaming=args.streaming)
+        if args.data in DEMO_TASKS:
+            accelerator.print(f'Data: {args.data}, generated SYNTHETIC images; scores on them say nothing about skin '
+                              f'lesions.')
+        data = load_data(args.data, wanted_of(args), args.seed, args.streaming,
+                         *((('train',), 'train') if args.folds else ()))
         data = data._replace(task=data.task.with_head(args.head))
         task, splits, args.head = data.task, data.splits, data.task.head
+        accelerator.print(f'Task {task.name}: {", ".join(task.labels)} ({task.head}).' + (
+            f' Images of one {data.groups} stay together.' if data.groups else '') + (
+            f' {args.data} has no splits: {data.made}.' if data.made else ''))
         # what is wrong with the network is told before any image is read
         networks = model, teacher, data_config = create_networks(args, accelerator, task)
         ids = splits['train'].table['image_id'] if args.streaming else splits['train']['image_id']

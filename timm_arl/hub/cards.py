@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.report import (
     calibration_table,
     differences_table,
@@ -53,7 +54,7 @@ def render_card(
     arguments = results['run']['arguments'] if results else {}
     thresholds = config.get('thresholds') or {}
     point = 'youden on validation' if 'youden on validation' in thresholds else 'official'
-    synthetic = data_set.get('name') == 'demo'
+    synthetic = data_set.get('name') in DEMO_TASKS
     official = 'train' in data_set.get('official_splits', ())
     data = ModelCardData(
         license=cfg.get('license') or 'apache-2.0', library_name='timm', pipeline_tag='image-classification',
@@ -96,7 +97,7 @@ def _ordered(metrics: Dict[str, Any]) -> Dict[str, Any]:
 
 def _data_set(split: str, data: Dict[str, Any]) -> Tuple[str, str]:
     """Id and name of the data set of a split."""
-    if data['name'] == 'demo':
+    if data['name'] in DEMO_TASKS:
         return 'synthetic', 'synthetic demo images'
     return ('isic-2017', 'ISIC 2017 Part 3') if split in data['official_splits'] else ('other', data['name'])
 

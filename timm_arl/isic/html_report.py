@@ -17,6 +17,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from ..overlays import colours
+from .dataset.demo import DEMO_TASKS
 from .metrics import interval_text, operating_point, score_split
 from .plots import (
     draw_alphas,
@@ -170,7 +171,7 @@ def html_report(
     pictures = [picture for group in groups for example in group.examples for picture in example.pictures]
     html = template.render(
         name=name, data=data, split=split, splits=shown, labels=task.labels, scores=metrics[split], record=record,
-        synthetic=data == 'demo', training=training, examples=examples, pictures=len(pictures), today=date.today(),
+        synthetic=data in DEMO_TASKS, training=training, examples=examples, pictures=len(pictures), today=date.today(),
         coarse=0 < examples.side < COARSE, official=OFFICIAL_THRESHOLD, curves=_curves(training, task),
         kinds={scale[0] for group in groups for scale in group.scales},
         warnings=_warnings(metrics[split], probabilities[split], truth[split], task), blocks=_blocks(examples),
@@ -210,8 +211,9 @@ def _split(
         reliabilities.append((words, Markup(inline_svg(
             partial(draw_reliability, label=label, truth=t, probabilities=p, scores=own, task=task),
             f'Share of positives against mean probability of {words} on {split}. Expected calibration error '
-            f'{calibration["ece"]:.3f} as given, {calibration["ece_with_temperature"]:.3f} with the temperature '
-            f'{calibration["temperature"]:.2f}.', f'reliability-{split}-{label}', (4.2, 5.2)))))
+            f'{calibration["ece"]:.3f} as given' + (
+                f', {calibration["ece_with_temperature"]:.3f} with the temperature {calibration["temperature"]:.2f}.'
+                if calibration['temperature'] else '.'), f'reliability-{split}-{label}', (4.2, 5.2)))))
     return {
         'images': len(truth), 'scores': scores_cells(scores, task), 'points': points_cells(scores, task),
         'decisions': decisions, 'calibration': calibration_cells(scores, task), 'rocs': rocs,

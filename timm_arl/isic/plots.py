@@ -181,10 +181,11 @@ def draw_reliability(
     calibration = scores['calibration']
     temperature = calibration['temperature']
     axes.plot([0, 1], [0, 1], color='0.6', linewidth=1, linestyle=':')
-    for values, colour, style, name in (
-            (probabilities, _colour(label, task), '-', f'as given, ECE {calibration["ece"]:.3f}'),
-            (apply_temperature(probabilities, temperature), '0.5', '--',
-             f'with temperature T = {temperature:.2f}, ECE {calibration["ece_with_temperature"]:.3f}')):
+    curves = [(probabilities, _colour(label, task), '-', f'as given, ECE {calibration["ece"]:.3f}')]
+    if temperature:
+        curves.append((apply_temperature(probabilities, temperature), '0.5', '--',
+                       f'with temperature T = {temperature:.2f}, ECE {calibration["ece_with_temperature"]:.3f}'))
+    for values, colour, style, name in curves:
         rows = reliability(truth, values)
         x, y = [r['probability'] for r in rows], [r['positives'] for r in rows]
         axes.plot(x, y, style, color=colour, linewidth=1.2, label=name)

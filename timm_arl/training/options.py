@@ -7,6 +7,7 @@ from typing import List, Optional, Sequence
 
 import yaml
 
+from ..isic.dataset import add_data_arguments
 from ..isic.task import HEADS
 from ..isic.transforms import AUGMENTATIONS, CROPS
 from .arguments import ModelKwargs, RunError, check_not_empty, number, program_parser
@@ -85,9 +86,11 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     """
     parser = program_parser(doc, '[--data DIR] [--model NAME] [--output-dir OUT]', parents=[recipe_parser()])
     add = parser.add_argument
-    add('--data', default='demo', metavar='DIR|HUB_ID|demo',
-        help="the challenge's folders, what `isic image download` wrote, a folder or Hub id of the datasets library "
-             "with the splits train, validation and test, or 'demo': generated synthetic images (default: %(default)s)")
+    add('--data', default='demo', metavar='DIR|FILE.csv|HUB_ID|demo',
+        help="a CSV of image paths, a folder for each class, the folders of a challenge or of HAM10000, what `isic "
+             "image download` wrote, a folder or Hub id of the datasets library, or 'demo', 'demo-7' or "
+             "'demo-groups': generated synthetic images (default: %(default)s)")
+    add_data_arguments(parser)
     add('--model', default='arl_cnn14', help='any timm model (default: %(default)s)')
     add('--model-kwargs', nargs='+', default={}, action=ModelKwargs, metavar='KEY=VALUE',
         help='arguments for timm.create_model, such as mask_scale=mean1 alpha_init=0.01; saved in config.json')

@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ..files import replacing
+from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.loading import IsicStream
 from ..isic.task import ISIC2017, Task
 
@@ -23,7 +24,7 @@ def preview(args, images, data_config, task: Task = ISIC2017):
     mean, std = (torch.tensor(data_config[name]).view(3, 1, 1) for name in ('mean', 'std'))
     sheet = Image.new('RGB', (COLUMNS * width + MARGIN, len(images) * height), 'white')
     draw = ImageDraw.Draw(sheet)
-    synthetic = ' (SYNTHETIC images)' * (args.data == 'demo')
+    synthetic = ' (SYNTHETIC images)' * (args.data in DEMO_TASKS)
     grown = f', the last epochs (the first have {args.start_size} px)' * (0 < (args.start_size or 0) < side)
     for row, (name, split) in enumerate(images.items()):
         top = row * height + MARGIN

@@ -1,0 +1,131 @@
+"""The challenges of 2018, 2019, 2020 and 2024 as their zips unpack, and HAM10000 as the Dataverse has it."""
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import datasets
+
+from ..task import TASKS, DataError, Task
+from .groups import WHOLE
+from .sources import image_files
+from .tables import read_lines, typed
+
+__all__ = ['read_challenge']
+
+
+class _Part(NamedTuple):
+    """Where one split of a challenge lies; the first of several places that is there counts."""
+    images: Sequence[str]
+    truth: Sequence[str]
+    about: Sequence[str] = ()  # tables of further columns, all that are there
+
+
+ABOUT = {  # columns of their tables, as they are called here
+    'image': 'image_id', 'image_name': 'image_id', 'isic_id': 'image_id', 'patient': 'patient_id',
+    'age': 'age_approximate', 'age_approx': 'age_approximate',
+    'anatom_site_general': 'site', 'anatom_site_general_challenge': 'site',
+    'localization': 'site', 'target': 'malignant'}
+LEFT_OUT = {'score_weight', 'validation_weight', 'copyright_license', 'attribution', 'benign_malignant'}
+
+CHALLENGES: Dict[str, Dict[str, _Part]] = {
+    'isic2018': {
+        name: _Part(
+            [f'ISIC2018_Task3_{word}_Input', f'ISIC2018_Task3_{word}_Images'],
+            [f'ISIC2018_Task3_{word}_GroundTruth/ISIC2018_Task3_{word}_GroundTruth.csv',
+             f'ISIC2018_Task3_{word}_GroundTruth.csv'],
+            [f'ISIC2018_Task3_{word}_LesionGroupings.csv'])
+        for name, word in (('train', 'Training'), ('validation', 'Validation'), ('test', 'Test'))},
+    'isic2019': {
+        name: _Part(
+            [f'ISIC_2019_{word}_Input'], [f'ISIC_2019_{word}_GroundTruth.csv'], [f'ISIC_2019_{word}_Metadata.csv'])
+        for name, word in (('train', 'Training'), ('test', 'Test'))},
+    'isic2020': {'train': _Part(
+        ['ISIC_2020_Training_JPEG/train', 'ISIC_2020_Training_JPEG', 'ISIC_2020_Training_Input', 'jpeg/train', 'train'],
+        ['ISIC_2020_Training_GroundTruth_v2.csv', 'ISIC_2020_Training_GroundTruth.csv'])},
+    'isic2024': {'train': _Part(
+        ['ISIC_2024_Training_Input', 'ISIC_2024_Permissive_Training_Input', 'train-image/image'],
+        ['ISIC_2024_Training_GroundTruth.csv', 'ISIC_2024_Permissive_Training_GroundTruth.csv', 'train-metadata.csv'],
+        ['ISIC_2024_Training_Input/metadata.csv', 'ISIC_2024_Permissive_Training_Input/metadata.csv',
+         'ISIC_2024_Training_Supplement.csv', 'ISIC_2024_Permissive_Training_Supplement.csv'])},
+    'ham10000': {'train': _Part(
+        ['HAM10000_images_part_1', 'ham10000_images_part_1', 'HAM10000_images'],
+        ['HAM10000_metadata.csv', 'HAM10000_metadata.tab', 'HAM10000_metadata'])},
+}
+SECOND_PARTS = ('HAM10000_images_part_2', 'ham10000_images_part_2')
+
+
+def read_challenge(folder: Path) -> Optional[Tuple[Task, Dict[str, datasets.Dataset]]]:
+    """The task and the splits of a folder with one of these data sets, or None for another layout.
+
+    A part whose ground truth is not there is left out, as the test images of 2020 are, for which there is none. Where
+    only training images have one, they are given as WHOLE. Columns: image, image_id, those of the labels, patient_id,
+    lesion_id, age_approximate, sex and site where they are known, and all others of the tables.
+
+    Raises:
+        DataError: A table that cannot be used, an image without a row, or a row without an image.
+    """
+    for name, parts in CHALLENGES.items():
+        found = {split: (images, truth) for split, part in parts.items()
+                 for images, truth in [(_first(folder, part.images), _first(folder, part.truth))] if truth}
+        if not any(images for images, _ in found.values()):
+            continue
+        task, splits = TASKS[name], {}
+        for split, (images, truth) in found.items():
+            if images is None:
+                raise DataError(f'{folder} has {truth.name if truth else ""} but no {parts[split].images[0]}: unpack '
+                                f'the images beside it.')
+            assert truth is not None
+            about = [file for table in parts[split].about for file in [folder / table] if file.is_file()]
+            folders = [images, *(folder / part for part in SECOND_PARTS if name == 'ham10000')]
+            splits[split] = _split(folders, truth, about, task)
+        return task, {WHOLE: splits['train']} if list(splits) == ['train'] else splits
+    return None
+
+
+def _first(folder: Path, places: Iterable[str]) -> Optional[Path]:
+    return next((folder / place for place in places if (folder / place).exists()), None)
+
+
+def _rows(path: Path) -> Dict[str, Dict[str, str]]:
+    """Rows of a table by image_id, its columns called as they are here."""
+    heads, lines = read_lines(path)
+    names = {head: ABOUT.get(head, head) for head in heads if head not in LEFT_OUT}
+    if 'image_id' not in names.values():
+        raise DataError(f'{path} has no column image, image_name, image_id or isic_id (it has {", ".join(heads)}).')
+    rows: Dict[str, Dict[str, str]] = {}
+    for line in lines:
+        row = {name: line[head] for head, name in names.items()}
+        if row['image_id'] in rows:
+            raise DataError(f'{path}: {row["image_id"]} occurs twice; remove one.')
+        rows[row.pop('image_id')] = row
+    return rows
+
+
+def _split(folders: Sequence[Path], truth: Path, tables: Sequence[Path], task: Task) -> datasets.Dataset:
+    files: Dict[str, Path] = {}
+    for folder in folders:
+        for image_id, file in image_files(folder).items():
+            if image_id in files:
+                raise DataError(f'{image_id} is in {files[image_id].parent} and in {folder}: remove one.')
+            files[image_id] = file
+    rows = _rows(truth)
+    labels = [task.column] if task.column else [label for label in (*task.labels, task.rest) if label]
+    absent = [label for label in labels if label not in next(iter(rows.values())) and label != task.rest]
+    if absent:
+        raise DataError(f'{truth} has no column {", ".join(absent)}: is it the table of {task.title}?')
+    for what, alone in (('image', rows.keys() - files.keys()), ('row', files.keys() - rows.keys())):
+        if alone:
+            raise DataError(f'{truth} and {folders[0]} do not fit: there is no {what} for {min(alone)} ({len(alone)} '
+                            f'such of {len(rows)} rows and {len(files)} images). Unpack all of them, or remove what '
+                            f'has no counterpart.')
+    others: List[Mapping[str, Mapping[str, str]]] = [rows, *map(_rows, tables)]
+    ids = sorted(rows)
+    columns = dict.fromkeys(column for table in others for row in [next(iter(table.values()))] for column in row)
+    content: Dict[str, Any] = {'image': [str(files[image_id]) for image_id in ids], 'image_id': ids}
+    for column in columns:
+        table = next(table for table in others if column in next(iter(table.values())))
+        content[column] = typed([_known(table.get(image_id, {}).get(column, '')) for image_id in ids], column)
+    return datasets.Dataset.from_dict(content).cast_column('image', datasets.Image())
+
+
+def _known(text: str) -> str:
+    return '' if text.lower() == 'unknown' else text

@@ -1,0 +1,199 @@
+"""From the columns that data have to a task and a column of 0 and 1 for each of its labels."""
+import re
+from pathlib import PurePath
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import datasets
+import numpy as np
+
+from ..task import TASKS, DataError, Task
+from .options import Wanted, load_task
+
+__all__ = ['find_task', 'with_ids', 'with_labels', 'words_of']
+
+CLASS_COLUMNS = ('diagnosis', 'dx', 'label', 'class', 'target', 'diagnostic', 'category')
+MOST_CLASSES = 1000
+
+
+def words_of(split: datasets.Dataset, column: str) -> List[Optional[str]]:
+    """The class of each image as the data name it, None where it is missing."""
+    feature = split.features[column]
+    values = list(split[column])
+    if isinstance(feature, datasets.ClassLabel):
+        return [None if value is None or value < 0 else feature.int2str(value) for value in values]
+    return [None if value is None or value != value or value == '' else
+            str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in values]
+
+
+def find_task(
+        splits: Mapping[str, datasets.Dataset],
+        wanted: Wanted,
+        known: Optional[Task],
+        data: str,
+        expected: Optional[Task] = None,
+) -> Tuple[Task, str]:
+    """What is predicted, and the column that names the class of each image; '' for a column of 0 and 1 for each label.
+
+    Args:
+        splits: By name, any columns.
+        wanted: What the user says.
+        known: Task of the source, which the user may overrule.
+        data: What the user calls the data.
+        expected: Task of a network that is to be scored, taken where the data have its labels.
+
+    Raises:
+        DataError: The data do not tell, or not what the user says.
+    """
+    first = next(iter(splits.values()))
+    columns = first.column_names
+    task = load_task(wanted.task) if wanted.task else known if not wanted.labels else None
+    if wanted.task and wanted.labels:
+        raise DataError('--task names the labels: leave out --labels.')
+    if task is None and not wanted.labels:
+        task = max((each for each in TASKS.values() if len(each.labels) > 1 and set(each.labels) <= set(columns)),
+                   key=lambda each: len(each.labels), default=None)
+    if task is None and not wanted.labels and expected is not None and (
+            set(expected.labels) <= set(columns) or _class_column(first, data, expected)):
+        task = expected
+    if task is not None:
+        if not task.column and set(task.labels) <= set(columns):
+            return task, ''
+        column = task.column if task.column in columns else _class_column(first, data, task)
+        if column or task.column:
+            if not column:
+                raise DataError(_lacks(data, [task.column], columns))
+            return task, column
+        raise DataError(_lacks(data, [label for label in task.labels if label not in columns], columns))
+    name = re.sub('[^a-z0-9]+', '-', PurePath(data).name.lower().rpartition('.csv')[0] or PurePath(data).name.lower())
+    name = name.strip('-') or 'own'
+    if name in TASKS:
+        name += '-own'
+    if wanted.labels and set(wanted.labels) <= set(columns):
+        positives = np.concatenate([_ones(split, wanted.labels) for split in splits.values()])
+        one_each = len(wanted.labels) > 1 and (positives == 1).all()
+        return Task(name, wanted.labels, 'multiclass' if one_each else 'multilabel'), ''
+    column = _class_column(first, data)
+    if not column:
+        if wanted.labels:
+            raise DataError(_lacks(data, [label for label in wanted.labels if label not in columns], columns))
+        raise DataError(f'{data} has no column that tells the diagnosis (it has {", ".join(columns)}): name one with '
+                        f'--columns diagnosis=COLUMN, or columns of 0 and 1 with --labels.')
+    found = {word for split in splits.values() for word in words_of(split, column)} - {None}
+    feature = first.features[column]
+    if found <= {'0', '1'} and not isinstance(feature, datasets.ClassLabel) and not wanted.labels:
+        return Task(name, (column,)), ''
+    if len(found) > MOST_CLASSES:
+        raise DataError(f'{data} has {len(found)} different words in column {column}, which cannot be diagnoses: name '
+                        f'another with --columns diagnosis=COLUMN.')
+    labels: Sequence[str] = wanted.labels or (
+        feature.names if isinstance(feature, datasets.ClassLabel) else sorted(str(word) for word in found))
+    if not wanted.labels:
+        for each in TASKS.values():
+            if each.kind == 'multiclass' and set(each.labels) <= set(labels) <= {*each.labels, each.rest}:
+                return each, column
+    return Task(name, tuple(labels), 'multiclass'), column
+
+
+def _lacks(data: str, absent: Sequence[str], columns: Sequence[str]) -> str:
+    return (f'{data}, has no column {", ".join(absent)} (it has {", ".join(columns)}): rename or add it, or say what '
+            f'it is called (--columns NAME=COLUMN).')
+
+
+def _class_column(split: datasets.Dataset, data: str, task: Optional[Task] = None) -> str:
+    """The column that names the class, '' where there is none."""
+    columns = split.column_names
+    if 'diagnosis' in columns:
+        found = ['diagnosis']
+    else:
+        found = [column for column, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
+        found = found or [column for column in columns if column.lower() in CLASS_COLUMNS]
+    if task is not None:  # only one that holds its words
+        words = {word.lower() for word in (*task.classes, *(word for word, _ in task.aliases))}
+        found = [column for column in found if words & {str(word).lower() for word in words_of(split, column)}]
+    if len(found) > 1:
+        raise DataError(f'{data} has several columns that could be the diagnosis ({", ".join(found)}): name it with '
+                        f'--columns diagnosis=COLUMN.')
+    return found[0] if found else ''
+
+
+def _ones(split: datasets.Dataset, labels: Sequence[str]) -> np.ndarray:
+    return sum(np.array([value == 1 for value in split[label]], int) for label in labels)  # type: ignore[return-value]
+
+
+def with_labels(split: datasets.Dataset, task: Task, column: str, where: str) -> datasets.Dataset:
+    """The split with a column of 0 and 1 for each label.
+
+    Args:
+        split: It.
+        task: What is predicted.
+        column: The one that names the class of each image; '' where the columns of 0 and 1 are there.
+        where: What messages call the split.
+
+    Raises:
+        DataError: An image without a class, or of one that is no label.
+    """
+    if not column:
+        return split
+    numbers = class_numbers(words_of(split, column), task, [str(i) for i in split['image_id']], f'{where}: {column}')
+    return datasets.concatenate_datasets([
+        split.remove_columns([label for label in task.labels if label in split.column_names]),
+        datasets.Dataset.from_dict(one_hot(numbers, task))], axis=1)
+
+
+def class_numbers(words: Sequence[Optional[str]], task: Task, image_ids: Sequence[str], where: str) -> np.ndarray:
+    """For each word the number of its label, -1 for the rest.
+
+    Raises:
+        DataError: A word that is missing or no label.
+    """
+    meaning: Dict[str, int] = {}
+    for word, label in [*task.aliases, *zip(task.labels, task.labels), *[(task.rest, task.rest)] * bool(task.rest)]:
+        meaning[word] = task.labels.index(label) if label in task.labels else -1
+    loose = {word.lower(): number for word, number in meaning.items()}
+    numbers: List[Optional[int]] = []
+    wrong: List[Tuple[str, Optional[str]]] = []
+    for image_id, said in zip(image_ids, words):
+        number = None if said is None else meaning.get(said, loose.get(said.lower()))
+        if number is None:
+            wrong.append((image_id, said))
+        numbers.append(number)
+    if wrong:
+        image_id, odd = wrong[0]
+        count = sum(other == odd for _, other in wrong)
+        if odd is None:
+            raise DataError(f'{where} is missing for image {image_id} ({count} such images): fill it in, or leave the '
+                            f'images out.')
+        raise DataError(f'{where} is {odd!r} for image {image_id} ({count} such images), which is no label of '
+                        f'{task.name} ({", ".join([*task.labels, *[task.rest] * bool(task.rest)])}): leave such images '
+                        f'out, or say which label it means in a --task FILE.yaml.')
+    return np.array(numbers)
+
+
+def one_hot(numbers: np.ndarray, task: Task) -> Dict[str, Any]:
+    """A column of 0 and 1 for each label."""
+    return {label: (numbers == k).astype(np.int8) for k, label in enumerate(task.labels)}
+
+
+def with_ids(splits: Mapping[str, datasets.Dataset]) -> Dict[str, datasets.Dataset]:
+    """The splits, with an image_id where they have none: the names of the files or, where those are not known or not
+    all different, split and row number."""
+    if all('image_id' in split.column_names for split in splits.values()):
+        return dict(splits)
+    stems: Dict[str, List[str]] = {}
+    for name, split in splits.items():
+        paths: List[Optional[str]] = []
+        if isinstance(split.features.get('image'), datasets.Image):
+            for table in split.select_columns('image').with_format('arrow').iter(1000):
+                for chunk in table['image'].chunks:
+                    paths += chunk.field('path').to_pylist()
+        else:  # told elsewhere
+            paths = [None] * len(split)
+        stems[name] = [PurePath(path).stem if path else '' for path in paths]
+    everything = [stem for each in stems.values() for stem in each]
+    good = all(everything) and len(set(everything)) == len(everything)
+    given = {}
+    for name, split in splits.items():
+        ids = stems[name] if good else [f'{name}-{row:06d}' for row in range(len(split))]
+        rest = split.remove_columns('image_id') if 'image_id' in split.column_names else split
+        given[name] = datasets.concatenate_datasets([rest, datasets.Dataset.from_dict({'image_id': ids})], axis=1)
+    return given

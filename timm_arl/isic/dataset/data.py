@@ -1,0 +1,48 @@
+"""What the loaders give: splits, and what is predicted of their images."""
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+import datasets
+import numpy as np
+
+from ..task import ISIC2017, Task
+
+__all__ = ['SPLITS', 'Data', 'StreamedSplit', 'label_array']
+
+SPLITS = ('train', 'validation', 'test')
+
+
+class StreamedSplit(NamedTuple):
+    """A split whose images arrive as they are needed, from Parquet shards.
+
+    Attributes:
+        stream: Undecoded images, and what else an image needs.
+        table: image_id and labels of all of them, shard after shard.
+        shards: How many each shard has.
+    """
+    stream: datasets.IterableDataset
+    table: datasets.Dataset
+    shards: Sequence[int]
+
+
+class Data(NamedTuple):
+    """Images, and what is predicted of them.
+
+    Attributes:
+        task: What is predicted.
+        splits: By name, each with the columns image (undecoded), image_id and those of the task's labels.
+        groups: Column of the patient or lesion of each image, none of which is in two splits; '': not known.
+        made: How splits were made here, in words; '' for those of the data.
+    """
+    task: Task
+    splits: Dict[str, Any]
+    groups: str = ''
+    made: str = ''
+
+    def group_ids(self, name: str) -> Optional[List[str]]:
+        """Patient or lesion of each image of a split, or None where they are not known."""
+        return [str(group) for group in self.splits[name][self.groups]] if self.groups else None
+
+
+def label_array(split: datasets.Dataset, task: Task = ISIC2017) -> np.ndarray:
+    """The labels as float32, shape (N, labels), columns in the order of the task's labels."""
+    return np.stack([np.asarray(list(split[label]), dtype=np.float32) for label in task.labels], axis=1)

@@ -1,0 +1,99 @@
+"""Data that the datasets library reads: a folder, a file of Parquet or a Hub id."""
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Sequence, Tuple, TypeVar
+
+import datasets
+import pyarrow
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from yaml import YAMLError
+
+from ...download import plain_http
+from ..task import DataError
+from .sources import image_files
+from .tables import renamed
+
+__all__ = ['check_rows', 'load_library', 'undecoded', 'with_names']
+
+AnySplit = TypeVar('AnySplit', datasets.Dataset, datasets.IterableDataset)
+
+
+def load_library(data: str, **kwargs: Any) -> Any:
+    """What datasets.load_dataset gives of a folder, a Parquet file or a Hub id.
+
+    Args:
+        data: It.
+        **kwargs: Of datasets.load_dataset.
+
+    Raises:
+        DataError: No such data, or data that cannot be read.
+    """
+    is_folder = bool(data) and Path(data).is_dir()
+    is_file = data.endswith('.parquet') and Path(data).is_file()
+    if not is_folder and not is_file and (data.count('/') != 1 or data.startswith(('.', '/', '~'))):
+        raise DataError(f"No folder {data}: pass a folder (the challenge's, what `isic image download` wrote, one of "
+                        f'classes, or one with splits in Parquet), a CSV of image paths, a dataset id on the Hugging '
+                        f"Face Hub (user/name), or 'demo'.")
+    try:
+        with plain_http():
+            if is_file:
+                return datasets.load_dataset('parquet', data_files={'train': data}, **kwargs)
+            return datasets.load_dataset(data, cache_dir=_cache_of(Path(data)) if is_folder else None, **kwargs)
+    except (OSError, ValueError, RuntimeError, YAMLError, DatasetsError, DatasetGenerationError) as error:
+        reason = ' '.join(str(error).split())
+        if is_folder or is_file:
+            raise DataError(f'{data} is not a dataset that can be read (ISIC-2017_Training_Data/ and so on, a folder '
+                            f'for each class, or data/train-*.parquet and so on): {reason}') from error
+        raise DataError(f'No folder {data}, and no dataset of that id could be loaded from the Hugging Face Hub: '
+                        f'{reason.rstrip(".")}; check the id and the network, log in where it is private or gated '
+                        f'(hf auth login, or HF_TOKEN), or name a mirror (HF_ENDPOINT).') from error
+
+
+def _cache_of(folder: Path) -> str:
+    """A cache for this folder as it is now.
+
+    The datasets library takes two folders of one name, or one folder before and after a change, for the same dataset
+    where their cards list the same files.
+    """
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for path in sorted(folder.rglob('*')):
+        status = path.stat()
+        digest.update(f'{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0'.encode())
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, f'timm_arl-{digest.hexdigest()[:24]}')
+
+
+def check_rows(folder: Path, split: datasets.Dataset) -> None:
+    """Refuse images without a row in the metadata of their folder, which the datasets library leaves out silently."""
+    if not any((folder / f'metadata.{ending}').is_file() for ending in ('csv', 'jsonl')):
+        return
+    cells = undecoded(split, 'image', str(folder))['image'] if 'image' in split.column_names else []
+    loaded = {Path(cell['path']).name for cell in cells if cell and cell['path']}
+    alone = sorted(path.name for path in image_files(folder).values() if path.name not in loaded)
+    if alone:
+        raise DataError(f'{folder}: there is no row of metadata for {alone[0]} ({len(alone)} such images): add it, or '
+                        f'take the image out.')
+
+
+def undecoded(split: AnySplit, column: str, where: str) -> AnySplit:
+    """The split with a column of images left as bytes or paths.
+
+    Raises:
+        DataError: The column holds something else.
+    """
+    try:
+        return split.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(f'{where}: column {column} holds no images; it must have the feature type Image '
+                        f'of the datasets library.') from error
+
+
+def with_names(split: AnySplit, columns: Sequence[Tuple[str, str]], where: str) -> AnySplit:
+    """The split with its columns called as --columns says.
+
+    Raises:
+        DataError: A column that is not there.
+    """
+    names = renamed(list(split.features), columns, where)
+    taken = [name for name in names.values() if name in split.features and name not in names]
+    return split.remove_columns(taken).rename_columns(names) if names else split

@@ -1,0 +1,205 @@
+"""A CSV of image paths with their labels, as people have it."""
+import csv
+import math
+from pathlib import Path, PurePath
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+
+import datasets
+
+from ..task import DataError
+from .groups import SPLIT_NAMES, WHOLE, split_name
+from .sources import IMAGE_SUFFIXES
+
+__all__ = ['read_image_table', 'read_lines', 'renamed', 'typed', 'unique_ids']
+
+IMAGE_COLUMNS = (
+    'image', 'image_path', 'path', 'file_name', 'filename', 'filepath', 'file', 'img', 'image_name', 'img_id',
+    'image_id', 'isic_id')
+NAMED = 3  # missing files in a message
+
+
+def read_lines(path: Path) -> Tuple[List[str], List[Dict[str, str]]]:
+    """Columns and rows of a table whose values are divided by commas, semicolons or tabs.
+
+    A byte order mark, CRLF and spaces around values are accepted; empty lines are left out.
+
+    Raises:
+        DataError: It cannot be read, has no row, a column twice, or a row with more values than columns.
+    """
+    try:
+        with path.open(newline='', encoding='utf-8-sig') as file:
+            head = file.readline()
+            file.seek(0)
+            delimiter = max(',;\t', key=head.count)
+            reader = csv.DictReader(file, skipinitialspace=True, delimiter=delimiter)
+            columns = [(name or '').strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            rows = []
+            for row in reader:
+                if None in row:
+                    raise DataError(f'{path}, line {reader.line_num}: it has more values than the {len(columns)} '
+                                    f'columns; put quotes around text that holds {delimiter!r}.')
+                rows.append({key: (value or '').strip() for key, value in row.items()})
+    except FileNotFoundError as error:
+        raise DataError(f'There is no {path}.') from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f'{path} cannot be read as CSV: {error}') from error
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise DataError(f'{path} has the column {twice[0] or "without a name"} twice: rename or remove one.')
+    if not rows:
+        raise DataError(f'{path} has no rows below its header.')
+    return columns, rows
+
+
+def renamed(columns: Sequence[str], wanted: Iterable[Tuple[str, str]], where: str) -> Dict[str, str]:
+    """New name of each column of the data that --columns names.
+
+    Args:
+        columns: Of the data.
+        wanted: Pairs of a new name and a column.
+        where: What messages call the data.
+
+    Raises:
+        DataError: A column that is not there.
+    """
+    names = {}
+    for name, column in wanted:
+        if column not in columns:
+            raise DataError(f'--columns {name}={column}: {where} has no column {column} (it has '
+                            f'{", ".join(columns)}).')
+        names[column] = name
+    return names
+
+
+def read_image_table(path: Path, columns: Sequence[Tuple[str, str]] = ()) -> Dict[str, datasets.Dataset]:
+    """The splits of a CSV with a row for each image, or all of it as WHOLE where it has no column split.
+
+    Paths are relative to the folder of the CSV, or all are absolute. A name without a folder that is not beside the CSV
+    is looked for in the folders below. Other columns are kept, as numbers where all of their values are.
+
+    Args:
+        path: The CSV.
+        columns: Pairs of a name that is expected here and the column's name in the file.
+
+    Raises:
+        DataError: A table that cannot be used; the message names the line.
+    """
+    heads, rows = read_lines(path)
+    names = renamed(heads, columns, str(path))
+    taken = set(names.values())
+    rows = [{names.get(head, head): value for head, value in row.items() if head in names or head not in taken}
+            for row in rows]
+    heads = list(rows[0])
+    image = next((column for column in IMAGE_COLUMNS if column in {head.lower() for head in heads}), None)
+    image = next((head for head in heads if head.lower() == image), None)
+    if image is None:
+        raise DataError(f'{path} has no column of image paths (it has {", ".join(heads)}): name it with --columns '
+                        f'image=COLUMN.')
+    files = _files(path, [row[image] for row in rows])
+    if 'image_id' in heads and image != 'image_id':
+        ids = [row['image_id'] for row in rows]
+    else:
+        ids = unique_ids([[PurePath(row[image]).with_suffix('').parts[-1],
+                           '-'.join(part for part in PurePath(row[image]).with_suffix('').parts if part != '/')]
+                          for row in rows])
+    content: Dict[str, List[Any]] = {'image': [str(file) for file in files], 'image_id': ids}
+    for head in heads:
+        if head and head not in (image, 'image', 'image_id', 'split'):
+            content[head] = typed([row[head] for row in rows], head)
+    whole = datasets.Dataset.from_dict(content).cast_column('image', datasets.Image())
+    if 'split' not in heads:
+        return {WHOLE: whole}
+    return {name: whole.select(numbers) for name, numbers in _by_split(path, [row['split'] for row in rows]).items()}
+
+
+def _by_split(path: Path, words: Sequence[str]) -> Mapping[str, List[int]]:
+    numbers: Dict[str, List[int]] = {}
+    for row, word in enumerate(words):
+        name = split_name(word)
+        if name is None:
+            count = sum(other == word for other in words)
+            raise DataError(f'{path}, line {row + 2}: the split is {word!r} ({count} such rows), which is none of '
+                            f'{", ".join(SPLIT_NAMES)}: correct it.')
+        numbers.setdefault(name, []).append(row)
+    return numbers
+
+
+def _files(path: Path, names: Sequence[str]) -> List[Path]:
+    """The image files of a table."""
+    folder = path.parent.absolute()
+    empty = next((row for row, name in enumerate(names) if not name), None)
+    if empty is not None:
+        raise DataError(f'{path}, line {empty + 2}: there is no image path.')
+    absolute = [PurePath(name).is_absolute() for name in names]
+    if any(absolute) and not all(absolute):
+        raise DataError(f'{path} mixes relative and absolute paths ({names[absolute.index(False)]} and '
+                        f'{names[absolute.index(True)]}): write all in one way.')
+    below: Optional[Dict[str, List[Path]]] = None
+    files, missing = [], []
+    first: Dict[Path, int] = {}
+    for row, name in enumerate(names):
+        depth = 0
+        for part in () if absolute[0] else PurePath(name.replace('\\', '/')).parts:
+            depth += -1 if part == '..' else 1
+            if depth < 0:
+                raise DataError(f'{path}, line {row + 2}: {name} leaves the folder of the table: move the images into '
+                                f'{folder}, or write absolute paths.')
+        name = name.replace('\\', '/') if '/' not in name and not absolute[0] else name
+        file = folder / name
+        if not file.is_file():
+            found = [folder / f'{name}{suffix}' for suffix in IMAGE_SUFFIXES if (folder / f'{name}{suffix}').is_file()]
+            if not found and '/' not in name:
+                below = _below(folder) if below is None else below
+                found = below.get(name, [])
+            if len(found) > 1:
+                raise DataError(f'{path}, line {row + 2}: there are several files {name} ({found[0]} and {found[1]}): '
+                                f'write the path of the one that is meant.')
+            if not found:
+                missing.append(name)
+            file = found[0] if found else file
+        if file in first:
+            raise DataError(f'{path}, line {row + 2}: {name} occurs twice (in line {first[file]} too): remove one.')
+        first[file] = row + 2
+        files.append(file)
+    if missing:
+        named = ', '.join(missing[:NAMED]) + ', ...' * (len(missing) > NAMED)
+        raise DataError(f'{len(missing)} of the {len(names)} images of {path} are missing in {folder}: {named}. Put '
+                        f'them there, correct the paths, or remove the rows.')
+    return files
+
+
+def _below(folder: Path) -> Dict[str, List[Path]]:
+    """Image files in the folders below, by name with and without its ending."""
+    found: Dict[str, List[Path]] = {}
+    for file in sorted(folder.glob('*/**/*')):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            found.setdefault(file.name, []).append(file)
+            found.setdefault(file.stem, []).append(file)
+    return found
+
+
+def unique_ids(candidates: Sequence[Sequence[str]]) -> List[str]:
+    """For each image the first of its names, or the second, ..., that makes all of them differ; the last otherwise."""
+    for names in zip(*candidates):
+        if len(set(names)) == len(names):
+            return list(names)
+    return [names[-1] for names in candidates]
+
+
+def typed(values: Sequence[str], name: str = '') -> List[Any]:
+    """Whole numbers, numbers or words, as all of them are; '', NaN and the like become None.
+
+    Args:
+        values: As a CSV has them.
+        name: Of the column; those of ids stay words.
+    """
+    known = [None if value.lower() in ('', 'nan', 'na', 'n/a', 'null') else value for value in values]
+    for kind in () if name.lower().endswith('_id') else (int, float):
+        try:
+            numbers = [None if value is None else kind(value) for value in known]
+        except ValueError:
+            continue
+        if all(number is None or math.isfinite(number) for number in numbers):
+            return numbers
+    return known
