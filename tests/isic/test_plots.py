@@ -1,4 +1,5 @@
 """Pictures as a reader sees them: nothing covered or cut, whole epochs, every marker visible, and the right words."""
+import dataclasses
 import re
 from xml.etree import ElementTree
 
@@ -10,7 +11,7 @@ from PIL import Image
 from timm_arl.isic import plots
 from timm_arl.isic.calibration import expected_calibration_error
 from timm_arl.isic.metrics import score_split
-from timm_arl.isic.task import LABELS, label_words
+from timm_arl.isic.task import ISIC2017, LABELS, Task, label_words
 
 
 @pytest.fixture
@@ -22,8 +23,9 @@ def drawn(tmp_path, monkeypatch):
         figures.append(figure)
         save(figure, *args, **kwargs)
 
-    def draw(plot, *args):
-        plot(tmp_path / 'picture.png', *args, 'a title', **{'resamples': 20} if plot is plots.roc_plot else {})
+    def draw(plot, *args, **kwargs):
+        kwargs.update({'resamples': 20} if plot is plots.roc_plot else {})
+        plot(tmp_path / 'picture.png', *args, 'a title', **kwargs)
         with Image.open(tmp_path / 'picture.png') as picture:
             assert picture.format == 'PNG' and len(np.unique(np.asarray(picture.convert('L')))) > 10
         assert [path.name for path in tmp_path.iterdir()] == ['picture.png']
@@ -128,12 +130,20 @@ def test_reliability_tells_temperature_error_and_what_circles_are(drawn, images,
             f'{example} images']
 
 
-def test_one_label(drawn, monkeypatch):
+def test_one_label(drawn):
     truth, probabilities, scores = scored()
-    monkeypatch.setattr(plots, 'LABELS', LABELS[:1])
+    one = dataclasses.replace(ISIC2017, labels=LABELS[:1])
     for plot in (plots.roc_plot, plots.reliability_plot):
-        assert len(drawn(plot, truth[:, :1], probabilities[:, :1], scores).axes) == 1
-    assert words(drawn(plots.curve_plot, summary(2)).axes[1])[1] == 'mean'
+        assert len(drawn(plot, truth[:, :1], probabilities[:, :1], scores, task=one).axes) == 1
+    assert words(drawn(plots.curve_plot, summary(2), task=one).axes[1])[1] == 'mean'
+
+
+def test_many_labels_are_drawn_in_rows(drawn):
+    task = Task('own', tuple('abcdefg'), 'multiclass')
+    rng = np.random.default_rng(0)
+    truth, probabilities = np.eye(7)[np.arange(70) % 7], rng.random((70, 7))
+    figure = drawn(plots.roc_plot, truth, probabilities, score_split(truth, probabilities, 20, task=task), task=task)
+    assert len(figure.axes) == 7 and figure.bbox.width < 4000
 
 
 def test_a_panel_for_a_page_is_of_its_ink_and_loads_nothing():

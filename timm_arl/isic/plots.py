@@ -36,6 +36,7 @@ COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00')  # 
 POINTS = (('o', 12, 'white'), ('s', 8, 'white'), ('^', 5, 'black'))  # nested where operating points coincide
 BLOCKS = LinearSegmentedColormap.from_list('', COLOURS[:4])  # seen on a white and on a black ground
 GRID = np.linspace(0, 1, 201)
+COLUMNS = 4  # of panels, at most
 
 
 def inline_svg(draw: Callable[[Axes], None], alt: str, name: str, size: Tuple[float, float] = (4.2, 4.8)) -> str:
@@ -303,8 +304,13 @@ def _figure(width: float, height: float, title: str) -> Figure:
 
 
 def _panels(columns: int, height: float, title: str) -> Tuple[Figure, List[Axes]]:
-    figure = _figure(4.6 * columns, height, title)
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    rows = -(-columns // COLUMNS)
+    across = -(-columns // rows)
+    figure = _figure(4.6 * across, height * rows, title)
+    panels = list(figure.subplots(rows, across, squeeze=False).flat)
+    for panel in panels[columns:]:
+        panel.remove()
+    return figure, panels[:columns]
 
 
 def _legend(axes: Axes, **kwargs: Any) -> None:

@@ -3,8 +3,8 @@ import argparse
 import sys
 from typing import Optional, Sequence
 
+from ..task import DataError
 from . import demo, duplicates, prepare
-from .sources import DataError
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from ...files import read_rows, write_rows
 from ..images import decode, reason_of
-from .sources import DataError
-from .splits import load_splits
+from ..task import DataError
+from .options import add_data_arguments, wanted_of
+from .splits import load_data
 
 __all__ = ['add_arguments', 'check', 'find_duplicates', 'read_pairs']
 
@@ -20,6 +21,7 @@ COLUMNS = ('image_id_a', 'split_a', 'image_id_b', 'split_b', 'kind', 'correlatio
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', metavar='SRC', help='any --data')
+    add_data_arguments(parser)
     parser.add_argument('--output', metavar='LIST.csv', help='write the pairs, for --drop-duplicates')
     parser.add_argument('--correlation', type=float, default=0.985,
                         help='of 32 px copies from which on images count as near-identical (default: %(default)s)')
@@ -31,7 +33,8 @@ def check(args: argparse.Namespace) -> int:
         raise DataError('--correlation must be above 0 and at most 1.')
     if args.output and not Path(args.output).parent.is_dir():  # told before the work, not after it
         raise DataError(f'No folder {Path(args.output).parent} for {args.output}: make it first.')
-    pairs = find_duplicates(load_splits(args.source), args.correlation)
+    pairs = find_duplicates(
+        load_data(args.source, wanted_of(args), needed=(), whole='train').splits, args.correlation)
     across = [p for p in pairs if p['split_a'] != p['split_b']]
     for p in pairs:
         print('{split_a} {image_id_a}  {split_b} {image_id_b}  {kind}  {correlation:.4f}'.format(**p))
@@ -46,7 +49,7 @@ def find_duplicates(splits: Dict[str, Any], correlation: float = 0.985) -> List[
     """Pairs of images, within and across splits.
 
     Args:
-        splits: What load_splits gives.
+        splits: By name, with the columns image and image_id.
         correlation: Of the pixels of 32 x 32 copies, under the best of the eight flips and quarter turns.
 
     Returns:

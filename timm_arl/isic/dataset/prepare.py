@@ -20,22 +20,19 @@ from tqdm import tqdm
 
 from ...files import replacing, write_json
 from ..images import decode, decode_mask, reason_of
-from ..task import LABELS, label_words
+from ..task import ISIC2017, DataError, Task, label_words
+from .data import SPLITS
 from .duplicates import read_pairs
-from .sources import CHALLENGE_ZIPS, DataError, image_files, read_table
-from .splits import SPLITS, load_splits
+from .options import add_data_arguments, wanted_of
+from .sources import CHALLENGE_ZIPS, image_files, read_table
+from .splits import load_data
 
 __all__ = ['add_arguments', 'prepare']
 
 SHARD = 256  # images
 JPEG_QUALITY = 92
-FEATURES = datasets.Features({
-    'image': datasets.Image(), 'image_id': datasets.Value('string'),
-    **{label: datasets.Value('int8') for label in LABELS},
-    'age_approximate': datasets.Value('float32'), 'sex': datasets.Value('string'),
-    'mask': datasets.Image(), 'width': datasets.Value('int32'), 'height': datasets.Value('int32'),
-    'aspect_ratio': datasets.Value('float32'),
-})
+MEASURES = {
+    'width': datasets.Value('int32'), 'height': datasets.Value('int32'), 'aspect_ratio': datasets.Value('float32')}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('target', metavar='DST', help='folder for the Parquet shards; run the command again to continue after a kill')
     add('--longest-side', type=int, default=768, metavar='PX', help='of a stored image (default: %(default)s)')
     add('--extra-ids', metavar='LIST.csv',
-        help=f'add the images of this list to train (columns image_id, {", ".join(LABELS)})')
+        help='add the images of this list to train (columns image_id and the labels, as 0 and 1)')
     add('--extra-images', metavar='DIR', help='the image files of --extra-ids, named ID.jpg (default: in SRC)')
     add('--drop-duplicates', metavar='LIST.csv',
         help='leave images out of train that are twins of others by this list of pairs (image_id_a, image_id_b)')
     add('--skip-bad-images', action='store_true', help='leave out images that cannot be read instead of stopping')
     add('--workers', type=int, default=os.cpu_count(), help='processes (default: %(default)s)')
+    add('--seed', type=int, default=0, help='of the splits, where the data have none (default: %(default)s)')
+    add_data_arguments(parser)
 
 
 def prepare(args: argparse.Namespace) -> int:
@@ -65,9 +64,13 @@ def prepare(args: argparse.Namespace) -> int:
         raise DataError('--longest-side must be at least 64 and --workers at least 1.')
     target = Path(args.target)
     _check_zips(Path(args.source))
-    splits = {name: _select(split) for name, split in load_splits(args.source).items()}
+    data = load_data(args.source, wanted_of(args), args.seed, needed=())
+    task, features = data.task, _features(data.splits, data.task)
+    if data.made:
+        print(f'{args.source} has no splits: {data.made}.')
+    splits = {name: _select(split, features) for name, split in data.splits.items()}
     if args.extra_ids:
-        splits['train'] = datasets.concatenate_datasets([splits['train'], _extra(args, splits)])
+        splits['train'] = datasets.concatenate_datasets([splits['train'], _extra(args, splits, task)])
     dropped: List[str] = []
     if args.drop_duplicates:
         dropped = _twins(args.drop_duplicates, splits)
@@ -80,6 +83,7 @@ def prepare(args: argparse.Namespace) -> int:
         'longest_side': args.longest_side, 'shard': SHARD, 'skip_bad_images': args.skip_bad_images,
         'images': {name: len(split) for name, split in splits.items()},
         'table': hashlib.sha256('\n'.join(tables).encode()).hexdigest(),
+        **({} if task.config() is None else {'task': task.config()}),
     }
     _check_target(target, plan)
     (target / 'data').mkdir(parents=True, exist_ok=True)
@@ -100,7 +104,8 @@ def prepare(args: argparse.Namespace) -> int:
           tqdm(total=total, unit='image') as bar):
         futures = {
             pool.submit(_write_shard, path, split.select(range(start, min(start + SHARD, len(split)))),
-                        args.longest_side, args.skip_bad_images): path for path, split, start in open_jobs}
+                        args.longest_side, args.skip_bad_images, features, task): path
+            for path, split, start in open_jobs}
         try:
             for future in as_completed(futures):
                 bar.update(future.result())
@@ -108,7 +113,7 @@ def prepare(args: argparse.Namespace) -> int:
             pool.shutdown(cancel_futures=True)
             raise
     skipped = _skipped(target, splits)
-    counts = _write_card(target, args, dropped, skipped)
+    counts = _write_card(target, args, dropped, skipped, task)
     if skipped:
         print(f'Left out, since they cannot be read: {", ".join(skipped)}. To include them, fix them, remove {target} '
               f'and run the command again.')
@@ -146,21 +151,36 @@ def _check_zips(source: Path) -> None:
             raise DataError(f'{path} is there, but not unpacked: unzip it in {source}.')
 
 
-def _select(split: datasets.Dataset) -> datasets.Dataset:
-    split = split.select_columns([c for c in FEATURES if c in split.column_names])
+def _features(splits: Dict[str, datasets.Dataset], task: Task) -> datasets.Features:
+    """Columns of the shards: those that we know, and all others of the data that hold numbers, words or classes."""
+    features: Dict[str, Any] = {
+        'image': datasets.Image(), 'image_id': datasets.Value('string'),
+        **{label: datasets.Value('int8') for label in task.labels},
+        'age_approximate': datasets.Value('float32'), 'sex': datasets.Value('string'),
+        'mask': datasets.Image(), **MEASURES}
+    for split in splits.values():
+        for column, feature in split.features.items():
+            if isinstance(feature, (datasets.Value, datasets.ClassLabel)):
+                features.setdefault(column, feature)
+    return datasets.Features(features)
+
+
+def _select(split: datasets.Dataset, features: datasets.Features) -> datasets.Dataset:
+    split = split.select_columns([c for c in features if c in split.column_names])
     for column in ('image', 'mask'):
         if column in split.column_names:
             split = split.cast_column(column, datasets.Image(decode=False))
     return split
 
 
-def _extra(args: argparse.Namespace, splits: Dict[str, datasets.Dataset]) -> datasets.Dataset:
-    table = read_table(Path(args.extra_ids), ('image_id', *LABELS))
+def _extra(args: argparse.Namespace, splits: Dict[str, datasets.Dataset], task: Task) -> datasets.Dataset:
+    table = read_table(Path(args.extra_ids), ('image_id', *task.labels))
     for image_id, row in table.items():
-        values = [row[label] for label in LABELS]
-        if not set(values) <= {'0', '1', '0.0', '1.0'} or sum(map(float, values)) > 1:
-            raise DataError(f'{args.extra_ids}: the labels of {image_id} must be 0 or 1, at most one of them 1, but '
-                            f'are {" and ".join(values)}.')
+        values = [row[label] for label in task.labels]
+        if not set(values) <= {'0', '1', '0.0', '1.0'} or (task.exclusive and sum(map(float, values)) > 1):
+            at_most = ', at most one of them 1,' * task.exclusive
+            raise DataError(f'{args.extra_ids}: the labels of {image_id} must be 0 or 1{at_most} but are '
+                            f'{" and ".join(values)}.')
     folder = Path(args.extra_images or args.source)
     if not folder.is_dir():
         raise DataError(f'No folder {folder}: --extra-images is where the files of --extra-ids are.')
@@ -178,7 +198,7 @@ def _extra(args: argparse.Namespace, splits: Dict[str, datasets.Dataset]) -> dat
     columns: Dict[str, List[Any]] = {c: [None] * len(table) for c in features}
     columns['image_id'] = list(table)
     columns['image'] = [{'bytes': None, 'path': str(files[i])} for i in table]
-    for label in LABELS:
+    for label in task.labels:
         columns[label] = [float(row[label]) for row in table.values()]
     return datasets.Dataset.from_dict(columns, features=features)
 
@@ -222,7 +242,14 @@ def _bytes(image: Image.Image, fmt: str, **options: Any) -> Dict[str, Any]:
     return {'bytes': file.getvalue(), 'path': None}
 
 
-def _write_shard(path: Path, rows: datasets.Dataset, longest_side: int, skip_bad_images: bool) -> int:
+def _write_shard(
+        path: Path,
+        rows: datasets.Dataset,
+        longest_side: int,
+        skip_bad_images: bool,
+        features: datasets.Features,
+        task: Task,
+) -> int:
     """Returns the number of images, including those that were left out."""
     content = []
     for row in rows:
@@ -241,15 +268,15 @@ def _write_shard(path: Path, rows: datasets.Dataset, longest_side: int, skip_bad
                             f'--skip-bad-images.') from error
         squashed = image.width == image.height and row.get('aspect_ratio') is not None
         content.append({
-            **{column: row.get(column) for column in FEATURES},
-            **{label: int(row[label]) for label in LABELS},
+            **{column: row.get(column) for column in features},
+            **{label: int(row[label]) for label in task.labels},
             'image': _bytes(_resized(image, longest_side, Image.Resampling.BICUBIC), 'JPEG', quality=JPEG_QUALITY),
             'mask': None if mask is None else _bytes(mask, 'PNG'),
             'width': row.get('width') or image.width, 'height': row.get('height') or image.height,
             'aspect_ratio': row['aspect_ratio'] if squashed else image.width / image.height,
         })
     with replacing(path) as temporary:
-        datasets.Dataset.from_list(content, features=FEATURES).to_parquet(temporary)
+        datasets.Dataset.from_list(content, features=features).to_parquet(temporary)
     return len(rows)
 
 
@@ -260,35 +287,43 @@ def _skipped(target: Path, splits: Dict[str, datasets.Dataset]) -> List[str]:
     return [str(i) for split in splits.values() for i in split['image_id'] if str(i) not in written]
 
 
-def _write_card(target: Path, args: argparse.Namespace, dropped: List[str], skipped: List[str]) -> Dict[str, int]:
+def _write_card(
+        target: Path,
+        args: argparse.Namespace,
+        dropped: List[str],
+        skipped: List[str],
+        task: Task,
+) -> Dict[str, int]:
     """Write README.md and return how many images each split has."""
-    lines = ['---', 'pretty_name: ISIC 2017 Part 3, prepared by timm-arl', 'task_categories:', '- image-classification',
+    lines = ['---', f'pretty_name: {task.title}, prepared by timm-arl', 'task_categories:', '- image-classification',
              'configs:', '- config_name: default', '  data_files:']
-    columns = ['split', 'images', *map(label_words, LABELS), 'neither', 'masks', 'age known', 'sex known']
+    columns = ['split', 'images', *map(label_words, task.labels),
+               'neither' if len(task.labels) == 2 else 'none of them', 'masks', 'age known', 'sex known']
     table = [f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
     written = {}
-    for name in SPLITS:
+    for name in [name for name in SPLITS if any((target / 'data').glob(f'{name}-*.parquet'))]:
         lines += [f'  - split: {name}', f'    path: data/{name}-*.parquet']
-        counts = _counts(sorted((target / 'data').glob(f'{name}-*.parquet')))
+        counts = _counts(sorted((target / 'data').glob(f'{name}-*.parquet')), task)
         written[name] = counts[0]
         table.append(f'| {name} | ' + ' | '.join(map(str, counts)) + ' |')
     command = shlex.join(['python', '-m', 'timm_arl.isic.dataset', *sys.argv[1:]])
-    lines += ['---', '', '# ISIC 2017 Part 3', '',
+    lines += ['---', '', f'# {task.title}', '',
               f'Longest side {args.longest_side} px at most, aspect kept, JPEG quality {JPEG_QUALITY}; `width` and '
               f'`height` are those of the originals. Made by `{command}` on {time.strftime("%Y-%m-%d")}.', '', *table]
     if dropped:
         lines += ['', f'Left out of train as twins of other images: {", ".join(dropped)}.']
     if skipped:
         lines += ['', f'Left out, since they cannot be read: {", ".join(skipped)}.']
-    lines += ['', 'The licence is that of the source: the 2017 challenge data are CC0; external images have their own.']
+    lines += ['', 'The licence is that of the source' + (
+        ': the 2017 challenge data are CC0; external images have their own.' if task.name == ISIC2017.name else '.')]
     with replacing(target / 'README.md') as temporary:
         temporary.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     return written
 
 
-def _counts(paths: List[Path]) -> Tuple[int, ...]:
+def _counts(paths: List[Path], task: Task) -> Tuple[int, ...]:
     about = ['mask', 'age_approximate', 'sex']
-    table = pyarrow.parquet.read_table([str(p) for p in paths], columns=[*LABELS, *about])
-    positives = [sum(table[label].to_pylist()) for label in LABELS]
+    table = pyarrow.parquet.read_table([str(p) for p in paths], columns=[*task.labels, *about])
+    positives = [sum(table[label].to_pylist()) for label in task.labels]
     known = [table.num_rows - table[column].null_count for column in about]
     return table.num_rows, *positives, table.num_rows - sum(positives), *known

@@ -174,7 +174,7 @@ def _arranged(
         if by_id.keys() == set(ids):
             return {name: everything.select([row for row, image_id in enumerate(ids) if by_id[image_id] == name])
                     for name in SPLITS if name in by_id.values()}, ''
-    if set(needed) <= splits.keys():
+    if set(needed) <= splits.keys() and (WHOLE not in splits or len(splits) > 1):
         return splits, ''
     if whole and len(splits) == 1:
         return {whole: next(iter(splits.values()))}, ''
