@@ -86,9 +86,10 @@ class Task:
         if len(self.labels) < 1 + multiclass:
             raise DataError(f'A {self.kind} task needs at least {1 + multiclass} labels, but has '
                             f'{", ".join(self.labels) or "none"}.')
-        for label in self.classes:
+        names = [*self.classes, *[self.rest] * bool(multiclass and self.rest)]
+        for label in names:
             check_label(label)
-        twice = sorted({label for label in self.classes if self.classes.count(label) > 1})
+        twice = sorted({label for label in names if names.count(label) > 1})
         if twice:
             raise DataError(f'The label {twice[0]} is named twice: give each label once.')
         if self.head not in HEADS:

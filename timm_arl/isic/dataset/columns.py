@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from ..task import TASKS, DataError, Task
-from .options import Wanted, load_task
+from .options import Wanted
 
 __all__ = ['find_task', 'with_ids', 'with_labels', 'words_of']
 
@@ -37,7 +37,7 @@ def find_task(
     Args:
         splits: By name, any columns.
         wanted: What the user says.
-        known: Task of the source, which the user may overrule.
+        known: The task that the user names, or that of the source, if there is one.
         data: What the user calls the data.
         expected: Task of a network that is to be scored, taken where the data have its labels.
 
@@ -46,9 +46,7 @@ def find_task(
     """
     first = next(iter(splits.values()))
     columns = first.column_names
-    task = load_task(wanted.task) if wanted.task else known if not wanted.labels else None
-    if wanted.task and wanted.labels:
-        raise DataError('--task names the labels: leave out --labels.')
+    task = known if wanted.task or not wanted.labels else None
     if task is None and not wanted.labels:
         task = max((each for each in TASKS.values() if len(each.labels) > 1 and set(each.labels) <= set(columns)),
                    key=lambda each: len(each.labels), default=None)

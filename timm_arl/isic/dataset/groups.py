@@ -1,6 +1,6 @@
 """Patients and lesions that stay together, and splits made where the data have none."""
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import datasets
 import numpy as np
@@ -51,8 +51,10 @@ def find_groups(splits: Mapping[str, datasets.Dataset], wanted: Optional[str], w
 def with_groups(split: datasets.Dataset, column: str) -> datasets.Dataset:
     """The split with names in that column; an image whose group is not known is one by itself."""
     ids = [str(image_id) for image_id in split['image_id']]
-    found = list(split[column]) if column in split.column_names else [None] * len(ids)
+    found: List[Any] = list(split[column]) if column in split.column_names else [None] * len(ids)
     groups = [image_id if _empty(group) else str(group) for image_id, group in zip(ids, found)]
+    if groups == found:
+        return split
     rest = split.remove_columns(column) if column in split.column_names else split
     return datasets.concatenate_datasets([rest, datasets.Dataset.from_dict(
         {column: groups}, features=datasets.Features({column: datasets.Value('string')}))], axis=1)

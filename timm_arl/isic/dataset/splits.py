@@ -23,7 +23,7 @@ from .groups import (
     with_groups,
 )
 from .library import check_rows, load_library, with_names
-from .options import Wanted
+from .options import Wanted, load_task
 from .sources import read_folder
 from .streaming import NO_SHARDS, load_streaming
 from .tables import read_image_table
@@ -65,10 +65,13 @@ def load_data(
         DataError: No such data, labels that are not what the task needs, an image that has no name of its own, groups
             that are in two splits, or a validation split that lacks a class (no AUC could choose an epoch).
     """
+    asked = load_task(wanted.task) if wanted.task else None
+    if asked and wanted.labels:
+        raise DataError('--task names the labels: leave out --labels.')
     if streaming:
         if data in DEMO_TASKS or _is_table(data) or (Path(data).is_dir() and _read_files(Path(data))[1] is not None):
             raise DataError(NO_SHARDS.format(data))
-        return load_streaming(data, wanted, _prepared(data))
+        return load_streaming(data, wanted, asked or _prepared(data))
     known, source = _read(data, wanted, seed)
     named = {str(split_name(name)) if split_name(name) else name: split for name, split in source.items()}
     odd = [name for name in named if name not in (*SPLITS, WHOLE)]
@@ -76,7 +79,7 @@ def load_data(
         raise DataError(f'{data} has no split {", ".join(name for name in needed if name not in named)} (it has '
                         f'{", ".join(source)}): the splits must be named {", ".join(SPLITS)}.')
     splits = with_ids({name: named[name] for name in (WHOLE, *SPLITS) if name in named})
-    task, column = find_task(splits, wanted, known, data, expected)
+    task, column = find_task(splits, wanted, asked or known, data, expected)
     splits = {name: with_labels(split, task, column, _where(data, name)) for name, split in splits.items()}
     groups = find_groups(splits, wanted.group, data)
     if groups:

@@ -107,10 +107,11 @@ def read_image_table(path: Path, columns: Sequence[Tuple[str, str]] = ()) -> Dic
     for head in heads:
         if head and head not in (image, 'image', 'image_id', 'split'):
             content[head] = typed([row[head] for row in rows], head)
-    whole = datasets.Dataset.from_dict(content).cast_column('image', datasets.Image())
-    if 'split' not in heads:
-        return {WHOLE: whole}
-    return {name: whole.select(numbers) for name, numbers in _by_split(path, [row['split'] for row in rows]).items()}
+    parts = _by_split(path, [row['split'] for row in rows]) if 'split' in heads else {WHOLE: list(range(len(rows)))}
+    features = datasets.Dataset.from_dict(content).features
+    return {name: datasets.Dataset.from_dict(
+        {head: [values[row] for row in numbers] for head, values in content.items()}, features=features
+    ).cast_column('image', datasets.Image()) for name, numbers in parts.items()}
 
 
 def _by_split(path: Path, words: Sequence[str]) -> Mapping[str, List[int]]:
