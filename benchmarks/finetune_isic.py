@@ -293,6 +293,7 @@ def main():
                          *((('train',), 'train') if args.folds else ()))
         data = data._replace(task=data.task.with_head(args.head))
         task, splits, args.head = data.task, data.splits, data.task.head
+        args.group_column = data.groups or args.group_column
         accelerator.print(f'Task {task.name}: {", ".join(task.labels)} ({task.head}).' + (
             f' Images of one {data.groups} stay together.' if data.groups else '') + (
             f' {args.data} has no splits: {data.made}.' if data.made else ''))

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ..isic.crops import Box
-from ..isic.task import DIAGNOSES, label_words
+from ..isic.task import DIAGNOSES, ISIC2017, label_words, words_list
 from ..pictures import REMARKS
 from ..predictor import Predictor
 from .analysis import MAX_BYTES, MAX_PIXELS, NOT_FOR, Analysis, accepted_words, data_url, synthetic_picture
@@ -33,11 +33,13 @@ THUMBNAIL = 160  # pixels
 
 def head(predictor: Predictor) -> str:
     """Title, what the page is and what it is not for."""
+    count = {1: 'one probability', 2: 'two probabilities'}.get(
+        len(predictor.labels), f'{len(predictor.labels)} probabilities')
     notes = ''.join(f'<p class="arl-note">{escape(remark)}</p>' for remark in predictor.remarks)
     return (
         f'<header class="arl-head"><h1>What does the network see?</h1>'
-        f'<p>Give <code>{escape(predictor.name)}</code> a dermoscopic image. It answers with two probabilities, '
-        f'{" and ".join(label_words(label) for label in predictor.labels)}, and shows where they come from.</p>'
+        f'<p>Give <code>{escape(predictor.name)}</code> a dermoscopic image. It answers with {count}, '
+        f'{words_list(predictor.labels)}, and shows where they come from.</p>'
         f'<p class="arl-warning" role="note"><strong>{NOT_FOR.partition(". ")[0]}.</strong> '
         f'{NOT_FOR.partition(". ")[2]} Its errors are many: see <a href="#about">what is known about it</a>.</p>'
         f'{notes}</header>')
@@ -281,10 +283,10 @@ def _caveats(predictor: Predictor, measured: Optional[Dict[str, Any]]) -> List[s
         *(f'Probabilities of {label} are too {"high" if gap > 0 else "low"} on those images, by {abs(gap):.3f} on '
           f'average.' for label, gap in gaps if abs(gap) > 0.05),
         'Do not use it on patients, in any setting. That holds for clinicians and for patients themselves.',
-        'It knows melanoma, seborrheic keratosis and nevus, and answers to anything else as if it were one of them. '
+        f'It knows {words_list(predictor.task.known)}, and answers to anything else as if it were one of them. '
         'Photographs that were not taken with a dermatoscope are such a thing.',
-        'The images of ISIC 2017 come from a few clinics with mostly light-skinned patients. Skin types were not '
-        'recorded, so nobody knows how scores differ between them.',
+        *['The images of ISIC 2017 come from a few clinics with mostly light-skinned patients. Skin types were not '
+          'recorded, so nobody knows how scores differ between them.'] * (predictor.task.name == ISIC2017.name),
         'Probabilities are not risks in any practice: they follow the mix of diagnoses in training.',
         'A map shows what the network used, not what matters in medicine. It may look plausible and be wrong.',
     ]

@@ -7,6 +7,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..isic.dataset.demo import DEMO_TASKS
+from ..isic.dataset.options import NO_GROUPS
 from ..isic.report import (
     calibration_table,
     differences_table,
@@ -15,7 +16,7 @@ from ..isic.report import (
     points_table,
     scores_table,
 )
-from ..isic.task import ISIC2017, Task, label_words
+from ..isic.task import ISIC2017, TASKS, Task, label_words, words_list
 
 __all__ = ['render_card']
 
@@ -64,10 +65,13 @@ def render_card(
         eval_results=_eval_results(results, task) if results else None)
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=config['architecture'], measured=measured,
-        is_arl=config['architecture'].startswith('arl_'), label_names=label_names, source=source,
+        is_arl=config['architecture'].startswith('arl_'), label_names=label_names, source=source, task=task,
+        labels=words_list(task.labels), classes=words_list(task.known),
         load_name=repr(load_name),
         data_text=('generated, **synthetic** images: its scores say nothing about skin' if synthetic else 'ISIC 2017'
-                   if official else f'`{data_set.get("name")}`, which is not the whole training set of ISIC 2017'),
+                   if official else f'`{data_set.get("name")}`' + (
+                       ', which is not the whole training set of ISIC 2017' if task.name == ISIC2017.name else
+                       f' ({task.title})' * (task.name in TASKS))),
         crops=arguments.get('crops', 'center'), grey_world=arguments.get('grey_world'),
         lesion_crop=arguments.get('lesion_crop'), squash=arguments.get('aspect') == 'squash',
         has_points=len(thresholds) > 1,
@@ -150,6 +154,8 @@ def _training(results: Dict[str, Any]) -> str:
         ('started from', f'`{start}`' if start else 'scratch'),
         *([('lesion masks', f'learned beside the diagnosis, weight {arguments["mask_weight"]}')]
           if arguments.get('mask_weight') else []),
+        *([('groups', f'images of one `{arguments["group_column"]}` are in one split')]
+          if arguments.get('group_column') not in (None, NO_GROUPS) else []),
         ('command', f'`{run["command"]}`'), ('recipe', arguments['recipe']), ('seed', arguments['seed']),
         ('image size', f'{results["img_size"]} px'),
         ('crops', f'{arguments.get("crops")}; their probabilities are averaged'),

@@ -269,7 +269,7 @@ def _differences(run: Path, metrics: Dict[str, Any], alpha_zero: Path, task: Tas
 
 def _usual_tag(architecture: str, arguments: Dict[str, Any], official: List[str]) -> str:
     """Tag for weights from the name of their training images; never that of weights that come with this package."""
-    data = _slug(Path(arguments['data']).name)
+    data = _slug(Path(arguments['data']).name.removesuffix('.csv'))
     tag = 'isic2017' if 'train' in official else '-'.join(filter(None, [data, _slug(arguments.get('fold') or '')]))
     if tag == 'isic2017' and 'train' not in official:
         tag = 'isic2017-other'

@@ -11,7 +11,7 @@ import torch
 
 __all__ = [
     'DIAGNOSES', 'HEADS', 'ISIC2017', 'KINDS', 'LABELS', 'OFFICIAL_THRESHOLD', 'TASKS', 'DataError', 'Task',
-    'apply_temperature', 'balancing_weights', 'check_label', 'label_words', 'probabilities_of',
+    'apply_temperature', 'balancing_weights', 'check_label', 'label_words', 'probabilities_of', 'words_list',
 ]
 
 OFFICIAL_THRESHOLD = 0.5  # the challenge's scorer calls an image positive strictly above it
@@ -34,9 +34,9 @@ def check_label(label: str) -> None:
         DataError: Such a label.
     """
     if (not isinstance(label, str) or label != label.strip() or not label.strip('.') or len(label) > 80
-            or any(c in '/\\,=' or ord(c) < 32 for c in label)):
-        raise DataError(f'{label!r} is no usable label: it must be a word of at most 80 characters, without comma, '
-                        f'equals sign and slashes.')
+            or any(c in '/\\,=<>&"`|{}' or ord(c) < 32 for c in label)):
+        raise DataError(f'{label!r} is no usable label: it must be a word of at most 80 characters, without any of '
+                        f'/ \\ , = < > & " ` | {{ }}.')
     if label in RESERVED:
         raise DataError(f'{label} cannot be a label, since a column of the tables is called so: rename it.')
 
@@ -44,6 +44,12 @@ def check_label(label: str) -> None:
 def label_words(label: str) -> str:
     """A label as a reader knows it: 'seborrheic keratosis'."""
     return label.replace('_', ' ')
+
+
+def words_list(labels: Sequence[str]) -> str:
+    """Labels as a reader knows them: 'melanoma, nevus and scar'."""
+    *first, last = map(label_words, labels)
+    return f'{", ".join(first)} and {last}' if first else last
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,11 @@ class Task:
     def classes(self) -> Tuple[str, ...]:
         """What an image can be: the labels and, in a multilabel task, first the rest."""
         return self.labels if self.kind == 'multiclass' else (self.rest or NONE, *self.labels)
+
+    @property
+    def known(self) -> Tuple[str, ...]:
+        """Names of what a network has learned to tell apart, labels first."""
+        return (*self.labels, *[self.rest] * bool(self.rest and self.kind == 'multilabel'))
 
     @property
     def outputs(self) -> Tuple[str, ...]:

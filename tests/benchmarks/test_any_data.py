@@ -1,0 +1,129 @@
+"""The programs on each kind of data and task, as docs/data.md says: train, score again, publish, predict."""
+import contextlib
+import csv
+import io
+import json
+
+import pytest
+from any_data import KINDS, SEVEN, isic2018, lines, make, table
+
+from timm_arl.export import main as export
+from timm_arl.hub.__main__ import main as hub
+from timm_arl.isic.dataset.__main__ import main as dataset
+from timm_arl.predict import main as predict
+
+QUICK = ('--model', 'test_resnet', '--epochs', 1, '--batch-size', 8, '--img-size', 64, '--start-size', 64, '--crops',
+         'center', '--workers', 0, '--tracker', 'none')
+
+
+def done(result):
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def rows(path):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
+def test_train_and_score_each_kind(tmp_path, call, kind):
+    source, (_, name, labels, groups) = make(kind, tmp_path / 'data'), KINDS[kind]
+    out, again = tmp_path / 'out', tmp_path / 'again'
+    said = done(call('finetune_isic', '--data', source, *QUICK, '--output-dir', out))
+    assert f'Task {name}: {", ".join(labels)}' in said and ('stay together' in said) == bool(groups)
+    assert read(out / 'config.json')['task']['name'] == name
+    metrics, predictions = read(out / 'metrics.json'), rows(out / 'predictions_test.csv')
+    assert list(metrics['test'])[:len(labels)] == list(labels)
+    assert list(predictions[0]) == ['image_id', *labels, *['group'] * bool(groups)]
+    if len(labels) > 1:  # an image has one of the labels
+        assert all(abs(sum(float(row[label]) for label in labels) - 1) < 1e-5 for row in predictions)
+    assert (out / 'splits.csv').exists() == ('has no splits' in said) == (kind not in ('splits of classes', 'isic2018'))
+    # the same images are scored again, also where the run has divided them
+    done(call('evaluate_isic', '--data', source, '--checkpoint', out, '--output-dir', again, '--workers', 0))
+    assert [row['image_id'] for row in rows(again / 'predictions_test.csv')] == [row['image_id'] for row in predictions]
+    for label in labels:
+        assert read(again / 'metrics.json')['test'][label]['auc'] == pytest.approx(
+            metrics['test'][label]['auc'], abs=1e-6)
+
+
+@pytest.fixture(scope='module')
+def seven(tmp_path_factory):
+    """Small shards of ISIC 2018, as prepare writes them, whose columns tell the task."""
+    folder = tmp_path_factory.mktemp('seven')
+    assert dataset(['prepare', str(isic2018(folder / 'originals')), str(folder / 'small'), '--longest-side', '64',
+                    '--workers', '1']) == 0
+    return folder / 'small'
+
+
+@pytest.mark.slow
+def test_seven_classes_to_the_end(tmp_path, call, seven):
+    out, evaluation, staged = tmp_path / 'out', tmp_path / 'evaluation', tmp_path / 'staged'
+    flags = ('--model', 'arl_cnn14', *QUICK[2:])
+    done(call('finetune_isic', '--data', seven, *flags, '--output-dir', out, '--balance', 'weights', '--mixup', .2))
+    done(call('evaluate_isic', '--data', seven, '--checkpoint', out, '--output-dir', evaluation, '--workers', 0,
+              '--report'))
+    page = (evaluation / 'report.html').read_text()
+    assert all(f'AUC, {label}' in page for label in SEVEN)
+    assert hub(['stage', str(out), str(staged), '--evaluation', str(evaluation)]) == 0
+    card = (staged / 'README.md').read_text()
+    assert 'MEL, NV, BCC, AKIEC, BKL, DF and VASC' in card and 'one `lesion_id` are in one split' in card
+    assert 'melanoma, one of seborrheic' not in card and 'softmax(1)' in card
+    code = card[card.index('```python') + 9:].split('```')
+    image = next(seven.parent.rglob('*.jpg'))
+    program = (code[0] + code[2].removeprefix('python')).replace("'lesion.jpg'", repr(str(image)))
+    program = program.replace('local-dir:staged', f'local-dir:{staged}')
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(program, {})
+    found = said.getvalue().splitlines()
+    assert [line.partition(':')[0] for line in found] == list(SEVEN)
+    assert export(['--model', str(staged), '--output', str(tmp_path / 'm.onnx')]) == 0
+    for name, flag, network in (('p', '--model', staged), ('o', '--onnx', tmp_path / 'm.onnx')):
+        assert predict([*map(str, (image, flag, network, '--output-dir', tmp_path / name, '--workers', 0))]) == 0
+    one, other = (rows(tmp_path / name / 'predictions.csv')[0] for name in 'po')
+    for label, line in zip(SEVEN, found):
+        assert float(one[label]) == pytest.approx(float(other[label]), abs=1e-3)
+        assert float(line.split()[1].rstrip(',')) == pytest.approx(float(one[label]), abs=2e-3)
+        assert one[f'{label}_decision'] in '01'
+
+
+@pytest.mark.slow
+def test_streamed_shards_are_the_same_images(tmp_path, call, seven):
+    outputs = []
+    for name, flags in (('stream', ['--streaming']), ('disk', [])):
+        done(call('finetune_isic', '--data', seven, *QUICK, '--output-dir', tmp_path / name, *flags))
+        outputs.append([row['image_id'] for row in rows(tmp_path / name / 'predictions_test.csv')])
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 21
+
+
+@pytest.mark.slow
+def test_several_labels_folds_and_a_teacher(tmp_path, call):
+    source = table(tmp_path, 40, (0, 1), ('image', 'scar', 'ulcer', 'patient_id'),
+                   lambda k: (int(k % 3 == 0), f'p{k // 2 * 2 + (k // 2) % 2}'))
+    flags = ('--data', source, '--labels', 'scar', 'ulcer', *QUICK)
+    teacher = tmp_path / 'teacher'
+    done(call('finetune_isic', *flags, '--output-dir', teacher, '--balance', 'weights'))
+    assert read(teacher / 'config.json')['task']['kind'] == 'multilabel'
+    done(call('finetune_isic', *flags, '--output-dir', tmp_path / 'student', '--teacher', teacher))
+    done(call('finetune_isic', *flags, '--output-dir', tmp_path / 'folds', '--folds', 2))
+    held_out = rows(tmp_path / 'folds' / 'predictions_cross_validation.csv')
+    assert len(held_out) == 40 and set(held_out[0]) == {'image_id', 'scar', 'ulcer', 'group'}
+    folds = [{row['group'] for row in rows(tmp_path / 'folds' / f'fold-{k}' / 'predictions_validation.csv')}
+             for k in (0, 1)]
+    assert not folds[0] & folds[1]
+    refused = call('finetune_isic', *flags, '--output-dir', tmp_path / 'x', '--head', 'softmax')
+    assert refused.returncode == 2 and 'softmax needs images with one label at most' in refused.stderr
+    # without a validation split no threshold is chosen
+    lines(tmp_path / 'other.csv', ('image', 'scar', 'ulcer'), [(f'images/{k}.png', k % 2, k % 3 % 2) for k in range(30)])
+    said = done(call('evaluate_isic', '--data', tmp_path / 'other.csv', '--checkpoint', teacher, '--output-dir',
+                     tmp_path / 'e', '--workers', 0, '--report'))
+    assert 'no thresholds and no temperatures are chosen' in said
+    metrics = read(tmp_path / 'e' / 'metrics.json')
+    assert list(metrics) == ['test'] and metrics['test']['scar']['operating_points'] == []
+    refused = call('evaluate_isic', '--data', 'demo-groups', '--checkpoint', teacher, '--output-dir', tmp_path / 'x')
+    assert refused.returncode == 2 and 'knows scar, ulcer' in refused.stderr
