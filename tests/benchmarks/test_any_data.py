@@ -119,7 +119,8 @@ def test_several_labels_folds_and_a_teacher(tmp_path, call):
     refused = call('finetune_isic', *flags, '--output-dir', tmp_path / 'x', '--head', 'softmax')
     assert refused.returncode == 2 and 'softmax needs images with one label at most' in refused.stderr
     # without a validation split no threshold is chosen
-    lines(tmp_path / 'other.csv', ('image', 'scar', 'ulcer'), [(f'images/{k}.png', k % 2, k % 3 % 2) for k in range(30)])
+    lines(tmp_path / 'other.csv', ('image', 'scar', 'ulcer'), [
+        (f'images/{k}.png', k % 2, k % 3 % 2) for k in range(30)])
     said = done(call('evaluate_isic', '--data', tmp_path / 'other.csv', '--checkpoint', teacher, '--output-dir',
                      tmp_path / 'e', '--workers', 0, '--report'))
     assert 'no thresholds and no temperatures are chosen' in said
