@@ -213,8 +213,9 @@ def train(args, accelerator, data, out, networks=None):
         if not torch.isfinite(probabilities).all():
             raise RunError(f'Probabilities of validation images are not numbers after epoch {epoch + 1}: lower --lr.')
         validation_loss = (
-            binary_cross_entropy(probabilities, truth['validation']) if task.kind == 'multilabel' else
-            nll_loss(probabilities.clamp(min=1e-12).log(), task.class_numbers(truth['validation']))).item()
+            nll_loss(probabilities.clamp(min=1e-12).log(), task.class_numbers(truth['validation']))
+            if task.kind == 'multiclass' and task.is_softmax else
+            binary_cross_entropy(probabilities, truth['validation'])).item()
         aucs = auc(truth['validation'].T.numpy(), probabilities.T.numpy()).tolist()
         row = {
             'epoch': epoch + 1,

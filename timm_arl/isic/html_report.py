@@ -170,7 +170,8 @@ def html_report(
     groups = (*examples.groups, *examples.differing)
     pictures = [picture for group in groups for example in group.examples for picture in example.pictures]
     html = template.render(
-        name=name, data=data, split=split, splits=shown, labels=task.labels, scores=metrics[split], record=record,
+        name=name, data=data, split=split, splits=shown, labels=task.labels,
+        adds_up=task.kind == 'multiclass' and task.is_softmax, scores=metrics[split], record=record,
         synthetic=data in DEMO_TASKS, training=training, examples=examples, pictures=len(pictures), today=date.today(),
         coarse=0 < examples.side < COARSE, official=OFFICIAL_THRESHOLD, curves=_curves(training, task),
         kinds={scale[0] for group in groups for scale in group.scales},

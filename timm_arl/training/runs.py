@@ -163,6 +163,7 @@ def discard_start(out):
         return
     for folder in started:
         (folder / 'run.json').unlink()
+        (folder / 'splits.csv').unlink(missing_ok=True)
         shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
         for emptied in (folder, folder.parent) if folder != out else (out,):
             with contextlib.suppress(OSError):  # not empty

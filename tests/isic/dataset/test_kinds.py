@@ -9,7 +9,8 @@ from timm_arl.isic.dataset import DataError, Wanted, label_array, load_data
 from timm_arl.isic.dataset.columns import with_labels
 from timm_arl.isic.dataset.demo import DEMO_TASKS, demo_dataset
 from timm_arl.isic.dataset.options import load_task
-from timm_arl.isic.loading import IsicSplit
+from timm_arl.isic.loading import EpochBatches, IsicSplit, IsicStream
+from timm_arl.isic.transforms import eval_transform
 
 SIZES = {'csv': 40, 'classes': 20, 'splits of classes': 60, 'isic2018': 63, 'isic2019': 50, 'isic2020': 24,
          'isic2024': 20, 'ham10000': 42}
@@ -116,6 +117,28 @@ def test_the_rarest_class_is_in_every_split(tmp_path):
         classes = ['nevus'] * 37 + ['rare'] * 3
         data = load_data(str(table(tmp_path / str(seed), 40, classes)), seed=seed)
         assert [int(label_array(split, data.task)[:, 1].sum()) for split in data.splits.values()] == [1, 1, 1]
+
+
+def test_a_stream_of_other_classes(tmp_path):
+    features = datasets.Features({'img': datasets.Image(), 'image_id': datasets.Value('string'),
+                                  'dx': datasets.ClassLabel(names=['b', 'a', 'c']), 'case': datasets.Value('string')})
+    (tmp_path / 'data').mkdir()
+    for name, count in (('train', 12), ('validation', 6)):
+        content = [{'img': {'bytes': jpeg((k, 80, 60)), 'path': None}, 'image_id': f'{name}{k}', 'dx': k % 3,
+                    'case': f'{name}{k // 3}'} for k in range(count)]
+        datasets.Dataset.from_list(content, features=features).to_parquet(
+            tmp_path / 'data' / f'{name}-00000-of-00001.parquet')
+    wanted = Wanted(columns=(('image', 'img'), ('diagnosis', 'dx')), group='case')
+    data = load_data(str(tmp_path), wanted, streaming=True)
+    assert data.task.labels == ('b', 'a', 'c') and data.groups == 'case'
+    train = data.splits['train']
+    batches = EpochBatches(label_array(train.table, data.task), 4, task=data.task)
+    shown = [(labels, image_id) for _, some, ids in IsicStream(train, batches, eval_transform(16, [0] * 3, [1] * 3))
+             for labels, image_id in zip(some, ids)]
+    assert len(shown) == 12
+    assert all(labels.tolist().index(1) == int(image_id[5:]) % 3 and labels.sum() == 1 for labels, image_id in shown)
+    whole = load_data(str(tmp_path), wanted).splits['train']
+    assert np.array_equal(label_array(whole, data.task), label_array(train.table, data.task))
 
 
 def edited(path, old, new):
