@@ -128,3 +128,19 @@ def test_several_labels_folds_and_a_teacher(tmp_path, call):
     assert list(metrics) == ['test'] and metrics['test']['scar']['operating_points'] == []
     refused = call('evaluate_isic', '--data', 'demo-groups', '--checkpoint', teacher, '--output-dir', tmp_path / 'x')
     assert refused.returncode == 2 and 'knows scar, ulcer' in refused.stderr
+
+
+@pytest.mark.parametrize('program', ['finetune_isic', 'evaluate_isic', 'prepare', 'check'])
+def test_bad_data_stop_every_program(tmp_path, call, capsys, program):
+    source = table(tmp_path / 'd', 8)
+    source.write_text(source.read_text().replace('images/3.png,nevus', 'images/3.png,'))
+    if program in ('prepare', 'check'):
+        with pytest.raises(SystemExit) as stopped:
+            dataset([program, str(source), *[str(tmp_path / 'out')] * (program == 'prepare')])
+        status, said = stopped.value.code, capsys.readouterr().err
+    else:
+        more = ('--checkpoint', 'arl_cnn14.isic2017') if program == 'evaluate_isic' else QUICK
+        stopped = call(program, '--data', source, *more, '--output-dir', tmp_path / 'out')
+        status, said = stopped.returncode, stopped.stderr
+    assert status == 2 and 'label is missing for image 3 (1 such images): fill it in' in said
+    assert not (tmp_path / 'out').exists()

@@ -297,8 +297,9 @@ def _write_card(
     """Write README.md and return how many images each split has."""
     lines = ['---', f'pretty_name: {task.title}, prepared by timm-arl', 'task_categories:', '- image-classification',
              'configs:', '- config_name: default', '  data_files:']
+    others = task.kind == 'multilabel' or bool(task.rest)
     columns = ['split', 'images', *map(label_words, task.labels),
-               'neither' if len(task.labels) == 2 else 'none of them', 'masks', 'age known', 'sex known']
+               *['neither' if len(task.labels) == 2 else 'none of them'] * others, 'masks', 'age known', 'sex known']
     table = [f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
     written = {}
     for name in [name for name in SPLITS if any((target / 'data').glob(f'{name}-*.parquet'))]:
@@ -326,4 +327,5 @@ def _counts(paths: List[Path], task: Task) -> Tuple[int, ...]:
     table = pyarrow.parquet.read_table([str(p) for p in paths], columns=[*task.labels, *about])
     positives = [sum(table[label].to_pylist()) for label in task.labels]
     known = [table.num_rows - table[column].null_count for column in about]
-    return table.num_rows, *positives, table.num_rows - sum(positives), *known
+    neither = [table.num_rows - sum(map(any, zip(*(table[label].to_pylist() for label in task.labels))))]
+    return table.num_rows, *positives, *neither * (task.kind == 'multilabel' or bool(task.rest)), *known

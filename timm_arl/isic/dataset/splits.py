@@ -5,7 +5,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 import datasets
 
-from ..task import ISIC2017, DataError, Task
+from ..task import ISIC2017, DataError, Task, words_list
 from .challenges import read_challenge
 from .checks import check_labels, check_splits, check_usable
 from .columns import find_task, with_ids, with_labels
@@ -191,4 +191,4 @@ def _arranged(
     made = {name: source.select([row for row, part in enumerate(parts) if part == name]) for name in shares}
     by = f'by {groups}, ' if groups else ''
     return {**{name: split for name, split in splits.items() if name == 'test'}, **made}, (
-        f'{" and ".join(shares)} divided {by}with seed {seed}')
+        f'{words_list(list(shares))} divided {by}with seed {seed}')
