@@ -7,7 +7,7 @@ import json
 import pytest
 from any_data import KINDS, SEVEN, isic2018, lines, make, table
 
-from timm_arl.export import main as export
+from timm_arl.export.__main__ import main as export
 from timm_arl.hub.__main__ import main as hub
 from timm_arl.isic.dataset.__main__ import main as dataset
 from timm_arl.predict import main as predict
@@ -82,7 +82,7 @@ def test_seven_classes_to_the_end(tmp_path, call, seven):
         exec(program, {})
     found = said.getvalue().splitlines()
     assert [line.partition(':')[0] for line in found] == list(SEVEN)
-    assert export(['--model', str(staged), '--output', str(tmp_path / 'm.onnx')]) == 0
+    assert export(['--model', str(staged), '--output', str(tmp_path / 'm.onnx'), '--with-preprocessing']) == 0
     for name, flag, network in (('p', '--model', staged), ('o', '--onnx', tmp_path / 'm.onnx')):
         assert predict([*map(str, (image, flag, network, '--output-dir', tmp_path / name, '--workers', 0))]) == 0
     one, other = (rows(tmp_path / name / 'predictions.csv')[0] for name in 'po')

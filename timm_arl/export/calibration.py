@@ -9,6 +9,7 @@ from huggingface_hub.utils import tqdm  # of the core: it comes with timm
 
 from ..image_list import OwnImages, write_image_list
 from ..isic.images import readings
+from ..isic.task import Task
 from ..isic.transforms import EvalCrops, normalisation
 from ..onnx_file import ExportError, OnnxModel
 from ..pictures import Pictures
@@ -85,12 +86,18 @@ def _pictures(source: str, cutter: Cutter) -> Tuple[Callable[[int], torch.Tensor
 
 def _splits(source: str, cut: EvalCrops, about: Dict[str, Any]) -> List[Any]:
     """The train and the validation images of a data set, cut as evaluate_isic.py cuts them."""
-    from ..isic.dataset import load_splits  # these need the extra `train`
+    from ..isic.dataset import DataError, load_data  # these need the extra `train`
     from ..isic.loading import IsicSplit
 
-    splits = load_splits(source)
-    return [IsicSplit(splits[name], cut, keep_aspect=about.get('aspect', 'keep') == 'keep', every_epoch=False,
-                      colour_constancy=bool(about.get('grey_world')), crop_to_lesion=bool(about.get('lesion_crop')))
+    names = about.get('label_names') or ()
+    task = Task.of_config(about, len(names)) if names else None
+    data = load_data(source, expected=task)
+    if task is not None and data.task.labels != task.labels:
+        raise DataError(f'{source} has the labels {", ".join(data.task.labels)}, but the network has '
+                        f'{", ".join(task.labels)}: name a folder of pictures, or data with these.')
+    look = dict(keep_aspect=about.get('aspect', 'keep') == 'keep', colour_constancy=bool(about.get('grey_world')),
+                crop_to_lesion=bool(about.get('lesion_crop')))
+    return [IsicSplit(data.splits[name], cut, task=data.task, every_epoch=False, **look)
             for name in ('train', 'validation')]
 
 
