@@ -69,7 +69,7 @@ def test_seven_classes_to_the_end(tmp_path, call, seven):
     done(call('evaluate_isic', '--data', seven, '--checkpoint', out, '--output-dir', evaluation, '--workers', 0,
               '--report'))
     page = (evaluation / 'report.html').read_text()
-    assert all(f'AUC, {label}' in page for label in SEVEN)
+    assert all(f'AUC, {label}' in page for label in SEVEN) and 'group ISIC_00002' in page and 'add up to 1' in page
     assert hub(['stage', str(out), str(staged), '--evaluation', str(evaluation)]) == 0
     card = (staged / 'README.md').read_text()
     assert 'MEL, NV, BCC, AKIEC, BKL, DF and VASC' in card and 'one `lesion_id` are in one split' in card

@@ -1,4 +1,4 @@
-"""The ISIC 2017 Part 3 task: which diagnosis a dermoscopic image shows. Knows dermoscopy, knows nothing of ARL."""
-from .task import LABELS, probabilities_of
+"""Which diagnosis a dermoscopic image shows: tasks, data, scores. Knows dermoscopy, knows nothing of ARL."""
+from .task import LABELS, TASKS, Task, probabilities_of
 
-__all__ = ['LABELS', 'probabilities_of']
+__all__ = ['LABELS', 'TASKS', 'Task', 'probabilities_of']

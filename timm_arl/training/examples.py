@@ -214,6 +214,8 @@ def _example(
     text = f'probability of {label_words(label)} {probabilities[row, k]:.3f}'
     if other is not None:
         text += f', by the other network {other[row, k]:.3f}'
+    if images.groups:
+        text += f'; group {images.groups[row]}'
     pictures = [Shown(picture, 'image', f'Dermoscopic image {image_id}, {diagnosis}.')]
     for each in overlays:
         heat = each.heats[row]

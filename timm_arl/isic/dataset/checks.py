@@ -10,7 +10,7 @@ from .data import SPLITS, StreamedSplit, label_array
 from .library import undecoded
 from .sources import check_image_id
 
-__all__ = ['check_columns', 'check_labels', 'check_splits', 'check_usable']
+__all__ = ['check_columns', 'check_labels', 'check_learned', 'check_splits', 'check_usable']
 
 
 def check_splits(
@@ -67,6 +67,20 @@ def check_usable(splits: Mapping[str, Any], data: str, task: Task = ISIC2017) ->
         if labels[:, k].min() == labels[:, k].max():
             raise DataError(f'{data}, split validation, has {int(labels[:, k].sum())} images of {label} out of '
                             f'{len(labels)}: the AUC that chooses epochs and thresholds needs both classes.')
+
+
+def check_learned(splits: Mapping[str, datasets.Dataset], data: str, task: Task) -> None:
+    """Refuse a class of which other splits have images, but train has none.
+
+    Raises:
+        DataError: There is one.
+    """
+    counts = {name: label_array(split, task).sum(0) for name, split in splits.items()}
+    for k, label in enumerate(task.labels):
+        having = [f'{name} ({int(each[k])})' for name, each in counts.items() if each[k] and name != 'train']
+        if having and not counts['train'][k]:
+            raise DataError(f'{data} has images of {label} in {" and ".join(having)}, but none in train: move some '
+                            f'there, or leave them out.')
 
 
 def check_columns(

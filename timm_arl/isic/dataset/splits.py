@@ -7,7 +7,7 @@ import datasets
 
 from ..task import ISIC2017, DataError, Task, words_list
 from .challenges import read_challenge
-from .checks import check_labels, check_splits, check_usable
+from .checks import check_labels, check_learned, check_splits, check_usable
 from .columns import find_task, with_ids, with_labels
 from .data import SPLITS, Data, StreamedSplit, label_array
 from .demo import DEMO_TASKS, demo_dataset
@@ -85,6 +85,8 @@ def load_data(
     if groups:
         splits = {name: with_groups(split, groups) for name, split in splits.items()}
     splits, made = _arranged(splits, task, groups, wanted, seed, needed, whole, earlier, data)
+    if 'train' in needed and 'train' in splits and column:
+        check_learned(splits, data, task)
     checked = check_splits(splits, data, task=task, needed=needed)
     if groups:
         check_groups(checked, groups, data)
