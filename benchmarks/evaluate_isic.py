@@ -30,6 +30,7 @@ from timm_arl.extras import require
 
 require('train', __name__)
 
+import datasets
 import timm
 import torch
 from accelerate.utils import set_seed
@@ -45,12 +46,14 @@ from timm_arl.isic.calibration import (
     expected_calibration_error,
     fit_temperature,
     subgroup_table,
+    subgroups,
 )
 from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of
 from timm_arl.isic.dataset.demo import DEMO_TASKS
 from timm_arl.isic.dataset.duplicates import read_pairs
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
+from timm_arl.isic.intervals import unit_of
 from timm_arl.isic.metrics import (
     auc_table,
     compare,
@@ -92,6 +95,8 @@ def build_parser():
     add('--alpha-zero', action='store_true', help='set every alpha to 0: the same network without its attention')
     add('--compare', metavar='PREDICTIONS.csv',
         help="predictions of another network on the same images: paired differences, this checkpoint minus the other")
+    add('--subgroups', nargs='+', metavar='COLUMN',
+        help='columns of the data whose groups are scored, with counts (default: sex and age_approximate, where known)')
     add('--drop-duplicates', metavar='LIST.csv',
         help='leave out images that are twins of training images, by this list of pairs')
     add('--img-size', type=number(int, 64), help="side of the network's input (default: the checkpoint's)")
@@ -178,6 +183,17 @@ def without_duplicates(splits, args):
         for name, split in splits.items()}
 
 
+def subgroups_of(split, args):
+    """The groups of images that get scores of their own."""
+    columns = [c for c, kind in split.features.items() if isinstance(kind, (datasets.Value, datasets.ClassLabel))]
+    missing = [column for column in args.subgroups or () if column not in columns]
+    if missing:
+        raise RunError(f'--subgroups: {args.data} has no numbers or words in a column {", ".join(missing)}: choose '
+                       f'among {", ".join(columns)}.')
+    wanted = args.subgroups or [c for c in ('sex', 'age_approximate') if c in columns]
+    return subgroups({column: list(split[column]) for column in wanted})
+
+
 def check_free(out, compared):
     """Refuse an output folder with a run, with the predictions to compare, or with files that we would overwrite."""
     check_output_dir(out)
@@ -254,9 +270,11 @@ def evaluate(args):
         except ValueError as error:
             raise RunError(f'--compare: {error}') from error
     check_images(splits, args, accelerator, data_config, task)
+    parts = {name: subgroups_of(split, args) for name, split in splits.items()}
     loaders = {name: image_loader(args, split, data_config, accelerator, task=task, groups=data.groups)
                for name, split in splits.items()}
     truth = {name: loader.dataset.labels.numpy() for name, loader in loaders.items()}
+    groups = {name: loader.dataset.groups for name, loader in loaders.items()}
     if accelerator.is_main_process:
         make_folder(out)
     model = accelerator.prepare_model(model, evaluation_mode=True)
@@ -271,24 +289,24 @@ def evaluate(args):
     temperatures = [fit_temperature(t, p) for t, p in validation] or [None] * len(task.labels)
 
     metrics = {}
-    for name, split in splits.items():
+    for name in splits:
         scores = metrics[name] = score_split(
-            truth[name], probabilities[name], seed=args.seed, operating_points=points, task=task)
+            truth[name], probabilities[name], seed=args.seed, operating_points=points, task=task,
+            groups=groups[name], unit=unit_of(data.groups))
         for label, t, p, temperature in zip(task.labels, truth[name].T, probabilities[name].T, temperatures):
             scores[label]['calibration'] = {
                 'ece': expected_calibration_error(t, p), 'temperature': temperature,
                 'ece_with_temperature': temperature and expected_calibration_error(
                     t, apply_temperature(p, temperature))}
-        columns = {c: list(split[c]) for c in ('sex', 'age_approximate') if c in split.column_names}
         scores['subgroups'] = subgroup_table(
-            truth[name], probabilities[name], columns.get('sex'), columns.get('age_approximate'),
-            task=task)
+            truth[name], probabilities[name], task=task, others=parts[name], groups=groups[name])
     other = None
     if args.compare:
         other = Comparison(args.compare, read_predictions(args.compare, loaders[args.split].dataset.image_ids, task))
         metrics[args.split]['comparison'] = {
             'first': args.compare, 'second': shown,
-            **compare(truth[args.split], other.probabilities, probabilities[args.split], seed=args.seed, task=task)}
+            **compare(truth[args.split], other.probabilities, probabilities[args.split], seed=args.seed, task=task,
+                      groups=groups[args.split])}
 
     # The look is recorded before anybody can see what it gave
     if args.split == 'test':
@@ -310,7 +328,7 @@ def evaluate(args):
             images.normalise, probabilities[args.split], other and other.probabilities, task)
         page = html_report(
             shown, args.data, args.split, metrics, truth, probabilities, record,
-            Training(summary, alphas, kept_best, same_data, 'thresholds' in saved), examples, other, task)
+            Training(summary, alphas, kept_best, same_data, 'thresholds' in saved), examples, other, task, groups)
     synthetic = ' (SYNTHETIC images)' * (args.data in DEMO_TASKS)
     with replacing_evaluation(out) as new:
         write_json(new / 'metrics.json', metrics)
@@ -320,7 +338,8 @@ def evaluate(args):
             images = loaders[name].dataset
             write_predictions(
                 new / f'predictions_{name}.csv', images.image_ids, probabilities[name], task, images.groups)
-            roc_plot(new / f'roc_{name}.png', truth[name], probabilities[name], scores, title, task=task)
+            roc_plot(new / f'roc_{name}.png', truth[name], probabilities[name], scores, title, task=task,
+                     groups=groups[name])
             reliability_plot(
                 new / f'reliability_{name}.png', truth[name], probabilities[name], scores, title, task)
         if summary:
@@ -332,8 +351,8 @@ def evaluate(args):
         written = sorted(path.name for path in new.iterdir())
     print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics, task))
     if args.compare:
-        print(f'AUC of {shown} minus that of {args.compare}, on the same images:')
-        for name in (*task.labels, 'mean_auc'):
+        print(f'Scores of {shown} minus that of {args.compare}, on the same images:')
+        for name in (*task.labels, 'mean_auc', *['balanced_accuracy'] * (task.kind == 'multiclass')):
             pair = metrics[args.split]['comparison'][name]
             print(f'  {label_words(name):22}' + interval_text(pair['difference'], pair['difference_ci95'], '+')
                   + (f", DeLong's p {pair['p_value']:.3g}" if pair.get('p_value') is not None else ''))

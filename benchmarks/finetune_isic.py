@@ -45,6 +45,7 @@ from timm_arl.isic.dataset import DataError, load_data, wanted_of
 from timm_arl.isic.dataset.demo import DEMO_TASKS
 from timm_arl.isic.dataset.groups import write_split_file
 from timm_arl.isic.dataset.sources import ids_digest
+from timm_arl.isic.intervals import unit_of
 from timm_arl.isic.metrics import auc, auc_table, score_split
 from timm_arl.isic.predictions import write_predictions
 from timm_arl.isic.task import balancing_weights, label_words
@@ -252,7 +253,8 @@ def train(args, accelerator, data, out, networks=None):
         if name not in splits:
             continue
         probabilities = predict(accelerator, kept_network, loaders[name], name, task).numpy()
-        metrics[name] = score_split(truth[name].numpy(), probabilities, seed=args.seed, task=task)
+        metrics[name] = score_split(truth[name].numpy(), probabilities, seed=args.seed, task=task,
+                                    groups=loaders[name].dataset.groups, unit=unit_of(data.groups))
         if abs(metrics['validation']['mean_auc'] - kept['validation_mean_auc']) > 0.005:
             raise RunError(f'The weights in {out} score {metrics["validation"]["mean_auc"]:.4f} on validation, but '
                            f'epoch {kept["epoch"]} scored {kept["validation_mean_auc"]:.4f}: they are not its weights.')

@@ -9,8 +9,10 @@ from timm_arl.isic.calibration import (
     fit_temperature,
     reliability,
     subgroup_table,
+    subgroups,
 )
 from timm_arl.isic.intervals import delong_interval
+from timm_arl.isic.task import TASKS, DataError
 
 
 def test_error_of_bins_by_hand():
@@ -61,3 +63,23 @@ def test_groups_have_the_interval_of_the_whole_where_they_are_the_whole():
     truth, probabilities = rng.integers(0, 2, (200, 2)), rng.random((200, 2))
     row, _ = subgroup_table(truth, probabilities, ['female'] * 200)
     assert row['auc_ci95'] == pytest.approx(delong_interval(truth[:, 0], probabilities[:, 0]))
+
+
+def test_groups_of_any_column():
+    rng = np.random.default_rng(0)
+    thickness = np.append(rng.random(99), np.nan)
+    parts = dict(subgroups({
+        'skin_type': ['I', 'II', None, 'ii', 'unknown'] * 20, 'thickness': list(thickness), 'mole': [True, False] * 50,
+        'nothing': [None] * 100, 'age_approximate': [29., 30.] * 50}))
+    assert [name for name in parts if name.startswith('skin')] == ['skin type i', 'skin type ii', 'skin type unknown']
+    assert parts['skin type ii'].sum() == parts['skin type unknown'].sum() == 40
+    bands = [name for name in parts if name.startswith('thickness')]
+    assert len(bands) == 5 and bands[-1] == 'thickness unknown'
+    assert sum(parts[name].sum() for name in bands) == 100
+    assert all(24 <= parts[name].sum() <= 26 for name in bands[:-1])  # quartiles
+    assert 'mole true' in parts and 'age 0 to 29' in parts and not any(name.startswith('nothing') for name in parts)
+    row = subgroup_table(np.ones((100, 1)), np.ones((100, 1)), others=[('mole true', parts['mole true'])],
+                         task=TASKS['isic2020'])[0]
+    assert (row['group'], row['label'], row['images'], row['positives']) == ('mole true', 'malignant', 50, 50)
+    with pytest.raises(DataError, match='column image_id has 51 different entries'):
+        subgroups({'image_id': [f'{k}' for k in range(51)]})

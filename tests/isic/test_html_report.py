@@ -111,7 +111,7 @@ def test_figures_are_those_of_metrics_json(rendered):
                 assert [int(cell.split()[0]) for cell in positive[1:] + negative[1:]] == [
                     (t & called).sum(), (t & ~called).sum(), (~t & called).sum(), (~t & ~called).sum()]
                 assert int(positive[1].split()[0]) / t.sum() == pytest.approx(point['sensitivity'])
-        groups = page.tables[f'Scores by sex and age, {split}'][1:]
+        groups = page.tables[f'Scores by group, {split}'][1:]
         assert [row[0] for row in groups] == ['sex female'] * 2 + ['sex male'] * 2
         assert [row[6] for row in groups] == [f'{row["specificity"]:.3f}' for row in scores['subgroups']]
     assert f'Mean AUC {metrics["test"]["mean_auc"]:.3f} 95 % interval' in page.text

@@ -4,9 +4,11 @@ import json
 import numpy as np
 import pytest
 from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
 
+from timm_arl.isic.calibration import subgroup_table
 from timm_arl.isic.intervals import delong_covariance, delong_interval, delong_test
-from timm_arl.isic.metrics import auc, compare
+from timm_arl.isic.metrics import auc, compare, score_split
 from timm_arl.isic.task import LABELS
 
 
@@ -96,3 +98,40 @@ def test_what_a_comparison_cannot_say(positives):
     second[:, 1] = truth[:, 1]
     first[:, 1] = 1 - second[:, 1]
     assert compare(truth, first, second)['seborrheic_keratosis']['z'] is None
+
+
+def test_images_of_one_lesion_are_no_new_evidence():
+    """Each image three times, as one lesion, is as good as once; without groups the intervals are too short."""
+    truth, (first, second) = sample(6, 90)
+    truth, first, second = (np.stack([x, 1 - x], 1) for x in (truth, first, second))
+    again, lesions = np.tile(np.arange(90), 3), np.tile([f'lesion{k:03d}' for k in range(90)], 3)
+    once, thrice = score_split(truth, first), score_split(truth[again], first[again], groups=lesions, unit='lesions')
+    assert (thrice['intervals_over'], thrice['groups']) == ('lesions', 90) and 'groups' not in once
+    for label in LABELS:
+        assert thrice[label]['auc_ci95'] == once[label]['auc_ci95']
+    assert thrice['mean_auc_ci95'] == once['mean_auc_ci95']
+    short = score_split(truth[again], first[again])['mean_auc_ci95']
+    assert np.diff(short)[0] < 0.7 * np.diff(once['mean_auc_ci95'])[0]
+    pair = compare(truth[again], first[again], second[again], groups=lesions)
+    expected = compare(truth, first, second)
+    for label in LABELS:
+        assert pair[label]['difference_ci95'] == expected[label]['difference_ci95']
+        assert pair[label]['p_value'] == pytest.approx(expected[label]['p_value'])
+    rows = [subgroup_table(truth[again], first[again], ['male'] * 270, groups=lesions),
+            subgroup_table(truth, first, ['male'] * 90)]
+    assert rows[0][0]['auc_ci95'] == pytest.approx(rows[1][0]['auc_ci95'])
+
+
+def test_groups_of_both_classes_have_the_spread_of_their_bootstrap():
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(150), 4)
+    truth = (rng.random(600) < 0.4).astype(int)
+    scores = norm.cdf(truth + np.repeat(rng.normal(size=150), 4) + 0.6 * rng.normal(size=600))
+    low, high = delong_interval(truth, scores, groups=patients)
+    values = []
+    for _ in range(1000):
+        rows = np.concatenate([np.flatnonzero(patients == drawn) for drawn in rng.integers(150, size=150)])
+        values.append(roc_auc_score(truth[rows], scores[rows]))
+    assert np.allclose([low, high], np.percentile(values, [2.5, 97.5]), atol=0.012)
+    assert np.allclose(delong_covariance(truth, scores[None], np.arange(600))[1],
+                       delong_covariance(truth, scores[None])[1])  # each image by itself

@@ -10,6 +10,8 @@ from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.dataset.options import NO_GROUPS
 from ..isic.report import (
     calibration_table,
+    classes_cells,
+    confusion_cells,
     differences_table,
     groups_table,
     markdown_table,
@@ -77,7 +79,7 @@ def render_card(
         has_points=len(thresholds) > 1,
         thresholds={label: float(f'{value:.6g}') for label, value in thresholds.get(point, {}).items()}, point=point,
         splits=[_split(split, results, task) for split in _ordered(results['metrics'])] if results else [],
-        looks=_times(len(results['looks'])) if results else '',
+        over=_over(results['metrics']) if results else '', looks=_times(len(results['looks'])) if results else '',
         pictures=[(name, _words_of(name)) for name in pictures or []],
         training=_training(results) if results else '', mix=MIXES[arguments.get('balance', 'none')], sha256=sha256)
     return str(card).rstrip() + '\n'
@@ -130,8 +132,16 @@ def _split(name: str, results: Dict[str, Any], task: Task) -> Dict[str, Any]:
             for gap in [t['mean_probability'] - t['positives'] / t['images']]
             for direction in ['too high' if gap > 0 else 'too low'] if abs(gap) > 0.05],
         'alpha_zero': differences_table(alpha_zero, task) if alpha_zero else '',
-        'groups': groups_table(groups) if groups else '',
+        'groups': groups_table(groups) if groups else '', 'classes': '\n\n'.join(
+            markdown_table(*cells(scores)) for cells in (classes_cells, confusion_cells)
+            if 'confusion_matrix' in scores),
     }
+
+
+def _over(metrics: Dict[str, Any]) -> str:
+    """What intervals are over; of the split that is shown first."""
+    scores = next(iter(_ordered(metrics).values()))
+    return str(scores.get('intervals_over', 'images'))
 
 
 def _words_of(picture: str) -> str:

@@ -1,5 +1,5 @@
 """Whether a probability of 30 % means three in ten, and how scores differ between groups of patients."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..extras import require
 
@@ -10,13 +10,16 @@ from scipy.optimize import minimize_scalar
 
 from .intervals import delong_interval
 from .metrics import score_task
-from .task import ISIC2017, OFFICIAL_THRESHOLD, Task, apply_temperature
+from .task import ISIC2017, OFFICIAL_THRESHOLD, DataError, Task, apply_temperature, label_words
 
 __all__ = [
     'AGE_BANDS', 'apply_temperature', 'expected_calibration_error', 'fit_temperature', 'reliability', 'subgroup_table',
+    'subgroups',
 ]
 
 AGE_BANDS = ((0, 30), (30, 50), (50, 70), (70, 200))  # years; the upper end is not part of the band
+MANY = 50  # groups of one column
+Subgroup = Tuple[str, np.ndarray]
 
 
 def reliability(truth: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> List[Dict[str, float]]:
@@ -60,6 +63,55 @@ def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
+def subgroups(columns: Mapping[str, Sequence[Any]]) -> List[Subgroup]:
+    """The groups of images that columns of the data tell apart; images where a cell is empty are groups too.
+
+    Args:
+        columns: By name, N cells each. 'age_approximate' is divided by AGE_BANDS, other columns with more than ten
+            different numbers at their quartiles; the others have a group for each word. One with no entry is left out.
+
+    Returns:
+        For each group its name, such as 'sex male', and which images are in it, shape (N,).
+
+    Raises:
+        DataError: A column of more than MANY different words.
+    """
+    found: List[Subgroup] = []
+    for column, cells in columns.items():
+        name, years = ('age', True) if column == 'age_approximate' else (label_words(column), False)
+        unknown = np.array([cell is None or cell == '' or cell != cell for cell in cells], dtype=bool)
+        known = {cell for cell, empty in zip(cells, unknown) if not empty}
+        if years or (len(known) > 10 and all(isinstance(cell, (int, float)) for cell in known)):
+            numbers = np.array([_number(cell) for cell in cells])
+            unknown = np.isnan(numbers)
+            if unknown.all():
+                continue
+            bands: List[Tuple[float, float, str]]
+            if years:
+                bands = [(low, high, f'{low} to {high - 1}' if high < 200 else f'{low} and above')
+                         for low, high in AGE_BANDS]
+            else:
+                ends = np.unique(np.quantile(numbers[~unknown], [0, 0.25, 0.5, 0.75, 1]))
+                bands = [(low, high, f'{low:g} to below {high:g}') for low, high in zip(ends, ends[1:])]
+                bands[-1] = (ends[-2], np.inf, f'{ends[-2]:g} to {ends[-1]:g}')
+            found += [(f'{name} {words}', (numbers >= low) & (numbers < high)) for low, high, words in bands]
+        elif known:
+            texts = np.array(['' if empty else f'{cell:g}' if isinstance(cell, float) else str(cell).lower()
+                              for cell, empty in zip(cells, unknown)])
+            words_found = sorted(set(texts[~unknown]))
+            if len(words_found) > MANY:
+                raise DataError(f'The column {column} has {len(words_found)} different entries, but scores are given '
+                                f'for {MANY} groups at most: choose another column.')
+            found += [(f'{name} {word}', texts == word) for word in words_found]
+        else:
+            continue
+        found.append((f'{name} unknown', unknown))
+    merged: Dict[str, np.ndarray] = {}
+    for name, which in found:  # the word 'unknown', and an empty cell
+        merged[name] = merged.get(name, False) | which
+    return [(name, which) for name, which in merged.items() if which.any()]
+
+
 def subgroup_table(
         truth: np.ndarray,
         probabilities: np.ndarray,
@@ -67,8 +119,10 @@ def subgroup_table(
         age: Optional[Sequence[Optional[float]]] = None,
         thresholds: Optional[Sequence[float]] = None,
         task: Task = ISIC2017,
+        others: Sequence[Subgroup] = (),
+        groups: Optional[Sequence[str]] = None,
 ) -> List[Dict[str, Any]]:
-    """Scores by sex and by age band; patients of unknown sex or age are groups too.
+    """Scores by sex, age band and other groups of images; patients of unknown sex or age are groups too.
 
     Args:
         truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.
@@ -77,40 +131,40 @@ def subgroup_table(
         age: N ages in years; None, or anything that is not a number, for unknown.
         thresholds: Operating point of each label; None: the official 0.5.
         task: Whose labels they are.
+        others: More groups, of subgroups.
+        groups: N names of patients or lesions, whose images are not independent; None: all images are.
 
     Returns:
         A row for each group and label: group, label, score_task's scores, and auc_ci95 by DeLong (None with fewer than
-        two images of a class, and for an AUC of 0 or 1, where DeLong's interval has no width). An empty list where
-        neither sex nor age of any patient is known.
+        two images, or patients or lesions, of a class, and for an AUC of 0 or 1, where DeLong's interval has no width).
+        An empty list where neither sex nor age of any patient is known, nor another group.
     """
-    groups: List[Tuple[str, np.ndarray]] = []
-    if sex is not None and any(s is not None for s in sex):
-        words = np.array(['unknown' if s in (None, '') else str(s).lower() for s in sex])
-        groups += [(f'sex {word}', words == word) for word in sorted(set(words))]
-    if age is not None:
-        years = np.array([_years(a) for a in age])
-        if np.isfinite(years).any():
-            groups += [(f'age {low} to {high - 1}' if high < 200 else f'age {low} and above',
-                        (years >= low) & (years < high)) for low, high in AGE_BANDS]
-            groups.append(('age unknown', np.isnan(years)))
+    known = {'sex': sex, 'age_approximate': age}
+    parts = [*subgroups({column: cells for column, cells in known.items() if cells is not None}), *others]
+    names: Any = None if groups is None else np.asarray(groups)
     return [
-        {'group': name, 'label': label, **score_task(t, p, threshold), 'auc_ci95': _interval(t, p)}
-        for name, which in groups if which.any()
+        {'group': name, 'label': label, **score_task(t, p, threshold),
+         'auc_ci95': _interval(t, p, None if names is None else names[which])}
+        for name, which in parts
         for label, t, p, threshold in zip(
             task.labels, truth[which].T, probabilities[which].T, thresholds or [OFFICIAL_THRESHOLD] * len(task.labels))
     ]
 
 
-def _years(age: Any) -> float:
+def _number(cell: Any) -> float:
     try:
-        return float(age)
+        return float(cell)
     except (TypeError, ValueError):  # None, or a word
         return np.nan
 
 
-def _interval(truth: np.ndarray, probabilities: np.ndarray) -> Optional[Tuple[float, float]]:
+def _interval(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        groups: Optional[Sequence[Any]],
+) -> Optional[Tuple[float, float]]:
     try:
-        low, high = delong_interval(truth, probabilities)
+        low, high = delong_interval(truth, probabilities, groups=groups)
     except ValueError:  # too few images of a class
         return None
     return (low, high) if high - low > 1e-9 else None

@@ -4,7 +4,7 @@ import io
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..extras import require
 
@@ -18,7 +18,8 @@ from scipy.stats import binomtest
 
 from ..overlays import colours
 from .dataset.demo import DEMO_TASKS
-from .metrics import interval_text, operating_point, score_split
+from .intervals import percentile_interval, resampled_times
+from .metrics import interval_text, net_benefit, operating_point, score_split
 from .plots import (
     draw_alphas,
     draw_aucs,
@@ -28,7 +29,16 @@ from .plots import (
     draw_roc_pair,
     inline_svg,
 )
-from .report import Cells, calibration_cells, groups_cells, number, points_cells, scores_cells
+from .report import (
+    Cells,
+    calibration_cells,
+    classes_cells,
+    confusion_cells,
+    groups_cells,
+    number,
+    points_cells,
+    scores_cells,
+)
 from .task import ISIC2017, OFFICIAL_THRESHOLD, Task, label_words
 
 __all__ = ['Comparison', 'Example', 'Examples', 'Group', 'Shown', 'Training', 'html_report']
@@ -143,6 +153,7 @@ def html_report(
         examples: Examples,
         other: Optional[Comparison] = None,
         task: Task = ISIC2017,
+        groups: Optional[Mapping[str, Optional[Sequence[str]]]] = None,
 ) -> str:
     """The page of one evaluation.
 
@@ -157,6 +168,7 @@ def html_report(
         examples: Images of the split.
         other: Another network, whose comparison metrics holds.
         task: What is predicted.
+        groups: By split, patient or lesion of each image, or None; None: not known.
 
     Returns:
         HTML that loads nothing.
@@ -165,16 +177,18 @@ def html_report(
                                      undefined=jinja2.StrictUndefined)
     environment.filters.update(words=label_words, number=number, uri=_data_uri)
     template = environment.from_string(TEMPLATE.read_text(encoding='utf-8'))
-    shown = {of: _split(of, metrics[of], truth[of], probabilities[of], task)
+    patients = groups or {}
+    shown = {of: _split(of, metrics[of], truth[of], probabilities[of], task, patients.get(of))
              for of in (split, *(metrics.keys() - {split}))}
-    groups = (*examples.groups, *examples.differing)
-    pictures = [picture for group in groups for example in group.examples for picture in example.pictures]
+    shown_groups = (*examples.groups, *examples.differing)
+    pictures = [picture for group in shown_groups for example in group.examples for picture in example.pictures]
     html = template.render(
         name=name, data=data, split=split, splits=shown, labels=task.labels,
-        adds_up=task.kind == 'multiclass' and task.is_softmax, scores=metrics[split], record=record,
+        over=metrics[split].get('intervals_over', 'images'), adds_up=task.kind == 'multiclass' and task.is_softmax,
+        scores=metrics[split], record=record,
         synthetic=data in DEMO_TASKS, training=training, examples=examples, pictures=len(pictures), today=date.today(),
         coarse=0 < examples.side < COARSE, official=OFFICIAL_THRESHOLD, curves=_curves(training, task),
-        kinds={scale[0] for group in groups for scale in group.scales},
+        kinds={scale[0] for group in shown_groups for scale in group.scales},
         warnings=_warnings(metrics[split], probabilities[split], truth[split], task), blocks=_blocks(examples),
         colours=['rgb({:.0f} {:.0f} {:.0f})'.format(*colour) for colour in colours(np.linspace(0, 1, 9))],
         sections=[
@@ -184,7 +198,7 @@ def html_report(
             *((of, f'Scores on {of}') for of in shown if of != split), ('terms', 'Definitions'),
             ('settings', 'Settings')],
         comparison=other and _comparison(
-            other, metrics[split], truth[split], probabilities[split], record['seed'], task))
+            other, metrics[split], truth[split], probabilities[split], record['seed'], task, patients.get(split)))
     return html.strip() + '\n'
 
 
@@ -194,17 +208,20 @@ def _split(
         truth: np.ndarray,
         probabilities: np.ndarray,
         task: Task,
+        groups: Optional[Sequence[str]],
 ) -> Dict[str, Any]:
     """What the page says of one split."""
+    times = None if groups is None else resampled_times(len(truth), groups=groups)
     decisions, rocs, reliabilities = {}, [], []
     for label, t, p in zip(task.labels, truth.T, probabilities.T):
         own, words = scores[label], label_words(label)
         points = [{'name': 'official', **own}, *own['operating_points']]
-        decisions[label] = [_confusion(t, p, point) for point in points]
+        decisions[label] = [_confusion(t, p, point, times) for point in points]
         calibration = own['calibration']
         auc = interval_text(own['auc'], own['auc_ci95'])
         rocs.append((f'{words}: AUC {auc}', Markup(inline_svg(
-            partial(draw_roc, label=label, truth=t, probabilities=p, scores=own, task=task),
+            partial(draw_roc, label=label, truth=t, probabilities=p, scores=own, task=task,
+                    groups=groups),
             f'ROC curve of {words} on {split}, with a 95 % band. AUC {auc}.' + ''.join(
                 f' At the threshold {point["threshold"]:.2f} ({point["name"]}): sensitivity '
                 f'{number(point["sensitivity"])}, specificity {number(point["specificity"])}.' for point in points),
@@ -215,25 +232,44 @@ def _split(
             f'{calibration["ece"]:.3f} as given' + (
                 f', {calibration["ece_with_temperature"]:.3f} with the temperature {calibration["temperature"]:.2f}.'
                 if calibration['temperature'] else '.'), f'reliability-{split}-{label}', (4.2, 5.2)))))
+    classes: List[Tuple[str, Cells]] = []
+    if task.kind == 'multiclass':
+        classes = [('Scores of all labels together', classes_cells(scores)),
+                   ('Confusion matrix, by the most probable label', confusion_cells(scores))]
     return {
-        'images': len(truth), 'scores': scores_cells(scores, task), 'points': points_cells(scores, task),
+        'images': len(truth), 'classes': classes, 'scores': scores_cells(scores, task),
+        'points': points_cells(scores, task),
         'decisions': decisions, 'calibration': calibration_cells(scores, task), 'rocs': rocs,
         'reliabilities': reliabilities, 'groups': groups_cells(scores['subgroups']) if scores['subgroups'] else None}
 
 
-def _confusion(truth: np.ndarray, probabilities: np.ndarray, point: Dict[str, Any]) -> Dict[str, Any]:
-    """Counts at a threshold, and sensitivity and specificity with Wilson's intervals."""
+def _confusion(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        point: Dict[str, Any],
+        times: Optional[np.ndarray],
+) -> Dict[str, Any]:
+    """Counts at a threshold, its net benefit, and sensitivity and specificity with Wilson's intervals, or those of a
+    bootstrap whose samples have the images so often."""
     positive = np.asarray(probabilities, np.float64) > point['threshold']
     counts = [[int(np.sum((truth == value) & (positive == called))) for called in (True, False)] for value in (1, 0)]
     (tp, fn), (fp, tn) = counts
     return {'name': point['name'], 'threshold': point['threshold'], 'counts': counts,
-            'sensitivity': _share(tp, tp + fn), 'specificity': _share(tn, tn + fp)}
+            'sensitivity': _share(truth == 1, positive, times), 'specificity': _share(truth == 0, ~positive, times),
+            'benefit': net_benefit(tp + fn, fp + tn, tp, fp, point['threshold']),
+            'benefit_of_all': net_benefit(tp + fn, fp + tn, tp + fn, fp + tn, point['threshold'])}
 
 
-def _share(part: int, whole: int) -> str:
+def _share(images: np.ndarray, right: np.ndarray, times: Optional[np.ndarray]) -> str:
+    part, whole = int((images & right).sum()), int(images.sum())
     if not whole:
         return 'undefined'
-    return interval_text(part / whole, binomtest(part, whole).proportion_ci(method='wilson')) + f', {part} of {whole}'
+    if times is None:
+        interval: Any = binomtest(part, whole).proportion_ci(method='wilson')
+    else:
+        with np.errstate(invalid='ignore'):
+            interval = percentile_interval(times[:, images & right].sum(1) / times[:, images].sum(1))
+    return interval_text(part / whole, interval) + f', {part} of {whole}'
 
 
 def _warnings(scores: Dict[str, Any], probabilities: np.ndarray, truth: np.ndarray, task: Task) -> List[str]:
@@ -283,9 +319,12 @@ def _comparison(
         probabilities: np.ndarray,
         seed: int,
         task: Task,
+        groups: Optional[Sequence[str]],
 ) -> Dict[str, Any]:
     """Both networks side by side."""
-    pair, others = scores['comparison'], score_split(truth, other.probabilities, seed=seed, task=task)
+    pair = scores['comparison']
+    others = score_split(truth, other.probabilities, seed=seed, task=task, groups=groups)
+    times = None if groups is None else resampled_times(len(truth), groups=groups)
     aucs: List[List[Any]] = []
     for label in (*task.labels, 'mean_auc'):
         both = [(s['mean_auc'], s['mean_auc_ci95']) if label == 'mean_auc' else (s[label]['auc'], s[label]['auc_ci95'])
@@ -294,11 +333,16 @@ def _comparison(
         aucs.append(['mean' if label == 'mean_auc' else label_words(label), *(interval_text(*each) for each in both),
                      interval_text(pair[label]['difference'], pair[label]['difference_ci95'], '+'),
                      '' if p_value is None else number(p_value)])
+    if 'balanced_accuracy' in pair:
+        both = [(s['balanced_accuracy'], s['balanced_accuracy_ci95']) for s in (scores, others)]
+        difference = pair['balanced_accuracy']
+        aucs.append(['balanced accuracy', *(interval_text(*each) for each in both),
+                     interval_text(difference['difference'], difference['difference_ci95'], '+'), ''])
     decisions: List[List[Any]] = []
     rocs = []
     for label, t, ours, theirs in zip(task.labels, truth.T, probabilities.T, other.probabilities.T):
         for network, p in (('this network', ours), ('the other', theirs)):
-            at = _confusion(t, p, {'name': 'official', **operating_point(t, p, OFFICIAL_THRESHOLD)})
+            at = _confusion(t, p, {'name': 'official', **operating_point(t, p, OFFICIAL_THRESHOLD)}, times)
             decisions.append([f'{label_words(label)}, {network}', at['sensitivity'], at['specificity']])
         rocs.append((label_words(label), Markup(inline_svg(
             partial(draw_roc_pair, label=label, truth=t, networks={'this network': ours, 'the other': theirs},

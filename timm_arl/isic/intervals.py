@@ -1,5 +1,8 @@
-"""How sure a score is, and whether two networks differ: bootstrap over images, and DeLong's test for AUCs."""
-from typing import Tuple
+"""How sure a score is, and whether two networks differ: bootstrap over images, and DeLong's test for AUCs.
+
+Images of one patient or lesion are alike: where groups are known, they are resampled as a whole.
+"""
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 from ..extras import require
 
@@ -10,6 +13,7 @@ from scipy.stats import norm, rankdata
 
 __all__ = [
     'RESAMPLES', 'delong_covariance', 'delong_interval', 'delong_test', 'percentile_interval', 'resampled_indices',
+    'resampled_times', 'unit_of', 'with_interval',
 ]
 
 RESAMPLES = 1000
@@ -23,26 +27,69 @@ def resampled_indices(images: int, resamples: int = RESAMPLES, seed: int = 0) ->
     return np.random.default_rng(seed).integers(images, size=(resamples, images))
 
 
+def resampled_times(
+        images: int,
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+        groups: Optional[Sequence[Any]] = None,
+) -> np.ndarray:
+    """How often each image is in each bootstrap sample, int32 (resamples, images).
+
+    Args:
+        images: Number of images.
+        resamples, seed: Of resampled_indices, whose samples they are.
+        groups: Patient or lesion of each image; a sample then has all images of a group or none, and as many groups as
+            there are. None: each image is drawn by itself.
+    """
+    count, numbers = (images, None) if groups is None else _numbered(groups)
+    times = np.stack([np.bincount(drawn, minlength=count).astype(np.int32)
+                      for drawn in resampled_indices(count, resamples, seed)])
+    return times if numbers is None else times[:, numbers]
+
+
+def _numbered(groups: Sequence[Any]) -> Tuple[int, np.ndarray]:
+    names, numbers = np.unique(np.asarray(groups), return_inverse=True)
+    return len(names), numbers
+
+
+def unit_of(column: str) -> str:
+    """What intervals are over: 'patients', 'lesions', 'groups', or 'images' where the column of groups is ''."""
+    return {'': 'images', 'patient_id': 'patients', 'lesion_id': 'lesions'}.get(column, 'groups')
+
+
 def percentile_interval(distribution: np.ndarray, level: float = 0.95) -> Tuple[float, float]:
     """The central part of a bootstrap distribution, NaNs left out."""
     low, high = np.nanpercentile(distribution, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 
 
-def delong_covariance(truth: np.ndarray, probabilities: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def with_interval(name: str, value: Any, distribution: np.ndarray) -> Dict[str, Any]:
+    """A score and the 95 % interval of its bootstrap distribution; None for both where the score is undefined."""
+    if not np.isfinite(value):
+        return {name: None, f'{name}_ci95': None}
+    return {name: float(value), f'{name}_ci95': percentile_interval(distribution)}
+
+
+def delong_covariance(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        groups: Optional[Sequence[Any]] = None,
+) -> Tuple[np.ndarray, np.ndarray]:
     """AUCs of networks on the same images, and their covariance.
 
-    DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988), with the mid-ranks of Sun and Xu, IEEE SPL 21 (2014).
+    DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988), with the mid-ranks of Sun and Xu, IEEE SPL 21 (2014); for
+    groups, Obuchowski, Biometrics 53 (1997).
 
     Args:
         truth: 0 or 1, shape (N,), each at least twice.
         probabilities: Scores of M networks, shape (M, N).
+        groups: Patient or lesion of each image, N of them; None: images are independent.
 
     Returns:
         AUCs, shape (M,), and their covariance matrix, shape (M, M).
 
     Raises:
-        ValueError: Fewer than two images of a class.
+        ValueError: Fewer than two images, or groups with images, of a class.
     """
     positive = np.asarray(truth) == 1
     m, n = int(positive.sum()), int((~positive).sum())
@@ -52,34 +99,58 @@ def delong_covariance(truth: np.ndarray, probabilities: np.ndarray) -> Tuple[np.
     # share of the other class that each image outranks
     of_positives = (ranks[:, positive] - rankdata(probabilities[:, positive], axis=-1)) / n
     of_negatives = 1 - (ranks[:, ~positive] - rankdata(probabilities[:, ~positive], axis=-1)) / m
-    covariance = np.atleast_2d(np.cov(of_positives)) / m + np.atleast_2d(np.cov(of_negatives)) / n
-    return of_positives.mean(-1), covariance
+    values = of_positives.mean(-1)
+    if groups is None:
+        covariance = np.atleast_2d(np.cov(of_positives)) / m + np.atleast_2d(np.cov(of_negatives)) / n
+        return values, covariance
+    count, numbers = _numbered(groups)
+    sums, spreads = [], []
+    for which, shares, size in ((positive, of_positives, m), (~positive, of_negatives, n)):
+        having = len(np.unique(numbers[which]))
+        if having < 2:
+            raise ValueError('Two groups with images of each class are needed.')
+        sums.append(np.stack([np.bincount(numbers[which], share, count) for share in shares - values[:, None]]) / size)
+        spreads.append(having / (having - 1) * sums[-1] @ sums[-1].T)
+    both = count / (count - 1) * sums[0] @ sums[1].T
+    return values, spreads[0] + spreads[1] + both + both.T
 
 
-def delong_interval(truth: np.ndarray, probabilities: np.ndarray, level: float = 0.95) -> Tuple[float, float]:
+def delong_interval(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        level: float = 0.95,
+        groups: Optional[Sequence[Any]] = None,
+) -> Tuple[float, float]:
     """Interval of one AUC from DeLong's variance, cut at 0 and 1.
 
     Args:
         truth: 0 or 1, shape (N,).
         probabilities: Shape (N,).
         level: Share of repetitions that the interval should cover.
+        groups: Of delong_covariance.
     """
-    value, variance = delong_covariance(truth, np.asarray(probabilities)[None])
+    value, variance = delong_covariance(truth, np.asarray(probabilities)[None], groups)
     half = norm.ppf(0.5 + level / 2) * np.sqrt(variance[0, 0])
     return max(float(value[0] - half), 0.), min(float(value[0] + half), 1.)
 
 
-def delong_test(truth: np.ndarray, first: np.ndarray, second: np.ndarray) -> Tuple[float, float]:
+def delong_test(
+        truth: np.ndarray,
+        first: np.ndarray,
+        second: np.ndarray,
+        groups: Optional[Sequence[Any]] = None,
+) -> Tuple[float, float]:
     """DeLong's paired test of equal AUCs.
 
     Args:
         truth: 0 or 1, shape (N,).
         first, second: Scores of two networks on the same images, shape (N,).
+        groups: Of delong_covariance.
 
     Returns:
         z of the second minus the first, and the two-sided p-value (0 and 1 where the ranks agree throughout).
     """
-    values, covariance = delong_covariance(truth, np.stack([first, second]))
+    values, covariance = delong_covariance(truth, np.stack([first, second]), groups)
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
     difference = values[1] - values[0]
     if variance <= 1e-16:

@@ -8,14 +8,15 @@ require('train', __name__)
 import numpy as np
 from scipy.stats import rankdata
 from sklearn.metrics import auc as area_under
-from sklearn.metrics import average_precision_score, confusion_matrix, roc_curve
+from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, roc_curve
 
-from .intervals import RESAMPLES, delong_test, percentile_interval, resampled_indices
+from .classes import CLASS_SCORES, class_scores, mean_recalls
+from .intervals import RESAMPLES, delong_test, resampled_times, with_interval
 from .task import ISIC2017, OFFICIAL_THRESHOLD, Task, label_words
 
 __all__ = [
-    'OFFICIAL_THRESHOLD', 'auc', 'auc_above_sensitivity', 'auc_table', 'compare', 'interval_text', 'operating_point',
-    'score_split', 'score_task', 'threshold_for_sensitivity', 'youden_threshold',
+    'OFFICIAL_THRESHOLD', 'auc', 'auc_above_sensitivity', 'auc_table', 'compare', 'interval_text', 'net_benefit',
+    'operating_point', 'resampled_auc', 'score_split', 'score_task', 'threshold_for_sensitivity', 'youden_threshold',
 ]
 
 
@@ -27,14 +28,35 @@ def auc(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
         probabilities: Any score that grows with the probability, shape (..., N).
 
     Returns:
-        Shape (...), NaN where only one class is present. scikit-learn's roc_auc_score takes one sample at a time, which
-        is too slow for a bootstrap.
+        Shape (...), NaN where only one class is present.
     """
     positive = np.asarray(truth) == 1
     positives, negatives = positive.sum(-1), (~positive).sum(-1)
     rank_sum = np.where(positive, rankdata(probabilities, axis=-1), 0).sum(-1)
     with np.errstate(invalid='ignore'):
         return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def resampled_auc(truth: np.ndarray, probabilities: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """The AUC of each bootstrap sample.
+
+    Args:
+        truth: 0 or 1, shape (N,).
+        probabilities: Shape (N,).
+        times: How often each image is in each sample, of resampled_times, shape (R, N).
+
+    Returns:
+        Shape (R,), NaN where only one class is present. scikit-learn's roc_auc_score takes one sample at a time, which
+        is too slow for a bootstrap.
+    """
+    order = np.argsort(probabilities)
+    scores, positive = probabilities[order], truth[order] == 1
+    firsts = np.flatnonzero(np.append(True, scores[1:] != scores[:-1]))  # of the images with one probability
+    positives, negatives = (np.add.reduceat(times[:, order] * which, firsts, axis=1, dtype=np.int64)
+                            for which in (positive, ~positive))
+    twice_outranked = 2 * np.cumsum(negatives, axis=1) - negatives  # ties count half
+    with np.errstate(invalid='ignore'):
+        return (positives * twice_outranked).sum(1) / 2 / (positives.sum(1) * negatives.sum(1))
 
 
 def auc_above_sensitivity(truth: np.ndarray, probabilities: np.ndarray, sensitivity: float = 0.8) -> float:
@@ -75,6 +97,20 @@ def operating_point(truth: np.ndarray, probabilities: np.ndarray, threshold: flo
         'accuracy': share(tp + tn, fp + fn), 'sensitivity': share(tp, fn), 'specificity': share(tn, fp),
         'ppv': share(tp, fp), 'npv': share(tn, fn), 'threshold': float(threshold),
     }
+
+
+def net_benefit(positives: int, negatives: int, true: int, false: int, threshold: float) -> Optional[float]:
+    """What decisions at a threshold are worth, in rightly called images of an image: (TP - FP t / (1 - t)) / N.
+
+    Vickers and Elkin, Medical Decision Making 26 (2006): the threshold t says that a missed image is as bad as
+    (1 - t) / t false alarms. To call nothing is worth 0.
+
+    Args:
+        positives, negatives: How many images have the label and how many do not.
+        true, false: How many of them are called; all of them for what it is worth to call every image.
+        threshold: t; None is returned for 1, where a false alarm is infinitely bad.
+    """
+    return (true - false * threshold / (1 - threshold)) / (positives + negatives) if threshold < 1 else None
 
 
 def youden_threshold(truth: np.ndarray, probabilities: np.ndarray) -> float:
@@ -141,11 +177,13 @@ def score_split(
         seed: int = 0,
         operating_points: Optional[Dict[str, Sequence[float]]] = None,
         task: Task = ISIC2017,
+        groups: Optional[Sequence[str]] = None,
+        unit: str = 'groups',
 ) -> Dict[str, Any]:
     """Scores of all labels, as metrics.json keeps them for one split.
 
-    AUC intervals are 95 % percentile bootstrap intervals over images; the same resamples serve all labels. Resamples
-    without images of both classes are left out.
+    Intervals are 95 % percentile bootstrap intervals over images or, where they are known, groups; the same resamples
+    serve all scores. Resamples in which a score is undefined are left out.
 
     Args:
         truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.
@@ -154,22 +192,40 @@ def score_split(
         seed: Seed of the resampling.
         operating_points: By name, a threshold for each label, chosen elsewhere.
         task: Whose labels they are.
+        groups: N names of patients or lesions, which are resampled as a whole; None: images are.
+        unit: What they are: 'patients' for one.
 
     Returns:
         A dict of scores for each label (score_task's, auc_ci95, and a list operating_points), mean_auc and
-        mean_auc_ci95.
+        mean_auc_ci95. Of a multiclass task also those of class_scores. With groups also intervals_over, the unit, and
+        groups, their number. But for ISIC 2017, each label has brier too, and each of its thresholds net_benefit and
+        net_benefit_of_all, which calls every image.
     """
-    index = resampled_indices(len(truth), resamples, seed)
+    times = resampled_times(len(truth), resamples, seed, groups)
     scores: Dict[str, Any] = {}
     values, distributions = [], []
     for k, (label, t, p) in enumerate(zip(task.labels, truth.T, probabilities.T)):
         values.append(auc(t, p))
-        distributions.append(auc(t[index], p[index]))
-        scores[label] = {
-            **_with_interval('auc', values[-1], distributions[-1]), **score_task(t, p), 'operating_points': [
+        distributions.append(resampled_auc(t, p, times))
+        own = scores[label] = {
+            **with_interval('auc', values[-1], distributions[-1]), **score_task(t, p), 'operating_points': [
                 {'name': name, **operating_point(t, p, thresholds[k])}
                 for name, thresholds in (operating_points or {}).items()]}
-    return {**scores, **_with_interval('mean_auc', np.mean(values), np.mean(distributions, axis=0))}
+        if task.name != ISIC2017.name:  # whose scores are those of its official scorer
+            own['brier'] = float(brier_score_loss(t, p, pos_label=1))
+            for point in (own, *own['operating_points']):
+                point.update(_net_benefits(t, p, point['threshold']))
+    return {
+        **scores, **with_interval('mean_auc', np.mean(values), np.mean(distributions, axis=0)),
+        **(class_scores(truth, probabilities, times, task) if task.kind == 'multiclass' else {}),
+        **({} if groups is None else {'intervals_over': unit, 'groups': len(set(groups))})}
+
+
+def _net_benefits(truth: np.ndarray, probabilities: np.ndarray, threshold: float) -> Dict[str, Optional[float]]:
+    called, positives = np.asarray(probabilities, np.float64) > threshold, int(np.sum(truth))
+    counts = positives, len(truth) - positives
+    return {'net_benefit': net_benefit(*counts, int(truth[called].sum()), int((1 - truth)[called].sum()), threshold),
+            'net_benefit_of_all': net_benefit(*counts, *counts, threshold)}
 
 
 def compare(
@@ -179,6 +235,7 @@ def compare(
         resamples: int = RESAMPLES,
         seed: int = 0,
         task: Task = ISIC2017,
+        groups: Optional[Sequence[str]] = None,
 ) -> Dict[str, Any]:
     """The AUC of the second network minus that of the first, paired on the same images.
 
@@ -188,31 +245,32 @@ def compare(
         resamples: Number of bootstrap resamples, the same for both networks.
         seed: Seed of the resampling.
         task: Whose labels they are.
+        groups: N names of patients or lesions, which are resampled as a whole; None: images are.
 
     Returns:
-        For each label, and for mean_auc: difference and difference_ci95 (bootstrap); for the labels also DeLong's z and
-        p_value. None where a score is undefined: z and p_value with fewer than two images of a class; z alone where the
-        difference has no variance.
+        For each label, for mean_auc and, of a multiclass task, for balanced_accuracy: difference and difference_ci95
+        (bootstrap); for the labels also DeLong's z and p_value. None where a score is undefined: z and p_value with
+        fewer than two images, or groups, of a class; z alone where the difference has no variance.
     """
-    index = resampled_indices(len(truth), resamples, seed)
+    times = resampled_times(len(truth), resamples, seed, groups)
     result: Dict[str, Any] = {}
     values, distributions = [], []
     for label, t, a, b in zip(task.labels, truth.T, first.T, second.T):
         values.append(auc(t, b) - auc(t, a))
-        distributions.append(auc(t[index], b[index]) - auc(t[index], a[index]))
-        z, p_value = delong_test(t, a, b) if 2 <= np.sum(t) <= len(t) - 2 else (None, None)
+        distributions.append(resampled_auc(t, b, times) - resampled_auc(t, a, times))
+        try:
+            z, p_value = delong_test(t, a, b, groups)
+        except ValueError:  # too few images of a class
+            z, p_value = None, None
         result[label] = {
-            **_with_interval('difference', values[-1], distributions[-1]),
+            **with_interval('difference', values[-1], distributions[-1]),
             'z': z if z is not None and np.isfinite(z) else None, 'p_value': p_value}
-    result['mean_auc'] = _with_interval('difference', np.mean(values), np.mean(distributions, axis=0))
+    result['mean_auc'] = with_interval('difference', np.mean(values), np.mean(distributions, axis=0))
+    if task.kind == 'multiclass':
+        value, distribution = (np.subtract(*pair) for pair in zip(
+            *(mean_recalls(truth, p, times, task) for p in (second, first))))
+        result['balanced_accuracy'] = with_interval('difference', value, distribution)
     return result
-
-
-def _with_interval(name: str, value: Any, distribution: np.ndarray) -> Dict[str, Any]:
-    """A score and the 95 % interval of its bootstrap distribution; None for both where the score is undefined."""
-    if not np.isfinite(value):
-        return {name: None, f'{name}_ci95': None}
-    return {name: float(value), f'{name}_ci95': percentile_interval(distribution)}
 
 
 def interval_text(value: Optional[float], interval: Optional[Sequence[float]], sign: str = '') -> str:
@@ -229,11 +287,15 @@ def interval_text(value: Optional[float], interval: Optional[Sequence[float]], s
 
 
 def auc_table(metrics: Dict[str, Dict[str, Any]], task: Task = ISIC2017) -> str:
-    """AUCs with their intervals as text: a heading, then a line for each split of metrics.json."""
+    """AUCs with their intervals as text: a heading, then a line for each split of metrics.json; then, of a multiclass
+    task, a line for each score of all its labels at once."""
     width = max(12, *(len(split) + 1 for split in metrics))
     lines = [' ' * width + ''.join(f'{label_words(label):24}' for label in task.labels) + 'mean']
     for split, scores in metrics.items():
         texts = [interval_text(scores[label]['auc'], scores[label]['auc_ci95']) for label in task.labels]
         texts.append(interval_text(scores['mean_auc'], scores['mean_auc_ci95']))
         lines.append(f'{split:{width}}' + ''.join(f'{text:24}' for text in texts).rstrip())
+    for name, words in CLASS_SCORES.items() if task.kind == 'multiclass' else ():
+        lines.append(f'{words}: ' + ', '.join(
+            f'{split} {interval_text(scores[name], scores[f"{name}_ci95"])}' for split, scores in metrics.items()))
     return '\n'.join(lines)

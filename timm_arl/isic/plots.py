@@ -7,7 +7,7 @@ import re
 from html import escape
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from ..extras import require
 
@@ -23,7 +23,7 @@ from sklearn.metrics import roc_curve
 
 from ..files import replacing
 from .calibration import apply_temperature, reliability
-from .intervals import resampled_indices
+from .intervals import resampled_times
 from .task import ISIC2017, Task, label_words
 
 __all__ = [
@@ -72,6 +72,7 @@ def roc_plot(
         title: str = '',
         resamples: int = 500,
         task: Task = ISIC2017,
+        groups: Optional[Sequence[str]] = None,
 ) -> None:
     """ROC curve of each label, 95 % bootstrap band of the sensitivity at each specificity, and operating points.
 
@@ -83,10 +84,11 @@ def roc_plot(
         title: Above the picture.
         resamples: Number of bootstrap resamples of the bands.
         task: Whose labels they are.
+        groups: N names of patients or lesions, which are resampled as a whole; None: images are.
     """
     figure, panels = _panels(len(task.labels), 5.8, title)
     for axes, label, t, p in zip(panels, task.labels, truth.T, probabilities.T):
-        draw_roc(axes, label, t, p, scores[label], resamples, task)
+        draw_roc(axes, label, t, p, scores[label], resamples, task, groups)
         axes.set_title(label_words(label) + (
             ': undefined, all images are of one class' if scores[label]['auc'] is None
             else ': AUC {:.3f} [{:.3f}, {:.3f}]'.format(scores[label]['auc'], *scores[label]['auc_ci95'])), fontsize=10)
@@ -101,13 +103,14 @@ def draw_roc(
         scores: Dict[str, Any],
         resamples: int = 500,
         task: Task = ISIC2017,
+        groups: Optional[Sequence[str]] = None,
 ) -> None:
     """The panel of one label of roc_plot, without its title; arrays of shape (N,), `scores` its own."""
     _roc_axes(axes)
     if scores['auc'] is None:
         return
-    band = np.percentile(
-        _sensitivities(truth, probabilities, resampled_indices(len(truth), resamples)), (2.5, 97.5), axis=0)
+    times = resampled_times(len(truth), resamples, groups=groups)
+    band = np.percentile(_sensitivities(truth, probabilities, times), (2.5, 97.5), axis=0)
     axes.fill_between(GRID, *band, color=_colour(label, task), alpha=0.18, linewidth=0)
     _roc_line(axes, truth, probabilities, color=_colour(label, task))
     points = [{'name': 'official', **scores}, *scores['operating_points']]
@@ -274,11 +277,11 @@ def _roc_line(axes: Axes, truth: np.ndarray, probabilities: np.ndarray, **kwargs
     axes.plot(fpr, tpr, linewidth=1.8, **kwargs)
 
 
-def _sensitivities(truth: np.ndarray, probabilities: np.ndarray, index: np.ndarray) -> List[np.ndarray]:
+def _sensitivities(truth: np.ndarray, probabilities: np.ndarray, times: np.ndarray) -> List[np.ndarray]:
     """Sensitivity at each 1 - specificity of GRID, for each resample with both classes (faster than roc_curve)."""
     order = np.argsort(-probabilities)
     last = np.append(np.diff(probabilities[order]) != 0, True)  # of the images with one probability
-    times = np.array([np.bincount(rows, minlength=len(truth)) for rows in index])[:, order]
+    times = times[:, order]
     true, false = (np.cumsum(times * (truth[order] == value), axis=1)[:, last] for value in (1, 0))
     return [np.interp(GRID, np.append(0, f) / f[-1], np.append(0, t) / t[-1]) for t, f in zip(true, false)
             if t[-1] and f[-1]]

@@ -1,12 +1,14 @@
 """The tables of an evaluation: their cells, for its report, and as Markdown, for model cards."""
 from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
+from .classes import CLASS_SCORES
 from .metrics import interval_text
 from .task import ISIC2017, Task, label_words
 
 __all__ = [
-    'Cells', 'calibration_cells', 'calibration_table', 'differences_table', 'groups_cells', 'groups_table',
-    'markdown_table', 'number', 'points_cells', 'points_table', 'scores_cells', 'scores_table',
+    'Cells', 'calibration_cells', 'calibration_table', 'classes_cells', 'confusion_cells', 'differences_table',
+    'groups_cells', 'groups_table', 'markdown_table', 'number', 'points_cells', 'points_table', 'scores_cells',
+    'scores_table',
 ]
 
 Cells = Tuple[List[str], List[List[Any]]]  # heads of the columns, and the rows
@@ -45,6 +47,20 @@ def scores_cells(scores: Dict[str, Any], task: Task = ISIC2017) -> Cells:
             'AUC above 80 % sensitivity'], rows
 
 
+def classes_cells(scores: Dict[str, Any]) -> Cells:
+    """The scores of a multiclass task that need all its labels at once."""
+    return ['score', 'value [95 % interval]'], [
+        [words, interval_text(scores[name], scores[f'{name}_ci95'])] for name, words in CLASS_SCORES.items()]
+
+
+def confusion_cells(scores: Dict[str, Any]) -> Cells:
+    """The confusion matrix of a multiclass task: a row for each true class."""
+    labels, counts = (scores['confusion_matrix'][key] for key in ('labels', 'counts'))
+    return (['true class', *(f'called {label_words(label)}' for label in labels), 'share called right'],
+            [[label_words(label), *row, number(row[k] / sum(row) if sum(row) else None)]
+             for k, (label, row) in enumerate(zip(labels, counts))])
+
+
 def points_cells(scores: Dict[str, Any], task: Task = ISIC2017) -> Cells:
     """Figures at the official threshold and at those of the operating points."""
     return (['diagnosis, threshold', 'threshold', 'accuracy', 'sensitivity', 'specificity', 'PPV', 'NPV'],
@@ -66,7 +82,7 @@ def calibration_cells(scores: Dict[str, Any], task: Task = ISIC2017) -> Cells:
 
 
 def groups_cells(rows: Iterable[Dict[str, Any]]) -> Cells:
-    """Figures by sex and age.
+    """Figures of groups of images.
 
     Args:
         rows: Those of metrics.json's subgroups that are shown.

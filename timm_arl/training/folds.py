@@ -13,6 +13,7 @@ from ..factory import Checkpoint
 from ..files import write_json, write_rows
 from ..isic.dataset import Data, DataError, label_array
 from ..isic.dataset.duplicates import read_pairs
+from ..isic.intervals import unit_of
 from ..isic.metrics import auc_table, score_split
 from ..isic.predictions import read_predictions, write_predictions
 from ..isic.task import ISIC2017, Task, label_words
@@ -135,7 +136,8 @@ def run_each(args: Any, accelerator: Any, data: Data, out: Path, train: Callable
             ids = list(data.splits['train']['image_id'])
             probabilities = np.array([held_out[image_id] for image_id in ids])
             scores[name] = score_split(
-                label_array(data.splits['train'], task), probabilities, seed=args.seed, task=task)
+                label_array(data.splits['train'], task), probabilities, seed=args.seed, task=task,
+                groups=data.group_ids('train'), unit=unit_of(data.groups))
             if accelerator.is_main_process:
                 write_predictions(
                     out / f'predictions_{name}.csv', ids, probabilities, task, data.group_ids('train'))

@@ -1,0 +1,26 @@
+"""Which score chooses the epoch that a run keeps: mean_auc, balanced_accuracy, or auc:LABEL."""
+from .task import DataError, Task, label_words
+
+__all__ = ['check_selection', 'selection_column', 'selection_words']
+
+
+def check_selection(select: str, task: Task) -> None:
+    """Refuse a score that the task does not have.
+
+    Raises:
+        DataError: Such a score.
+    """
+    scores = ['mean_auc', *['balanced_accuracy'] * (task.kind == 'multiclass'), *(f'auc:{x}' for x in task.labels)]
+    if select not in scores:
+        raise DataError(f'--select {select} is no score of the task {task.name}: choose {", ".join(scores)}.')
+
+
+def selection_column(select: str) -> str:
+    """The column of summary.csv that has the score."""
+    return 'validation_' + select.replace('auc:', 'auc_', 1)
+
+
+def selection_words(select: str) -> str:
+    """The score as a reader knows it: 'mean AUC', 'AUC of melanoma'."""
+    kind, _, label = select.partition(':')
+    return f'AUC of {label_words(label)}' if label else label_words(kind).replace('auc', 'AUC')
