@@ -7,7 +7,15 @@
 
 Thresholds and temperatures are chosen on the validation split, never on the test split; without a validation split
 none are chosen. Data without splits are scored as a whole, but those that the checkpoint's run has divided stay divided
-so (its splits.csv). The output folder receives
+so (its splits.csv).
+
+    python benchmarks/evaluate_isic.py --data OTHER --checkpoint OUT --output-dir R --report \\
+        --map melanoma=MEL,mel seborrheic_keratosis=BKL                      # another clinic's labels
+
+--map scores images of another clinic, whose words for the labels differ. Labels that are not mapped are not scored;
+thresholds and temperatures are those of home (home.json of the run, or of published weights).
+
+The output folder receives
     metrics.json              scores keyed by split; at the threshold 0.5, and a list of other operating points
     predictions_SPLIT.csv     image_id and a probability for each label
     roc_SPLIT.png, reliability_SPLIT.png; curves.png and alphas.png where the checkpoint has a summary.csv
@@ -48,12 +56,13 @@ from timm_arl.isic.calibration import (
     subgroup_table,
     subgroups,
 )
-from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of
+from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, label_array, load_data, wanted_of
 from timm_arl.isic.dataset.demo import DEMO_TASKS
 from timm_arl.isic.dataset.duplicates import read_pairs
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
 from timm_arl.isic.intervals import unit_of
+from timm_arl.isic.mapping import map_labels, read_map
 from timm_arl.isic.metrics import (
     auc_table,
     compare,
@@ -64,6 +73,8 @@ from timm_arl.isic.metrics import (
 )
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
 from timm_arl.isic.predictions import read_predictions, write_predictions
+from timm_arl.isic.shift import HOME_FILE, calibration_drift, home_of, home_record, image_statistics
+from timm_arl.isic.shift_page import External
 from timm_arl.isic.task import Task, label_words
 from timm_arl.isic.transforms import CROPS, EvalCrops
 from timm_arl.training.accelerator import create_accelerator
@@ -97,6 +108,9 @@ def build_parser():
         help="predictions of another network on the same images: paired differences, this checkpoint minus the other")
     add('--subgroups', nargs='+', metavar='COLUMN',
         help='columns of the data whose groups are scored, with counts (default: sex and age_approximate, where known)')
+    add('--map', nargs='+', metavar='LABEL=WORD,WORD',
+        help="external validation: which labels of the data mean which of the checkpoint's; others are not scored, "
+             'thresholds and temperatures are those of home')
     add('--drop-duplicates', metavar='LIST.csv',
         help='leave out images that are twins of training images, by this list of pairs')
     add('--img-size', type=number(int, 64), help="side of the network's input (default: the checkpoint's)")
@@ -207,6 +221,37 @@ def check_free(out, compared):
         raise RunError(f'{out} holds a {theirs[0]} that is not from an evaluation: choose another --output-dir.')
 
 
+def print_mapping(accelerator, mapped, home, args):
+    """Say what is scored, what is not, and where thresholds and temperatures come from."""
+    scored = '; '.join(f'{label} = {", ".join(words)}' for label, words in mapped.sources.items())
+    accelerator.print(f'External validation on {args.data}: {scored}.' + (
+        f' Negative throughout: {", ".join(mapped.negative)}.' if mapped.negative else ''))
+    if mapped.not_scored:
+        accelerator.print(f'Not scored, since --map does not name them: {", ".join(mapped.not_scored)}.')
+    truth = label_array(mapped.data.splits[args.split], mapped.data.task)
+    one_class = [label for label, t in zip(mapped.sources, truth.T) if t.min() == t.max()]
+    if one_class:
+        accelerator.print(f'No AUC of {", ".join(one_class)}: all images are of one class.')
+    accelerator.print(
+        'Thresholds and temperatures are those of home.' if 'temperatures' in home else
+        'Thresholds of home are known, temperatures are not.' if home.get('thresholds') else
+        f'No thresholds and temperatures of home are known, so decisions are at 0.5: score {args.checkpoint} on its '
+        f'own data first, which records them.')
+    differ = [f'{name} {value}' for name, value in home.get('shown', {}).items() if getattr(args, name) not in (
+        None, value)]
+    if differ:
+        accelerator.print(f'The thresholds of home belong to {", ".join(differ)}, which is not what is used here.')
+
+
+def print_drift(drift):
+    for label, here in drift.items():
+        text = '; '.join(
+            f'{words} expected {of["expected"]:.1f} (ratio {interval_text(of["ratio"], of["ratio_ci95"])}), ECE '
+            f'{of["ece"]:.3f}, Brier {of["brier"]:.3f}'
+            for words, of in (('as given', here['as_given']), ('with temperature', here['with_temperature'])) if of)
+        print(f'Calibration of {label_words(label)}: {here["positives"]} positives observed; {text}')
+
+
 @contextlib.contextmanager
 def replacing_evaluation(out):
     """Give an empty folder to fill; its files then replace those of an earlier evaluation in `out`.
@@ -245,12 +290,21 @@ def evaluate(args):
     if args.img_size:
         data_config['input_size'] = (3, args.img_size, args.img_size)
 
-    data = load_data(args.data, wanted_of(args), args.seed, needed=(args.split,), whole=args.split, expected=task,
-                     earlier=folder / 'splits.csv')
-    splits = data.splits
-    if data.task.labels != task.labels:
+    wanted = read_map(args.map, task, args.checkpoint) if args.map else None
+    home = home_of(folder, saved) if args.map else None
+    data = load_data(args.data, wanted_of(args), args.seed, needed=(args.split,), whole=args.split,
+                     expected=None if args.map else task, earlier=None if args.map else folder / 'splits.csv',
+                     alone=bool(args.map))
+    mapped = None
+    if wanted:
+        mapped = map_labels(data, task, wanted, args.split, args.data)
+        data = mapped.data
+        print_mapping(accelerator, mapped, home, args)
+    elif data.task.labels != task.labels:
         raise RunError(f'{args.data} has the labels {", ".join(data.task.labels)}, but {args.checkpoint} knows '
-                       f'{", ".join(task.labels)}: choose data or a checkpoint with the same.')
+                       f'{", ".join(task.labels)}: choose data or a checkpoint with the same, or say by --map which of '
+                       f'them mean the same.')
+    splits, scored = data.splits, data.task if mapped else task
     same_data = 'train' in splits and ids_digest(splits['train']['image_id']) == saved.get('train_ids')
     kept_best = saved.get('keep') == 'best' and not saved.get('fold')  # a fold has validation images of its own
     if args.drop_duplicates:
@@ -259,76 +313,99 @@ def evaluate(args):
         splits = without_duplicates(splits, args)
         check_usable(splits, f'{args.data} without duplicates', task)
     splits = {name: splits[name] for name in dict.fromkeys(('validation', args.split)) if name in splits}
-    if 'validation' not in splits:
+    if 'validation' not in splits and not mapped:
         accelerator.print(f'{args.data} has no validation split: no thresholds and no temperatures are chosen.')
     for name, split in splits.items() if args.lesion_crop else ():
         if not has_masks(split):
             accelerator.print(f'The {name} images have no masks: --lesion-crop does not change them.')
     if args.compare:  # a fault in it is told before the work, not after
         try:
-            read_predictions(args.compare, splits[args.split]['image_id'], task)
+            read_predictions(args.compare, splits[args.split]['image_id'], scored)
         except ValueError as error:
             raise RunError(f'--compare: {error}') from error
-    check_images(splits, args, accelerator, data_config, task)
+    check_images(splits, args, accelerator, data_config, scored)
     parts = {name: subgroups_of(split, args) for name, split in splits.items()}
-    loaders = {name: image_loader(args, split, data_config, accelerator, task=task, groups=data.groups)
+    loaders = {name: image_loader(args, split, data_config, accelerator, task=scored, groups=data.groups)
                for name, split in splits.items()}
     truth = {name: loader.dataset.labels.numpy() for name, loader in loaders.items()}
     groups = {name: loader.dataset.groups for name, loader in loaders.items()}
     if accelerator.is_main_process:
         make_folder(out)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    probabilities = {name: predict(accelerator, model, loader, name, task).numpy() for name, loader in loaders.items()}
+    predicted = {name: predict(accelerator, model, loader, name, task).numpy() for name, loader in loaders.items()}
+    columns = [task.labels.index(label) for label in scored.labels]
+    probabilities = {name: p[:, columns] for name, p in predicted.items()}
     if not accelerator.is_main_process:
         return
 
     # Chosen on validation
-    validation = list(zip(*(each['validation'].T for each in (truth, probabilities)))) if 'validation' in truth else []
+    validation = (list(zip(*(each['validation'].T for each in (truth, probabilities))))
+                  if 'validation' in truth and not mapped else [])
     choosers = {'youden': youden_threshold, 'sensitivity 0.9': threshold_for_sensitivity} if validation else {}
     points = {f'{name} on validation': [chooser(t, p) for t, p in validation] for name, chooser in choosers.items()}
     temperatures = [fit_temperature(t, p) for t, p in validation] or [None] * len(task.labels)
+    if mapped:  # chosen at home
+        points = {name.replace(' on ', ' on home '): [values[label] for label in scored.labels]
+                  for name, values in home.get('thresholds', {}).items()}
+        temperatures = [home.get('temperatures', {}).get(label) for label in scored.labels]
 
     metrics = {}
     for name in splits:
         scores = metrics[name] = score_split(
-            truth[name], probabilities[name], seed=args.seed, operating_points=points, task=task,
+            truth[name], probabilities[name], seed=args.seed, operating_points=points, task=scored,
             groups=groups[name], unit=unit_of(data.groups))
-        for label, t, p, temperature in zip(task.labels, truth[name].T, probabilities[name].T, temperatures):
+        for label, t, p, temperature in zip(scored.labels, truth[name].T, probabilities[name].T, temperatures):
             scores[label]['calibration'] = {
                 'ece': expected_calibration_error(t, p), 'temperature': temperature,
                 'ece_with_temperature': temperature and expected_calibration_error(
                     t, apply_temperature(p, temperature))}
         scores['subgroups'] = subgroup_table(
-            truth[name], probabilities[name], task=task, others=parts[name], groups=groups[name])
+            truth[name], probabilities[name], task=scored, others=parts[name], groups=groups[name])
+    external = None
+    if mapped:
+        drift = {label: calibration_drift(t, p, temperature, groups[args.split], args.seed)
+                 for label, t, p, temperature in zip(
+                     scored.labels, truth[args.split].T, probabilities[args.split].T, temperatures)}
+        metrics[args.split]['external'] = {
+            'map': mapped.sources, 'negative': mapped.negative, 'not_scored': mapped.not_scored,
+            'home': 'temperatures' in home, 'drift': drift}
+        external = External(home, image_statistics(splits[args.split]), *mapped[1:])
     other = None
     if args.compare:
-        other = Comparison(args.compare, read_predictions(args.compare, loaders[args.split].dataset.image_ids, task))
+        other = Comparison(args.compare, read_predictions(args.compare, loaders[args.split].dataset.image_ids, scored))
         metrics[args.split]['comparison'] = {
             'first': args.compare, 'second': shown,
-            **compare(truth[args.split], other.probabilities, probabilities[args.split], seed=args.seed, task=task,
+            **compare(truth[args.split], other.probabilities, probabilities[args.split], seed=args.seed, task=scored,
                       groups=groups[args.split])}
 
     # The look is recorded before anybody can see what it gave
-    if args.split == 'test':
-        record_look(out, shown, metrics['test'])
+    if args.split == 'test' or mapped:
+        record_look(out, shown, metrics[args.split])
         if (folder / 'run.json').is_file() and os.access(folder, os.W_OK):
-            record_look(folder, shown, metrics['test'])
+            record_look(folder, shown, metrics[args.split])
         elif (folder / 'run.json').is_file():
-            print(f'{folder} cannot be written to: this look at the test split is recorded in {out} alone.')
+            print(f'{folder} cannot be written to: this look at the {args.split} split is recorded in {out} alone.')
+
+    how = {'img_size': data_config['input_size'][-1], **{
+        name: getattr(args, name) for name in ('crops', 'aspect', 'grey_world', 'lesion_crop')}}
+    if same_data and 'validation' in splits and not (args.alpha_zero or args.drop_duplicates) and (
+            folder / 'run.json').is_file() and os.access(folder, os.W_OK) and not (folder / HOME_FILE).exists():
+        write_json(folder / HOME_FILE, home_record(
+            splits['validation'], truth['validation'], probabilities['validation'], task, how))
 
     record = {
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
-        'timm': timm.__version__, 'torch': torch.__version__, 'img_size': data_config['input_size'][-1],
-        'crops': args.crops, 'aspect': args.aspect, 'grey_world': args.grey_world, 'lesion_crop': args.lesion_crop,
+        'timm': timm.__version__, 'torch': torch.__version__, **how, **({'map': args.map} if mapped else {}),
         'seed': args.seed, 'alpha_zero': args.alpha_zero, 'tensors_sha256': tensors_sha256(weights)}
     if args.report:
         images = loaders[args.split]
         examples = report_examples(
             accelerator.unwrap_model(model), images.dataset, EvalCrops(data_config['input_size'][-1], args.crops),
-            images.normalise, probabilities[args.split], other and other.probabilities, task)
+            images.normalise, probabilities[args.split], other and other.probabilities, task, scored)
         page = html_report(
             shown, args.data, args.split, metrics, truth, probabilities, record,
-            Training(summary, alphas, kept_best, same_data, 'thresholds' in saved), examples, other, task, groups)
+            Training(summary, alphas, kept_best, same_data, 'thresholds' in saved), examples, other, scored, groups,
+            external)
     synthetic = ' (SYNTHETIC images)' * (args.data in DEMO_TASKS)
     with replacing_evaluation(out) as new:
         write_json(new / 'metrics.json', metrics)
@@ -337,11 +414,11 @@ def evaluate(args):
             title = f'{shown}, {name}, {len(truth[name])} images{synthetic}'
             images = loaders[name].dataset
             write_predictions(
-                new / f'predictions_{name}.csv', images.image_ids, probabilities[name], task, images.groups)
-            roc_plot(new / f'roc_{name}.png', truth[name], probabilities[name], scores, title, task=task,
+                new / f'predictions_{name}.csv', images.image_ids, predicted[name], task, images.groups)
+            roc_plot(new / f'roc_{name}.png', truth[name], probabilities[name], scores, title, task=scored,
                      groups=groups[name])
             reliability_plot(
-                new / f'reliability_{name}.png', truth[name], probabilities[name], scores, title, task)
+                new / f'reliability_{name}.png', truth[name], probabilities[name], scores, title, scored)
         if summary:
             curve_plot(new / 'curves.png', summary, folder.name, task)
         if alphas:
@@ -349,15 +426,17 @@ def evaluate(args):
         if args.report:
             (new / 'report.html').write_text(page, encoding='utf-8')
         written = sorted(path.name for path in new.iterdir())
-    print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics, task))
+    print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics, scored))
+    if mapped:
+        print_drift(drift)
     if args.compare:
         print(f'Scores of {shown} minus that of {args.compare}, on the same images:')
-        for name in (*task.labels, 'mean_auc', *['balanced_accuracy'] * (task.kind == 'multiclass')):
+        for name in (*scored.labels, 'mean_auc', *['balanced_accuracy'] * (scored.kind == 'multiclass')):
             pair = metrics[args.split]['comparison'][name]
             print(f'  {label_words(name):22}' + interval_text(pair['difference'], pair['difference_ci95'], '+')
                   + (f", DeLong's p {pair['p_value']:.3g}" if pair.get('p_value') is not None else ''))
     print(f'{time.time() - start_time:.0f} s. In {out}: {", ".join(written)}'
-          + ', looks.csv' * (args.split == 'test'))
+          + ', looks.csv' * bool(args.split == 'test' or mapped))
 
 
 def main():

@@ -14,6 +14,7 @@ test split. The output folder receives
     summary.csv, tensorboard/        one row per epoch: losses, AUCs, learning rate, every alpha
     metrics.json                     scores with 95 % intervals, keyed by split
     predictions_validation.csv, predictions_test.csv
+    home.json                        what validation chose, and statistics of its images, for other clinics' data
     splits.csv                       if the data had no splits: those that were made, for --splits
     run.json                         command, arguments, versions, commit
     looks.csv                        one row for each time that the test split was scored
@@ -48,6 +49,7 @@ from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.intervals import unit_of
 from timm_arl.isic.metrics import auc, auc_table, score_split
 from timm_arl.isic.predictions import write_predictions
+from timm_arl.isic.shift import HOME_FILE, home_record
 from timm_arl.isic.task import balancing_weights, label_words
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError
@@ -263,6 +265,10 @@ def train(args, accelerator, data, out, networks=None):
                 record_look(out, out, metrics['test'])
             write_predictions(out / f'predictions_{name}.csv', loaders[name].dataset.image_ids, probabilities, task,
                               loaders[name].dataset.groups)
+        if accelerator.is_main_process and name == 'validation':
+            write_json(out / HOME_FILE, home_record(
+                splits[name], truth[name].numpy(), probabilities, task, {'img_size': img_size, **{
+                    key: getattr(args, key) for key in ('crops', 'aspect', 'grey_world', 'lesion_crop')}}))
     if accelerator.is_main_process:
         write_json(out / 'metrics.json', metrics)
     synthetic = ', SYNTHETIC images' * (args.data in DEMO_TASKS)

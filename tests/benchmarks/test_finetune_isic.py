@@ -27,7 +27,7 @@ TINY = ['--model-kwargs', 'channels=[8,16,32,64]']  # a 64th of the weights
 IMAGES = ['--img-size', '64', '--crops', 'center', '--tracker', 'none', '--workers', '0', '--cpu-threads', '1']
 SMALL = [*IMAGES, '--batch-size', '16', *TINY]
 OUTPUTS = {'config.json', 'model.safetensors', 'summary.csv', 'metrics.json', 'run.json', 'last',
-           'predictions_validation.csv', 'predictions_test.csv', 'tensorboard', 'looks.csv'}
+           'predictions_validation.csv', 'predictions_test.csv', 'tensorboard', 'looks.csv', 'home.json'}
 
 
 def command(repo, *args, launch=()):

@@ -39,6 +39,7 @@ from .report import (
     points_cells,
     scores_cells,
 )
+from .shift_page import External, shift_page
 from .task import ISIC2017, OFFICIAL_THRESHOLD, Task, label_words
 
 __all__ = ['Comparison', 'Example', 'Examples', 'Group', 'Shown', 'Training', 'html_report']
@@ -154,6 +155,7 @@ def html_report(
         other: Optional[Comparison] = None,
         task: Task = ISIC2017,
         groups: Optional[Mapping[str, Optional[Sequence[str]]]] = None,
+        external: Optional[External] = None,
 ) -> str:
     """The page of one evaluation.
 
@@ -169,6 +171,7 @@ def html_report(
         other: Another network, whose comparison metrics holds.
         task: What is predicted.
         groups: By split, patient or lesion of each image, or None; None: not known.
+        external: What is known of another clinic's data, if they are.
 
     Returns:
         HTML that loads nothing.
@@ -193,10 +196,12 @@ def html_report(
         colours=['rgb({:.0f} {:.0f} {:.0f})'.format(*colour) for colour in colours(np.linspace(0, 1, 9))],
         sections=[
             ('caveats', 'Read this first'), ('summary', 'Summary'), ('scores', f'Scores on {split}'),
-            *[('comparison', 'Two networks')] * bool(other), ('images', 'Images'),
+            *[('external', 'Another clinic')] * bool(external), *[('comparison', 'Two networks')] * bool(other),
+            ('images', 'Images'),
             *[('training', 'Attention and training')] * bool(examples.blocks or training.summary),
             *((of, f'Scores on {of}') for of in shown if of != split), ('terms', 'Definitions'),
             ('settings', 'Settings')],
+        external=external and shift_page(external, metrics[split], probabilities[split], task),
         comparison=other and _comparison(
             other, metrics[split], truth[split], probabilities[split], record['seed'], task, patients.get(split)))
     return html.strip() + '\n'

@@ -18,8 +18,8 @@ OFFICIAL_THRESHOLD = 0.5  # the challenge's scorer calls an image positive stric
 KINDS = ('multilabel', 'multiclass')
 HEADS = ('sigmoid', 'softmax')
 RESERVED = {  # other columns of tables, and other keys of metrics.json
-    'accuracy', 'balanced_accuracy', 'brier', 'comparison', 'confusion_matrix', 'error', 'group', 'groups', 'image',
-    'image_id', 'intervals_over', 'labels', 'mask', 'mean_auc', 'mean_auc_ci95', 'split', 'subgroups', 'top1'}
+    'accuracy', 'balanced_accuracy', 'brier', 'comparison', 'confusion_matrix', 'error', 'external', 'group', 'groups',
+    'image', 'image_id', 'intervals_over', 'labels', 'mask', 'mean_auc', 'mean_auc_ci95', 'split', 'subgroups', 'top1'}
 NONE = 'none'
 
 

@@ -42,6 +42,7 @@ def load_data(
         whole: Optional[str] = None,
         expected: Optional[Task] = None,
         earlier: Optional[Path] = None,
+        alone: bool = False,
 ) -> Data:
     """Load and check a data set of any kind (docs/data.md lists them), and find out what is predicted.
 
@@ -57,6 +58,7 @@ def load_data(
         whole: What data without splits are; None: they are divided into train, validation and test.
         expected: Task of a network that is to be scored, taken where the data have its labels.
         earlier: The splits.csv of a run, taken where the data have no splits and it is of their images.
+        alone: Leave out the splits that are not needed, whatever is wrong with them.
 
     Returns:
         The task and the splits that there are, of train, validation and test.
@@ -85,6 +87,8 @@ def load_data(
     if groups:
         splits = {name: with_groups(split, groups) for name, split in splits.items()}
     splits, made = _arranged(splits, task, groups, wanted, seed, needed, whole, earlier, data)
+    if alone:
+        splits = {name: split for name, split in splits.items() if name in needed} or splits
     if 'train' in needed and 'train' in splits and column:
         check_learned(splits, data, task)
     checked = check_splits(splits, data, task=task, needed=needed)

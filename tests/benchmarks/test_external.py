@@ -1,0 +1,124 @@
+"""External validation: a network of two labels on another clinic's data, by what it knows of home."""
+import csv
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from any_data import class_folders, ham10000, table
+from pages import Page
+
+from timm_arl.factory import save_network
+from timm_arl.files import write_json
+from timm_arl.isic.task import LABELS, apply_temperature
+
+STATISTIC = {'mean': 40., 'sd': 4., 'median': 40.}
+BOTH = ('--map', 'melanoma=MEL,mel', 'seborrheic_keratosis=BKL')
+
+
+def rows(path):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def usual(data, checkpoint, out, *more):
+    return ('--data', data, '--checkpoint', checkpoint, '--output-dir', out, '--workers', 0, '--crops', 'center', *more)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """A run whose validation images chose thresholds and temperatures."""
+    folder = tmp_path_factory.mktemp('checkpoint') / 'out'
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=2)
+    with torch.no_grad():
+        model.get_classifier().weight.mul_(20)
+    save_network(model.eval(), folder, LABELS, dict(
+        timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
+    write_json(folder / 'run.json', {'arguments': {'train_ids': '0', 'crops': 'center'}})
+    drift = {'expected': 2., 'ratio': 1., 'ratio_ci95': [0.5, 2.], 'ece': 0.1, 'brier': 0.2}
+    write_json(folder / 'home.json', {
+        'thresholds': {'youden on validation': {'melanoma': 0.31, 'seborrheic_keratosis': 0.47}},
+        'temperatures': {'melanoma': 2., 'seborrheic_keratosis': 0.5}, 'shown': {'crops': 'center', 'img_size': 64},
+        'images': {'images': 12, 'shorter_side': {**STATISTIC, 'counts': [0] * 20 + [12] + [0] * 15}, **dict.fromkeys(
+            ('brightness', 'red', 'green', 'blue'), {**STATISTIC, 'counts': [0] * 12 + [12] + [0] * 12})},
+        'labels': {label: {'images': 12, 'positives': 2, 'counts': [12] + [0] * 19, 'as_given': drift,
+                           'with_temperature': drift} for label in LABELS}})
+    return folder
+
+
+@pytest.mark.slow
+def test_another_clinic_by_what_home_chose(call, checkpoint, tmp_path):
+    data, out = ham10000(tmp_path / 'ham'), tmp_path / 'r'
+    done = call('evaluate_isic', *usual(data, checkpoint, out, *BOTH, '--report'))
+    assert done.returncode == 0, done.stderr
+    assert 'melanoma = mel; seborrheic_keratosis = bkl. Negative throughout: akiec, bcc, df, nv, vasc' in done.stdout
+    assert 'are those of home' in done.stdout and 'no thresholds' not in done.stdout
+    scores = json.loads((out / 'metrics.json').read_text())['test']
+    predictions = rows(out / 'predictions_test.csv')
+    truth = {row['image_id']: row['dx'] for row in rows(data / 'HAM10000_metadata')}
+    assert len(predictions) == 42 and predictions[0]['group'].startswith('HAM_')
+    for label, word, threshold, temperature in (('melanoma', 'mel', 0.31, 2.), (LABELS[1], 'bkl', 0.47, 0.5)):
+        positive = np.array([truth[row['image_id']] == word for row in predictions])
+        p = np.array([float(row[label]) for row in predictions])
+        assert scores[label]['positives'] == positive.sum() == 6
+        [point] = scores[label]['operating_points']
+        assert (point['name'], point['threshold']) == ('youden on home validation', threshold)
+        assert point['sensitivity'] == pytest.approx((p > threshold)[positive].mean())
+        assert scores[label]['calibration']['temperature'] == temperature
+        drift = scores['external']['drift'][label]
+        assert drift['as_given']['expected'] == pytest.approx(p.sum())
+        hot = apply_temperature(p, temperature)
+        assert drift['with_temperature']['brier'] == pytest.approx(np.mean((hot - positive) ** 2))
+    for folder in (out, checkpoint):
+        assert '--map melanoma=MEL,mel' in rows(folder / 'looks.csv')[-1]['command']
+    page = Page((out / 'report.html').read_text())
+    assert 'nothing was chosen here' in page.text and 'images of home are not recorded' not in page.text
+    assert ['melanoma', 'mel'] in page.tables['How the labels of these images were mapped']
+    size = [row for row in page.tables['Size, brightness and colour'] if row[0] == 'shorter side, px'][0]
+    assert size[1:] == ['32 ± 0', '40 ± 4', '-2.00']
+    drift = page.tables['Expected and observed positives, here and at home']
+    assert [row[1] for row in drift[1:5]] == ['6', '6', '2', '2']
+    labels = [svg.get('aria-label', '') for svg in page.of('svg')]
+    assert sum('that of home in' in label for label in labels) == 7
+
+
+def test_a_label_that_is_not_mapped_is_not_scored(call, checkpoint, tmp_path):
+    out = tmp_path / 'r'
+    data = class_folders(tmp_path / 'own', classes=('MEL', 'NV'), splits=('train', 'val', 'test'))
+    done = call('evaluate_isic', *usual(data, checkpoint, out, '--map', 'melanoma=MEL', '--split', 'validation'))
+    assert done.returncode == 0, done.stderr
+    assert 'Not scored, since --map does not name them: seborrheic_keratosis.' in done.stdout
+    scores = json.loads((out / 'metrics.json').read_text())
+    assert list(scores) == ['validation'] and LABELS[1] not in scores['validation']
+    assert scores['validation']['mean_auc'] == scores['validation']['melanoma']['auc']
+    assert set(rows(out / 'predictions_validation.csv')[0]) == {'image_id', *LABELS}
+    assert len(rows(out / 'looks.csv')) == 1  # also of a split called validation
+
+
+def test_without_a_record_of_home_nothing_is_chosen(call, checkpoint, tmp_path):
+    bare = tmp_path / 'bare'
+    bare.mkdir()
+    for name in ('config.json', 'model.safetensors'):
+        (bare / name).write_bytes((checkpoint / name).read_bytes())
+    data = table(tmp_path / 'c', 12, ('mel', 'naevus', 'bkl'))
+    done = call('evaluate_isic', *usual(data, bare, tmp_path / 'r', *BOTH, '--report'))
+    assert done.returncode == 0 and 'so decisions are at 0.5: score' in done.stdout, done.stderr
+    scores = json.loads((tmp_path / 'r' / 'metrics.json').read_text())['test']
+    assert scores['melanoma']['operating_points'] == [] and scores['melanoma']['calibration']['temperature'] is None
+    assert 'images of home are not recorded' in (tmp_path / 'r' / 'report.html').read_text()
+
+
+@pytest.mark.parametrize('entries, message', [
+    (['mole=nv'], 'has no label mole, it knows melanoma, seborrheic_keratosis.'),
+    (['melanoma=scar'], 'has no label scar, it has mel, naevus.'),
+    (['melanoma=mel,mel'], '--map gives mel to melanoma twice: give it once.'),
+    (['melanoma=mel,naevus'], 'so that there is no AUC: map other labels or take other images.'),
+    (['melanoma'], '--map melanoma is not LABEL=WORD,WORD'),
+])
+def test_what_cannot_be_mapped(call, checkpoint, tmp_path, entries, message):
+    data = table(tmp_path / 'c', 6, ('mel', 'naevus'))
+    done = call('evaluate_isic', *usual(data, checkpoint, tmp_path / 'r', '--map', *entries))
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count('error:') == 1, done.stderr
+    assert not (tmp_path / 'r').exists()

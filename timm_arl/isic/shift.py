@@ -1,0 +1,161 @@
+"""What a run keeps of its validation images, and how another clinic's images and scores differ from it."""
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+from ..extras import require
+
+require('train', __name__)
+
+import numpy as np
+
+from .calibration import apply_temperature, expected_calibration_error, fit_temperature
+from .images import decode
+from .intervals import percentile_interval, resampled_indices
+from .metrics import threshold_for_sensitivity, youden_threshold
+from .task import ISIC2017, DataError, Task
+
+__all__ = [
+    'HOME_FILE', 'STATISTICS', 'Home', 'calibration_drift', 'chosen', 'home_of', 'home_record', 'image_statistics',
+    'probability_counts', 'standard_difference',
+]
+
+HOME_FILE = 'home.json'
+CHOOSERS = {'youden on validation': youden_threshold, 'sensitivity 0.9 on validation': threshold_for_sensitivity}
+MOST_IMAGES = 1000  # whose pixels are read
+SIDE = 64  # px that the pixels' means need
+STATISTICS: Dict[str, Tuple[str, np.ndarray]] = {  # what it is, with its unit; edges of its bins
+    'shorter_side': ('shorter side, px', 2 ** np.arange(5, 14.25, 0.25)),
+    'brightness': ('brightness, 0 to 1', np.linspace(0, 1, 26)),
+    'red': ('red, mean of the image', np.linspace(0, 1, 26)),
+    'green': ('green, mean of the image', np.linspace(0, 1, 26)),
+    'blue': ('blue, mean of the image', np.linspace(0, 1, 26)),
+}
+PROBABILITY_BINS = np.linspace(0, 1, 21)
+
+Home = Dict[str, Any]  # what home_record gives; may lack any key
+
+
+def image_statistics(images: Any) -> Dict[str, Any]:
+    """Size, brightness and colour of images as they are stored, without their pixels.
+
+    Args:
+        images: A split of load_data whose images can be read; of many, 1,000 at equal distances are looked at.
+
+    Returns:
+        images (their number), and for each of STATISTICS its mean, sd, median, and counts in its bins (what lies
+        outside is counted at the ends). Brightness is the luma of ITU-R BT.601.
+    """
+    rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), MOST_IMAGES)).round().astype(int))
+    cells = images.select_columns(['image'])
+    found = np.array([_of_image(cells[int(row)]['image']) for row in rows])
+    summary: Dict[str, Any] = {'images': len(found)}
+    for values, (name, (_, edges)) in zip(found.T, STATISTICS.items()):
+        summary[name] = {'mean': float(values.mean()), 'sd': float(values.std()), 'median': float(np.median(values)),
+                         'counts': np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()}
+    return summary
+
+
+def _of_image(cell: Dict[str, Any]) -> Tuple[float, ...]:
+    side = min(decode(cell).size)
+    picture = decode(cell, SIDE)
+    red, green, blue = np.asarray(picture, np.float64).mean((0, 1)) / 255
+    return side, 0.299 * red + 0.587 * green + 0.114 * blue, red, green, blue
+
+
+def probability_counts(probabilities: np.ndarray) -> Any:
+    """How many probabilities lie in each of the bins of PROBABILITY_BINS."""
+    return np.histogram(probabilities, PROBABILITY_BINS)[0].tolist()
+
+
+def standard_difference(here: Dict[str, float], home: Dict[str, float]) -> Optional[float]:
+    """The difference of two means in standard deviations of home; None where home does not vary."""
+    return (here['mean'] - home['mean']) / home['sd'] if home['sd'] > 1e-9 else None
+
+
+def chosen(truth: np.ndarray, probabilities: np.ndarray, task: Task = ISIC2017) -> Home:
+    """Thresholds and temperatures by validation images, as config.json of published weights has them.
+
+    Args:
+        truth: 0 or 1, shape (N, labels), both classes of each.
+        probabilities: Shape (N, labels).
+        task: Whose labels they are.
+    """
+    each = list(zip(task.labels, truth.T, probabilities.T))
+    return {'thresholds': {name: {label: chooser(t, p) for label, t, p in each} for name, chooser in CHOOSERS.items()},
+            'temperatures': {label: fit_temperature(t, p) for label, t, p in each}}
+
+
+def home_record(images: Any, truth: np.ndarray, probabilities: np.ndarray, task: Task, shown: Dict[str, Any]) -> Home:
+    """What home.json of a run holds: what its validation images chose, and statistics of them.
+
+    Args:
+        images: The split.
+        truth, probabilities: Of chosen.
+        task: Whose labels they are.
+        shown: How the images were prepared: crops and so on.
+    """
+    choice = chosen(truth, probabilities, task)
+    return {**choice, 'shown': shown, 'images': image_statistics(images), 'labels': {
+        label: {'counts': probability_counts(p), **calibration_drift(t, p, choice['temperatures'][label])}
+        for label, t, p in zip(task.labels, truth.T, probabilities.T)}}
+
+
+def home_of(folder: Path, settings: Dict[str, Any]) -> Home:
+    """The record of a run or, where there is none, what published weights come with; may lack any key.
+
+    Args:
+        folder: Of the checkpoint.
+        settings: Of Checkpoint.settings.
+
+    Raises:
+        DataError: A record that is damaged.
+    """
+    path = folder / HOME_FILE
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding='utf-8'))
+            if not {'thresholds', 'temperatures', 'labels', 'images'} <= content.keys():
+                raise ValueError('it lacks some of its keys')
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(f'{path} is damaged ({error}): delete it, and score the checkpoint on its own data again, '
+                            f'which writes it.') from error
+        return content
+    own = {key: dict(settings[key]) for key in ('thresholds', 'temperatures') if settings.get(key)}
+    own.get('thresholds', {}).pop('official', None)
+    return own
+
+
+def calibration_drift(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        temperature: Optional[float],
+        groups: Optional[Sequence[str]] = None,
+        seed: int = 0,
+) -> Dict[str, Any]:
+    """How many positives the probabilities of a label promise, and how many there are.
+
+    Args:
+        truth: 0 or 1, shape (N,).
+        probabilities: Shape (N,).
+        temperature: That of home; None: not known.
+        groups: Patient or lesion of each image, resampled as a whole; None: images are.
+        seed: Of the bootstrap.
+
+    Returns:
+        images, positives, and, as given and with_temperature, expected (positives), ratio (expected to observed, with
+        ratio_ci95; None without a positive), ece and brier; with_temperature is None without one.
+    """
+    def of(p: np.ndarray) -> Dict[str, Any]:
+        _, which = np.unique(np.arange(len(truth)) if groups is None else np.asarray(groups), return_inverse=True)
+        expected, observed = (np.bincount(which, values) for values in (p, truth))
+        index = resampled_indices(len(expected), seed=seed)
+        tops, bottoms = expected[index].sum(1), observed[index].sum(1)
+        ratios = np.where(bottoms > 0, tops / np.maximum(bottoms, 1), np.nan)
+        some = bool(truth.sum())
+        return {'expected': float(p.sum()), 'ratio': float(p.sum() / truth.sum()) if some else None,
+                'ratio_ci95': percentile_interval(ratios) if some else None,
+                'ece': expected_calibration_error(truth, p), 'brier': float(np.mean((p - truth) ** 2))}
+    p = np.asarray(probabilities, np.float64)
+    return {'images': len(truth), 'positives': int(truth.sum()), 'as_given': of(p),
+            'with_temperature': of(apply_temperature(p, temperature)) if temperature else None}
