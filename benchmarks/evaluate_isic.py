@@ -286,6 +286,7 @@ def evaluate(args):
     summary = [] if args.alpha_zero else epochs_of(folder, accelerator)
     alphas = [name for name in alphas_of(model) if summary and name in summary[0]]
     saved = images_of_the_run(args, accelerator, checkpoint)
+    select = saved.get('select') or 'mean_auc'
     data_config = resolve_model_data_config(model)
     if args.img_size:
         data_config['input_size'] = (3, args.img_size, args.img_size)
@@ -404,8 +405,8 @@ def evaluate(args):
             images.normalise, probabilities[args.split], other and other.probabilities, task, scored)
         page = html_report(
             shown, args.data, args.split, metrics, truth, probabilities, record,
-            Training(summary, alphas, kept_best, same_data, 'thresholds' in saved), examples, other, scored, groups,
-            external)
+            Training(summary, alphas, kept_best, same_data, 'thresholds' in saved, select), examples, other, scored,
+            groups, external)
     synthetic = ' (SYNTHETIC images)' * (args.data in DEMO_TASKS)
     with replacing_evaluation(out) as new:
         write_json(new / 'metrics.json', metrics)
@@ -420,7 +421,7 @@ def evaluate(args):
             reliability_plot(
                 new / f'reliability_{name}.png', truth[name], probabilities[name], scores, title, scored)
         if summary:
-            curve_plot(new / 'curves.png', summary, folder.name, task)
+            curve_plot(new / 'curves.png', summary, folder.name, task, select)
         if alphas:
             alpha_plot(new / 'alphas.png', summary, alphas, folder.name)
         if args.report:

@@ -8,8 +8,8 @@
 
 The labels are those of the data. One sigmoid output per label, trained with binary cross-entropy, or a softmax with
 cross-entropy where an image has one of the labels (--head). Most settings come from a recipe
-(timm_arl/training/recipes). The epoch with the best mean AUC on the validation split is kept and scored once on the
-test split. The output folder receives
+(timm_arl/training/recipes). The epoch with the best mean AUC on the validation split (or what --select names) is kept
+and scored once on the test split. The output folder receives
     config.json, model.safetensors   the kept epoch: timm.create_model('local-dir:OUT', pretrained=True)
     summary.csv, tensorboard/        one row per epoch: losses, AUCs, learning rate, every alpha
     metrics.json                     scores with 95 % intervals, keyed by split
@@ -42,6 +42,7 @@ from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
 from timm_arl.factory import load_weights_file, save_network
 from timm_arl.files import write_json
+from timm_arl.isic.classes import balanced_accuracy
 from timm_arl.isic.dataset import DataError, load_data, wanted_of
 from timm_arl.isic.dataset.demo import DEMO_TASKS
 from timm_arl.isic.dataset.groups import write_split_file
@@ -49,6 +50,7 @@ from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.intervals import unit_of
 from timm_arl.isic.metrics import auc, auc_table, score_split
 from timm_arl.isic.predictions import write_predictions
+from timm_arl.isic.selection import check_selection, selection_column, selection_words
 from timm_arl.isic.shift import HOME_FILE, home_record
 from timm_arl.isic.task import balancing_weights, label_words
 from timm_arl.training.accelerator import create_accelerator
@@ -71,12 +73,11 @@ from timm_arl.training.runs import (
     save_progress,
 )
 
-SCORE = 'validation_mean_auc'  # chooses the epoch
 LOSS_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
 
 
-def stopped_early(summary, patience):
-    return bool(patience and summary) and len(summary) - 1 - kept_epoch(summary, 'best', SCORE) >= patience
+def stopped_early(summary, patience, score):
+    return bool(patience and summary) and len(summary) - 1 - kept_epoch(summary, 'best', score) >= patience
 
 
 def batch_loss(task, logits, labels, smoothing, weights):
@@ -96,7 +97,7 @@ def train(args, accelerator, data, out, networks=None):
     set_seed(args.seed)
     alphas = list(alphas_of(model))
     img_size = data_config['input_size'][-1]
-    lr = args.lr
+    lr, score = args.lr, selection_column(args.select)  # which chooses the epoch
 
     # Loaders: the order is drawn from seed and epoch, the augmentation from seed, epoch and image
     loaders = {name: image_loader(args, split, data_config, accelerator, name == 'train', task, data.groups)
@@ -137,7 +138,7 @@ def train(args, accelerator, data, out, networks=None):
     kept_network = ema.module if ema else network  # which is what is scored, too
 
     # Output folder, resuming
-    summary = prepare_output_dir(args, accelerator, out)
+    summary = prepare_output_dir(args, accelerator, out, score)
     if data.made and accelerator.is_main_process:
         write_split_file(out / 'splits.csv', splits)
     if summary:
@@ -154,7 +155,7 @@ def train(args, accelerator, data, out, networks=None):
         accelerator.init_trackers('tensorboard' if args.tracker == 'tensorboard' else 'timm-arl')
 
     for epoch in range(len(summary), args.epochs):
-        if stopped_early(summary, args.patience):
+        if stopped_early(summary, args.patience, score):
             break
         epoch_start = time.time()
         model.train()
@@ -227,13 +228,15 @@ def train(args, accelerator, data, out, networks=None):
             'validation_loss': validation_loss,
             **{f'validation_auc_{label}': value for label, value in zip(task.labels, aucs)},
             'validation_mean_auc': float(np.mean(aucs)),
+            **({'validation_balanced_accuracy': balanced_accuracy(
+                truth['validation'].numpy(), probabilities.numpy(), task)} if task.kind == 'multiclass' else {}),
             'lr': optimizer.param_groups[0]['lr'],
             'img_size': epoch_sides(args, img_size)[epoch],
             **{name: kept_network.get_parameter(name).item() for name in alphas},
         }
         accelerator.log(row, step=epoch + 1)
         summary.append(row)
-        keep = kept_epoch(summary, args.keep, SCORE) == epoch
+        keep = kept_epoch(summary, args.keep, score) == epoch
         save_progress(accelerator, kept_network, ema is not None, out, summary, keep, partial(
             save_network, label_names=task.outputs, data_config=data_config, task=task.config(), **args.model_kwargs))
         values = [row[name] for name in alphas]
@@ -243,13 +246,14 @@ def train(args, accelerator, data, out, networks=None):
             f'validation  '
             'AUC ' + ''.join(f'{value:.3f} {label_words(label)}, ' for label, value in zip(task.labels, aucs))
             + f'{row["validation_mean_auc"]:.3f} mean'
+            + (f', balanced accuracy {row["validation_balanced_accuracy"]:.3f}' if task.kind == 'multiclass' else '')
             + (' (best)' if keep and args.keep == 'best' else '')
             + (f'  alpha {min(values):.2g} to {max(values):.2g}' if values else '')
             + f'  {time.time() - epoch_start:.0f} s')
 
     # The kept epoch is scored on validation again, and once on test
     load_weights_file(kept_network, out)
-    kept = summary[kept_epoch(summary, args.keep, SCORE)]
+    kept = summary[kept_epoch(summary, args.keep, score)]
     metrics = {}
     for name in ('validation', 'test'):
         if name not in splits:
@@ -272,7 +276,8 @@ def train(args, accelerator, data, out, networks=None):
     if accelerator.is_main_process:
         write_json(out / 'metrics.json', metrics)
     synthetic = ', SYNTHETIC images' * (args.data in DEMO_TASKS)
-    choice = f'the best of {len(summary)} by validation mean AUC' if args.keep == 'best' else 'the last'
+    best = f'the best of {len(summary)} by validation {selection_words(args.select)}'
+    choice = best if args.keep == 'best' else 'the last'
     accelerator.print(
         f'AUC [95 % interval] of epoch {kept["epoch"]}, {choice}{synthetic}\n' + auc_table(metrics, task))
     accelerator.print(
@@ -302,7 +307,8 @@ def main():
                          *((('train',), 'train') if args.folds else ()))
         data = data._replace(task=data.task.with_head(args.head))
         task, splits, args.head = data.task, data.splits, data.task.head
-        args.group_column = data.groups or args.group_column
+        args.group_column, args.select = data.groups or args.group_column, args.select or task.aim
+        check_selection(args.select, task)
         accelerator.print(f'Task {task.name}: {", ".join(task.labels)} ({task.head}).' + (
             f' Images of one {data.groups} stay together.' if data.groups else '') + (
             f' {args.data} has no splits: {data.made}.' if data.made else ''))

@@ -68,7 +68,13 @@ def test_seven_classes_to_the_end(tmp_path, call, seven):
     done(call('finetune_isic', '--data', seven, *flags, '--output-dir', out, '--balance', 'weights', '--mixup', .2))
     done(call('evaluate_isic', '--data', seven, '--checkpoint', out, '--output-dir', evaluation, '--workers', 0,
               '--report'))
+    epochs, record = rows(out / 'summary.csv'), read(out / 'run.json')
+    assert record['arguments']['select'] == 'balanced_accuracy' and 'validation_balanced_accuracy' in epochs[0]
+    scores = read(evaluation / 'metrics.json')['test']
+    assert scores['intervals_over'] == 'lesions' and scores['groups'] == 21
+    assert sum(map(sum, scores['confusion_matrix']['counts'])) == scores['NV']['images']
     page = (evaluation / 'report.html').read_text()
+    assert 'Confusion matrix' in page and 'bootstrap intervals over lesions' in page
     assert all(f'AUC, {label}' in page for label in SEVEN) and 'group ISIC_00002' in page and 'add up to 1' in page
     assert hub(['stage', str(out), str(staged), '--evaluation', str(evaluation)]) == 0
     card = (staged / 'README.md').read_text()
@@ -107,7 +113,11 @@ def test_several_labels_folds_and_a_teacher(tmp_path, call):
                    lambda k: (int(k % 3 == 0), f'p{k // 2 * 2 + (k // 2) % 2}'))
     flags = ('--data', source, '--labels', 'scar', 'ulcer', *QUICK)
     teacher = tmp_path / 'teacher'
-    done(call('finetune_isic', *flags, '--output-dir', teacher, '--balance', 'weights'))
+    said = done(call('finetune_isic', *flags, '--output-dir', teacher, '--balance', 'weights', '--select', 'auc:ulcer',
+                     '--epochs', 3, '--lr', .01))
+    best = max(rows(teacher / 'summary.csv'), key=lambda row: float(row['validation_auc_ulcer']))
+    assert f'of epoch {best["epoch"]}, the best of 3 by validation AUC of ulcer' in said
+    assert read(teacher / 'run.json')['arguments']['select'] == 'auc:ulcer'
     assert read(teacher / 'config.json')['task']['kind'] == 'multilabel'
     done(call('finetune_isic', *flags, '--output-dir', tmp_path / 'student', '--teacher', teacher))
     done(call('finetune_isic', *flags, '--output-dir', tmp_path / 'folds', '--folds', 2))
@@ -119,13 +129,21 @@ def test_several_labels_folds_and_a_teacher(tmp_path, call):
     refused = call('finetune_isic', *flags, '--output-dir', tmp_path / 'x', '--head', 'softmax')
     assert refused.returncode == 2 and 'softmax needs images with one label at most' in refused.stderr
     # without a validation split no threshold is chosen
-    lines(tmp_path / 'other.csv', ('image', 'scar', 'ulcer'), [
-        (f'images/{k}.png', k % 2, k % 3 % 2) for k in range(30)])
+    lines(tmp_path / 'other.csv', ('image', 'scar', 'ulcer', 'clinic'), [
+        (f'images/{k}.png', k % 2, k % 3 % 2, ('Ulm', '')[k % 5 == 0]) for k in range(30)])
     said = done(call('evaluate_isic', '--data', tmp_path / 'other.csv', '--checkpoint', teacher, '--output-dir',
-                     tmp_path / 'e', '--workers', 0, '--report'))
+                     tmp_path / 'e', '--workers', 0, '--report', '--subgroups', 'clinic'))
     assert 'no thresholds and no temperatures are chosen' in said
     metrics = read(tmp_path / 'e' / 'metrics.json')
     assert list(metrics) == ['test'] and metrics['test']['scar']['operating_points'] == []
+    assert [(row['group'], row['label'], row['images']) for row in metrics['test']['subgroups']] == [
+        ('clinic ulm', 'scar', 24), ('clinic ulm', 'ulcer', 24), ('clinic unknown', 'scar', 6),
+        ('clinic unknown', 'ulcer', 6)]
+    refused = call('evaluate_isic', '--data', tmp_path / 'other.csv', '--checkpoint', teacher, '--output-dir',
+                   tmp_path / 'x', '--subgroups', 'hospital')
+    assert refused.returncode == 2 and 'no numbers or words in a column hospital' in refused.stderr
+    refused = call('finetune_isic', *flags, '--output-dir', tmp_path / 'x', '--select', 'balanced_accuracy')
+    assert refused.returncode == 2 and 'choose mean_auc, auc:scar, auc:ulcer' in refused.stderr
     refused = call('evaluate_isic', '--data', 'demo-groups', '--checkpoint', teacher, '--output-dir', tmp_path / 'x')
     assert refused.returncode == 2 and 'knows scar, ulcer' in refused.stderr
 

@@ -18,6 +18,7 @@ from ..isic.report import (
     points_table,
     scores_table,
 )
+from ..isic.selection import selection_words
 from ..isic.task import ISIC2017, TASKS, Task, label_words, words_list
 
 __all__ = ['render_card']
@@ -174,7 +175,8 @@ def _training(results: Dict[str, Any]) -> str:
         ('device', f'{run["launch"]["processes"]} process(es), {run["launch"]["device"]}, mixed precision '
                    f'{run["launch"]["mixed_precision"]}'),
         ('epochs', f'{results["epochs"]}; epoch {results["kept_epoch"]} was kept, ' + (
-            'the best by mean AUC on validation' if arguments['keep'] == 'best' else 'the last')),
+            f'the best by {selection_words(arguments.get("select") or "mean_auc")} on validation'
+            if arguments['keep'] == 'best' else 'the last')),
         ('alphas', ', '.join(f'{key.removesuffix(".alpha")} {value:.3g}' for key, value in results['alphas'].items())),
     ])
 

@@ -18,6 +18,7 @@ from ..download import sha256_of
 from ..factory import Checkpoint, create_trained, tensors_sha256
 from ..files import make_folder, read_rows, replacing, replacing_folder, write_json
 from ..isic.dataset.sources import CHALLENGE_IDS, ids_digest
+from ..isic.selection import selection_column
 from ..isic.task import Task
 from ..pretrained import OWN_WEIGHTS, shipped_weights
 from .cards import read_results, registered_config, render_card
@@ -123,7 +124,7 @@ def _results(
 ) -> Dict[str, Any]:
     """Content of results.json; adds to that of config.json."""
     summary = read_rows(run / 'summary.csv')
-    kept = (max(summary, key=lambda row: float(row['validation_mean_auc']))
+    kept = (max(summary, key=lambda row: float(row[selection_column(record['arguments'].get('select') or 'mean_auc')]))
             if record['arguments']['keep'] == 'best' else summary[-1])
     record['command'] = _without_folders(record['command'])
     record['arguments'] = {key: _without_folder(value) if isinstance(value, str) else value

@@ -123,12 +123,14 @@ class Training(NamedTuple):
         kept_best: Whether validation chose the epoch that was kept.
         same_data: Whether the run is known to have trained on this data.
         own_thresholds: Whether the checkpoint holds thresholds that were chosen before.
+        select: The score by which validation chooses the epoch.
     """
     summary: List[Dict[str, Any]]
     alphas: Sequence[str]
     kept_best: bool
     same_data: bool = False
     own_thresholds: bool = False
+    select: str = 'mean_auc'
 
 
 class Comparison(NamedTuple):
@@ -299,9 +301,10 @@ def _curves(training: Training, task: Task) -> List[Tuple[str, Markup]]:
         return []
     last = training.summary[-1]
     panels = [
-        ('Losses', partial(draw_losses, summary=training.summary),
+        ('Losses', partial(draw_losses, summary=training.summary, select=training.select),
          f'Training and validation loss over {len(training.summary)} epochs.'),
-        ('AUCs on validation', partial(draw_aucs, summary=training.summary, task=task),
+        ('AUCs on validation', partial(
+            draw_aucs, summary=training.summary, task=task, select=training.select),
          f'AUCs on the validation images over {len(training.summary)} epochs; at last their mean is '
          f'{float(last["validation_mean_auc"]):.3f}.')]
     if training.alphas:

@@ -24,6 +24,7 @@ from sklearn.metrics import roc_curve
 from ..files import replacing
 from .calibration import apply_temperature, reliability
 from .intervals import resampled_times
+from .selection import selection_column, selection_words
 from .task import ISIC2017, Task, label_words
 
 __all__ = [
@@ -199,40 +200,62 @@ def draw_reliability(
     _legend(axes)
 
 
-def curve_plot(path: PathLike, summary: List[Dict[str, Any]], title: str = '', task: Task = ISIC2017) -> None:
-    """Losses, and validation AUCs, over the epochs; a line where the mean AUC was best.
+def curve_plot(
+        path: PathLike,
+        summary: List[Dict[str, Any]],
+        title: str = '',
+        task: Task = ISIC2017,
+        select: str = 'mean_auc',
+) -> None:
+    """Losses, and validation AUCs, over the epochs; a line where the score that chooses the epoch was best.
 
     Args:
         path: PNG file to write.
         summary: Rows of summary.csv.
         title: Above the picture.
         task: Of the run.
+        select: That score.
     """
     figure, panels = _panels(2, 4.6, title)
-    draw_losses(panels[0], summary)
-    draw_aucs(panels[1], summary, task)
+    draw_losses(panels[0], summary, select)
+    draw_aucs(panels[1], summary, task, select)
     _save(figure, path)
 
 
-def draw_losses(axes: Axes, summary: List[Dict[str, Any]]) -> None:
+def draw_losses(axes: Axes, summary: List[Dict[str, Any]], select: str = 'mean_auc') -> None:
     """The losses of curve_plot."""
     training = 'training, masks included' if 'train_mask_loss' in summary[0] else 'training'
-    _curves(axes, summary, 'loss', [('train_loss', training, '0.6'), ('validation_loss', 'validation', 'black')])
+    _curves(axes, summary, 'loss', select, [
+        ('train_loss', training, '0.6'), ('validation_loss', 'validation', 'black')])
 
 
-def draw_aucs(axes: Axes, summary: List[Dict[str, Any]], task: Task = ISIC2017) -> None:
-    """The AUCs of curve_plot."""
-    _curves(axes, summary, 'AUC on validation', [
+def draw_aucs(
+        axes: Axes,
+        summary: List[Dict[str, Any]],
+        task: Task = ISIC2017,
+        select: str = 'mean_auc',
+) -> None:
+    """The AUCs of curve_plot and, of a multiclass task, the balanced accuracy."""
+    balanced = 'validation_balanced_accuracy' in summary[0]
+    _curves(axes, summary, 'score on validation' if balanced else 'AUC on validation', select, [
         *((f'validation_auc_{label}', label_words(label), _colour(label, task)) for label in task.labels),
-        ('validation_mean_auc', 'mean', 'black')])
+        ('validation_mean_auc', 'mean AUC' if balanced else 'mean', 'black'),
+        *[('validation_balanced_accuracy', 'balanced accuracy', '0.6')] * balanced])
 
 
-def _curves(axes: Axes, summary: List[Dict[str, Any]], ylabel: str, lines: List[Tuple[str, str, str]]) -> None:
-    best = max(summary, key=lambda row: float(row['validation_mean_auc']))
+def _curves(
+        axes: Axes,
+        summary: List[Dict[str, Any]],
+        ylabel: str,
+        select: str,
+        lines: List[Tuple[str, str, str]],
+) -> None:
+    score = selection_column(select)
+    best = max(summary, key=lambda row: float(row[score]))
     for column, name, colour in lines:
         _over_epochs(axes, summary, column, name, colour)
     axes.axvline(int(best['epoch']), color='0.6', linewidth=1, linestyle=':', zorder=0,
-                 label=f'best mean AUC: {float(best["validation_mean_auc"]):.3f}, epoch {best["epoch"]}')
+                 label=f'best {selection_words(select)}: {float(best[score]):.3f}, epoch {best["epoch"]}')
     axes.set_ylabel(ylabel)
     _legend(axes, ncols=2)
 

@@ -53,9 +53,12 @@ def recipe_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--mixup', type=number(float, 0), default=0., help='alpha of mixup; 0: no mixup')
     add('--label-smoothing', type=number(float, 0, 0.5), default=0., help='label smoothing (default: %(default)s)')
     add('--keep', choices=['best', 'last'], default='best',
-        help='epoch to keep: the best by mean validation AUC, or the last (default: %(default)s)')
+        help='epoch to keep: the best on validation (--select), or the last (default: %(default)s)')
+    add('--select', metavar='mean_auc|balanced_accuracy|auc:LABEL',
+        help='the validation score that chooses the best epoch (default: mean_auc, but balanced_accuracy for ISIC 2018 '
+             'and 2019, whose aim it is)')
     add('--patience', type=number(int, 0), default=0,
-        help='stop after this many epochs without a better mean validation AUC; 0: never')
+        help='stop after this many epochs without a better score on validation; 0: never')
     add('--distill-weight', type=number(float, 0, 1), default=0.5,
         help="with --teacher: share of the loss taken by the teacher's probabilities (default: %(default)s)")
     add('--distill-features', type=number(float, 0), default=1.,
