@@ -343,6 +343,18 @@ def test_inf_and_nan_are_the_plain_gates(kernels, attention, mask_scale, memory_
                 assert torch.allclose(fused[1], plain[1], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize('bits', [0x7fffffff, -1, 0x7fc00000])  # of CUDA, of memory that was never written, of CPUs
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_every_nan_of_a_parameter_is_seen(kernels, bits, dtype):
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    norm = norm_layer(4, False, torch.float32)
+    norm.running_mean.copy_(nan.expand(4))
+    for grad in (False, True):
+        inputs = [t.requires_grad_(grad) for t in pair((2, 4, 5, 5), dtype)]
+        assert fused_attention_residual(*inputs, nan).isnan().all()
+        assert fused_attention_residual(*inputs, torch.tensor([0.7]), norm=norm).isnan().all()
+
+
 @for_every_gate
 def test_the_number_of_threads_changes_no_bit(kernels, attention, mask_scale):
     before, results = torch.get_num_threads(), []

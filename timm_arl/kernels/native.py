@@ -3,6 +3,7 @@
 They run on the threads of PyTorch's own OpenMP, as many as ``torch.get_num_threads()`` says.
 """
 import ctypes
+import math
 import os
 from functools import cache
 from pathlib import Path
@@ -62,7 +63,7 @@ def unavailable() -> Optional[str]:
     """Why these kernels cannot be used on this machine, in one sentence, or None if they can."""
     try:
         _library()
-    except OSError as error:
+    except (AttributeError, OSError) as error:  # a function of it, or all of it
         return f'The C kernels are missing ({error}). Install a C compiler, then timm-arl again.'
     if _parallel() is None and torch.get_num_threads() > 1:
         return "The OpenMP of this PyTorch has no GOMP_parallel, by which the C kernels would use PyTorch's threads."
@@ -105,7 +106,13 @@ def _affine(norm: Optional[NormState], t: torch.Tensor) -> Tuple[torch.Tensor, t
     if norm is None:  # whatever the default dtype and device are
         return t.new_ones(t.shape[1], dtype=torch.float32), t.new_zeros(t.shape[1], dtype=torch.float32)
     scale, shift = norm.affine(torch.float32)
-    return scale.contiguous(), shift.contiguous()
+    return _parameter(scale, t), _parameter(shift, t)
+
+
+def _parameter(p: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A parameter in float32 for the gate of ``t``. CUDA's NaN, 0x7fffffff, would be rounded to 0 in bfloat16."""
+    p = p.detach().to(t.device, torch.float32)
+    return (p.nan_to_num(math.nan, math.inf, -math.inf) if t.dtype == torch.bfloat16 else p).contiguous()
 
 
 def gate_forward(
@@ -119,7 +126,7 @@ def gate_forward(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     fmt = layout(f)
     f, x = f.contiguous(memory_format=fmt), x.contiguous(memory_format=fmt)
-    alpha = alpha.detach().to(f.device, torch.float32)
+    alpha = _parameter(alpha, f)
     y = f if inplace else torch.empty_like(f, memory_format=fmt)
     top = torch.zeros(small_shape(f, gate.attention), dtype=torch.float32, device='cpu')
     total = torch.empty_like(top)
@@ -147,7 +154,7 @@ def gate_backward(
         t.contiguous(memory_format=fmt) for t in (grad, grad if y is None else y, residual, shortcut))
     df, dx = torch.empty_like(f, memory_format=fmt), torch.empty_like(x, memory_format=fmt)
     scale, shift, x_scale, x_shift = *_affine(norm, f), *_affine(shortcut_norm, f)
-    weight = alpha.detach().to(f.device, torch.float32)  # held here, like all that the call points to
+    weight = _parameter(alpha, f)  # held here, like all that the call points to
     call = _call(
         fmt, f, weight, gate, y=y, x=x, dy=grad, df=df, dx=dx, top=top, total=total, scale=scale,
         shift=shift, x_scale=x_scale, x_shift=x_shift)
