@@ -1,6 +1,10 @@
 """Labels of another clinic's data in the words of a network: which of theirs mean which of ours."""
 from typing import Dict, List, NamedTuple, Sequence
 
+from ..extras import require
+
+require('train', __name__)
+
 import datasets
 import numpy as np
 

@@ -2,6 +2,10 @@
 from functools import partial
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from ..extras import require
+
+require('train', __name__)
+
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
