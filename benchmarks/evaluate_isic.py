@@ -26,10 +26,8 @@ These files replace an earlier evaluation in that folder; other files there stay
 recorded in looks.csv, in the output folder and in the folder of the checkpoint's run.
 """
 import argparse
-import contextlib
 import os
 import shlex
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -48,7 +46,7 @@ import timm_arl
 from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, tensors_sha256
-from timm_arl.files import git_commit, make_folder, read_rows, write_json
+from timm_arl.files import git_commit, make_folder, write_json
 from timm_arl.isic.calibration import (
     apply_temperature,
     expected_calibration_error,
@@ -79,14 +77,10 @@ from timm_arl.isic.task import Task, label_words
 from timm_arl.isic.transforms import CROPS, EvalCrops
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
+from timm_arl.training.evaluations import check_free, epochs_of, replacing_evaluation
 from timm_arl.training.examples import report_examples
 from timm_arl.training.images import check_images, has_masks, image_loader, predict
-from timm_arl.training.runs import check_output_dir, record_look
-
-FILES = {  # all that this program may leave, apart from looks.csv, which grows
-    'metrics.json', 'evaluation.json', 'report.html', 'report.md', 'curves.png', 'alphas.png',  # .md: of 0.1
-    *(name.format(split) for split in ('validation', 'test')
-      for name in ('predictions_{}.csv', 'roc_{}.png', 'reliability_{}.png'))}
+from timm_arl.training.runs import record_look
 
 
 def build_parser():
@@ -172,21 +166,6 @@ def load_network(args, checkpoint):
     return model.to(memory_format=torch.channels_last).eval(), task
 
 
-def epochs_of(folder, accelerator):
-    """Rows of the summary.csv of a run; none where there is none."""
-    path = folder / 'summary.csv'
-    if not path.is_file():
-        return []
-    try:
-        rows = read_rows(path)
-    except ValueError:
-        rows = []
-    if not rows or 'validation_mean_auc' not in rows[0]:
-        accelerator.print(f'{path} is not from a run of finetune_isic.py: no curves.png and no alphas.png.')
-        return []
-    return rows
-
-
 def without_duplicates(splits, args):
     """The splits without the images that are twins of training images, by a list of pairs."""
     pairs = read_pairs(args.drop_duplicates)
@@ -206,19 +185,6 @@ def subgroups_of(split, args):
                        f'among {", ".join(columns)}.')
     wanted = args.subgroups or [c for c in ('sex', 'age_approximate') if c in columns]
     return subgroups({column: list(split[column]) for column in wanted})
-
-
-def check_free(out, compared):
-    """Refuse an output folder with a run, with the predictions to compare, or with files that we would overwrite."""
-    check_output_dir(out)
-    if compared and Path(compared).resolve().parent == out.resolve():
-        raise RunError(f'{compared} would be replaced: choose another --output-dir than the folder of --compare.')
-    for name in ('run.json', 'model.safetensors'):
-        if (out / name).exists():
-            raise RunError(f'{out} holds a run or weights ({name}): choose another --output-dir for the evaluation.')
-    theirs = [] if (out / 'evaluation.json').exists() else sorted(name for name in FILES if (out / name).exists())
-    if theirs:
-        raise RunError(f'{out} holds a {theirs[0]} that is not from an evaluation: choose another --output-dir.')
 
 
 def print_mapping(accelerator, mapped, home, args):
@@ -250,26 +216,6 @@ def print_drift(drift):
             f'{of["ece"]:.3f}, Brier {of["brier"]:.3f}'
             for words, of in (('as given', here['as_given']), ('with temperature', here['with_temperature'])) if of)
         print(f'Calibration of {label_words(label)}: {here["positives"]} positives observed; {text}')
-
-
-@contextlib.contextmanager
-def replacing_evaluation(out):
-    """Give an empty folder to fill; its files then replace those of an earlier evaluation in `out`.
-
-    metrics.json goes first and comes last, so that it is never beside the files of another evaluation.
-    """
-    new = out / '.evaluation'
-    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
-    new.mkdir()
-    try:
-        yield new
-        written = {path.name for path in new.iterdir()}
-        for name in ('metrics.json', *FILES - written):
-            (out / name).unlink(missing_ok=True)
-        for name in ('evaluation.json', *sorted(written - {'evaluation.json', 'metrics.json'}), 'metrics.json'):
-            os.replace(new / name, out / name)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def evaluate(args):

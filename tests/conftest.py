@@ -123,3 +123,16 @@ def run(tmp_path_factory):
 @pytest.fixture(scope='session')
 def staged(run, tmp_path_factory):
     return stage(run, tmp_path_factory.mktemp('staged') / 'arl_cnn14.isic2017')
+
+
+@pytest.fixture
+def threads():
+    """A run in this process sets the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def benchmarks(repo, monkeypatch):
+    monkeypatch.syspath_prepend(repo / 'benchmarks')

@@ -1,6 +1,5 @@
 """The evaluation program on a checkpoint of known quality, on real images."""
 import csv
-import importlib
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from timm_arl.isic.dataset import label_array, load_splits
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, interval_text
 from timm_arl.isic.task import LABELS
+from timm_arl.training.evaluations import replacing_evaluation
 
 
 def run(repo, *args, cwd=None):
@@ -236,9 +236,7 @@ def die_at(moment):
                 lambda *args, change=change: os._exit(9) if next(steps) == moment else change(*args)))
 
 
-def test_killed_at_any_moment_no_two_evaluations_are_mixed(repo, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(repo / 'benchmarks')
-    replacing_evaluation = importlib.import_module('evaluate_isic').replacing_evaluation
+def test_killed_at_any_moment_no_two_evaluations_are_mixed(monkeypatch, tmp_path):
     seen = set()
     for moment in range(16):
         out = tmp_path / str(moment)

@@ -43,12 +43,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """A run in this process sets the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('threads')
 
 
 @pytest.fixture(scope='session')

@@ -18,11 +18,6 @@ SPEC = dict(
 
 
 @pytest.fixture
-def benchmarks(repo, monkeypatch):
-    monkeypatch.syspath_prepend(repo / 'benchmarks')
-
-
-@pytest.fixture
 def harness(benchmarks):
     import throughput
     return throughput

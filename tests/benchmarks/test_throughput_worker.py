@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.nn as nn
-from test_throughput import SPEC, benchmarks  # noqa: F401  benchmarks is a fixture
+from test_throughput import SPEC
 from timm.models import register_model
 
 from timm_arl import kernels

@@ -3,9 +3,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_finetune_isic import SMALL, read_csv, threads  # noqa: F401  threads is a fixture
+from test_finetune_isic import SMALL, read_csv
 
 from timm_arl.training.distillation import mask_loss
+
+pytestmark = pytest.mark.usefixtures('threads')
 
 
 @pytest.mark.slow

@@ -87,9 +87,10 @@ def backend(t: torch.Tensor) -> str:
         ValueError, RuntimeError: See :func:`kernels_for`.
     """
     found = kernels_for(t, t)
+    if found is not torch_ops:
+        return next(name for name in FASTER if found.__name__.endswith(f'.{name}'))
     for name, device in FASTER.items():
-        if found is _module(name):
-            return name
-        if _wanted() == 'auto' and t.device.type == device and _module(name).unavailable():
-            warnings.warn(f"The gate uses PyTorch's operations. {_module(name).unavailable()}", stacklevel=2)
+        reason = _module(name).unavailable() if _wanted() == 'auto' and t.device.type == device else None
+        if reason:
+            warnings.warn(f"The gate uses PyTorch's operations. {reason}", stacklevel=2)
     return 'torch'

@@ -1,0 +1,64 @@
+"""The folders that evaluate_isic.py reads and fills: a run's epochs, an evaluation's files."""
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from ..files import read_rows
+from .arguments import RunError
+from .runs import check_output_dir
+
+__all__ = ['check_free', 'epochs_of', 'replacing_evaluation']
+
+FILES = {  # all that this program may leave, apart from looks.csv, which grows
+    'metrics.json', 'evaluation.json', 'report.html', 'report.md', 'curves.png', 'alphas.png',  # .md: of 0.1
+    *(name.format(split) for split in ('validation', 'test')
+      for name in ('predictions_{}.csv', 'roc_{}.png', 'reliability_{}.png'))}
+
+
+def epochs_of(folder, accelerator):
+    """Rows of the summary.csv of a run; none where there is none."""
+    path = folder / 'summary.csv'
+    if not path.is_file():
+        return []
+    try:
+        rows = read_rows(path)
+    except ValueError:
+        rows = []
+    if not rows or 'validation_mean_auc' not in rows[0]:
+        accelerator.print(f'{path} is not from a run of finetune_isic.py: no curves.png and no alphas.png.')
+        return []
+    return rows
+
+
+def check_free(out, compared):
+    """Refuse an output folder with a run, with the predictions to compare, or with files that we would overwrite."""
+    check_output_dir(out)
+    if compared and Path(compared).resolve().parent == out.resolve():
+        raise RunError(f'{compared} would be replaced: choose another --output-dir than the folder of --compare.')
+    for name in ('run.json', 'model.safetensors'):
+        if (out / name).exists():
+            raise RunError(f'{out} holds a run or weights ({name}): choose another --output-dir for the evaluation.')
+    theirs = [] if (out / 'evaluation.json').exists() else sorted(name for name in FILES if (out / name).exists())
+    if theirs:
+        raise RunError(f'{out} holds a {theirs[0]} that is not from an evaluation: choose another --output-dir.')
+
+
+@contextlib.contextmanager
+def replacing_evaluation(out):
+    """Give an empty folder to fill; its files then replace those of an earlier evaluation in `out`.
+
+    metrics.json goes first and comes last, so that it is never beside the files of another evaluation.
+    """
+    new = out / '.evaluation'
+    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+    new.mkdir()
+    try:
+        yield new
+        written = {path.name for path in new.iterdir()}
+        for name in ('metrics.json', *FILES - written):
+            (out / name).unlink(missing_ok=True)
+        for name in ('evaluation.json', *sorted(written - {'evaluation.json', 'metrics.json'}), 'metrics.json'):
+            os.replace(new / name, out / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
