@@ -123,13 +123,17 @@ def test_one_value_a_channel_is_refused_as_by_batch_norm():
         model(image(32, batch=1))
 
 
-def test_a_hook_sees_what_the_norm_gave():
+@pytest.mark.parametrize('layer', ['conv3', 'bn3'])
+def test_a_hook_keeps_what_a_layer_gave(layer):
     model = with_alpha(create(num_classes=2), 2.)
     kept = []
-    model.layer1[0].bn3.register_forward_hook(lambda m, i, o: kept.extend((o, o.clone())))
+    getattr(model.layer1[0], layer).register_forward_hook(lambda m, i, o: kept.extend((o, o.clone())))
     with torch.inference_mode():
         model(image())
     assert torch.equal(*kept)
+
+
+def test_a_wrapped_forward_is_called():
     for replaced in ('bn3', 'act3'):  # a module whose forward was wrapped, as Accelerate does to offload it
         model, calls = create(num_classes=2), []
         module = getattr(model.layer1[0], replaced)

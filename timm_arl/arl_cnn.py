@@ -106,20 +106,21 @@ class ARLBottleneck(Bottleneck):
         return x
 
     def _fusible(self, x: torch.Tensor) -> Tuple[Optional[nn.BatchNorm2d], Optional[nn.BatchNorm2d], bool, bool]:
-        """What the gate may do: compute bn3 and the projection's norm, apply the ReLU, overwrite F."""
+        """What the gate may do: compute bn3 and the projection's norm, apply the ReLU, overwrite what it is given."""
         if not can_fuse(x, self.alpha):
             return None, None, False, False
         relu = self.drop_path is None and _is_plain(self.act3, nn.ReLU)
-        if not torch.is_grad_enabled() and not folds_norms(x, x, self.alpha):  # nothing is kept for backward
+        grad = torch.is_grad_enabled()  # if not, nothing is kept for backward
+        ours = not grad and _is_plain(self.conv3, nn.Conv2d)  # its output, which nobody else sees
+        if not grad and not folds_norms(x, x, self.alpha):
             return None, None, relu, self.se is None and (
-                _is_plain(self.bn3, nn.BatchNorm2d)
-                or _is_plain(self.bn3, nn.Identity) and _is_plain(self.conv3, nn.Conv2d))  # folded
+                _is_plain(self.bn3, nn.BatchNorm2d) or _is_plain(self.bn3, nn.Identity) and ours)  # folded
         norm = self.bn3 if self.se is None and _folds(self.bn3, x) else None
         shortcut_norm = None
         if self.downsample is not None and self.drop_path is None and _is_plain(self.downsample, nn.Sequential):
             last = self.downsample[-1] if len(self.downsample) else None
             shortcut_norm = last if _folds(last, x) else None  # whose input has the shape of x
-        return norm, shortcut_norm, relu, False
+        return norm, shortcut_norm, relu, ours and norm is not None
 
 
 def _is_plain(module: nn.Module, cls: Type[nn.Module]) -> bool:

@@ -22,7 +22,7 @@ compiled. :func:`fused_attention_residual` is what the blocks call: the same res
 fewer passes over it (figures in docs/performance.md).
 """
 import math
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -191,7 +191,7 @@ def fused_attention_residual(
         norm: Last norm layer of the residual branch, with weight, bias, momentum and running statistics; its hooks are
             not called.
         shortcut_norm: Last norm layer of the projection, under the same conditions.
-        inplace: Whether the result may overwrite F where no gradient is needed.
+        inplace: Whether the result may overwrite ``residual`` where no gradient is needed.
 
     Returns:
         y of shape (B, C, H, W) in the dtype and memory format of ``residual``.
@@ -213,13 +213,13 @@ def fused_attention_residual(
     if fuse and not off and folds_norms(residual, shortcut, alpha):
         states = _statistics(residual, norm), _statistics(shortcut, shortcut_norm)
         return kernels_for(residual, shortcut).gate_forward(
-            residual, shortcut, alpha, gate, inplace and norm is None, *states)[0]
+            residual, shortcut, alpha, gate, inplace, *states)[0]
     f = residual if norm is None else norm(residual)
     x = shortcut if shortcut_norm is None else shortcut_norm(shortcut)
     if off:
         y = (f + x).to(f.dtype) if add_shortcut else f
     elif fuse and can_fuse(f, x):
-        return kernels_for(f, x).gate_forward(f, x, alpha, gate, inplace)[0]
+        return kernels_for(f, x).gate_forward(f, x, alpha, gate, inplace or norm is not None)[0]
     else:
         y = attention_residual(f, x, alpha, attention, mask_scale, add_shortcut)
     return y.relu() if relu else y
@@ -273,13 +273,15 @@ class FusedAttentionResidual(torch.autograd.Function):
         if torch.is_grad_enabled() or not can_fuse(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
             # create_graph, or a batch of gradients
             return _differentiable_backward(grad, residual, shortcut, alpha, norm, shortcut_norm, ctx.gate)
-        grad_f, grad_x, grad_alpha = kernels_for(residual, shortcut).gate_backward(
+        used, arguments = kernels_for(residual, shortcut), (
             grad, y, residual, shortcut, alpha, norm, shortcut_norm, ctx.gate, *saved[8:])
-        needs = ctx.needs_input_grad
-        grad_residual, *grads = _normalize_backward(grad_f, residual, norm, [needs[0], *needs[6:8]])
-        grad_shortcut, *shortcut_grads = _normalize_backward(
-            grad_x, shortcut, shortcut_norm, [needs[1], *needs[8:]])
-        return grad_residual, grad_shortcut, grad_alpha, None, None, None, *grads, *shortcut_grads
+        if folds_norms(residual, shortcut, alpha):
+            (grad_f, *grads), (grad_x, *shortcut_grads), grad_alpha = used.gate_norms_backward(*arguments)
+        else:
+            grad_f, grad_x, grad_alpha = used.gate_backward(*arguments)
+            grad_f, *grads = kernels.norm_backward(grad_f, residual, norm)
+            grad_x, *shortcut_grads = kernels.norm_backward(grad_x, shortcut, shortcut_norm)
+        return grad_f, grad_x, grad_alpha, None, None, None, *grads, *shortcut_grads
 
 
 def _check_norm(z: torch.Tensor, norm: nn.BatchNorm2d) -> None:
@@ -317,21 +319,6 @@ def _normalize(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Tuple[torch.T
         norm.momentum, norm.eps)  # type: ignore[arg-type]  # nor without momentum
     statistics: Tuple[Any, Any] = (mean, rstd) if norm.training else (norm.running_mean, norm.running_var)
     return f, NormState(norm.weight, norm.bias, *statistics, norm.training, norm.eps)
-
-
-def _normalize_backward(
-        grad: torch.Tensor,
-        z: torch.Tensor,
-        norm: Optional[NormState],
-        wanted: List[bool],
-) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """Gradients of a batch norm's input, weight and bias, as far as they are wanted; without a norm, ``grad``."""
-    if norm is None:
-        return grad, None, None
-    statistics = norm.mean, norm.spread
-    running, saved = ((None, None), statistics) if norm.training else (statistics, (None, None))
-    return torch.ops.aten.native_batch_norm_backward(
-        grad, z, norm.weight, *running, *saved, norm.training, norm.eps, wanted)
 
 
 def _differentiable_backward(

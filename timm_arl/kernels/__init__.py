@@ -23,7 +23,8 @@ Each is a module with two functions. For y = relu(x + F + alpha * n(F) * x), as 
 ``gate_backward(grad, y, residual, shortcut, alpha, norm, shortcut_norm, gate, top, total)``
     F and x were not kept: they are ``norm`` of ``residual`` and ``shortcut_norm`` of ``shortcut``, each a
     :class:`NormState`, or None where there is no norm. ``y`` is None without ReLU. The result is the gradients of F,
-    x and alpha; those of the norms are left to the caller.
+    x and alpha, from which :func:`norm_backward` makes those of a norm. Kernels that :func:`folds_norms` is true of
+    have ``gate_norms_backward`` too, for all at once: (residual, weight, bias), (shortcut, weight, bias), alpha.
 
 Inputs may have any strides. Sums and masks are in float32, or float64 for float64 inputs.
 """
@@ -35,9 +36,9 @@ from types import ModuleType
 import torch
 
 from . import torch_ops
-from .torch_ops import Gate, NormState, release_scratch
+from .torch_ops import Gate, NormState, norm_backward, release_scratch
 
-__all__ = ['Gate', 'NormState', 'backend', 'folds_norms', 'kernels_for', 'release_scratch']
+__all__ = ['Gate', 'NormState', 'backend', 'folds_norms', 'kernels_for', 'norm_backward', 'release_scratch']
 
 FASTER = {'native': 'cpu', 'triton': 'cuda'}  # and the devices that they are for
 

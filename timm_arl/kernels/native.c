@@ -32,6 +32,8 @@ struct call {
     float *top, *total;    /* of each softmax: what was subtracted from F, and the sum of the exponentials */
     float *inner;          /* of each softmax, or of each task of a sigmoid: its part of alpha's gradient */
     const float *scale, *shift, *x_scale, *x_shift; /* F = scale f + shift, for each channel; NULL if F is f */
+    const float *mean, *x_mean; /* of the inputs of the norms, for each channel; NULL where `sums` are not wanted */
+    float *sums;           /* for each sample and channel, what the norms' gradients need: struct sums */
     const float *alpha;
     int64_t samples, channels, positions;
     int64_t channels_last, attention, mean1, add_shortcut, relu, half; /* half: bfloat16, else float32 */
@@ -138,6 +140,9 @@ INLINE int64_t rows_of(const struct call *c) { return c->samples * c->channels *
 
 struct norms { float scale[W], shift[W], x_scale[W], x_shift[W]; };
 
+/* over positions: of df, of df (z - mean), and both for x */
+struct sums { float df[W], df_z[W], dx[W], dx_z[W], mean[W], x_mean[W]; };
+
 /* of n neighbours, whose channels start at `channel` and are `next` apart */
 INLINE void load_norms(const struct call *c, int64_t channel, int next, int n, struct norms *to) {
     EACH {
@@ -146,11 +151,26 @@ INLINE void load_norms(const struct call *c, int64_t channel, int next, int n, s
     }
 }
 
+INLINE void start_sums(const struct call *c, int64_t channel, int next, int n, struct sums *to, int fold) {
+    EACH {
+        to->df[i] = to->df_z[i] = to->dx[i] = to->dx_z[i] = 0;
+        if (fold > 0) to->mean[i] = c->mean[channel + i * next];
+        if (fold > 1) to->x_mean[i] = c->x_mean[channel + i * next];
+    }
+}
+
 #define F_HERE normed(get(c->f, at + i, half), norms.scale[i], norms.shift[i], norm, half)
 #define X_HERE normed(get(c->x, at + i, half), norms.x_scale[i], norms.x_shift[i], norm, half)
 
 /* gradient of the sum, which is y before the ReLU */
 #define G_HERE v_if(!((get(c->y, at + i, half) <= 0) & relu), get(c->dy, at + i, half))
+
+/* the gradients to memory, and to the sums of `fold` norms */
+#define PUT_GRADIENTS(to_f, to_x) \
+    const float df = to_f, dx = to_x; \
+    put(c->df, at + i, half, df), put(c->dx, at + i, half, dx); \
+    if (fold > 0) sums.df[i] += df, sums.df_z[i] = FMA(df, get(c->f, at + i, half) - sums.mean[i], sums.df_z[i]); \
+    if (fold > 1) sums.dx[i] += dx, sums.dx_z[i] = FMA(dx, get(c->x, at + i, half) - sums.x_mean[i], sums.dx_z[i]);
 
 /* ---- columns ---- */
 
@@ -195,7 +215,8 @@ INLINE void forward_columns(
     )
 }
 
-INLINE void backward_columns(const struct call *c, int64_t sample, int64_t lane, const int n, const int half) {
+INLINE void backward_columns(
+        const struct call *c, int64_t sample, int64_t lane, const int n, const int half, const int fold) {
     const int64_t steps = length(c), apart = columns(c), base = sample * steps * apart + lane;
     const int relu = c->relu != 0, norm = 1, back = 1;
     const float one = c->add_shortcut ? 1.f : 0.f;
@@ -203,7 +224,9 @@ INLINE void backward_columns(const struct call *c, int64_t sample, int64_t lane,
     float *const alphas = c->inner + sample * apart + lane;
     float inner[W], factor[W], most[W];
     struct norms norms;
+    struct sums sums;
     if (c->attention == SPATIAL) load_norms(c, lane, 1, n, &norms);
+    start_sums(c, lane, 1, n, &sums, fold);
     EACH inner[i] = 0, most[i] = top[i];
     EACH_STEP(inner[i] = FMA(G_HERE * X_HERE, exponential(F_HERE - most[i], half), inner[i]);)
     EACH {
@@ -214,9 +237,12 @@ INLINE void backward_columns(const struct call *c, int64_t sample, int64_t lane,
     }
     EACH_STEP(
         const float g = G_HERE, m = factor[i] * exponential(F_HERE - most[i], half), u = FMA(g, X_HERE, -inner[i]);
-        put(c->df, at + i, half, FMA(m, u, g));
-        put(c->dx, at + i, half, g * (one + m));
+        PUT_GRADIENTS(FMA(m, u, g), g * (one + m))
     )
+    if (fold) EACH {
+        float *const to = c->sums + (sample * apart + lane + i) * 4;
+        to[0] = sums.df[i], to[1] = sums.df_z[i], to[2] = sums.dx[i], to[3] = sums.dx_z[i];
+    }
 }
 
 /* ---- rows ---- */
@@ -298,11 +324,13 @@ INLINE void backward_row_sums(const struct call *c, int64_t row, double sums[2],
 }
 
 /* the gradients; of a sigmoid, `factor` and the `mean` of g x under the mask are those of its task */
-INLINE void backward_row(const struct call *c, int64_t row, float factor, float mean, const int half) {
+INLINE void backward_row(
+        const struct call *c, int64_t row, float factor, float mean, const int half, const int fold) {
     const int64_t steps = length(c), base = row * steps;
     const int relu = c->relu != 0, norm = 1;
     const float one = c->add_shortcut ? 1.f : 0.f;
     struct norms norms;
+    struct sums sums;
     if (c->attention == MIXED) {
         EACH_BLOCK(
             const float g = G_HERE, m = sigmoid(F_HERE, half), share = factor * m;
@@ -313,13 +341,27 @@ INLINE void backward_row(const struct call *c, int64_t row, float factor, float 
     }
     const float top = c->top[row], scaled = (c->mean1 ? (float)steps : 1.f) / c->total[row];
     float inner[W] = {0};
+    start_sums(c, row % c->channels, 0, W, &sums, fold);
     EACH_BLOCK(inner[i] = FMA(G_HERE * X_HERE, exponential(F_HERE - top, half), inner[i]);)
     c->inner[row] = sum_of(inner) * scaled;
     factor = *c->alpha * scaled, mean = sum_of(inner) / c->total[row];
     EACH_BLOCK(
         const float g = G_HERE, m = factor * exponential(F_HERE - top, half);
-        put(c->df, at + i, half, FMA(m, FMA(g, X_HERE, -mean), g));
-        put(c->dx, at + i, half, g * (one + m));
+        PUT_GRADIENTS(FMA(m, FMA(g, X_HERE, -mean), g), g * (one + m))
+    )
+    if (!fold) return;
+    float *const to = c->sums + row * 4;
+    to[0] = sum_of(sums.df), to[1] = sum_of(sums.df_z), to[2] = sum_of(sums.dx), to[3] = sum_of(sums.dx_z);
+}
+
+/* gradient of a norm's input over that of its output: scale (d - shift - x_scale (z - x_shift)) */
+INLINE void norm_row(const struct call *c, int64_t row, const int half) {
+    const int64_t steps = length(c), base = row * steps;
+    const int norm = 1;
+    struct norms norms;
+    EACH_BLOCK(
+        const float z = get(c->f, at + i, half) - norms.x_shift[i], d = get(c->df, at + i, half) - norms.shift[i];
+        put(c->df, at + i, half, norms.scale[i] * FMA(-norms.x_scale[i], z, d));
     )
 }
 
@@ -354,11 +396,11 @@ INLINE void forward_task(const struct call *c, int64_t task, const int half, con
     for (int64_t row = from; row < to; row++) forward_row(c, row, factor, half, norm);
 }
 
-INLINE void backward_task(const struct call *c, int64_t task, const int half) {
+INLINE void backward_task(const struct call *c, int64_t task, const int half, const int fold) {
     if (by_columns(c)) {
         const int64_t parts = (columns(c) + W - 1) / W, lane = task % parts * W, left = columns(c) - lane;
-        if (left >= W) backward_columns(c, task / parts, lane, W, half);
-        else backward_columns(c, task / parts, lane, (int)left, half);
+        if (left >= W) backward_columns(c, task / parts, lane, W, half, fold);
+        else backward_columns(c, task / parts, lane, (int)left, half, fold);
         return;
     }
     const int64_t from = task * rows_in_task(c), to = smaller(from + rows_in_task(c), rows_of(c));
@@ -371,7 +413,12 @@ INLINE void backward_task(const struct call *c, int64_t task, const int half) {
         factor *= (float)scaled;
         if (c->mean1) mean = (float)(sums[0] / sums[1]);
     }
-    for (int64_t row = from; row < to; row++) backward_row(c, row, factor, mean, half);
+    for (int64_t row = from; row < to; row++) backward_row(c, row, factor, mean, half, fold);
+}
+
+INLINE void norm_task(const struct call *c, int64_t task, const int half) {
+    const int64_t from = task * rows_in_task(c), to = smaller(from + rows_in_task(c), rows_of(c));
+    for (int64_t row = from; row < to; row++) norm_row(c, row, half);
 }
 
 #define WORKER(name, each)                                                             \
@@ -386,13 +433,16 @@ WORKER(forward_float, forward_task(c, task, 0, 0))
 WORKER(forward_half, forward_task(c, task, 1, 0))
 WORKER(forward_float_norm, forward_task(c, task, 0, 1))
 WORKER(forward_half_norm, forward_task(c, task, 1, 1))
-WORKER(backward_float, backward_task(c, task, 0))
-WORKER(backward_half, backward_task(c, task, 1))
+WORKER(backward_float, backward_task(c, task, 0, 0))
+WORKER(backward_half, backward_task(c, task, 1, 0))
+WORKER(backward_float_norm, backward_task(c, task, 0, 1))
+WORKER(backward_half_norm, backward_task(c, task, 1, 1))
+WORKER(backward_float_norms, backward_task(c, task, 0, 2))
+WORKER(backward_half_norms, backward_task(c, task, 1, 2))
+WORKER(norm_float, norm_task(c, task, 0))
+WORKER(norm_half, norm_task(c, task, 1))
 
-static void run(struct call *c, int backward) {
-    void (*worker)(void *) = c->half ? forward_half : forward_float;
-    if (backward) worker = c->half ? backward_half : backward_float;
-    else if (c->scale) worker = c->half ? forward_half_norm : forward_float_norm;
+static void run(struct call *c, void (*worker)(void *)) {
     c->next = 0;
     if (c->parallel && c->threads > 1 && tasks_of(c) > 1) c->parallel(worker, c, (unsigned)c->threads, 0);
     else worker(c);
@@ -404,6 +454,16 @@ PUBLIC int64_t arl_gate_inner(const struct call *c) {
     return c->attention == MIXED ? tasks_of(c) : rows_of(c);
 }
 
-PUBLIC void arl_gate_forward(struct call *c) { run(c, 0); }
+PUBLIC void arl_gate_forward(struct call *c) {
+    if (c->scale) run(c, c->half ? forward_half_norm : forward_float_norm);
+    else run(c, c->half ? forward_half : forward_float);
+}
 
-PUBLIC void arl_gate_backward(struct call *c) { run(c, 1); }
+PUBLIC void arl_gate_backward(struct call *c) {
+    if (c->x_mean) run(c, c->half ? backward_half_norms : backward_float_norms);
+    else if (c->mean) run(c, c->half ? backward_half_norm : backward_float_norm);
+    else run(c, c->half ? backward_half : backward_float);
+}
+
+/* df in place; the call is that of a sigmoid */
+PUBLIC void arl_norm_backward(struct call *c) { run(c, c->half ? norm_half : norm_float); }

@@ -11,9 +11,9 @@ from typing import Any, Optional, Tuple
 
 import torch
 
-from .torch_ops import Gate, NormState, layout, small_shape
+from .torch_ops import Gate, NormGradients, NormState, layout, norm_backward, small_shape
 
-__all__ = ['folds_norms', 'gate_backward', 'gate_forward', 'takes', 'unavailable']
+__all__ = ['folds_norms', 'gate_backward', 'gate_forward', 'gate_norms_backward', 'takes', 'unavailable']
 
 ATTENTIONS = ('spatial', 'channel', 'mixed')  # in the order of native.c
 _forked = False
@@ -23,7 +23,8 @@ class _Call(ctypes.Structure):
     """struct call of native.c."""
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            'y', 'f', 'x', 'dy', 'df', 'dx', 'top', 'total', 'inner', 'scale', 'shift', 'x_scale', 'x_shift', 'alpha')),
+            'y', 'f', 'x', 'dy', 'df', 'dx', 'top', 'total', 'inner', 'scale', 'shift', 'x_scale', 'x_shift',
+            'mean', 'x_mean', 'sums', 'alpha')),
         *((name, ctypes.c_int64) for name in (
             'samples', 'channels', 'positions', 'channels_last', 'attention', 'mean1', 'add_shortcut', 'relu', 'half',
             'threads', 'next')),
@@ -148,17 +149,67 @@ def gate_backward(
         gate: Gate,
         top: torch.Tensor,
         total: torch.Tensor,
+        sums: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``sums``, shape (B, C, 4), receives what the gradients of the norms need: struct sums of native.c."""
     fmt = layout(residual)
     grad, y, f, x = (
         t.contiguous(memory_format=fmt) for t in (grad, grad if y is None else y, residual, shortcut))
     df, dx = torch.empty_like(f, memory_format=fmt), torch.empty_like(x, memory_format=fmt)
     scale, shift, x_scale, x_shift = *_affine(norm, f), *_affine(shortcut_norm, f)
     weight = _parameter(alpha, f)  # held here, like all that the call points to
+    mean, x_mean = (
+        None if sums is None or state is None else _parameter(state.mean, f) for state in (norm, shortcut_norm))
     call = _call(
         fmt, f, weight, gate, y=y, x=x, dy=grad, df=df, dx=dx, top=top, total=total, scale=scale,
-        shift=shift, x_scale=x_scale, x_shift=x_shift)
+        shift=shift, x_scale=x_scale, x_shift=x_shift, mean=mean, x_mean=x_mean, sums=sums)
     inner = torch.empty(_library().arl_gate_inner(ctypes.byref(call)), dtype=torch.float32, device='cpu')
     call.inner = inner.data_ptr()
     _library().arl_gate_backward(ctypes.byref(call))
     return df, dx, inner.sum().view(1).to(alpha.dtype)
+
+
+def gate_norms_backward(
+        grad: torch.Tensor,
+        y: Optional[torch.Tensor],
+        residual: torch.Tensor,
+        shortcut: torch.Tensor,
+        alpha: torch.Tensor,
+        norm: Optional[NormState],
+        shortcut_norm: Optional[NormState],
+        gate: Gate,
+        top: torch.Tensor,
+        total: torch.Tensor,
+) -> Tuple[NormGradients, NormGradients, torch.Tensor]:
+    if norm is None or gate.attention != 'spatial':
+        df, dx, grad_alpha = gate_backward(grad, y, residual, shortcut, alpha, norm, shortcut_norm, gate, top, total)
+        return norm_backward(df, residual, norm), norm_backward(dx, shortcut, shortcut_norm), grad_alpha
+    sums = torch.empty(*residual.shape[:2], 4, dtype=torch.float32, device='cpu')
+    df, dx, grad_alpha = gate_backward(
+        grad, y, residual, shortcut, alpha, norm, shortcut_norm, gate, top, total, sums)
+    sums = sums.sum(0, dtype=torch.float64)
+    return (_norm_backward(df, residual, norm, sums[:, :2]), _norm_backward(dx, shortcut, shortcut_norm, sums[:, 2:]),
+            grad_alpha)
+
+
+def _norm_backward(
+        grad: torch.Tensor,
+        z: torch.Tensor,
+        norm: Optional[NormState],
+        sums: torch.Tensor,
+) -> NormGradients:
+    """:func:`torch_ops.norm_backward` in the memory of ``grad``, with the sums of grad and of grad * (z - mean)."""
+    if norm is None:
+        return grad, None, None
+    fmt = layout(grad)
+    z = z.contiguous(memory_format=fmt)
+    total, product = sums.unbind(1)
+    spread = norm.spread.double()
+    rstd = spread if norm.training else (spread + norm.eps).rsqrt()
+    # running statistics are constants
+    means = sums * (z.shape[1] / z.numel()) if norm.training else torch.zeros_like(sums)
+    parameters = norm.weight * rstd, means[:, 0], means[:, 1] * rstd.square(), norm.mean
+    scale, shift, x_scale, x_shift = (_parameter(p, grad) for p in parameters)
+    _library().arl_norm_backward(ctypes.byref(_call(
+        fmt, z, scale, Gate('mixed'), df=grad, scale=scale, shift=shift, x_scale=x_scale, x_shift=x_shift)))
+    return grad, (product * rstd).to(norm.weight.dtype), total.to(norm.bias.dtype)

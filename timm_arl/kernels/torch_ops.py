@@ -8,12 +8,14 @@ from typing import List, NamedTuple, Optional, Tuple, Union
 
 import torch
 
-__all__ = ['Gate', 'NormState', 'gate_backward', 'gate_forward', 'release_scratch']
+__all__ = ['Gate', 'NormGradients', 'NormState', 'gate_backward', 'gate_forward', 'norm_backward', 'release_scratch']
 
 LOG2_E = 1.4426950408889634
 # elements that a CPU works on at a time, per thread, for at most 8 threads
 BLOCK_ELEMENTS = 2 ** 19
 _scratch_memory = threading.local()
+# of a norm's input, weight and bias
+NormGradients = Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]
 
 
 class Gate(NamedTuple):
@@ -217,3 +219,13 @@ def gate_backward(
         dxb = dx[i:i + size]
         torch.addcmul(g, g, mask, out=dxb) if gate.add_shortcut else torch.mul(g, mask, out=dxb)
     return grad_f, grad_x, grad_alpha.to(alpha.dtype)
+
+
+def norm_backward(grad: torch.Tensor, z: torch.Tensor, norm: Optional[NormState]) -> NormGradients:
+    """Gradients of a batch norm's input z, weight and bias from that of its output; without a norm, ``grad``."""
+    if norm is None:
+        return grad, None, None
+    statistics = norm.mean, norm.spread
+    running, saved = ((None, None), statistics) if norm.training else (statistics, (None, None))
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, z, norm.weight, *running, *saved, norm.training, norm.eps, [True] * 3)
