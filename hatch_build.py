@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -44,13 +45,15 @@ class NativeKernels(BuildHookInterface):
 
 def compile_all(folder: Path) -> List[Path]:
     """The libraries, for all kinds of this machine's architecture; none of them if one cannot be compiled."""
+    source = folder / 'native.c'
+    version = f'-DSOURCE={zlib.crc32(source.read_bytes())}u'  # native.py asks for it
     kinds = X86 if platform.machine().lower() in ('x86_64', 'amd64') else {'any': []}
     # two dots: what walks through packages would take native-any.so for a module
     paths = [folder / f'native.{kind}.so' for kind in kinds]
     for path, options in zip(paths, kinds.values()):
         temporary = path.with_suffix('.part')
         compiler = shlex.split(os.environ.get('CC') or 'cc')
-        command = [*compiler, *FLAGS, *options, str(folder / 'native.c'), '-o', str(temporary)]
+        command = [*compiler, *FLAGS, *options, version, str(source), '-o', str(temporary)]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
             problem = done.returncode and (done.stderr.strip() or f'exit status {done.returncode}')

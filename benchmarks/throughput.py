@@ -16,7 +16,8 @@ alone does not fit, all rows of the setting use a smaller batch.
 
 bf16 and fp16 use autocast. fp32 on CUDA uses TF32 and cuDNN's autotuner, as timm's benchmark does; --no-tf32 and
 --no-cudnn-benchmark turn them off. `kernels` are those of the gate, as timm_arl.kernels.backend says; empty without a
-gate, and where torch.compile or ONNX Runtime makes the gate itself.
+gate, and where torch.compile or ONNX Runtime makes the gate itself. `environment` has the environment variables that
+PyTorch, OpenMP, the C library's allocator and the kernels look at.
 
 `infer_gmacs` are those of torch.utils.flop_counter: convolutions and matrix products, without normalization,
 activations, pooling and the gate's own arithmetic. `infer_macts` are the outputs of convolutions and linear layers.
@@ -53,7 +54,11 @@ COLUMNS = [
     'spread', 'relative_to', 'ratio', 'peak_memory_mb', 'saved_memory_mb', 'peak_rss_mb', 'precision', 'backend',
     'compile', 'compile_mode', 'channels_last', 'tf32', 'cudnn_benchmark', 'side_by_side', 'repetitions', 'threads',
     'processes', 'device', 'versions', 'commit', 'kernels', 'latency_p50_ms', 'latency_p95_ms', 'steps',
+    'environment',
 ]
+# how the names of environment variables begin that change times
+HEEDED = ('ATEN_', 'DNNL_', 'GOMP_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'MKL_', 'OMP_', 'ONEDNN_', 'PYTORCH_',
+          'TIMM_ARL_', 'TORCHINDUCTOR_')
 
 
 class Failed(Exception):
@@ -239,6 +244,7 @@ def measure(
             'precision': spec['precision'], 'backend': spec['backend'], 'compile': spec['compile'],
             'compile_mode': spec['compile_mode'] if spec['compile'] else None, 'channels_last': spec['channels_last'],
             'side_by_side': side_by_side, 'repetitions': len(times), **fact, 'steps': count,
+            'environment': spec['environment'],
         }
         if mode == 'latency':
             single = list(itertools.chain(*repetitions))
@@ -286,11 +292,12 @@ def main() -> int:
         return 2
     main_process = int(os.environ.get('RANK', 0)) == 0
     path = Path(args.results_file)
+    environment = ' '.join(f'{k}={v}' for k, v in sorted(os.environ.items()) if k.startswith(HEEDED))
     settings = [dict(
         mode=mode, precision=precision, img_size=img_size, batch_size=batch_size, device=args.device,
         compile=args.compile, compile_mode=args.compile_mode, channels_last=args.channels_last, tf32=args.tf32,
         cudnn_benchmark=args.cudnn_benchmark, threads=args.threads, side_by_side=args.side_by_side,
-        repetitions=args.repetitions, restarts=args.restarts, kernels=os.environ.get('TIMM_ARL_KERNELS', 'auto'),
+        repetitions=args.repetitions, restarts=args.restarts, environment=environment,
     ) for mode in args.mode for precision, img_size, batch_size in itertools.product(
         args.precision, args.img_size, args.batch_sizes[mode])]
     try:

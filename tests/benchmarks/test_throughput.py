@@ -14,7 +14,7 @@ from timm_arl.files import read_rows
 SPEC = dict(
     model='arl_cnn14', backend='eager', mode='infer', precision='fp32', img_size=32, batch_size=2, device='cpu',
     compile=False, compile_mode='default', channels_last=True, tf32=True, cudnn_benchmark=True, threads=0, seconds=0,
-    seed=0)
+    environment='', seed=0)
 
 
 @pytest.fixture
@@ -205,11 +205,13 @@ def test_resume(harness, call, monkeypatch, tmp_path):
                          (('--mode', 'latency', 'infer'), 9)):
         assert call('throughput', *base, *extra, '--resume').returncode == 0
         assert len(asked) == count, extra
-    monkeypatch.setenv('TIMM_ARL_KERNELS', 'torch')
-    assert call('throughput', *base, '--resume').returncode == 0 and len(asked) == 10
-    assert len(read_rows(tmp_path / 'r.csv')) == 11
+    for count, (name, value) in enumerate((('TIMM_ARL_KERNELS', 'torch'), ('MALLOC_TRIM_THRESHOLD_', '9999999')), 10):
+        monkeypatch.setenv(name, value)
+        assert call('throughput', *base, '--resume').returncode == 0 and len(asked) == count
+    assert len(read_rows(tmp_path / 'r.csv')) == 12
+    assert 'MALLOC_TRIM_THRESHOLD_=9999999' in asked[-1]['environment']
     assert asked[1]['compile_mode'] == 'reduce-overhead' and asked[4]['batch_size'] == 16
-    assert [(spec['mode'], spec['batch_size']) for spec in asked[7:]] == [
+    assert [(spec['mode'], spec['batch_size']) for spec in asked[7:10]] == [
         ('latency', 1), ('latency', 9), ('infer', 8)]
 
 

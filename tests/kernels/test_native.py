@@ -51,6 +51,14 @@ timm.create_model('arl_cnn14').eval()(torch.zeros(1, 3, 32, 32))
     assert python(quiet, tmp_path, PYTHONPATH=str(tmp_path)).stderr == ''
     refused = python(quiet, tmp_path, PYTHONPATH=str(tmp_path), TIMM_ARL_KERNELS='native')
     assert 'RuntimeError: TIMM_ARL_KERNELS asks for native. The C kernels are missing' in refused.stderr
+    folder = tmp_path / 'timm_arl' / 'kernels'
+    for library in (ROOT / 'timm_arl' / 'kernels').glob('*.so'):
+        shutil.copy(library, folder)
+    assert python(quiet, tmp_path, PYTHONPATH=str(tmp_path), TIMM_ARL_KERNELS='native').stderr == ''
+    with open(folder / 'native.c', 'a') as f:  # as after `git pull` in a checkout that was installed before
+        f.write('/* newer */')
+    refused = python(quiet, tmp_path, PYTHONPATH=str(tmp_path), TIMM_ARL_KERNELS='native')
+    assert 'was built from another native.c' in refused.stderr
 
 
 @pytest.mark.slow

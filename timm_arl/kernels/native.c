@@ -448,6 +448,9 @@ static void run(struct call *c, void (*worker)(void *)) {
     else worker(c);
 }
 
+/* of this file, by hatch_build.py: a library of another source has another struct call */
+PUBLIC const uint32_t arl_source = SOURCE;
+
 /* how many numbers `inner` must hold */
 PUBLIC int64_t arl_gate_inner(const struct call *c) {
     if (by_columns(c)) return c->samples * columns(c);

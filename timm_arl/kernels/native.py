@@ -5,6 +5,7 @@ They run on the threads of PyTorch's own OpenMP, as many as ``torch.get_num_thre
 import ctypes
 import math
 import os
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any, Optional, Tuple
@@ -42,10 +43,17 @@ if hasattr(os, 'register_at_fork'):
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The library for this processor. Raises OSError if it was not built or cannot be loaded."""
+    """The library for this processor.
+
+    Raises:
+        OSError: It was not built, cannot be loaded, or was built from another native.c, as after `git pull`.
+    """
     # what PyTorch's own kernels use, which ATEN_CPU_CAPABILITY can lower
     kind = {'AVX512': 'avx512', 'AVX2': 'avx2'}.get(torch.backends.cpu.get_cpu_capability(), 'any')
-    library = ctypes.CDLL(str(Path(__file__).with_name(f'native.{kind}.so')))
+    path = Path(__file__).with_name(f'native.{kind}.so')
+    library = ctypes.CDLL(str(path))
+    if ctypes.c_uint32.in_dll(library, 'arl_source').value != zlib.crc32(path.with_name('native.c').read_bytes()):
+        raise OSError(f'{path.name} was built from another native.c')
     library.arl_gate_inner.restype = ctypes.c_int64
     return library
 
@@ -64,7 +72,7 @@ def unavailable() -> Optional[str]:
     """Why these kernels cannot be used on this machine, in one sentence, or None if they can."""
     try:
         _library()
-    except (AttributeError, OSError) as error:  # a function of it, or all of it
+    except (AttributeError, OSError, ValueError) as error:  # a function of it, all of it, or arl_source
         return f'The C kernels are missing ({error}). Install a C compiler, then timm-arl again.'
     if _parallel() is None and torch.get_num_threads() > 1:
         return "The OpenMP of this PyTorch has no GOMP_parallel, by which the C kernels would use PyTorch's threads."
