@@ -56,6 +56,7 @@ COLUMNS = [
     'processes', 'device', 'versions', 'commit', 'kernels', 'latency_p50_ms', 'latency_p95_ms', 'steps',
     'environment',
 ]
+ONNX = 'onnx', 'int8'  # backends of ONNX Runtime
 # how the names of environment variables begin that change times
 HEEDED = ('ATEN_', 'DNNL_', 'GOMP_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'MKL_', 'OMP_', 'ONEDNN_', 'PYTORCH_',
           'TIMM_ARL_', 'TORCHINDUCTOR_')
@@ -121,9 +122,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch-size', nargs='+', type=int, default=argparse.SUPPRESS, metavar='N',
                         help='images a step (default: 8; latency: 1, and 9 for the crops of an image)')
     parser.add_argument('--img-size', nargs='+', type=int, default=[224], metavar='PX', help='side of the images')
-    parser.add_argument('--backend', nargs='+', default=['eager'], choices=['eager', 'folded', 'onnx'],
+    parser.add_argument('--backend', nargs='+', default=['eager'], choices=['eager', 'folded', *ONNX],
                         help='inference only: the model unchanged, with BatchNorm folded into the convolutions, or '
-                             'folded and run by ONNX Runtime (CPU; needs the extra `export`)')
+                             'folded and run by ONNX Runtime in float32 (onnx) or 8 bits, with ranges from noise '
+                             '(int8); both for a CPU, with the extra `export`')
     parser.add_argument('--compile', action='store_true', help='torch.compile (needs a C++ compiler on a CPU)')
     parser.add_argument('--compile-mode', default='default', choices=['default', 'reduce-overhead', 'max-autotune'],
                         help='mode of torch.compile; on CUDA the last two use CUDA graphs')
@@ -162,10 +164,14 @@ def parse_args() -> argparse.Namespace:
     if args.compile_mode != 'default' and not args.compile:
         parser.error('--compile-mode needs --compile.')
     if args.backend != ['eager'] and 'train' in args.mode:
-        parser.error('--backend folded and onnx are for --mode infer and latency.')
-    if 'onnx' in args.backend and (args.device != 'cpu' or args.precision != ['fp32'] or args.compile):
-        parser.error('--backend onnx needs --device cpu and --precision fp32, without --compile.')
+        parser.error('--backend folded, onnx and int8 are for --mode infer and latency.')
+    if needs_onnx(args) and (args.device != 'cpu' or args.precision != ['fp32'] or args.compile):
+        parser.error('--backend onnx and int8 need --device cpu and --precision fp32, without --compile.')
     return args
+
+
+def needs_onnx(args: argparse.Namespace) -> bool:
+    return any(backend in ONNX for backend in args.backend)
 
 
 def refusal(args: argparse.Namespace) -> str:
@@ -180,7 +186,7 @@ def refusal(args: argparse.Namespace) -> str:
     available = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available, 'cpu': lambda: True}
     if not available[args.device]():
         return f'PyTorch finds no {args.device} device here; --device cpu always runs.'
-    return missing('export') if 'onnx' in args.backend else ''
+    return missing('export') if needs_onnx(args) else ''
 
 
 def measure(

@@ -9,7 +9,9 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import accelerate
@@ -23,9 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_arl
 from timm_arl import kernels
 from timm_arl.attention import alphas_of
-from timm_arl.export import OnnxModel, fold_batch_norm
+from timm_arl.export import OnnxModel, export_onnx, fold_batch_norm, quantize_onnx
 from timm_arl.files import git_commit
 
+ONNX = 'onnx', 'int8'  # backends of ONNX Runtime, which has an allocator of its own
 CPUINFO = '/proc/cpuinfo'
 BF16 = {'avx512_bf16': 'AVX512-BF16', 'amx_bf16': 'AMX'}  # by its flags
 
@@ -111,8 +114,13 @@ def make_step(spec: Dict[str, Any], accelerator: Accelerator) -> Tuple[Callable[
     model.train(spec['mode'] == 'train')
     if spec['backend'] != 'eager':
         model = fold_batch_norm(model)
-    if spec['backend'] == 'onnx':
-        network = OnnxModel.of(model, spec['img_size'], threads=torch.get_num_threads())
+    if spec['backend'] in ONNX:
+        with tempfile.TemporaryDirectory() as folder:
+            path = export_onnx(model, Path(folder, 'float.onnx'), spec['img_size'])
+            if spec['backend'] == 'int8':
+                noise = torch.randn(4, *size[1:]).numpy()  # speed does not depend on the ranges
+                path = quantize_onnx(path, Path(folder, 'int8.onnx'), [noise])
+            network = OnnxModel(path, threads=torch.get_num_threads())
         images = x.contiguous().numpy()
         return lambda: network(images), []
     if spec['mode'] != 'train':
@@ -186,7 +194,7 @@ def memory(
     elif device.type == 'mps':
         step()
         result['peak_memory_mb'] = torch.mps.driver_allocated_memory() / 1e6
-    elif spec['backend'] != 'onnx':  # which has an allocator of its own
+    elif spec['backend'] not in ONNX:
         own = sum(t.nbytes for t in tensors_of(owned)) + sum(
             p.grad.nbytes for t in owned if isinstance(t, nn.Module) for p in t.parameters() if p.grad is not None)
         own += spec['batch_size'] * 3 * spec['img_size'] ** 2 * 4

@@ -2,7 +2,6 @@
 import contextlib
 import copy
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, Optional, Union, cast
 
@@ -95,12 +94,6 @@ class OnnxModel:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Logits, shape (N, classes), of images, float32 of shape (N, 3, H, W)."""
         return self.session.run(None, {self.input: images})[0]
-
-    @classmethod
-    def of(cls, model: nn.Module, img_size: Optional[int] = None, threads: int = 0) -> 'OnnxModel':
-        """Export a model to a temporary file and load it."""
-        with tempfile.TemporaryDirectory() as folder:
-            return cls(export_onnx(model, Path(folder) / 'model.onnx', img_size), threads)
 
 
 def metadata_of(

@@ -234,7 +234,7 @@ def test_resume_refuses_what_it_cannot_compare(call, tmp_path, record):
     (['--models', 'arl_cnn15'], "no model named 'arl_cnn15'"), (['--device', 'cuda'], 'finds no cuda device'),
     (['--batch-size', '0'], '--batch-size must be at least 1'), (['--results-file', 'r.txt'], 'must end in .csv'),
     (['--backend', 'onnx', '--mode', 'train'], 'are for --mode infer'),
-    (['--backend', 'onnx', '--compile'], '--backend onnx needs'), (['--seconds', 'nan'], '--seconds must be'),
+    (['--backend', 'int8', '--compile'], '--backend onnx and int8 need'), (['--seconds', 'nan'], '--seconds must be'),
     (['--compile-mode', 'reduce-overhead'], '--compile-mode needs --compile'),
     (['--models', 'resnet14', 'resnet14'], 'names a model twice'), (['--img-size', '-4'], '--img-size must be')])
 def test_bad_input(call, tmp_path, arguments, sentence):

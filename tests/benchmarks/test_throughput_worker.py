@@ -42,12 +42,13 @@ def test_work_that_trains(work):
     assert saved['arl_cnn14', 8] == pytest.approx(2 * saved['arl_cnn14', 4], rel=0.1)
 
 
-@pytest.mark.parametrize('backend', ['eager', 'folded', pytest.param('onnx', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('backend', ['eager', 'folded', *(
+    pytest.param(backend, marks=pytest.mark.slow) for backend in ('onnx', 'int8'))])
 def test_work_of_a_backend(work, backend):
     facts, step, memory = work(backend=backend, tf32=False, cudnn_benchmark=True)
     (seconds,) = step['step_times']
     assert seconds > 0 and 'saved_memory_mb' not in memory and ('peak_memory_mb' in memory) != (
-        backend == 'onnx')
+        backend in ('onnx', 'int8'))
     assert facts['tf32'] is None and facts['cudnn_benchmark'] is None  # of CUDA, but set
     assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
