@@ -95,31 +95,42 @@ def pixels(row: Dict[str, Any]) -> int:
 
 
 def bar_chart(rows: List[Dict[str, Any]], path: Path) -> None:
-    """Step time of each row relative to the first of its setting, bars grouped by setting, spread as whiskers."""
+    """Step time of each row relative to the first of its setting, bars grouped by setting, spread as whiskers.
+
+    A panel for each machine.
+    """
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    settings = list(dict.fromkeys(setting_of(r) for r in rows))
+    machines: Dict[str, List[Dict[str, Any]]] = {}
+    for row in rows:
+        machines.setdefault(f'{row["device"]}, {row["threads"]} threads', []).append(row)
     labels = list(dict.fromkeys(label_of(r) for r in rows))
-    figure, axes = plt.subplots(figsize=(max(5., 1.2 + 1.1 * len(settings) * max(2, len(labels)) / 2), 3.6))
+    groups = [list(dict.fromkeys(setting_of(r) for r in members)) for members in machines.values()]
+    widths = [max(4., 1.2 + 1.1 * len(settings) * max(2, len(labels)) / 2) for settings in groups]
+    figure, panels = plt.subplots(
+        1, len(machines), figsize=(sum(widths), 3.6), width_ratios=widths, sharey=True, squeeze=False,
+        layout='constrained')
     width = 0.8 / len(labels)
     colors = ['#b8bcc4', '#c2452d', '#6a7f9c', '#d99a3d', '#4f9d8b', '#8a6bb1']
-    for i, label in enumerate(labels):
-        members = [(k, r) for k, s in enumerate(settings) for r in rows if setting_of(r) == s and label_of(r) == label]
-        at = [k + (i - (len(labels) - 1) / 2) * width for k, _ in members]
-        heights = [r['ratio'] for _, r in members]
-        axes.bar(at, heights, width * 0.92, label=label, color=colors[i % len(colors)],
-                 yerr=[r['ratio'] * r['spread'] / 2 for _, r in members], error_kw=dict(lw=0.8, ecolor='#444'))
-        for x, height in zip(at, heights):
-            axes.text(x, 0.02, f'{height:.2f}', ha='center', va='bottom', fontsize=7)
-    axes.axhline(1., color='#444', lw=0.8, ls=':')
-    axes.set_xticks(range(len(settings)), [f'{m}, {p}\n{b} x {s} px' for m, p, b, s in settings], fontsize=8)
-    axes.set_ylabel('time of a step, relative', fontsize=8)
-    axes.set_title(f'{rows[0]["device"]}, {rows[0]["threads"]} threads', fontsize=8)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, ncols=len(labels), loc='lower center', bbox_to_anchor=(0.5, 1.08))
+    for axes, (machine, own), settings in zip(panels[0], machines.items(), groups):
+        for i, label in enumerate(labels):
+            members = [(settings.index(setting_of(r)), r) for r in own if label_of(r) == label]
+            at = [k + (i - (len(labels) - 1) / 2) * width for k, _ in members]
+            heights = [r['ratio'] for _, r in members]
+            axes.bar(at, heights, width * 0.92, label=label, color=colors[i % len(colors)],
+                     yerr=[r['ratio'] * r['spread'] / 2 for _, r in members], error_kw=dict(lw=0.8, ecolor='#444'))
+            for x, height in zip(at, heights):
+                axes.text(x, 0.02, f'{height:.2f}', ha='center', va='bottom', fontsize=7)
+        axes.axhline(1., color='#444', lw=0.8, ls=':')
+        axes.set_xticks(range(len(settings)), [f'{m}, {p}\n{b} x {s} px' for m, p, b, s in settings], fontsize=8)
+        axes.set_title(machine, fontsize=8)
+        axes.spines[['top', 'right']].set_visible(False)
+    panels[0][0].set_ylabel('time of a step, relative', fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=len(labels),
+                  loc='outside upper center')
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=160, bbox_inches='tight', format='png')
+        figure.savefig(temporary, dpi=160, format='png')
     plt.close(figure)
 
 

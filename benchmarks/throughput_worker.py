@@ -273,7 +273,8 @@ def cpu_name() -> str:
     with contextlib.suppress(OSError), open(CPUINFO) as f:
         about = f.read()
         name = next(iter(re.findall(r'^model name\s*: (.*)$', about, re.MULTILINE)), name)
-        abilities += [word for flag, word in BF16.items() if re.search(rf'\b{flag}\b', about)]
+        if abilities == ['AVX512']:  # and not told to use less
+            abilities += [word for flag, word in BF16.items() if re.search(rf'\b{flag}\b', about)]
     return f'{name} ({os.cpu_count()} cores, {", ".join(abilities)})'
 
 

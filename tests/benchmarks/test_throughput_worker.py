@@ -131,14 +131,17 @@ def test_steps_of_a_repetition(compile):
     assert steps == 100
 
 
-@pytest.mark.parametrize('flags, described', [
-    ('fpu avx512f amx_bf16 amx_tile avx512_bf16', ', AVX512-BF16, AMX)'), ('fpu avx2', ')'), (None, ')')])
-def test_name_of_the_processor(monkeypatch, tmp_path, flags, described):
+@pytest.mark.parametrize('capability, flags, described', [
+    ('AVX512', 'fpu avx512f amx_bf16 amx_tile avx512_bf16', 'AVX512, AVX512-BF16, AMX)'),
+    ('AVX2', 'fpu avx512f amx_bf16 amx_tile avx512_bf16', 'AVX2)'),  # as by ATEN_CPU_CAPABILITY
+    ('AVX512', 'fpu avx2', 'AVX512)'), ('AVX2', None, 'AVX2)')])
+def test_name_of_the_processor(monkeypatch, tmp_path, capability, flags, described):
     """Its bf16 instructions decide what the gate costs."""
     import throughput_worker
     (tmp_path / 'cpuinfo').write_text(f'processor : 0\nmodel name\t: A Processor @ 2 GHz\nflags\t\t: {flags}\n')
     found = tmp_path / ('cpuinfo' if flags else 'none')
     monkeypatch.setattr(throughput_worker, 'CPUINFO', found)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
     name = throughput_worker.cpu_name()
     assert name.startswith('A Processor @ 2 GHz (') == bool(flags)
-    assert name.endswith(f'{torch.backends.cpu.get_cpu_capability()}{described}')
+    assert name.endswith(f' cores, {described}')
