@@ -136,7 +136,12 @@ INLINE int64_t columns(const struct call *c) { return c->attention == SPATIAL ? 
 INLINE int64_t rows_of(const struct call *c) { return c->samples * c->channels * c->positions / length(c); }
 
 /* neighbours, which do not depend on each other */
-#define EACH _Pragma("GCC ivdep") for (int i = 0; i < n; i++)
+#ifdef __clang__
+#define APART _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define APART _Pragma("GCC ivdep")
+#endif
+#define EACH APART for (int i = 0; i < n; i++)
 
 struct norms { float scale[W], shift[W], x_scale[W], x_shift[W]; };
 
