@@ -77,7 +77,7 @@ from timm_arl.isic.task import Task, label_words
 from timm_arl.isic.transforms import CROPS, EvalCrops
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
-from timm_arl.training.evaluations import check_free, epochs_of, replacing_evaluation
+from timm_arl.training.evaluations import check_free, epochs_of, replacing_evaluation, training_names
 from timm_arl.training.examples import report_examples
 from timm_arl.training.images import check_images, has_masks, image_loader, predict
 from timm_arl.training.runs import record_look
@@ -241,7 +241,7 @@ def evaluate(args):
     home = home_of(folder, saved) if args.map else None
     data = load_data(args.data, wanted_of(args), args.seed, needed=(args.split,), whole=args.split,
                      expected=None if args.map else task, earlier=None if args.map else folder / 'splits.csv',
-                     alone=bool(args.map))
+                     same=saved.get('data') == args.data, alone=bool(args.map))
     mapped = None
     if wanted:
         mapped = map_labels(data, task, wanted, args.split, args.data)
@@ -252,6 +252,11 @@ def evaluate(args):
                        f'{", ".join(task.labels)}: choose data or a checkpoint with the same, or say by --map which of '
                        f'them mean the same.')
     splits, scored = data.splits, data.task if mapped else task
+    learned = training_names(folder, splits[args.split]['image_id'])
+    if learned:
+        accelerator.print(f'{len(learned)} of the {len(splits[args.split])} {args.split} images have names of training '
+                          f'images of {args.checkpoint} ({", ".join(learned[:3])}): if they are the same images, these '
+                          f'scores are too good. Look with python -m timm_arl.isic.dataset check.')
     same_data = 'train' in splits and ids_digest(splits['train']['image_id']) == saved.get('train_ids')
     kept_best = saved.get('keep') == 'best' and not saved.get('fold')  # a fold has validation images of its own
     if args.drop_duplicates:
@@ -338,7 +343,8 @@ def evaluate(args):
     if same_data and 'validation' in splits and not (args.alpha_zero or args.drop_duplicates) and (
             folder / 'run.json').is_file() and os.access(folder, os.W_OK) and not (folder / HOME_FILE).exists():
         write_json(folder / HOME_FILE, home_record(
-            splits['validation'], truth['validation'], probabilities['validation'], task, how))
+            splits['validation'], truth['validation'], probabilities['validation'], task, how,
+            groups['validation']))
 
     record = {
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,

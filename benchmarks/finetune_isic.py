@@ -44,6 +44,7 @@ from timm_arl.factory import load_weights_file, save_network
 from timm_arl.files import write_json
 from timm_arl.isic.classes import balanced_accuracy
 from timm_arl.isic.dataset import DataError, load_data, wanted_of
+from timm_arl.isic.dataset.data import content_digest
 from timm_arl.isic.dataset.demo import DEMO_TASKS
 from timm_arl.isic.dataset.groups import write_split_file
 from timm_arl.isic.dataset.sources import ids_digest
@@ -140,7 +141,7 @@ def train(args, accelerator, data, out, networks=None):
     # Output folder, resuming
     summary = prepare_output_dir(args, accelerator, out, score)
     if data.made and accelerator.is_main_process:
-        write_split_file(out / 'splits.csv', splits)
+        write_split_file(out / 'splits.csv', data.division)
     if summary:
         load_progress(accelerator, kept_network, ema is not None, out)
         accelerator.print(f'Resuming after epoch {len(summary)} of {args.epochs}.')
@@ -272,7 +273,8 @@ def train(args, accelerator, data, out, networks=None):
         if accelerator.is_main_process and name == 'validation':
             write_json(out / HOME_FILE, home_record(
                 splits[name], truth[name].numpy(), probabilities, task, {'img_size': img_size, **{
-                    key: getattr(args, key) for key in ('crops', 'aspect', 'grey_world', 'lesion_crop')}}))
+                    key: getattr(args, key) for key in ('crops', 'aspect', 'grey_world', 'lesion_crop')}},
+                loaders[name].dataset.groups))
     if accelerator.is_main_process:
         write_json(out / 'metrics.json', metrics)
     synthetic = ', SYNTHETIC images' * (args.data in DEMO_TASKS)
@@ -320,6 +322,11 @@ def main():
             raise RunError(f'The run in {args.output_dir} had other training images than {args.data} has now: start '
                            f'another run in another --output-dir.')
         args.train_ids, args.train_images = digest, len(ids)
+        digest = content_digest(data)
+        if args.resume and args.content not in (None, digest):
+            raise RunError(f'The run in {args.output_dir} had other labels, groups, or validation or test images than '
+                           f'{args.data} has now: start another run in another --output-dir.')
+        args.content = digest
         if args.folds:
             check_start(args, task)
         check_learnable(args, splits, accelerator, task)

@@ -77,6 +77,16 @@ def test_a_record_is_read_again_and_published_weights_have_a_part(tmp_path):
     assert 'official' in published['thresholds'] and home_of(tmp_path / 'none', {}) == {}
 
 
+def test_home_resamples_its_patients():
+    rng, again = np.random.default_rng(0), np.repeat(np.arange(30), 4)
+    truth = (rng.random((30, 2)) < 0.4).astype(np.float32)
+    p = np.clip(truth * 0.4 + rng.random((30, 2)) * 0.6, 0.01, 0.99)
+    some = images(*[(k, k, k) for k in range(4)])
+    once = home_record(some, truth, p, ISIC2017, {})['labels']['melanoma']['as_given']['ratio_ci95']
+    found = home_record(some, truth[again], p[again], ISIC2017, {}, [f'p{k:02d}' for k in again])
+    assert found['labels']['melanoma']['as_given']['ratio_ci95'] == pytest.approx(once)
+
+
 @pytest.mark.parametrize('content', ['{', '[]', '{"thresholds": {}}'])
 def test_a_damaged_record(tmp_path, content):
     (tmp_path / 'home.json').write_text(content)

@@ -17,6 +17,7 @@ __all__ = [
 ]
 
 RESAMPLES = 1000
+LEAST_DEFINED = 0.25  # of the resamples, for an interval
 
 
 def resampled_indices(images: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -54,7 +55,7 @@ def _numbered(groups: Sequence[Any]) -> Tuple[int, np.ndarray]:
 
 def unit_of(column: str) -> str:
     """What intervals are over: 'patients', 'lesions', 'groups', or 'images' where the column of groups is ''."""
-    return {'': 'images', 'patient_id': 'patients', 'lesion_id': 'lesions'}.get(column, 'groups')
+    return {'': 'images', 'patient_id': 'patients', 'lesion_id': 'lesions'}.get(column.lower(), 'groups')
 
 
 def percentile_interval(distribution: np.ndarray, level: float = 0.95) -> Tuple[float, float]:
@@ -64,10 +65,15 @@ def percentile_interval(distribution: np.ndarray, level: float = 0.95) -> Tuple[
 
 
 def with_interval(name: str, value: Any, distribution: np.ndarray) -> Dict[str, Any]:
-    """A score and the 95 % interval of its bootstrap distribution; None for both where the score is undefined."""
+    """A score and the 95 % interval of its bootstrap distribution; None for both where the score is undefined.
+
+    The interval is None, too, where most resamples lack a class that the score needs: with many rare classes, few have
+    images of all.
+    """
     if not np.isfinite(value):
         return {name: None, f'{name}_ci95': None}
-    return {name: float(value), f'{name}_ci95': percentile_interval(distribution)}
+    defined = np.isfinite(distribution).mean() >= LEAST_DEFINED
+    return {name: float(value), f'{name}_ci95': percentile_interval(distribution) if defined else None}
 
 
 def delong_covariance(

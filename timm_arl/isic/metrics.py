@@ -183,7 +183,8 @@ def score_split(
     """Scores of all labels, as metrics.json keeps them for one split.
 
     Intervals are 95 % percentile bootstrap intervals over images or, where they are known, groups; the same resamples
-    serve all scores. Resamples in which a score is undefined are left out.
+    serve all scores. Resamples in which a score is undefined are left out; where three quarters are, there is no
+    interval.
 
     Args:
         truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.

@@ -86,7 +86,14 @@ def chosen(truth: np.ndarray, probabilities: np.ndarray, task: Task = ISIC2017) 
             'temperatures': {label: fit_temperature(t, p) for label, t, p in each}}
 
 
-def home_record(images: Any, truth: np.ndarray, probabilities: np.ndarray, task: Task, shown: Dict[str, Any]) -> Home:
+def home_record(
+        images: Any,
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        task: Task,
+        shown: Dict[str, Any],
+        groups: Optional[Sequence[str]] = None,
+) -> Home:
     """What home.json of a run holds: what its validation images chose, and statistics of them.
 
     Args:
@@ -94,10 +101,11 @@ def home_record(images: Any, truth: np.ndarray, probabilities: np.ndarray, task:
         truth, probabilities: Of chosen.
         task: Whose labels they are.
         shown: How the images were prepared: crops and so on.
+        groups: Of calibration_drift.
     """
     choice = chosen(truth, probabilities, task)
     return {**choice, 'shown': shown, 'images': image_statistics(images), 'labels': {
-        label: {'counts': probability_counts(p), **calibration_drift(t, p, choice['temperatures'][label])}
+        label: {'counts': probability_counts(p), **calibration_drift(t, p, choice['temperatures'][label], groups)}
         for label, t, p in zip(task.labels, truth.T, probabilities.T)}}
 
 

@@ -18,8 +18,9 @@ OFFICIAL_THRESHOLD = 0.5  # the challenge's scorer calls an image positive stric
 KINDS = ('multilabel', 'multiclass')
 HEADS = ('sigmoid', 'softmax')
 RESERVED = {  # other columns of tables, and other keys of metrics.json
-    'accuracy', 'balanced_accuracy', 'brier', 'comparison', 'confusion_matrix', 'error', 'external', 'group', 'groups',
-    'image', 'image_id', 'intervals_over', 'labels', 'mask', 'mean_auc', 'mean_auc_ci95', 'split', 'subgroups', 'top1'}
+    'accuracy', 'balanced_accuracy', 'brier', 'comparison', 'confusion_matrix', 'error', 'external', 'first', 'group',
+    'groups', 'image', 'image_id', 'intervals_over', 'labels', 'mask', 'mean_auc', 'mean_auc_ci95', 'second', 'split',
+    'subgroups', 'top1'}
 NONE = 'none'
 
 
@@ -34,9 +35,10 @@ def check_label(label: str) -> None:
         DataError: Such a label.
     """
     if (not isinstance(label, str) or label != label.strip() or not label.strip('.') or len(label) > 80
-            or any(c in '/\\,=<>&"`|{}' or ord(c) < 32 for c in label)):
+            or any(c in '/\\,=<>&"`|{}$' or ord(c) < 32 for c in label)):
         raise DataError(f'{label!r} is no usable label: it must be a word of at most 80 characters, without any of '
-                        f'/ \\ , = < > & " ` | {{ }}.')
+                        f'/ \\ , = < > & " ` | {{ }} $. Rename it, or say in a --task FILE.yaml which label such a '
+                        f'word of the data means.')
     if label in RESERVED:
         raise DataError(f'{label} cannot be a label, since a column of the tables is called so: rename it.')
 

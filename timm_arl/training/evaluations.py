@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 from ..files import read_rows
+from ..isic.dataset.groups import read_split_file
 from .arguments import RunError
 from .runs import check_output_dir
 
-__all__ = ['check_free', 'epochs_of', 'replacing_evaluation']
+__all__ = ['check_free', 'epochs_of', 'replacing_evaluation', 'training_names']
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'evaluation.json', 'report.html', 'report.md', 'curves.png', 'alphas.png',  # .md: of 0.1
@@ -29,6 +30,14 @@ def epochs_of(folder, accelerator):
         accelerator.print(f'{path} is not from a run of finetune_isic.py: no curves.png and no alphas.png.')
         return []
     return rows
+
+
+def training_names(folder, image_ids):
+    """Those ids that were training images of a run that made its splits."""
+    if not (folder / 'splits.csv').is_file():
+        return []
+    by_id = read_split_file(folder / 'splits.csv')
+    return [image_id for image_id in image_ids if by_id.get(image_id) == 'train']
 
 
 def check_free(out, compared):

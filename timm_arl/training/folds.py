@@ -149,7 +149,7 @@ def run_each(args: Any, accelerator: Any, data: Data, out: Path, train: Callable
         print(auc_table(scores, task))
     scores['runs'] = {}
     print('Means of the runs, each by itself:')
-    for column in [column for column in rows[0] if column.endswith(('auc', *task.labels))]:
+    for column in [column for column in rows[0] if column not in ('run', 'seed')]:
         values = [row[column] for row in rows if row[column] is not None]  # undefined where a split lacks a class
         mean = float(np.mean(values)) if values else None
         sd = float(np.std(values, ddof=1)) if len(values) > 1 else None

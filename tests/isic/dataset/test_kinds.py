@@ -68,6 +68,30 @@ def test_tables_of_many_forms(tmp_path):
     assert load_data(str(tmp_path / 'one.csv')).task.labels == ('target',)
 
 
+def test_tables_of_other_programs(tmp_path):
+    path = table(tmp_path, 40, (True, False), ('image', 'target'))  # as pandas writes what is true
+    edited(path, 'images/', 'images\\')  # as Windows does
+    data = load_data(str(path))
+    assert data.task.labels == ('target',) and '7' in [i for each in data.splits.values() for i in each['image_id']]
+    assert sum(label_array(each, data.task).sum() for each in data.splits.values()) == 20
+
+
+def test_challenges_as_others_lay_them_out(tmp_path):
+    isic2020(tmp_path / 'a')  # Kaggle's
+    (tmp_path / 'a' / 'jpeg').mkdir()
+    (tmp_path / 'a' / 'train').rename(tmp_path / 'a' / 'jpeg' / 'train')
+    (tmp_path / 'a' / 'ISIC_2020_Training_GroundTruth_v2.csv').rename(tmp_path / 'a' / 'train.csv')
+    isic2019(tmp_path / 'b')  # a folder in a folder of its name
+    (tmp_path / 'b' / 'ISIC_2019_Test_Input').rename(tmp_path / 'x')
+    (tmp_path / 'b' / 'ISIC_2019_Test_Input').mkdir()
+    (tmp_path / 'x').rename(tmp_path / 'b' / 'ISIC_2019_Test_Input' / 'ISIC_2019_Test_Input')
+    make('ham10000', tmp_path / 'c')  # the Dataverse has this beside it
+    picture(tmp_path / 'c' / 'ISIC2018_Task3_Test_Images' / 'ISIC_1.jpg')
+    lines(tmp_path / 'c' / 'ISIC2018_Task3_Test_GroundTruth.csv', ('lesion_id', 'image_id', 'dx'),
+          [('H', 'ISIC_1', 'nv')])
+    assert [load_data(str(tmp_path / name)).task.name for name in 'abc'] == ['isic2020', 'isic2019', 'ham10000']
+
+
 def test_a_task_in_a_file(tmp_path):
     path = table(tmp_path, classes=('MEL', 'mel', 'NEV', 'SEK'), head=('image', 'diagnostic'))
     (tmp_path / 'pad.yaml').write_text(
@@ -173,6 +197,9 @@ def with_split(folder, words):
      r'11 of the 40 images of .* are missing in .*: images/x.png, images/x0'),
     (lambda f: edited(table(f), 'images/3.png', 'images/2.png'), Wanted(),
      r'line 5: images/2.png occurs twice .in line 4'),
+    (lambda f: edited(table(f), 'images/3.png', 'images/../images/2.png'), Wanted(), 'occurs twice .in line 4'),
+    (lambda f: str(table(f, classes=('Nevus', 'nevus', 'scc'))), Wanted(), 'has Nevus and nevus, which differ in'),
+    (lambda f: str(table(f, classes=('a $x$', 'b'))), Wanted(), 'no usable label.*Rename it, or say in a --task'),
     (lambda f: edited(table(f), 'images/3.png,nevus', 'images/3.png,'), Wanted(),
      'label is missing for image 3 .1 such'),
     (lambda f: edited(table(f), 'images/3.png,nevus', 'images/3.png,NaN'), Wanted(),

@@ -40,7 +40,8 @@ CHALLENGES: Dict[str, Dict[str, _Part]] = {
         for name, word in (('train', 'Training'), ('test', 'Test'))},
     'isic2020': {'train': _Part(
         ['ISIC_2020_Training_JPEG/train', 'ISIC_2020_Training_JPEG', 'ISIC_2020_Training_Input', 'jpeg/train', 'train'],
-        ['ISIC_2020_Training_GroundTruth_v2.csv', 'ISIC_2020_Training_GroundTruth.csv'])},
+        ['ISIC_2020_Training_GroundTruth_v2.csv', 'ISIC_2020_Training_GroundTruth.csv',
+         'jpeg/../train.csv'])},  # Kaggle's
     'isic2024': {'train': _Part(
         ['ISIC_2024_Training_Input', 'ISIC_2024_Permissive_Training_Input', 'train-image/image'],
         ['ISIC_2024_Training_GroundTruth.csv', 'ISIC_2024_Permissive_Training_GroundTruth.csv', 'train-metadata.csv'],
@@ -63,22 +64,30 @@ def read_challenge(folder: Path) -> Optional[Tuple[Task, Dict[str, datasets.Data
     Raises:
         DataError: A table that cannot be used, an image without a row, or a row without an image.
     """
+    kinds = []
     for name, parts in CHALLENGES.items():
-        found = {split: (images, truth) for split, part in parts.items()
-                 for images, truth in [(_first(folder, part.images), _first(folder, part.truth))] if truth}
-        if not any(images for images, _ in found.values()):
-            continue
-        task, splits = TASKS[name], {}
-        for split, (images, truth) in found.items():
-            if images is None:
-                raise DataError(f'{folder} has {truth.name if truth else ""} but no {parts[split].images[0]}: unpack '
-                                f'the images beside it.')
-            assert truth is not None
-            about = [file for table in parts[split].about for file in [folder / table] if file.is_file()]
-            folders = [images, *(folder / part for part in SECOND_PARTS if name == 'ham10000')]
-            splits[split] = _split(folders, truth, about, task)
-        return task, {WHOLE: splits['train']} if list(splits) == ['train'] else splits
-    return None
+        found = {split: (_images(folder, part.images), truth) for split, part in parts.items()
+                 for truth in [_first(folder, part.truth)] if truth}
+        if any(images for images, _ in found.values()):
+            kinds.append((name, found))
+    if not kinds:
+        return None
+    # the Dataverse has a test set of 2018 beside HAM10000
+    name, found = max(kinds, key=lambda kind: 'train' in kind[1])
+    task, parts, splits = TASKS[name], CHALLENGES[name], {}
+    for split, (images, truth) in found.items():
+        if images is None:
+            raise DataError(f'{folder} has {truth.name} but no {parts[split].images[0]}: unpack the images beside it.')
+        about = [file for table in parts[split].about for file in [folder / table] if file.is_file()]
+        folders = [images, *(folder / part for part in SECOND_PARTS if name == 'ham10000')]
+        splits[split] = _split(folders, truth, about, task)
+    return task, {WHOLE: splits['train']} if list(splits) == ['train'] else splits
+
+
+def _images(folder: Path, places: Iterable[str]) -> Optional[Path]:
+    """The first of several folders that is there, or the one of the same name in it, as some programs unpack zips."""
+    place = _first(folder, places)
+    return place / place.name if place and (place / place.name).is_dir() else place
 
 
 def _first(folder: Path, places: Iterable[str]) -> Optional[Path]:

@@ -22,7 +22,8 @@ def words_of(split: datasets.Dataset, column: str) -> List[Optional[str]]:
     if isinstance(feature, datasets.ClassLabel):
         return [None if value is None or value < 0 else feature.int2str(value) for value in values]
     return [None if value is None or value != value or value == '' else
-            str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in values]
+            str(int(value)) if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()) else
+            str(value) for value in values]
 
 
 def find_task(
@@ -83,6 +84,14 @@ def find_task(
     if len(found) > MOST_CLASSES:
         raise DataError(f'{data} has {len(found)} different words in column {column}, which cannot be diagnoses: name '
                         f'another with --columns diagnosis=COLUMN.')
+    if not wanted.labels:
+        spelled: Dict[str, str] = {}
+        for word in sorted(str(word) for word in found):
+            other = spelled.setdefault(' '.join(word.casefold().split()), word)
+            if other != word:
+                raise DataError(f'{data}: column {column} has {other} and {word}, which differ in spelling alone: '
+                                f'write one of them throughout, or name the classes with --labels or a --task '
+                                f'FILE.yaml.')
     labels: Sequence[str] = wanted.labels or (
         feature.names if isinstance(feature, datasets.ClassLabel) else sorted(str(word) for word in found))
     if not wanted.labels:

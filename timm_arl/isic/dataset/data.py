@@ -1,12 +1,14 @@
 """What the loaders give: splits, and what is predicted of their images."""
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+import hashlib
+import json
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import datasets
 import numpy as np
 
 from ..task import ISIC2017, Task
 
-__all__ = ['SPLITS', 'Data', 'StreamedSplit', 'label_array']
+__all__ = ['SPLITS', 'Data', 'StreamedSplit', 'content_digest', 'label_array']
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -32,15 +34,29 @@ class Data(NamedTuple):
         splits: By name, each with the columns image (undecoded), image_id and those of the task's labels.
         groups: Column of the patient or lesion of each image, none of which is in two splits; '': not known.
         made: How splits were made here, in words; '' for those of the data.
+        division: If they were made, the column image_id of each, with images that are left out later.
     """
     task: Task
     splits: Dict[str, Any]
     groups: str = ''
     made: str = ''
+    division: Mapping[str, Any] = {}
 
     def group_ids(self, name: str) -> Optional[List[str]]:
         """Patient or lesion of each image of a split, or None where they are not known."""
         return [str(group) for group in self.splits[name][self.groups]] if self.groups else None
+
+
+def content_digest(data: Data) -> str:
+    """sha256 of what a run learns and is scored by: names of the labels and, by split, ids, labels and groups."""
+    task = data.task
+    content: List[Any] = [task.labels, task.kind, task.rest]
+    for name, split in data.splits.items():
+        table = split.table if isinstance(split, StreamedSplit) else split
+        groups = list(table[data.groups]) if data.groups else [''] * len(table)
+        content.append([name, *sorted(zip(
+            map(str, table['image_id']), label_array(table, task).tolist(), groups))])
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def label_array(split: datasets.Dataset, task: Task = ISIC2017) -> np.ndarray:

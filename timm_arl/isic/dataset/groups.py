@@ -1,4 +1,5 @@
 """Patients and lesions that stay together, and splits made where the data have none."""
+import re
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
@@ -10,11 +11,12 @@ from ..task import DataError, Task
 from .options import NO_GROUPS
 
 __all__ = [
-    'SHARES', 'SPLIT_NAMES', 'WHOLE', 'check_groups', 'divide', 'find_groups', 'read_split_file', 'split_name',
-    'with_groups', 'write_split_file',
+    'SHARES', 'SPLIT_NAMES', 'WHOLE', 'by_split_column', 'check_groups', 'divide', 'find_groups', 'read_split_file',
+    'split_name', 'with_groups', 'write_split_file',
 ]
 
-GROUP_COLUMNS = ('patient_id', 'lesion_id')  # a patient may have several lesions
+PATIENT, LESION = 'patient_id', 'lesion_id'  # a patient may have several lesions
+NOT_KNOWN = {'', '-', '?', 'n/a', 'na', 'nan', 'none', 'null', 'unknown'}
 WHOLE = 'all'  # the one split of data that have none
 SHARES = {'train': 0.7, 'validation': 0.15, 'test': 0.15}
 SPLIT_NAMES = {  # what people write, and what it is called here
@@ -28,8 +30,30 @@ def split_name(word: Optional[str]) -> Optional[str]:
     return SPLIT_NAMES.get(str(word or '').strip().lower())
 
 
+def by_split_column(split: datasets.Dataset, where: str) -> Dict[str, datasets.Dataset]:
+    """The splits that a column split tells, empty without such a column, or without an entry in it.
+
+    Raises:
+        DataError: A word that is no split.
+    """
+    column = next((column for column in split.column_names if column.lower() == 'split'), None)
+    words = [] if column is None else list(split[column])
+    if column is None or not any(map(_spelling, words)):
+        return {}
+    if isinstance(split.features[column], datasets.ClassLabel):
+        words = split.features[column].int2str(words)
+    names = [split_name(word) for word in words]
+    for word, name in zip(words, names):
+        if name is None:
+            raise DataError(f'{where}: the split is {word!r} ({words.count(word)} such rows), which is none of '
+                            f'{", ".join(SPLIT_NAMES)}: correct it.')
+    rest = split.remove_columns(column)
+    return {str(name): rest.select([row for row, other in enumerate(names) if other == name])
+            for name in dict.fromkeys(names)}
+
+
 def find_groups(splits: Mapping[str, datasets.Dataset], wanted: Optional[str], where: str) -> str:
-    """Column of patients or lesions, or '' where there is none.
+    """Column of patients or lesions, or '' where there is none, or none with an entry.
 
     Args:
         splits: By name.
@@ -45,23 +69,61 @@ def find_groups(splits: Mapping[str, datasets.Dataset], wanted: Optional[str], w
     if wanted is not None and wanted not in columns:
         raise DataError(f'{where} has no column {wanted} (it has {", ".join(sorted(columns))}): pass another '
                         f'--group-column.')
-    return wanted or next((column for column in GROUP_COLUMNS if column in columns), '')
+    return wanted or next((column for known in (PATIENT, LESION) for column in sorted(columns)
+                           if column.lower() == known and any(map(any, _spellings(splits, column).values()))), '')
 
 
-def with_groups(split: datasets.Dataset, column: str) -> datasets.Dataset:
-    """The split with names in that column; an image whose group is not known is one by itself."""
-    ids = [str(image_id) for image_id in split['image_id']]
-    found: List[Any] = list(split[column]) if column in split.column_names else [None] * len(ids)
-    groups = [image_id if _empty(group) else str(group) for image_id, group in zip(ids, found)]
-    if groups == found:
-        return split
-    rest = split.remove_columns(column) if column in split.column_names else split
-    return datasets.concatenate_datasets([rest, datasets.Dataset.from_dict(
-        {column: groups}, features=datasets.Features({column: datasets.Value('string')}))], axis=1)
+def with_groups(splits: Mapping[str, datasets.Dataset], column: str) -> Dict[str, datasets.Dataset]:
+    """The splits with names in that column: one for all spellings of a group (12 and 12.0, P1 and p1).
+
+    An image whose patient is not known goes with its lesion, and with the patient whom another image of that lesion
+    names. One of which neither is known is a group by itself.
+    """
+    found, lesions = _spellings(splits, column), _spellings(splits, _lesions(splits, column))
+    patients: Dict[str, str] = {}  # of lesions
+    for name in splits:
+        for said, lesion in zip(found[name], lesions[name]):
+            if said:
+                patients.setdefault(lesion.casefold(), said)
+    taken = {said.casefold(): said for each in found.values() for said in each if said}
+
+    def free(what: str, name: str) -> str:  # unlike the name of any other group
+        full = f'{what} {name}'
+        said = taken.setdefault(name.casefold(), full)
+        return said[len(what) + 1:] if said.casefold() == full.casefold() else taken.setdefault(full.casefold(), full)
+
+    given = {}
+    for name, split in splits.items():
+        groups = []
+        for said, lesion, image_id in zip(found[name], lesions[name], split['image_id']):
+            said = said or (patients.get(lesion.casefold(), '') if lesion else '')
+            groups.append(taken[said.casefold()] if said else
+                          free('lesion', lesion) if lesion else free('image', str(image_id)))
+        rest = split.remove_columns([c for c in split.column_names if c == column])
+        given[name] = split if groups == _cells(split, column) else datasets.concatenate_datasets([
+            rest, datasets.Dataset.from_dict({column: groups}, features=datasets.Features({
+                column: datasets.Value('string')}))], axis=1)
+    return given
 
 
-def _empty(value: object) -> bool:
-    return value is None or value == '' or value != value  # NaN
+def _lesions(splits: Mapping[str, datasets.Dataset], column: str) -> str:
+    """The column of lesions beside one of patients, or ''."""
+    columns = sorted({c for split in splits.values() for c in split.column_names if c.lower() == LESION})
+    return columns[0] if columns and column.lower() == PATIENT else ''
+
+
+def _cells(split: datasets.Dataset, column: str) -> List[Any]:
+    return list(split[column]) if column in split.column_names else [None] * len(split)
+
+
+def _spellings(splits: Mapping[str, datasets.Dataset], column: str) -> Dict[str, List[str]]:
+    """By split, the group of each image, alike but for upper and lower case; '' where it is not known."""
+    return {name: [_spelling(cell) for cell in _cells(split, column)] for name, split in splits.items()}
+
+
+def _spelling(cell: Any) -> str:
+    text = '' if cell is None else re.sub(r'^(\d+)\.0*$', r'\1', ' '.join(str(cell).split()))
+    return '' if text.casefold() in NOT_KNOWN else text
 
 
 def check_groups(splits: Mapping[str, datasets.Dataset], column: str, where: str) -> None:

@@ -15,6 +15,7 @@ from .folders import read_class_folders
 from .groups import (
     SHARES,
     WHOLE,
+    by_split_column,
     check_groups,
     divide,
     find_groups,
@@ -42,6 +43,7 @@ def load_data(
         whole: Optional[str] = None,
         expected: Optional[Task] = None,
         earlier: Optional[Path] = None,
+        same: bool = False,
         alone: bool = False,
 ) -> Data:
     """Load and check a data set of any kind (docs/data.md lists them), and find out what is predicted.
@@ -58,6 +60,7 @@ def load_data(
         whole: What data without splits are; None: they are divided into train, validation and test.
         expected: Task of a network that is to be scored, taken where the data have its labels.
         earlier: The splits.csv of a run, taken where the data have no splits and it is of their images.
+        same: They are the data of that run: images that were taken out since do not matter, new ones are refused.
         alone: Leave out the splits that are not needed, whatever is wrong with them.
 
     Returns:
@@ -85,8 +88,8 @@ def load_data(
     splits = {name: with_labels(split, task, column, _where(data, name)) for name, split in splits.items()}
     groups = find_groups(splits, wanted.group, data)
     if groups:
-        splits = {name: with_groups(split, groups) for name, split in splits.items()}
-    splits, made = _arranged(splits, task, groups, wanted, seed, needed, whole, earlier, data)
+        splits = with_groups(splits, groups)
+    splits, made = _arranged(splits, task, groups, wanted, seed, needed, whole, earlier, same, data)
     if alone:
         splits = {name: split for name, split in splits.items() if name in needed} or splits
     if 'train' in needed and 'train' in splits and column:
@@ -94,7 +97,8 @@ def load_data(
     checked = check_splits(splits, data, task=task, needed=needed)
     if groups:
         check_groups(checked, groups, data)
-    return Data(task, checked, groups, made)
+    return Data(task, checked, groups, made, {
+        name: split.select_columns('image_id') for name, split in checked.items() if made})
 
 
 def load_splits(data: str, seed: int = 0, streaming: bool = False) -> Dict[str, Any]:
@@ -136,7 +140,8 @@ def _read(data: str, wanted: Wanted, seed: int) -> Tuple[Optional[Task], Mapping
         source, known = load_library(data), _prepared(data)
         for name, split in source.items() if folder else ():
             check_rows(Path(data) / name, split)
-    return known, {name: with_names(split, wanted.columns, data) for name, split in source.items()}
+    named = {name: with_names(split, wanted.columns, data) for name, split in source.items()}
+    return known, named if len(named) > 1 else by_split_column(next(iter(named.values())), data) or named
 
 
 def _read_files(folder: Path) -> Tuple[Optional[Task], Optional[Mapping[str, datasets.Dataset]]]:
@@ -166,6 +171,7 @@ def _arranged(
         needed: Sequence[str],
         whole: Optional[str],
         earlier: Optional[Path],
+        same: bool,
         data: str,
 ) -> Tuple[Dict[str, datasets.Dataset], str]:
     """The splits by the user's file, or with those made that are needed; and how they were made, or ''."""
@@ -180,9 +186,13 @@ def _arranged(
             if alone and wanted.splits:
                 raise DataError(f'--splits {file} has {what} {min(alone)} ({len(alone)} such images of {data}): is it '
                                 f'of these data?')
-        if by_id.keys() == set(ids):
-            return {name: everything.select([row for row, image_id in enumerate(ids) if by_id[image_id] == name])
-                    for name in SPLITS if name in by_id.values()}, ''
+        new = set(ids) - by_id.keys()
+        if new and same:
+            raise DataError(f'{file} has no split for {min(new)} ({len(new)} such images of {data}), which the run did '
+                            f'not have: take them out, or pass --splits FILE.csv with all of them.')
+        if by_id.keys() == set(ids) or same:
+            return {name: everything.select(rows) for name in SPLITS
+                    for rows in [[row for row, image_id in enumerate(ids) if by_id[image_id] == name]] if rows}, ''
     if set(needed) <= splits.keys() and (WHOLE not in splits or len(splits) > 1):
         return splits, ''
     if whole and len(splits) == 1:

@@ -75,7 +75,7 @@ def load_streaming(data: str, wanted: Wanted, known: Optional[Task]) -> Data:
     tables = {name: with_labels(table, task, column, f'{data}, split {name}') for name, table in tables.items()}
     groups = find_groups(tables, wanted.group, data)
     if groups:
-        tables = {name: with_groups(table, groups) for name, table in tables.items()}
+        tables = with_groups(tables, groups)
         check_groups(tables, groups, data)
     if 'image' not in streams['train'].features:
         raise DataError(f'{data}, split train, has no column image (it has {", ".join(streams["train"].features)}): '

@@ -1,6 +1,7 @@
 """A CSV of image paths with their labels, as people have it."""
 import csv
 import math
+import os
 from pathlib import Path, PurePath
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
@@ -91,6 +92,7 @@ def read_image_table(path: Path, columns: Sequence[Tuple[str, str]] = ()) -> Dic
     rows = [{names.get(head, head): value for head, value in row.items() if head in names or head not in taken}
             for row in rows]
     heads = list(rows[0])
+    given = next((head for head in heads if head.lower() == 'split'), '')  # its column
     image = next((column for column in IMAGE_COLUMNS if column in {head.lower() for head in heads}), None)
     image = next((head for head in heads if head.lower() == image), None)
     if image is None:
@@ -100,14 +102,13 @@ def read_image_table(path: Path, columns: Sequence[Tuple[str, str]] = ()) -> Dic
     if 'image_id' in heads and image != 'image_id':
         ids = [row['image_id'] for row in rows]
     else:
-        ids = unique_ids([[PurePath(row[image]).with_suffix('').parts[-1],
-                           '-'.join(part for part in PurePath(row[image]).with_suffix('').parts if part != '/')]
-                          for row in rows])
+        paths = [PurePath(row[image].replace('\\', '/')).with_suffix('').parts for row in rows]
+        ids = unique_ids([[parts[-1], '-'.join(part for part in parts if part != '/')] for parts in paths])
     content: Dict[str, List[Any]] = {'image': [str(file) for file in files], 'image_id': ids}
     for head in heads:
-        if head and head not in (image, 'image', 'image_id', 'split'):
+        if head and head not in (image, 'image', 'image_id', given):
             content[head] = typed([row[head] for row in rows], head)
-    parts = _by_split(path, [row['split'] for row in rows]) if 'split' in heads else {WHOLE: list(range(len(rows)))}
+    parts = _by_split(path, [row[given] for row in rows]) if given else {WHOLE: list(range(len(rows)))}
     features = datasets.Dataset.from_dict(content).features
     return {name: datasets.Dataset.from_dict(
         {head: [values[row] for row in numbers] for head, values in content.items()}, features=features
@@ -138,7 +139,7 @@ def _files(path: Path, names: Sequence[str]) -> List[Path]:
                         f'{names[absolute.index(True)]}): write all in one way.')
     below: Optional[Dict[str, List[Path]]] = None
     files, missing = [], []
-    first: Dict[Path, int] = {}
+    first: Dict[str, int] = {}
     for row, name in enumerate(names):
         depth = 0
         for part in () if absolute[0] else PurePath(name.replace('\\', '/')).parts:
@@ -159,9 +160,10 @@ def _files(path: Path, names: Sequence[str]) -> List[Path]:
             if not found:
                 missing.append(name)
             file = found[0] if found else file
-        if file in first:
-            raise DataError(f'{path}, line {row + 2}: {name} occurs twice (in line {first[file]} too): remove one.')
-        first[file] = row + 2
+        place = os.path.normpath(file)  # a/../b is b
+        if place in first:
+            raise DataError(f'{path}, line {row + 2}: {name} occurs twice (in line {first[place]} too): remove one.')
+        first[place] = row + 2
         files.append(file)
     if missing:
         named = ', '.join(missing[:NAMED]) + ', ...' * (len(missing) > NAMED)
@@ -189,13 +191,15 @@ def unique_ids(candidates: Sequence[Sequence[str]]) -> List[str]:
 
 
 def typed(values: Sequence[str], name: str = '') -> List[Any]:
-    """Whole numbers, numbers or words, as all of them are; '', NaN and the like become None.
+    """Whole numbers, numbers or words, as all of them are; '', NaN and the like become None, true and false 1 and 0.
 
     Args:
         values: As a CSV has them.
         name: Of the column; those of ids stay words.
     """
     known = [None if value.lower() in ('', 'nan', 'na', 'n/a', 'null') else value for value in values]
+    if any(known) and {value.lower() for value in known if value} == {'true', 'false'}:
+        return [None if value is None else int(value.lower() == 'true') for value in known]
     for kind in () if name.lower().endswith('_id') else (int, float):
         try:
             numbers = [None if value is None else kind(value) for value in known]

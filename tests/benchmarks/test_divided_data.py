@@ -1,0 +1,57 @@
+"""What a run has divided or learned stays apart: when it is scored, scored elsewhere, and resumed."""
+import csv
+import json
+
+import pytest
+from any_data import lines, table
+
+QUICK = ('--model', 'test_resnet', '--epochs', 1, '--batch-size', 8, '--img-size', 64, '--start-size', 64, '--crops',
+         'center', '--workers', 0, '--tracker', 'none')
+
+
+def rows(path):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def source(tmp_path):
+    return table(tmp_path / 'd', 30, head=('image', 'label', 'case'), more=lambda k: (f'p{k // 2 * 2 + k % 2}',))
+
+
+def test_an_image_that_was_left_out_gives_no_training_image_away(tmp_path, call, source):
+    (source.parent / 'images' / '3.png').write_bytes(b'')
+    out, flags = tmp_path / 'out', ('--data', source, '--skip-bad-images')
+    done = call('finetune_isic', *flags, *QUICK, '--output-dir', out)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(out / 'splits.csv')) == 30 and sum(
+        len(rows(out / f'predictions_{name}.csv')) for name in ('validation', 'test')) < 12
+    done = call('evaluate_isic', *flags, '--checkpoint', out, '--output-dir', tmp_path / 'e', '--workers', 0)
+    assert done.returncode == 0, done.stderr
+    tested = [row['image_id'] for row in rows(out / 'predictions_test.csv')]
+    assert [row['image_id'] for row in rows(tmp_path / 'e' / 'predictions_test.csv')] == tested
+    # another table has names of training images
+    lines(source.parent / 'other.csv', ('image', 'label'), [
+        (f'images/{k}.png', ('melanoma', 'nevus')[k % 2]) for k in range(4, 30)])
+    done = call('evaluate_isic', '--data', source.parent / 'other.csv', '--checkpoint', out, '--output-dir',
+                tmp_path / 'o', '--workers', 0)
+    count = sum(row['split'] == 'train' and int(row['image_id']) > 3 for row in rows(out / 'splits.csv'))
+    assert f'{count} of the 26 test images have names of training images' in done.stdout
+
+
+@pytest.mark.parametrize('old, new', [
+    ('12.png,melanoma', '12.png,nevus'), ('nevus', 'mole'), ('melanoma', 'zz'), ('p12', 'p14')])
+def test_resuming_with_other_labels_or_groups_is_refused(tmp_path, call, source, old, new):
+    out, flags = tmp_path / 'out', ('--data', source, '--group-column', 'case')
+    lines(tmp_path / 's.csv', ('image_id', 'split'), [(k, ('train', 'validation')[k % 10 > 6]) for k in range(30)])
+    done = call('finetune_isic', *flags, '--splits', tmp_path / 's.csv', *QUICK, '--output-dir', out)
+    assert done.returncode == 0, done.stderr
+    (out / 'metrics.json').unlink()  # as if it had been killed before the end
+    before = (out / 'run.json').read_text()
+    content = source.read_text()
+    source.write_text(content.replace(old, new))
+    refused = call('finetune_isic', '--output-dir', out, '--resume')
+    assert refused.returncode == 2 and 'had other labels, groups, or validation or test images' in refused.stderr
+    source.write_text(content)
+    assert (out / 'run.json').read_text() == before and len(json.loads(before)['arguments']['content']) == 64
+    assert call('finetune_isic', '--output-dir', out, '--resume').returncode == 0

@@ -1,0 +1,106 @@
+"""Images of one patient or lesion stay together, however it is written."""
+import datasets
+import pytest
+from any_data import lines, table
+from small_data import jpeg
+
+from timm_arl.isic.dataset import DataError, Wanted, load_data
+
+
+def groups_of(source, **kwargs):
+    """By image_id, its group and its split."""
+    data = load_data(str(source), **kwargs)
+    return {image_id: (group, name) for name, split in data.splits.items()
+            for image_id, group in zip(split['image_id'], data.group_ids(name))}
+
+
+def given(folder, word):
+    """A table with splits, and in its column patient_id what word says of each row."""
+    return table(folder, 42, head=('image', 'label', 'split', 'patient_id'),
+                 more=lambda k: (('train', 'val', 'test')[k // 2 % 3], word(k)))
+
+
+@pytest.mark.parametrize('words', [('12', '12.0'), ('P1', 'p1'), ('a  b', 'a b'), ('7.00', '7')])
+def test_two_spellings_are_one_patient(tmp_path, words):
+    with pytest.raises(DataError, match='1 of the groups in column patient_id are in several splits'):
+        load_data(str(given(tmp_path, lambda k: words[k // 2] if k in (0, 2) else f'q{k}')))
+
+
+def test_numbers_of_one_split_are_the_words_of_another(tmp_path):
+    (tmp_path / 'data').mkdir()
+    for name, kind in (('train', float), ('validation', str), ('test', int)):
+        datasets.Dataset.from_list([
+            {'image': {'bytes': jpeg((k, 80, 60)), 'path': None}, 'image_id': f'{name}{k}', 'label': 'ab'[k % 2],
+             'patient_id': kind(k + 5 * (name == 'test'))} for k in range(4)],
+            features=datasets.Features({
+                'image': datasets.Image(), 'image_id': datasets.Value('string'), 'label': datasets.Value('string'),
+                'patient_id': datasets.Value({float: 'float64', str: 'string', int: 'int64'}[kind])})).to_parquet(
+            tmp_path / 'data' / f'{name}-00000-of-00001.parquet')
+    for streaming in (False, True):
+        with pytest.raises(DataError, match=r'4 of the groups .*: 0 .train and validation.*3 .train and val'):
+            load_data(str(tmp_path), streaming=streaming)
+
+
+@pytest.mark.parametrize('word', ['unknown', 'None', 'nan', '?', ''])
+def test_patients_that_are_not_known_are_not_one_patient(tmp_path, word):
+    found = groups_of(given(tmp_path, lambda k: 'p1' if k == 0 else word))
+    assert len({group for group, _ in found.values()}) == 42
+    # nothing is known at all: there are no groups, and nothing is said of any
+    assert load_data(str(given(tmp_path / 'none', lambda k: word))).groups == ''
+
+
+def test_an_image_is_no_patient_of_the_same_number(tmp_path):
+    found = groups_of(given(tmp_path, lambda k: '' if k % 2 else (k + 2) % 42))
+    assert len({group for group, _ in found.values()}) == 42 and found['4'][0] == '6'
+
+
+def test_without_a_patient_the_lesion_counts(tmp_path):
+    source = table(tmp_path, 48, head=('image', 'label', 'patient_id', 'lesion_id'),
+                   more=lambda k: ('' if k % 6 else ('', f'p{k // 12}')[k // 6 % 2], f'L{k // 6}'))
+    for seed in range(5):
+        found = groups_of(source, seed=seed)
+        for lesion in range(8):  # all of its images have one group, that of its patient where one image tells
+            group, = {found[str(k)] for k in range(6 * lesion, 6 * lesion + 6)}
+            assert group[0] == (f'p{lesion // 2}' if lesion % 2 else f'L{lesion}')
+    # a column of patients without any entry
+    source = table(tmp_path / 'empty', 48, head=('image', 'label', 'patient_id', 'lesion_id'),
+                   more=lambda k: ('', f'L{k // 6}'))
+    assert load_data(str(source)).groups == 'lesion_id'
+
+
+def test_heads_in_capitals(tmp_path):
+    source = table(tmp_path, 42, head=('Image', 'Label', 'Split', 'Patient_ID'),
+                   more=lambda k: (('Train', 'VALID', 'test')[k // 2 % 3], f'p{k // 2}'))
+    data = load_data(str(source))
+    assert data.groups == 'Patient_ID' and not data.made
+    assert {name: len(split) for name, split in data.splits.items()} == {'train': 14, 'validation': 14, 'test': 14}
+
+
+def test_parquet_with_a_column_split(tmp_path):
+    rows = [{'image': {'bytes': jpeg((k, 80, 60)), 'path': None}, 'label': 'ab'[k % 2],
+             'fold': ('train', 'val', 'test')[k // 2 % 3]} for k in range(24)]
+    features = datasets.Features({
+        'image': datasets.Image(), 'label': datasets.Value('string'), 'fold': datasets.Value('string')})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / 'one.parquet')
+    data = load_data(str(tmp_path / 'one.parquet'), Wanted(columns=(('split', 'fold'),)))
+    assert {name: len(split) for name, split in data.splits.items()} == {'train': 8, 'validation': 8, 'test': 8}
+    assert not data.made
+    rows[5]['fold'] = 'tset'
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / 'one.parquet')
+    with pytest.raises(DataError, match="the split is 'tset' .1 such rows., which is none of train"):
+        load_data(str(tmp_path / 'one.parquet'), Wanted(columns=(('split', 'fold'),)))
+
+
+def test_a_run_s_division_of_the_same_data_holds_when_they_change(tmp_path):
+    source = table(tmp_path, 30)
+    lines(tmp_path / 'splits.csv', ('image_id', 'split'), [
+        (k, ('train', 'validation', 'test')[k // 2 % 3]) for k in range(30)])
+    head, *rows = source.read_text().splitlines()
+    kwargs = dict(needed=('test',), whole='test', earlier=tmp_path / 'splits.csv')
+    source.write_text('\n'.join([head, *rows[:20]]) + '\n')
+    assert len(load_data(str(source), **kwargs).splits['test']) == 20  # another table with such names
+    same = load_data(str(source), same=True, **kwargs)
+    assert list(same.splits['test']['image_id']) == ['4', '5', '10', '11', '16', '17']
+    table(tmp_path, 31)
+    with pytest.raises(DataError, match='splits.csv has no split for 30 .1 such images'):
+        load_data(str(source), same=True, **kwargs)
