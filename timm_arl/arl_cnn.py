@@ -15,6 +15,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch.nn.modules import module as nn_module
 
 from .attention import attention_residual, can_fuse, check_gate, folds_norms, fused_attention_residual
+from .kernels import compiled
 from .pretrained import HUB, build_with_local_weights
 
 __all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
@@ -107,12 +108,13 @@ class ARLBottleneck(Bottleneck):
 
     def _fusible(self, x: torch.Tensor) -> Tuple[Optional[nn.BatchNorm2d], Optional[nn.BatchNorm2d], bool, bool]:
         """What the gate may do: compute bn3 and the projection's norm, apply the ReLU, overwrite what it is given."""
-        if not can_fuse(x, self.alpha):
+        compiles = compiled.takes(x, x, self.alpha)
+        if not compiles and not can_fuse(x, self.alpha):
             return None, None, False, False
         relu = self.drop_path is None and _is_plain(self.act3, nn.ReLU)
         grad = torch.is_grad_enabled()  # if not, nothing is kept for backward
         ours = not grad and _is_plain(self.conv3, nn.Conv2d)  # its output, which nobody else sees
-        if not grad and not folds_norms(x, x, self.alpha):
+        if not grad and not compiles and not folds_norms(x, x, self.alpha):
             return None, None, relu, self.se is None and (
                 _is_plain(self.bn3, nn.BatchNorm2d) or _is_plain(self.bn3, nn.Identity) and ours)  # folded
         norm = self.bn3 if self.se is None and _folds(self.bn3, x) else None
@@ -125,7 +127,7 @@ class ARLBottleneck(Bottleneck):
 
 def _is_plain(module: nn.Module, cls: Type[nn.Module]) -> bool:
     """Whether a module is exactly of this class and its call runs its forward alone: no hooks, no wrappers."""
-    return type(module) is cls and 'forward' not in vars(module) and not (
+    return type(module) is cls and 'forward' not in module.__dict__ and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         or nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
@@ -136,7 +138,7 @@ def _folds(norm: Optional[nn.Module], x: torch.Tensor) -> bool:
     return isinstance(norm, nn.BatchNorm2d) and bool(
         _is_plain(norm, nn.BatchNorm2d) and norm.affine and norm.momentum is not None and norm.track_running_stats
         and norm.running_mean is not None and norm.num_batches_tracked is not None and x.numel() > x.shape[1]
-        and can_fuse(norm.weight, norm.bias))
+        and (can_fuse(norm.weight, norm.bias) or compiled.takes(x, x, norm.weight, norm.bias)))
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

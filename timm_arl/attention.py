@@ -18,8 +18,8 @@ mixed      6     sigmoid, elementwise                                           
 =========  ====  =============================================================  =======================
 
 :func:`attention_mask` and :func:`attention_residual` are the reference. They can be scripted, traced, exported and
-compiled. :func:`fused_attention_residual` is what the blocks call: the same result in eager mode, with less memory and
-fewer passes over it (figures in docs/performance.md).
+compiled. :func:`fused_attention_residual` is what the blocks call: the same result in eager mode, and under
+torch.compile on a CPU, with less memory and fewer passes over it (figures in docs/performance.md).
 """
 import math
 from typing import Any, Dict, Optional, Tuple
@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from . import kernels
-from .kernels import Gate, NormState, kernels_for
+from .kernels import Gate, NormState, compiled, kernels_for
 
 __all__ = [
     'ATTENTIONS', 'MASK_SCALES', 'FusedAttentionResidual', 'alphas_of', 'attention_mask', 'attention_residual',
@@ -179,8 +179,9 @@ def fused_attention_residual(
 ) -> torch.Tensor:
     """The end of a block, relu(x + F + alpha * n(F) * x) with F = norm(residual) and x = shortcut_norm(shortcut).
 
-    Fused in eager mode; elsewhere (traced, exported, compiled, under functorch transforms, on meta tensors) the norms
-    and :func:`attention_residual` one after the other. Scripted code calls :func:`attention_residual` itself.
+    Fused in eager mode and, with a ``norm``, where torch.compile calls the C kernels; elsewhere (traced,
+    exported, otherwise compiled, under functorch transforms, on meta tensors) the norms and :func:`attention_residual`
+    one after the other. Scripted code calls :func:`attention_residual` itself.
     An ``alpha`` of exactly 0 that needs no gradient skips the gate (on a CPU).
 
     Args:
@@ -210,6 +211,9 @@ def fused_attention_residual(
             residual, shortcut, alpha, norm, shortcut_norm, Gate(attention, mask_scale, add_shortcut, relu),
             *parameters)
     gate = Gate(attention, mask_scale, add_shortcut, relu)
+    if norm is not None and compiled.takes(residual, shortcut, alpha):
+        states = _traced_statistics(residual, norm), _traced_statistics(shortcut, shortcut_norm)
+        return compiled.gate(residual, shortcut, alpha, gate, *states)
     if fuse and not off and folds_norms(residual, shortcut, alpha):
         states = _statistics(residual, norm), _statistics(shortcut, shortcut_norm)
         return kernels_for(residual, shortcut).gate_forward(
@@ -305,6 +309,21 @@ def _statistics(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Optional[Nor
             z, norm.running_mean, norm.running_var, norm.momentum)  # type: ignore[arg-type]  # nor without momentum
         statistics = mean, (var + norm.eps).rsqrt()
     return NormState(norm.weight, norm.bias, *statistics, norm.training, norm.eps)
+
+
+@torch.no_grad()
+def _traced_statistics(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Optional[NormState]:
+    """:func:`_statistics` in operations that a compiler fuses with what wrote ``z``."""
+    if norm is None or not norm.training:
+        return _statistics(z, norm)
+    _check_norm(z, norm)
+    norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # the block passes no norm without it
+    var, mean = torch.var_mean(z.float(), (0, 2, 3), correction=0)
+    count = z.numel() / z.shape[1]
+    for running, found in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
+        running.lerp_(found.to(running.dtype), norm.momentum)  # type: ignore[union-attr, arg-type]  # nor without these
+    mean, rstd = (t.to(norm.weight.dtype) for t in (mean, (var + norm.eps).rsqrt()))  # as PyTorch's norm keeps them
+    return NormState(norm.weight, norm.bias, mean, rstd, True, norm.eps)
 
 
 def _normalize(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Tuple[torch.Tensor, Optional[NormState]]:

@@ -138,7 +138,7 @@ def gate_forward(
     alpha = _parameter(alpha, f)
     y = f if inplace else torch.empty_like(f, memory_format=fmt)
     top = torch.zeros(small_shape(f, gate.attention), dtype=torch.float32, device='cpu')
-    total = torch.empty_like(top)
+    total = torch.zeros_like(top)  # which a sigmoid leaves alone
     norms = dict.fromkeys(('scale', 'shift', 'x_scale', 'x_shift'))
     if norm is not None or shortcut_norm is not None:
         norms = dict(zip(norms, (*_affine(norm, f), *_affine(shortcut_norm, f))))
