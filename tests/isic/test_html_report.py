@@ -10,6 +10,7 @@ from sklearn.metrics import auc as area_under
 from timm_arl.isic.calibration import expected_calibration_error, subgroup_table
 from timm_arl.isic.html_report import Comparison, Example, Examples, Group, Shown, Training, html_report
 from timm_arl.isic.metrics import compare, interval_text, score_split
+from timm_arl.isic.report import groups_table
 from timm_arl.isic.task import LABELS, label_words
 
 EVIL = 'a<script>alert(1)</script>&"\''
@@ -164,6 +165,13 @@ def test_words_of_users_are_escaped():
     page = Page(html)
     assert not page.of('script') and EVIL in page.text
     assert page.of('img')[0]['alt'] == f'Dermoscopic image {EVIL}, nevus.'
+
+
+def test_words_of_users_stay_in_their_cell_of_a_card():
+    lines = groups_table([{
+        'group': 'skin a|b\n<script>x', 'label': 'melanoma', 'images': 1, 'positives': 1, 'auc': None,
+        'auc_ci95': None, 'sensitivity': 1., 'specificity': None}]).splitlines()
+    assert len(lines) == 3 and lines[2].startswith('| skin a\\|b &lt;script>x | melanoma | 1 |')
 
 
 def test_a_label_of_one_class_is_undefined_and_not_zero():

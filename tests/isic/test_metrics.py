@@ -1,16 +1,19 @@
 """Scores, held against definitions and against the challenge's official scorer."""
 import csv
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from timm_arl.isic.intervals import resampled_indices, resampled_times
 from timm_arl.isic.metrics import (
     auc,
     auc_above_sensitivity,
     auc_table,
     operating_point,
+    resampled_auc,
     score_split,
     score_task,
     threshold_for_sensitivity,
@@ -125,6 +128,21 @@ def test_interval_covers_the_standard_error_of_hanley_and_mcneil():
     q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
     error = np.sqrt((a * (1 - a) + 116 * (q1 - a * a) + 482 * (q2 - a * a)) / (117 * 483))
     assert np.diff(scores['melanoma']['auc_ci95'])[0] == pytest.approx(2 * 1.96 * error, rel=0.25)
+
+
+def test_many_images_take_little_memory_and_the_same_samples():
+    rng = np.random.default_rng(0)
+    truth, p = (rng.random(20000) < 0.1).astype(np.float32), rng.random(20000).round(5)
+    times = resampled_times(20000, 200, 1)
+    assert all((np.bincount(drawn, minlength=20000) == each).all()
+               for drawn, each in zip(resampled_indices(20000, 200, 1), times))
+    tracemalloc.start()
+    found = resampled_auc(truth, p, times)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * times.nbytes  # ISIC 2024 has 60,000 test images, which took 4 GB
+    expected = [roc_auc_score(truth, p, sample_weight=each) for each in times[[0, 57, 199]]]
+    assert found[[0, 57, 199]] == pytest.approx(expected)
 
 
 def test_one_class_is_undefined_and_not_a_number():

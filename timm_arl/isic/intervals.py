@@ -43,8 +43,9 @@ def resampled_times(
             there are. None: each image is drawn by itself.
     """
     count, numbers = (images, None) if groups is None else _numbered(groups)
-    times = np.stack([np.bincount(drawn, minlength=count).astype(np.int32)
-                      for drawn in resampled_indices(count, resamples, seed)])
+    rng = np.random.default_rng(seed)  # drawn one by one, the samples of resampled_indices take less memory
+    times = np.stack([np.bincount(rng.integers(count, size=count), minlength=count).astype(np.int32)
+                      for _ in range(resamples)])
     return times if numbers is None else times[:, numbers]
 
 

@@ -20,6 +20,9 @@ __all__ = [
 ]
 
 
+BLOCK = 10 ** 6  # numbers that are worked on at once
+
+
 def auc(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Area under the ROC curve along the last axis, by the ranks of the positives (Mann-Whitney), ties counting half.
 
@@ -52,11 +55,14 @@ def resampled_auc(truth: np.ndarray, probabilities: np.ndarray, times: np.ndarra
     order = np.argsort(probabilities)
     scores, positive = probabilities[order], truth[order] == 1
     firsts = np.flatnonzero(np.append(True, scores[1:] != scores[:-1]))  # of the images with one probability
-    positives, negatives = (np.add.reduceat(times[:, order] * which, firsts, axis=1, dtype=np.int64)
-                            for which in (positive, ~positive))
-    twice_outranked = 2 * np.cumsum(negatives, axis=1) - negatives  # ties count half
-    with np.errstate(invalid='ignore'):
-        return (positives * twice_outranked).sum(1) / 2 / (positives.sum(1) * negatives.sum(1))
+    found = []
+    for some in np.array_split(times, -(-times.size // BLOCK) or 1):  # all at once would take gigabytes of memory
+        positives, negatives = (np.add.reduceat(some[:, order] * which, firsts, axis=1, dtype=np.int64)
+                                for which in (positive, ~positive))
+        twice_outranked = 2 * np.cumsum(negatives, axis=1) - negatives  # ties count half
+        with np.errstate(invalid='ignore'):
+            found.append((positives * twice_outranked).sum(1) / 2 / (positives.sum(1) * negatives.sum(1)))
+    return np.concatenate(found)
 
 
 def auc_above_sensitivity(truth: np.ndarray, probabilities: np.ndarray, sensitivity: float = 0.8) -> float:

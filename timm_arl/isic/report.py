@@ -25,10 +25,14 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
 
     Args:
         columns: Their heads.
-        rows: A cell for each column, whose | are escaped.
+        rows: A cell for each column, whose | and < are escaped.
     """
-    cells = [columns, ['---'] * len(columns), *([str(cell).replace('|', '\\|') for cell in row] for row in rows)]
+    cells = [columns, ['---'] * len(columns), *(map(_escaped, row) for row in rows)]
     return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
+
+
+def _escaped(cell: Any) -> str:
+    return ' '.join(str(cell).splitlines()).replace('|', '\\|').replace('<', '&lt;')
 
 
 def scores_cells(scores: Dict[str, Any], task: Task = ISIC2017) -> Cells:
