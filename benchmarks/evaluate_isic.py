@@ -57,6 +57,7 @@ from timm_arl.isic.calibration import (
 from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, label_array, load_data, wanted_of
 from timm_arl.isic.dataset.demo import DEMO_TASKS
 from timm_arl.isic.dataset.duplicates import read_pairs
+from timm_arl.isic.dataset.names import column_named
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
 from timm_arl.isic.intervals import unit_of
@@ -105,6 +106,8 @@ def build_parser():
     add('--map', nargs='+', metavar='LABEL=WORD,WORD',
         help="external validation: which labels of the data mean which of the checkpoint's; others are not scored, "
              'thresholds and temperatures are those of home')
+    add('--other-data', action='store_true',
+        help="the data are not those of the checkpoint's run, though images have the same names: score them as a whole")
     add('--drop-duplicates', metavar='LIST.csv',
         help='leave out images that are twins of training images, by this list of pairs')
     add('--img-size', type=number(int, 64), help="side of the network's input (default: the checkpoint's)")
@@ -141,7 +144,8 @@ def images_of_the_run(args, accelerator, checkpoint):
         if getattr(args, name) is None:
             setattr(args, name, saved.get(name, value))
     if saved.get('data') == args.data:
-        for name in ('task', 'labels', 'columns', 'group_column', 'splits'):
+        of_run = checkpoint.folder and (checkpoint.folder / 'splits.csv').is_file()  # which tells more than --splits
+        for name in ('task', 'labels', 'columns', 'group_column', *['splits'] * (not of_run and not args.other_data)):
             if getattr(args, name) is None:
                 setattr(args, name, saved.get(name))
     accelerator.print('Images: ' + ', '.join(f'{name.replace("_", "-")} {getattr(args, name)}' for name in usual) + (
@@ -176,14 +180,15 @@ def without_duplicates(splits, args):
         for name, split in splits.items()}
 
 
-def subgroups_of(split, args):
+def subgroups_of(split, args, task):
     """The groups of images that get scores of their own."""
     columns = [c for c, kind in split.features.items() if isinstance(kind, (datasets.Value, datasets.ClassLabel))]
-    missing = [column for column in args.subgroups or () if column not in columns]
+    found = {name: column_named(columns, name) for name in args.subgroups or ()}
+    missing = [name for name, column in found.items() if not column]
     if missing:
         raise RunError(f'--subgroups: {args.data} has no numbers or words in a column {", ".join(missing)}: choose '
-                       f'among {", ".join(columns)}.')
-    wanted = args.subgroups or [c for c in ('sex', 'age_approximate') if c in columns]
+                       f'among {", ".join(c for c in columns if c not in ("image_id", *task.labels))}.')
+    wanted = dict.fromkeys(found.values()) or [c for c in ('sex', 'age_approximate') if c in columns]
     return subgroups({column: list(split[column]) for column in wanted})
 
 
@@ -240,8 +245,11 @@ def evaluate(args):
     wanted = read_map(args.map, task, args.checkpoint) if args.map else None
     home = home_of(folder, saved) if args.map else None
     data = load_data(args.data, wanted_of(args), args.seed, needed=(args.split,), whole=args.split,
-                     expected=None if args.map else task, earlier=None if args.map else folder / 'splits.csv',
-                     same=saved.get('data') == args.data, alone=bool(args.map))
+                     expected=None if args.map else task,
+                     earlier=None if args.map or args.other_data else folder / 'splits.csv',
+                     same=saved.get('data') == args.data, alone=bool(args.map),
+                     usual_groups=saved.get('group_column'))
+    accelerator.print(data.summary(args.data))
     mapped = None
     if wanted:
         mapped = map_labels(data, task, wanted, args.split, args.data)
@@ -276,7 +284,7 @@ def evaluate(args):
         except ValueError as error:
             raise RunError(f'--compare: {error}') from error
     check_images(splits, args, accelerator, data_config, scored)
-    parts = {name: subgroups_of(split, args) for name, split in splits.items()}
+    parts = {name: subgroups_of(split, args, scored) for name, split in splits.items()}
     loaders = {name: image_loader(args, split, data_config, accelerator, task=scored, groups=data.groups)
                for name, split in splits.items()}
     truth = {name: loader.dataset.labels.numpy() for name, loader in loaders.items()}

@@ -15,7 +15,7 @@ and scored once on the test split. The output folder receives
     metrics.json                     scores with 95 % intervals, keyed by split
     predictions_validation.csv, predictions_test.csv
     home.json                        what validation chose, and statistics of its images, for other clinics' data
-    splits.csv                       if the data had no splits: those that were made, for --splits
+    splits.csv                       if the data had no splits: those that were made, or came by --splits
     run.json                         command, arguments, versions, commit
     looks.csv                        one row for each time that the test split was scored
     last/                            the state that --resume continues from
@@ -140,8 +140,8 @@ def train(args, accelerator, data, out, networks=None):
 
     # Output folder, resuming
     summary = prepare_output_dir(args, accelerator, out, score)
-    if data.made and accelerator.is_main_process:
-        write_split_file(out / 'splits.csv', data.division)
+    if data.division and accelerator.is_main_process:
+        write_split_file(out / 'splits.csv', data.division, task)
     if summary:
         load_progress(accelerator, kept_network, ema is not None, out)
         accelerator.print(f'Resuming after epoch {len(summary)} of {args.epochs}.')
@@ -310,10 +310,8 @@ def main():
         data = data._replace(task=data.task.with_head(args.head))
         task, splits, args.head = data.task, data.splits, data.task.head
         args.group_column, args.select = data.groups or args.group_column, args.select or task.aim
-        check_selection(args.select, task)
-        accelerator.print(f'Task {task.name}: {", ".join(task.labels)} ({task.head}).' + (
-            f' Images of one {data.groups} stay together.' if data.groups else '') + (
-            f' {args.data} has no splits: {data.made}.' if data.made else ''))
+        args.select = check_selection(args.select, task)
+        accelerator.print(data.summary(args.data, bool(args.folds)))
         # what is wrong with the network is told before any image is read
         networks = model, teacher, data_config = create_networks(args, accelerator, task)
         ids = splits['train'].table['image_id'] if args.streaming else splits['train']['image_id']

@@ -132,7 +132,7 @@ def test_several_labels_folds_and_a_teacher(tmp_path, call):
     lines(tmp_path / 'other.csv', ('image', 'scar', 'ulcer', 'clinic'), [
         (f'images/{k}.png', k % 2, k % 3 % 2, ('Ulm', '')[k % 5 == 0]) for k in range(30)])
     said = done(call('evaluate_isic', '--data', tmp_path / 'other.csv', '--checkpoint', teacher, '--output-dir',
-                     tmp_path / 'e', '--workers', 0, '--report', '--subgroups', 'clinic'))
+                     tmp_path / 'e', '--workers', 0, '--report', '--subgroups', 'Clinic', '--other-data'))
     assert 'no thresholds and no temperatures are chosen' in said
     metrics = read(tmp_path / 'e' / 'metrics.json')
     assert list(metrics) == ['test'] and metrics['test']['scar']['operating_points'] == []
@@ -140,7 +140,7 @@ def test_several_labels_folds_and_a_teacher(tmp_path, call):
         ('clinic ulm', 'scar', 24), ('clinic ulm', 'ulcer', 24), ('clinic unknown', 'scar', 6),
         ('clinic unknown', 'ulcer', 6)]
     refused = call('evaluate_isic', '--data', tmp_path / 'other.csv', '--checkpoint', teacher, '--output-dir',
-                   tmp_path / 'x', '--subgroups', 'hospital')
+                   tmp_path / 'x', '--subgroups', 'hospital', '--other-data')
     assert refused.returncode == 2 and 'no numbers or words in a column hospital' in refused.stderr
     refused = call('finetune_isic', *flags, '--output-dir', tmp_path / 'x', '--select', 'balanced_accuracy')
     assert refused.returncode == 2 and 'choose mean_auc, auc:scar, auc:ulcer' in refused.stderr

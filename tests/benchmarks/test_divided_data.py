@@ -30,13 +30,35 @@ def test_an_image_that_was_left_out_gives_no_training_image_away(tmp_path, call,
     assert done.returncode == 0, done.stderr
     tested = [row['image_id'] for row in rows(out / 'predictions_test.csv')]
     assert [row['image_id'] for row in rows(tmp_path / 'e' / 'predictions_test.csv')] == tested
-    # another table has names of training images
+    # another table of these images, with some left out
     lines(source.parent / 'other.csv', ('image', 'label'), [
         (f'images/{k}.png', ('melanoma', 'nevus')[k % 2]) for k in range(4, 30)])
-    done = call('evaluate_isic', '--data', source.parent / 'other.csv', '--checkpoint', out, '--output-dir',
-                tmp_path / 'o', '--workers', 0)
+    flags = ('--data', source.parent / 'other.csv', '--checkpoint', out, '--workers', 0)
+    done = call('evaluate_isic', *flags, '--output-dir', tmp_path / 'o')
+    assert 'divided as in' in done.stdout and 'no training' not in done.stdout
+    assert {row['image_id'] for row in rows(tmp_path / 'o' / 'predictions_test.csv')} == {
+        i for i in tested if int(i) > 3}
+    done = call('evaluate_isic', *flags, '--output-dir', tmp_path / 'p', '--other-data')
     count = sum(row['split'] == 'train' and int(row['image_id']) > 3 for row in rows(out / 'splits.csv'))
     assert f'{count} of the 26 test images have names of training images' in done.stdout
+    # another run takes over the division, and keeps it too
+    lines(tmp_path / 's.csv', ('image_id', 'split'), [(row['image_id'], row['split']) for row in rows(
+        out / 'splits.csv')])
+    done = call('finetune_isic', '--data', source, '--skip-bad-images', '--splits', tmp_path / 's.csv', '--seed', 1,
+                *QUICK, '--output-dir', tmp_path / 'second')
+    assert done.returncode == 0 and (tmp_path / 'second' / 'splits.csv').read_text() == (
+        out / 'splits.csv').read_text()
+
+
+def test_a_run_s_groups_hold_in_a_renamed_table(tmp_path, call, source):
+    out = tmp_path / 'out'
+    done = call('finetune_isic', '--data', source, '--group-column', 'case', *QUICK, '--output-dir', out)
+    assert done.returncode == 0 and 'Images of one case stay together' in done.stdout, done.stderr
+    source.rename(source.parent / 'renamed.csv')
+    done = call('evaluate_isic', '--data', source.parent / 'renamed.csv', '--checkpoint', out, '--output-dir',
+                tmp_path / 'e', '--workers', 0)
+    assert done.returncode == 0 and 'Images of one case stay together' in done.stdout, done.stderr
+    assert json.loads((tmp_path / 'e' / 'metrics.json').read_text())['test']['intervals_over'] == 'groups'
 
 
 @pytest.mark.parametrize('old, new', [

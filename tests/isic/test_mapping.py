@@ -31,6 +31,11 @@ def test_an_image_is_positive_with_any_of_the_words():
     assert mapped(['MEL', 'NV'], 'melanoma=mel').sources == {'melanoma': ['MEL']}
 
 
+def test_labels_of_the_network_in_other_case():
+    home = Task('home', ('MEL', 'NV'), 'multiclass')
+    assert read_map(['mel=melanoma'], home, 'OUT') == {'MEL': ['melanoma']}
+
+
 def test_labels_come_in_the_order_of_the_network_and_the_rest_is_a_word():
     found = mapped(['MEL', 'NV', 'BKL'], 'seborrheic_keratosis=BKL', 'melanoma=MEL')
     assert found.data.task.labels == ('melanoma', 'seborrheic_keratosis') and not found.not_scored

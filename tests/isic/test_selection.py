@@ -8,7 +8,7 @@ from timm_arl.isic.task import ISIC2017, TASKS, DataError
 def test_scores_of_a_task():
     for task in TASKS.values():
         for select in (task.aim, 'mean_auc', *(f'auc:{label}' for label in task.labels)):
-            check_selection(select, task)
+            assert check_selection(select, task) == check_selection(select.lower(), task) == select
     assert selection_column('mean_auc') == 'validation_mean_auc'  # of older runs too
     assert selection_column('auc:MEL') == 'validation_auc_MEL'
     assert [selection_words(s) for s in ('mean_auc', 'balanced_accuracy', 'auc:seborrheic_keratosis')] == [

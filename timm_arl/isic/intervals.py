@@ -2,6 +2,7 @@
 
 Images of one patient or lesion are alike: where groups are known, they are resampled as a whole.
 """
+import re
 from typing import Any, Dict, Optional, Sequence, Tuple
 
 from ..extras import require
@@ -56,7 +57,8 @@ def _numbered(groups: Sequence[Any]) -> Tuple[int, np.ndarray]:
 
 def unit_of(column: str) -> str:
     """What intervals are over: 'patients', 'lesions', 'groups', or 'images' where the column of groups is ''."""
-    return {'': 'images', 'patient_id': 'patients', 'lesion_id': 'lesions'}.get(column.lower(), 'groups')
+    name = re.sub(r'[\W_]+', '', column.lower()).removesuffix('id')
+    return {'': 'images', 'patient': 'patients', 'lesion': 'lesions'}.get(name, 'groups')
 
 
 def percentile_interval(distribution: np.ndarray, level: float = 0.95) -> Tuple[float, float]:

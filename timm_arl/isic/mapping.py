@@ -47,6 +47,8 @@ def read_map(entries: Sequence[str], task: Task, network: str) -> Dict[str, List
         if not label or not all(sources):
             raise DataError(f'--map {entry} is not LABEL=WORD,WORD: a label of {network} ({", ".join(task.labels)}), '
                             f'and the words of the data that mean it.')
+        alike = [each for each in task.labels if each.lower() == label.lower()]
+        label = alike[0] if label not in task.labels and len(alike) == 1 else label
         if label not in task.labels:
             raise DataError(f'--map {entry}: {network} has no label {label}, it knows {", ".join(task.labels)}.')
         found.setdefault(label, []).extend(sources)

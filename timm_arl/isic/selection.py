@@ -4,15 +4,18 @@ from .task import DataError, Task, label_words
 __all__ = ['check_selection', 'selection_column', 'selection_words']
 
 
-def check_selection(select: str, task: Task) -> None:
-    """Refuse a score that the task does not have.
+def check_selection(select: str, task: Task) -> str:
+    """The score as the task names it, whose labels may be written in other case.
 
     Raises:
         DataError: Such a score.
     """
     scores = ['mean_auc', *['balanced_accuracy'] * (task.kind == 'multiclass'), *(f'auc:{x}' for x in task.labels)]
-    if select not in scores:
+    found = [score for score in scores if score == select] or [
+        score for score in scores if score.lower() == select.lower()]
+    if len(found) != 1:
         raise DataError(f'--select {select} is no score of the task {task.name}: choose {", ".join(scores)}.')
+    return found[0]
 
 
 def selection_column(select: str) -> str:

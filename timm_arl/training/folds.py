@@ -96,7 +96,8 @@ def _parts(args: Any, data: Data) -> Iterator[Tuple[str, Data]]:
     train = data.splits['train']
     rows = fold_rows(train, args.folds, args.seed, args.duplicates, data.task, data.groups)
     for k, (kept, rest) in enumerate(rows):
-        yield f'fold-{k}', data._replace(splits={'train': train.select(kept), 'validation': train.select(rest)})
+        parts = {'train': train.select(kept), 'validation': train.select(rest)}
+        yield f'fold-{k}', data._replace(splits=parts, division=parts if set(data.splits) == {'train'} else {})
 
 
 def run_each(args: Any, accelerator: Any, data: Data, out: Path, train: Callable) -> None:

@@ -5,6 +5,7 @@ from any_data import lines, table
 from small_data import jpeg
 
 from timm_arl.isic.dataset import DataError, Wanted, load_data
+from timm_arl.isic.dataset.__main__ import main as prepare
 
 
 def groups_of(source, **kwargs):
@@ -98,9 +99,83 @@ def test_a_run_s_division_of_the_same_data_holds_when_they_change(tmp_path):
     head, *rows = source.read_text().splitlines()
     kwargs = dict(needed=('test',), whole='test', earlier=tmp_path / 'splits.csv')
     source.write_text('\n'.join([head, *rows[:20]]) + '\n')
-    assert len(load_data(str(source), **kwargs).splits['test']) == 20  # another table with such names
+    with pytest.raises(DataError, match='20 of the 20 images .* pass --splits FILE.csv .* or --other-data'):
+        load_data(str(source), **kwargs)  # another table, and a file of an older version, without labels
     same = load_data(str(source), same=True, **kwargs)
     assert list(same.splits['test']['image_id']) == ['4', '5', '10', '11', '16', '17']
     table(tmp_path, 31)
     with pytest.raises(DataError, match='splits.csv has no split for 30 .1 such images'):
         load_data(str(source), same=True, **kwargs)
+
+
+def spelled(folder, head, per=3):
+    """A table without splits, and in its last column a patient with several images."""
+    return table(folder, 48, head=('image', 'label', head), more=lambda k: (f'p{k // per}',))
+
+
+@pytest.mark.parametrize('head', ['Patient_ID', 'Patient ID', 'patientid', 'PatientId', 'Lesion ID', 'lesionid'])
+def test_columns_of_groups_in_any_spelling(tmp_path, head):
+    data = load_data(str(spelled(tmp_path, head)))
+    assert data.groups == head
+    parts = [set(data.group_ids(name)) for name in data.splits]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    said = data.summary('it')
+    assert f'Images of one {head} stay together' in said and 'one by one' not in said
+
+
+def test_what_is_said_where_no_column_of_groups_is_used(tmp_path):
+    source = str(spelled(tmp_path, 'patient'))
+    data = load_data(source)
+    said = 'No column of patients or lesions: images are divided one by one. The column patient looks like one: '
+    assert not data.groups and said + '--group-column patient.' in data.summary(source)
+    assert said in load_data(source, needed=('train',), whole='train').summary(source, folds=True)
+    # scored as a whole, nothing is divided
+    one = load_data(source, needed=('test',), whole='test').summary(source)
+    assert 'one by one' not in one and 'patient looks like one' in one
+    assert 'one by one' not in load_data(source, Wanted(group='none')).summary(source)
+    assert load_data(source, Wanted(group='Patient')).groups == 'patient'
+    # one image of each: nothing to keep together
+    assert load_data(str(spelled(tmp_path / 'one', 'patient', 1))).missed == ''
+    half = given(tmp_path / 'half', lambda k: f'p{k // 2}' if k < 20 else '')
+    assert '22 of the 42 images have no patient_id: each is a group by itself.' in load_data(str(half)).summary('it')
+
+
+def test_the_column_of_a_run_or_of_prepare_is_used_where_it_is_there(tmp_path, capsys):
+    source = str(spelled(tmp_path, 'case'))
+    assert load_data(source, usual_groups='Case').groups == 'case'
+    assert load_data(source, usual_groups='clinic').groups == ''
+    assert prepare(['prepare', source, str(tmp_path / 'small'), '--workers', '1', '--group-column', 'case']) == 0
+    assert 'Task mine: melanoma, nevus (softmax). Images of one case stay together.' in capsys.readouterr().out
+    for streaming in (False, True):
+        assert load_data(str(tmp_path / 'small'), streaming=streaming).groups == 'case'
+
+
+def divided(folder, rows, head=('image_id', 'split', 'label')):
+    """The splits.csv of a run, by number of the image."""
+    return lines(folder / 'splits.csv', head, [
+        (k, ('train', 'validation', 'test')[k // 2 % 3], ('melanoma', 'nevus')[k % 2])[:len(head)] for k in rows])
+
+
+def test_a_run_knows_its_images_by_names_and_labels(tmp_path):
+    source = table(tmp_path, 30, name='renamed.csv')
+    kwargs = dict(needed=('test',), whole='test', earlier=divided(tmp_path, range(30)))
+    head, *rows = source.read_text().splitlines()
+    for count in (30, 29):  # a row was taken out
+        source.write_text('\n'.join([head, *rows[:count]]) + '\n')
+        data = load_data(str(source), **kwargs)
+        assert len(data.splits['test']) == 10 - (count < 30) and 'are those of the run' in data.summary('it')
+    table(tmp_path, 31, name='renamed.csv')
+    with pytest.raises(DataError, match='splits.csv has no split for 30 .1 such images'):
+        load_data(str(source), **kwargs)
+    # the same names, other images
+    table(tmp_path, 30, ('nevus', 'melanoma'), name='renamed.csv')
+    for same in (False, True):
+        with pytest.raises(DataError, match='30 of the 30 images .* another label there .0 is melanoma, here nevus.: '
+                                            'pass --other-data'):
+            load_data(str(source), same=same, **kwargs)
+    assert len(load_data(str(source), **dict(kwargs, earlier=None)).splits['test']) == 30
+    # none of its names, and none of its test images
+    assert len(load_data(str(source), **dict(kwargs, earlier=divided(tmp_path, range(40, 50)))).splits['test']) == 30
+    source.write_text('\n'.join([head, *rows[:2]]) + '\n')
+    with pytest.raises(DataError, match='has none of the test images of the run'):
+        load_data(str(source), **dict(kwargs, earlier=divided(tmp_path, range(30))))

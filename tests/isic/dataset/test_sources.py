@@ -144,7 +144,7 @@ def edit(path, change):
     (lambda f: edit(truth(f), lambda t: t.replace('melanoma', 'Melanom')),
      'has no column melanoma .it has image_id, Melanom'),
     (lambda f: edit(truth(f), lambda t: t.replace('1.0', 'yes')), 'labels of ISIC_0000001 are not numbers'),
-    (lambda f: truth(f).write_bytes(b'\xff\xfe\x00image_id'), 'cannot be read as CSV'),
+    (lambda f: truth(f).write_bytes(b'\xff\xfe\x00image_id'), 'is not a text in UTF-8'),
     (lambda f: picture(0).save(f / 'ISIC-2017_Training_Data' / 'ISIC_0000001.png'), 'two files for ISIC_0000001'),
     (lambda f: (f / 'ISIC-2017_Test_v2_Data').rename(f / 'x'), 'has no split test'),
 ])

@@ -6,6 +6,7 @@ import datasets
 
 from ..task import TASKS, DataError, Task
 from .groups import WHOLE
+from .names import ABOUT
 from .sources import image_files
 from .tables import read_lines, typed
 
@@ -19,11 +20,6 @@ class _Part(NamedTuple):
     about: Sequence[str] = ()  # tables of further columns, all that are there
 
 
-ABOUT = {  # columns of their tables, as they are called here
-    'image': 'image_id', 'image_name': 'image_id', 'isic_id': 'image_id', 'patient': 'patient_id',
-    'age': 'age_approximate', 'age_approx': 'age_approximate',
-    'anatom_site_general': 'site', 'anatom_site_general_challenge': 'site',
-    'localization': 'site', 'target': 'malignant'}
 LEFT_OUT = {'score_weight', 'validation_weight', 'copyright_license', 'attribution', 'benign_malignant'}
 
 CHALLENGES: Dict[str, Dict[str, _Part]] = {
@@ -96,7 +92,7 @@ def _first(folder: Path, places: Iterable[str]) -> Optional[Path]:
 
 def _rows(path: Path) -> Dict[str, Dict[str, str]]:
     """Rows of a table by image_id, its columns called as they are here."""
-    heads, lines = read_lines(path)
+    heads, lines, _ = read_lines(path)
     names = {head: ABOUT.get(head, head) for head in heads if head not in LEFT_OUT}
     if 'image_id' not in names.values():
         raise DataError(f'{path} has no column image, image_name, image_id or isic_id (it has {", ".join(heads)}).')

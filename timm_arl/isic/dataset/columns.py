@@ -7,11 +7,11 @@ import datasets
 import numpy as np
 
 from ..task import TASKS, DataError, Task
+from .names import CLASS_COLUMNS
 from .options import Wanted
 
 __all__ = ['find_task', 'with_ids', 'with_labels', 'words_of']
 
-CLASS_COLUMNS = ('diagnosis', 'dx', 'label', 'class', 'target', 'diagnostic', 'category')
 MOST_CLASSES = 1000
 
 
@@ -32,6 +32,7 @@ def find_task(
         known: Optional[Task],
         data: str,
         expected: Optional[Task] = None,
+        shown: Sequence[str] = (),
 ) -> Tuple[Task, str]:
     """What is predicted, and the column that names the class of each image; '' for a column of 0 and 1 for each label.
 
@@ -41,12 +42,14 @@ def find_task(
         known: The task that the user names, or that of the source, if there is one.
         data: What the user calls the data.
         expected: Task of a network that is to be scored, taken where the data have its labels.
+        shown: Columns as the user's table has them, for messages; empty: those of the splits.
 
     Raises:
         DataError: The data do not tell, or not what the user says.
     """
     first = next(iter(splits.values()))
     columns = first.column_names
+    shown = shown or columns
     task = known if wanted.task or not wanted.labels else None
     if task is None and not wanted.labels:
         task = max((each for each in TASKS.values() if len(each.labels) > 1 and set(each.labels) <= set(columns)),
@@ -60,9 +63,9 @@ def find_task(
         column = task.column if task.column in columns else _class_column(first, data, task)
         if column or task.column:
             if not column:
-                raise DataError(_lacks(data, [task.column], columns))
+                raise DataError(_lacks(data, [task.column], shown))
             return task, column
-        raise DataError(_lacks(data, [label for label in task.labels if label not in columns], columns))
+        raise DataError(_lacks(data, [label for label in task.labels if label not in columns], shown))
     name = re.sub('[^a-z0-9]+', '-', PurePath(data).name.lower().rpartition('.csv')[0] or PurePath(data).name.lower())
     name = name.strip('-') or 'own'
     if name in TASKS:
@@ -74,8 +77,8 @@ def find_task(
     column = _class_column(first, data)
     if not column:
         if wanted.labels:
-            raise DataError(_lacks(data, [label for label in wanted.labels if label not in columns], columns))
-        raise DataError(f'{data} has no column that tells the diagnosis (it has {", ".join(columns)}): name one with '
+            raise DataError(_lacks(data, [label for label in wanted.labels if label not in columns], shown))
+        raise DataError(f'{data} has no column that tells the diagnosis (it has {", ".join(shown)}): name one with '
                         f'--columns diagnosis=COLUMN, or columns of 0 and 1 with --labels.')
     found = {word for split in splits.values() for word in words_of(split, column)} - {None}
     feature = first.features[column]
@@ -127,7 +130,13 @@ def _ones(split: datasets.Dataset, labels: Sequence[str]) -> np.ndarray:
     return sum(np.array([value == 1 for value in split[label]], int) for label in labels)  # type: ignore[return-value]
 
 
-def with_labels(split: datasets.Dataset, task: Task, column: str, where: str) -> datasets.Dataset:
+def with_labels(
+        split: datasets.Dataset,
+        task: Task,
+        column: str,
+        where: str,
+        called: str = '',
+) -> datasets.Dataset:
     """The split with a column of 0 and 1 for each label.
 
     Args:
@@ -135,13 +144,15 @@ def with_labels(split: datasets.Dataset, task: Task, column: str, where: str) ->
         task: What is predicted.
         column: The one that names the class of each image; '' where the columns of 0 and 1 are there.
         where: What messages call the split.
+        called: What they call the column; '': as it is.
 
     Raises:
         DataError: An image without a class, or of one that is no label.
     """
     if not column:
         return split
-    numbers = class_numbers(words_of(split, column), task, [str(i) for i in split['image_id']], f'{where}: {column}')
+    ids = [str(image_id) for image_id in split['image_id']]
+    numbers = class_numbers(words_of(split, column), task, ids, f'{where}: {called or column}')
     return datasets.concatenate_datasets([
         split.remove_columns([label for label in task.labels if label in split.column_names]),
         datasets.Dataset.from_dict(one_hot(numbers, task))], axis=1)

@@ -1,6 +1,7 @@
 """What the loaders give: splits, and what is predicted of their images."""
 import hashlib
 import json
+import shlex
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import datasets
@@ -34,13 +35,37 @@ class Data(NamedTuple):
         splits: By name, each with the columns image (undecoded), image_id and those of the task's labels.
         groups: Column of the patient or lesion of each image, none of which is in two splits; '': not known.
         made: How splits were made here, in words; '' for those of the data.
-        division: If they were made, the column image_id of each, with images that are left out later.
+        division: If they were made, or told by --splits, image_id and labels of each, with images that are left out
+            later.
+        missed: A column that is not used, but looks like one of patients or lesions; None: the user knows of groups.
+        notes: Sentences on what was found.
     """
     task: Task
     splits: Dict[str, Any]
     groups: str = ''
     made: str = ''
     division: Mapping[str, Any] = {}
+    missed: Optional[str] = None
+    notes: Sequence[str] = ()
+
+    def summary(self, where: str, folds: bool = False) -> str:
+        """What was found, in a line: the task and its labels, the column of groups, how splits were made.
+
+        Args:
+            where: What to call the data.
+            folds: Whether the images will be divided into folds.
+        """
+        said = [f'Task {self.task.name}: {", ".join(self.task.labels)} ({self.task.head}).']
+        if self.groups:
+            said.append(f'Images of one {self.groups} stay together.')
+        if self.made:
+            said.append(f'{where} has no splits: {self.made}.')
+        if self.missed is not None:
+            if self.made or folds:
+                said.append('No column of patients or lesions: images are divided one by one.')
+            if self.missed:
+                said.append(f'The column {self.missed} looks like one: --group-column {shlex.quote(self.missed)}.')
+        return ' '.join([*said, *self.notes])
 
     def group_ids(self, name: str) -> Optional[List[str]]:
         """Patient or lesion of each image of a split, or None where they are not known."""

@@ -33,8 +33,9 @@ def check(args: argparse.Namespace) -> int:
         raise DataError('--correlation must be above 0 and at most 1.')
     if args.output and not Path(args.output).parent.is_dir():  # told before the work, not after it
         raise DataError(f'No folder {Path(args.output).parent} for {args.output}: make it first.')
-    pairs = find_duplicates(
-        load_data(args.source, wanted_of(args), needed=(), whole='train').splits, args.correlation)
+    data = load_data(args.source, wanted_of(args), needed=(), whole='train')
+    print(data.summary(args.source))
+    pairs = find_duplicates(data.splits, args.correlation)
     across = [p for p in pairs if p['split_a'] != p['split_b']]
     for p in pairs:
         print('{split_a} {image_id_a}  {split_b} {image_id_b}  {kind}  {correlation:.4f}'.format(**p))

@@ -6,10 +6,13 @@ import datasets
 
 from ..task import DataError
 from .groups import WHOLE, split_name
-from .sources import image_files
+from .sources import IMAGE_SUFFIXES, image_files
 from .tables import unique_ids
 
-__all__ = ['read_class_folders']
+__all__ = ['check_has_labels', 'read_class_folders']
+
+TABLES = ('.csv', '.tsv', '.xlsx', '.xls')
+BESIDE = ('', '.txt', '.md', '.pdf', '.ini', '.db')  # which say nothing of the kind of data
 
 
 def read_class_folders(folder: Path) -> Optional[Dict[str, datasets.Dataset]]:
@@ -53,6 +56,27 @@ def read_class_folders(folder: Path) -> Optional[Dict[str, datasets.Dataset]]:
             'image': [str(rows[row][2]) for row in own], 'image_id': [ids[row] for row in own],
             'diagnosis': [rows[row][1] for row in own]}).cast_column('image', datasets.Image())
     return splits
+
+
+def check_has_labels(folder: Path) -> None:
+    """Refuse a folder of images alone, or with a table that is to be passed itself; others are left to the datasets
+    library.
+
+    Raises:
+        DataError: Such a folder.
+    """
+    files = [file for file in sorted(folder.rglob('*')) if file.is_file() and not file.name.startswith('.')]
+    endings = {file.suffix.lower() for file in files} - set(BESIDE)
+    if not files or not endings <= {*TABLES, *IMAGE_SUFFIXES} or any(file.stem == 'metadata' for file in files):
+        return
+    tables = [str(file) for file in files if file.suffix.lower() in TABLES]
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if tables:
+        raise DataError(f'{folder} is not laid out as any data set that is known, but has a table: pass '
+                        f'{"one of them, " * (len(tables) > 1)}--data {" or ".join(tables[:3])}.')
+    if images:
+        raise DataError(f'{folder} has {len(images)} images, and nothing that tells their labels: pass a CSV of their '
+                        f'paths and labels, or put them in a folder for each class.')
 
 
 def _folders(folder: Path) -> List[Path]:

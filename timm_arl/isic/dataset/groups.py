@@ -8,14 +8,15 @@ import numpy as np
 
 from ...files import read_rows, write_rows
 from ..task import DataError, Task
+from .data import label_array
+from .names import LESION, PATIENT, column_named, looks_like_groups, plain
 from .options import NO_GROUPS
 
 __all__ = [
-    'SHARES', 'SPLIT_NAMES', 'WHOLE', 'by_split_column', 'check_groups', 'divide', 'find_groups', 'read_split_file',
-    'split_name', 'with_groups', 'write_split_file',
+    'SHARES', 'SPLIT_NAMES', 'WHOLE', 'by_split_column', 'check_groups', 'divide', 'find_groups', 'groups_missed',
+    'read_split_file', 'split_name', 'with_groups', 'without_entry', 'write_split_file',
 ]
 
-PATIENT, LESION = 'patient_id', 'lesion_id'  # a patient may have several lesions
 NOT_KNOWN = {'', '-', '?', 'n/a', 'na', 'nan', 'none', 'null', 'unknown'}
 WHOLE = 'all'  # the one split of data that have none
 SHARES = {'train': 0.7, 'validation': 0.15, 'test': 0.15}
@@ -52,25 +53,60 @@ def by_split_column(split: datasets.Dataset, where: str) -> Dict[str, datasets.D
             for name in dict.fromkeys(names)}
 
 
-def find_groups(splits: Mapping[str, datasets.Dataset], wanted: Optional[str], where: str) -> str:
+def find_groups(
+        splits: Mapping[str, datasets.Dataset],
+        wanted: Optional[str],
+        where: str,
+        usual: Optional[str] = None,
+        shown: Sequence[str] = (),
+) -> str:
     """Column of patients or lesions, or '' where there is none, or none with an entry.
 
     Args:
         splits: By name.
         wanted: The column, NO_GROUPS for none, or None to look for one.
         where: What messages call the data.
+        usual: The one that a run, or the command that made the data, had; taken before others where it is there.
+        shown: Columns as the user's table has them, for messages; empty: those of the splits.
 
     Raises:
         DataError: No such column.
     """
     if wanted == NO_GROUPS:
         return ''
-    columns = {column for split in splits.values() for column in split.column_names}
-    if wanted is not None and wanted not in columns:
-        raise DataError(f'{where} has no column {wanted} (it has {", ".join(sorted(columns))}): pass another '
-                        f'--group-column.')
-    return wanted or next((column for known in (PATIENT, LESION) for column in sorted(columns)
-                           if column.lower() == known and any(map(any, _spellings(splits, column).values()))), '')
+    columns = list(dict.fromkeys(column for split in splits.values() for column in split.column_names))
+    if wanted is not None:
+        found = column_named(columns, wanted)
+        if not found:
+            raise DataError(f'{where} has no column {wanted} (it has {", ".join(shown or sorted(columns))}): pass '
+                            f'another --group-column.')
+        return found
+    names = [column_named(columns, usual)] if usual and usual != NO_GROUPS else []
+    names += [column for known in (PATIENT, LESION) for column in sorted(columns) if plain(column) == plain(known)]
+    return next((column for column in names if any(map(any, _spellings(splits, column).values()))), '')
+
+
+def groups_missed(splits: Mapping[str, datasets.Dataset], used: Sequence[str]) -> str:
+    """A column that is not used, but looks like one of patients or lesions with several images each; '' for none.
+
+    Args:
+        splits: By name.
+        used: Columns that are known to be something else.
+    """
+    for column in next(iter(splits.values())).column_names:
+        if column not in used and looks_like_groups(column):
+            known = [word.casefold() for each in _spellings(splits, column).values() for word in each if word]
+            if len(set(known)) < len(known):
+                return column
+    return ''
+
+
+def without_entry(splits: Mapping[str, datasets.Dataset], column: str) -> str:
+    """How many images have no entry in the column of groups, as a sentence; '' where all have one."""
+    words = [word for each in _spellings(splits, column).values() for word in each]
+    empty = len(words) - sum(map(bool, words))
+    rest = f', or goes with its {LESION}' if _lesions(splits, column) else ''
+    return f'{empty} of the {len(words)} images have no {column}: each is a group by itself{rest}.' if empty else ''
 
 
 def with_groups(splits: Mapping[str, datasets.Dataset], column: str) -> Dict[str, datasets.Dataset]:
@@ -108,8 +144,8 @@ def with_groups(splits: Mapping[str, datasets.Dataset], column: str) -> Dict[str
 
 def _lesions(splits: Mapping[str, datasets.Dataset], column: str) -> str:
     """The column of lesions beside one of patients, or ''."""
-    columns = sorted({c for split in splits.values() for c in split.column_names if c.lower() == LESION})
-    return columns[0] if columns and column.lower() == PATIENT else ''
+    columns = sorted({c for split in splits.values() for c in split.column_names if plain(c) == plain(LESION)})
+    return columns[0] if columns and plain(column) == plain(PATIENT) else ''
 
 
 def _cells(split: datasets.Dataset, column: str) -> List[Any]:
@@ -193,14 +229,20 @@ def divide(
     return found[which].tolist()
 
 
-def write_split_file(path: Union[str, Path], splits: Mapping[str, datasets.Dataset]) -> None:
-    """Write which image is in which split, as --splits reads it."""
-    write_rows(path, [{'image_id': image_id, 'split': name} for name, split in splits.items()
-                      for image_id in split['image_id']], ['image_id', 'split'])
+def write_split_file(path: Union[str, Path], splits: Mapping[str, datasets.Dataset], task: Task) -> None:
+    """Write which image is in which split, as --splits reads it, and the diagnosis, by which a run knows its images."""
+    write_rows(path, [{'image_id': image_id, 'split': name, 'label': task.diagnosis(labels)}
+                      for name, split in splits.items()
+                      for image_id, labels in zip(split['image_id'], label_array(split, task))],
+               ['image_id', 'split', 'label'])
 
 
-def read_split_file(path: Union[str, Path]) -> Dict[str, str]:
+def read_split_file(path: Union[str, Path], labels: Optional[Dict[str, str]] = None) -> Dict[str, str]:
     """Split of each image_id.
+
+    Args:
+        path: The file.
+        labels: Receives the diagnosis of each image_id, where the file has it.
 
     Raises:
         DataError: A file that cannot be read, without these columns, with another split or an image twice.
@@ -221,4 +263,6 @@ def read_split_file(path: Union[str, Path]) -> Dict[str, str]:
         if row['image_id'] in found:
             raise DataError(f'--splits {path}, line {number}: {row["image_id"]} occurs twice; remove one.')
         found[row['image_id']] = name
+        if labels is not None and row.get('label'):
+            labels[row['image_id']] = row['label']
     return found

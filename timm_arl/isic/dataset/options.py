@@ -52,7 +52,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help='what the columns are called in the data: image=img diagnosis=dx image_id=id split=fold')
     add('--group-column', metavar='COLUMN',
         help=f'patient or lesion of each image, none of which is divided between splits or folds; {NO_GROUPS}: '
-             f'there are no groups (default: patient_id or lesion_id, where there is one)')
+             f'there are no groups (default: patient_id or lesion_id, in any spelling, where there is one)')
     add('--splits', metavar='FILE.csv', help='which image is in which split: columns image_id, split')
 
 

@@ -66,8 +66,7 @@ def prepare(args: argparse.Namespace) -> int:
     _check_zips(Path(args.source))
     data = load_data(args.source, wanted_of(args), args.seed, needed=())
     task, features = data.task, _features(data.splits, data.task)
-    if data.made:
-        print(f'{args.source} has no splits: {data.made}.')
+    print(data.summary(args.source))
     splits = {name: _select(split, features) for name, split in data.splits.items()}
     if args.extra_ids:
         splits['train'] = datasets.concatenate_datasets([splits['train'], _extra(args, splits, task)])
@@ -84,6 +83,7 @@ def prepare(args: argparse.Namespace) -> int:
         'images': {name: len(split) for name, split in splits.items()},
         'table': hashlib.sha256('\n'.join(tables).encode()).hexdigest(),
         **({} if task.config() is None else {'task': task.config()}),
+        **({'groups': data.groups} if data.groups and args.group_column else {}),
     }
     _check_target(target, plan)
     (target / 'data').mkdir(parents=True, exist_ok=True)

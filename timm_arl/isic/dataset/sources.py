@@ -1,6 +1,7 @@
 """Folders of image files: the challenge's zips as they unpack, and what the ISIC Archive's client writes."""
 import csv
 import hashlib
+import io
 from pathlib import Path
 from typing import Dict, Iterable, Optional, Tuple
 
@@ -10,7 +11,7 @@ from ..task import DIAGNOSES, LABELS, DataError, label_words
 
 __all__ = [
     'CHALLENGE_IDS', 'CHALLENGE_ZIPS', 'DataError', 'check_image_id', 'ids_digest', 'image_files', 'read_folder',
-    'read_table',
+    'read_table', 'table_text',
 ]
 
 SPLIT_NAMES = {'train': 'Training', 'validation': 'Validation', 'test': 'Test_v2'}
@@ -24,6 +25,7 @@ CHALLENGE_IDS = {  # ids_digest of the official splits
     'validation': 'b613df27e71f83bcce1cb1c5da1451ed8501232eedd912bd0797e1fd498012cd',
     'test': '8e7a85c979aef0597511c5d99791b2af10e62f0cf064ddfad7786583d09cbc03',
 }
+WORKBOOKS = (b'PK\x03\x04', b'\xd0\xcf\x11\xe0')  # .xlsx and .ods are zips; .xls is older
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 FEATURES = datasets.Features({
     'image': datasets.Image(), 'image_id': datasets.Value('string'),
@@ -135,18 +137,15 @@ def read_table(path: Path, required: Iterable[str]) -> Dict[str, Dict[str, str]]
     """Rows of a CSV by the first required column; a byte order mark, CRLF and spaces around values are accepted.
 
     Raises:
-        DataError: No such file, not UTF-8, a column missing, or an id that is empty, unusable or duplicated.
+        DataError: No such file, not CSV in UTF-8, a column missing, or an id that is empty, unusable or duplicated.
     """
     required = tuple(required)
     try:
-        with path.open(newline='', encoding='utf-8-sig') as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = [(name or '').strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            rows = list(reader)
-    except FileNotFoundError as error:
-        raise DataError(f'There is no {path}: download it, or move it there.') from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(table_text(path), newline=''), skipinitialspace=True)
+        columns = [(name or '').strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        rows = list(reader)
+    except csv.Error as error:
         raise DataError(f'{path} cannot be read as CSV: {error}') from error
     absent = [column for column in required if column not in columns]
     if absent:
@@ -160,6 +159,30 @@ def read_table(path: Path, required: Iterable[str]) -> Dict[str, Dict[str, str]]
             raise DataError(f'{path}, line {number}: {image_id} occurs twice; remove one.')
         table[image_id] = values
     return table
+
+
+def table_text(path: Path) -> str:
+    """Content of a CSV, without a byte order mark.
+
+    Raises:
+        DataError: No such file, or one that is a workbook of Excel or not UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f'There is no {path}: download it, or move it there.') from error
+    except OSError as error:
+        raise DataError(f'{path} cannot be read: {error.strerror}.') from error
+    if content.startswith(WORKBOOKS):
+        raise DataError(f'{path} is a workbook (of Excel, say), not a CSV: save it as CSV UTF-8, and pass that file.')
+    try:
+        text = content.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        text = '\0'
+    if '\0' in text:
+        raise DataError(f'{path} is not a text in UTF-8 (Excel writes CSV in other encodings too): save it as CSV '
+                        f'UTF-8.')
+    return text
 
 
 def check_image_id(image_id: str, where: str) -> None:

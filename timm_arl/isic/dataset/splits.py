@@ -1,7 +1,7 @@
 """The splits of any data set, loaded and checked, with what is predicted."""
 import json
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import datasets
 
@@ -11,7 +11,7 @@ from .checks import check_labels, check_learned, check_splits, check_usable
 from .columns import find_task, with_ids, with_labels
 from .data import SPLITS, Data, StreamedSplit, label_array
 from .demo import DEMO_TASKS, demo_dataset
-from .folders import read_class_folders
+from .folders import check_has_labels, read_class_folders
 from .groups import (
     SHARES,
     WHOLE,
@@ -19,11 +19,14 @@ from .groups import (
     check_groups,
     divide,
     find_groups,
+    groups_missed,
     read_split_file,
     split_name,
     with_groups,
+    without_entry,
 )
 from .library import check_rows, load_library, with_names
+from .names import with_known_names
 from .options import Wanted, load_task
 from .sources import read_folder
 from .streaming import NO_SHARDS, load_streaming
@@ -31,7 +34,7 @@ from .tables import read_image_table
 
 __all__ = ['SPLITS', 'Data', 'StreamedSplit', 'check_splits', 'check_usable', 'label_array', 'load_data', 'load_splits']
 
-TABLES = ('.csv', '.tsv')
+TABLES = ('.csv', '.tsv', '.xlsx', '.xlsm', '.xls', '.ods')  # the last are refused in their words
 
 
 def load_data(
@@ -45,6 +48,7 @@ def load_data(
         earlier: Optional[Path] = None,
         same: bool = False,
         alone: bool = False,
+        usual_groups: Optional[str] = None,
 ) -> Data:
     """Load and check a data set of any kind (docs/data.md lists them), and find out what is predicted.
 
@@ -59,37 +63,49 @@ def load_data(
         needed: Splits without which the caller has nothing to do.
         whole: What data without splits are; None: they are divided into train, validation and test.
         expected: Task of a network that is to be scored, taken where the data have its labels.
-        earlier: The splits.csv of a run, taken where the data have no splits and it is of their images.
-        same: They are the data of that run: images that were taken out since do not matter, new ones are refused.
+        earlier: The splits.csv of a run, taken where the data have no splits and it is of their images, by names and
+            labels. Images that were taken out since do not matter, new ones are refused.
+        same: The data are called as in that run, which counts where its file has no labels.
         alone: Leave out the splits that are not needed, whatever is wrong with them.
+        usual_groups: Column of groups of that run, taken where the data have it and the user names none.
 
     Returns:
         The task and the splits that there are, of train, validation and test.
 
     Raises:
         DataError: No such data, labels that are not what the task needs, an image that has no name of its own, groups
-            that are in two splits, or a validation split that lacks a class (no AUC could choose an epoch).
+            that are in two splits, a validation split that lacks a class (no AUC could choose an epoch), or images of
+            which it is not clear whether they are those of the run.
     """
     asked = load_task(wanted.task) if wanted.task else None
     if asked and wanted.labels:
         raise DataError('--task names the labels: leave out --labels.')
+    wanted = with_known_names(wanted, (asked, expected))
+    prepared = _prepared(data)
     if streaming:
         if data in DEMO_TASKS or _is_table(data) or (Path(data).is_dir() and _read_files(Path(data))[1] is not None):
             raise DataError(NO_SHARDS.format(data))
-        return load_streaming(data, wanted, asked or _prepared(data))
-    known, source = _read(data, wanted, seed)
+        return load_streaming(data, wanted, asked or prepared.get('task'), prepared.get('groups'))
+    known, source, shown = _read(data, wanted, seed)
     named = {str(split_name(name)) if split_name(name) else name: split for name, split in source.items()}
     odd = [name for name in named if name not in (*SPLITS, WHOLE)]
     if odd and (set(needed) - named.keys() or not named.keys() & set(SPLITS)):
         raise DataError(f'{data} has no split {", ".join(name for name in needed if name not in named)} (it has '
                         f'{", ".join(source)}): the splits must be named {", ".join(SPLITS)}.')
     splits = with_ids({name: named[name] for name in (WHOLE, *SPLITS) if name in named})
-    task, column = find_task(splits, wanted, asked or known, data, expected)
-    splits = {name: with_labels(split, task, column, _where(data, name)) for name, split in splits.items()}
-    groups = find_groups(splits, wanted.group, data)
+    task, column = find_task(splits, wanted, asked or known or prepared.get('task'), data, expected, shown)
+    called = dict(wanted.columns).get(column, column)
+    splits = {name: with_labels(split, task, column, _where(data, name), called) for name, split in splits.items()}
+    groups = find_groups(splits, wanted.group, data, usual_groups or prepared.get('groups'), shown)
+    notes, missed = [], None
     if groups:
+        notes = [note for note in [without_entry(splits, groups)] if note]
         splits = with_groups(splits, groups)
-    splits, made = _arranged(splits, task, groups, wanted, seed, needed, whole, earlier, same, data)
+    elif wanted.group is None:
+        missed = groups_missed(splits, ['image', 'image_id', column, *task.labels])
+    if expected is not None and expected.labels != task.labels:
+        earlier = None
+    splits, made, how = _arranged(splits, task, groups, wanted, seed, needed, whole, earlier, same, data)
     if alone:
         splits = {name: split for name, split in splits.items() if name in needed} or splits
     if 'train' in needed and 'train' in splits and column:
@@ -98,7 +114,9 @@ def load_data(
     if groups:
         check_groups(checked, groups, data)
     return Data(task, checked, groups, made, {
-        name: split.select_columns('image_id') for name, split in checked.items() if made})
+        name: split.select_columns(['image_id', *task.labels]) for name, split in checked.items()
+        if made or wanted.splits},
+        missed, [*notes, *how])
 
 
 def load_splits(data: str, seed: int = 0, streaming: bool = False) -> Dict[str, Any]:
@@ -128,20 +146,28 @@ def _is_table(data: str) -> bool:
     return data.lower().endswith(TABLES) and not Path(data).is_dir()
 
 
-def _read(data: str, wanted: Wanted, seed: int) -> Tuple[Optional[Task], Mapping[str, datasets.Dataset]]:
-    """Splits as their source has them, under the column names that are expected here; and its task, if it has one."""
+def _read(
+        data: str,
+        wanted: Wanted,
+        seed: int,
+) -> Tuple[Optional[Task], Mapping[str, datasets.Dataset], Sequence[str]]:
+    """The task of a source, if it has one, its splits under the column names that are expected here, and the columns
+    as the user knows them."""
     if data in DEMO_TASKS:
-        return DEMO_TASKS[data], demo_dataset(seed=seed, kind=data)
+        return DEMO_TASKS[data], demo_dataset(seed=seed, kind=data), ()
     if _is_table(data):
-        return None, read_image_table(Path(data), wanted.columns)
+        return None, *read_image_table(Path(data), wanted.columns)
     folder = Path(data) if data and Path(data).is_dir() else None
     known, source = _read_files(folder) if folder else (None, None)
     if source is None:
-        source, known = load_library(data), _prepared(data)
+        if folder:
+            check_has_labels(folder)
+        source = load_library(data)
         for name, split in source.items() if folder else ():
             check_rows(Path(data) / name, split)
+    shown = next(iter(source.values())).column_names
     named = {name: with_names(split, wanted.columns, data) for name, split in source.items()}
-    return known, named if len(named) > 1 else by_split_column(next(iter(named.values())), data) or named
+    return known, named if len(named) > 1 else by_split_column(next(iter(named.values())), data) or named, shown
 
 
 def _read_files(folder: Path) -> Tuple[Optional[Task], Optional[Mapping[str, datasets.Dataset]]]:
@@ -153,13 +179,57 @@ def _read_files(folder: Path) -> Tuple[Optional[Task], Optional[Mapping[str, dat
     return challenge or (None, read_class_folders(folder))
 
 
-def _prepared(data: str) -> Optional[Task]:
-    """The task that prepare has written beside its shards."""
+def _prepared(data: str) -> Dict[str, Any]:
+    """What prepare has written beside its shards: the task, and the column of groups if the user named one."""
     try:
         content = json.loads(Path(data, 'prepare.json').read_text(encoding='utf-8'))
-        return Task.from_json(content['task'])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = {'task': Task.from_json(content['task'])} if content.get('task') else {}
+        return {**found, **({'groups': str(content['groups'])} if content.get('groups') else {})}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _as_in_file(
+        splits: Dict[str, datasets.Dataset],
+        task: Task,
+        file: Union[str, Path],
+        data: str,
+        of_run: bool,
+        same: bool,
+) -> Optional[Dict[str, datasets.Dataset]]:
+    """The images divided as a file tells, or None where it is a run's and of other images."""
+    labels: Dict[str, str] = {}
+    by_id = read_split_file(file, labels)
+    everything = datasets.concatenate_datasets(list(splits.values()))
+    ids = [str(image_id) for image_id in everything['image_id']]
+    known = [image_id for image_id in ids if image_id in by_id]
+    new, gone = set(ids) - by_id.keys(), by_id.keys() - set(ids)
+    if of_run:
+        if not known and not same:
+            return None
+        check_labels(everything, data, task, True)
+        here = dict(zip(ids, map(task.diagnosis, label_array(everything, task))))
+        changed = [image_id for image_id in known if labels.get(image_id, here[image_id]) != here[image_id]]
+        if changed:
+            one = changed[0]
+            raise DataError(f'{len(changed)} of the {len(known)} images of {data} that {file} names too have another '
+                            f'label there ({one} is {labels[one]}, here {here[one]}): pass --other-data if they are '
+                            f'other images of the same names, or --splits {file} if the labels were corrected.')
+        if not labels and not same and (new or gone):
+            raise DataError(f'{len(known)} of the {len(ids)} images of {data} have names of images in {file}, and the '
+                            f'others do not fit: pass --splits FILE.csv with a split for each image, or --other-data '
+                            f'if they are other images of the same names.')
+        if new:
+            raise DataError(f'{file} has no split for {min(new)} ({len(new)} such images of {data}), which the run did '
+                            f'not have: score new images in a table of their own, pass --splits FILE.csv with a split '
+                            f'for all of them, or --other-data if all are other images of the same names.')
+    else:
+        for what, alone in (('no split for', new), ('images that are not there:', gone)):
+            if alone:
+                raise DataError(f'--splits {file} has {what} {min(alone)} ({len(alone)} such images of {data}): is it '
+                                f'of these data?')
+    return {name: everything.select(rows) for name in SPLITS
+            for rows in [[row for row, image_id in enumerate(ids) if by_id[image_id] == name]] if rows}
 
 
 def _arranged(
@@ -173,32 +243,27 @@ def _arranged(
         earlier: Optional[Path],
         same: bool,
         data: str,
-) -> Tuple[Dict[str, datasets.Dataset], str]:
-    """The splits by the user's file, or with those made that are needed; and how they were made, or ''."""
+) -> Tuple[Dict[str, datasets.Dataset], str, Sequence[str]]:
+    """The splits by the user's file or as a run had them, or with those made that are needed; how they were made, or
+    ''; and what is to be said of it."""
     none_given = list(splits) in ([WHOLE], ['train'], ['train', 'test'])
-    file = wanted.splits or (earlier if none_given and earlier is not None and earlier.is_file() else None)
-    if file:
-        by_id = read_split_file(file)
-        everything = datasets.concatenate_datasets(list(splits.values()))
-        ids = [str(image_id) for image_id in everything['image_id']]
-        for what, alone in (('no split for', set(ids) - by_id.keys()),
-                            ('images that are not there:', by_id.keys() - set(ids))):
-            if alone and wanted.splits:
-                raise DataError(f'--splits {file} has {what} {min(alone)} ({len(alone)} such images of {data}): is it '
-                                f'of these data?')
-        new = set(ids) - by_id.keys()
-        if new and same:
-            raise DataError(f'{file} has no split for {min(new)} ({len(new)} such images of {data}), which the run did '
-                            f'not have: take them out, or pass --splits FILE.csv with all of them.')
-        if by_id.keys() == set(ids) or same:
-            return {name: everything.select(rows) for name in SPLITS
-                    for rows in [[row for row, image_id in enumerate(ids) if by_id[image_id] == name]] if rows}, ''
+    if wanted.splits:
+        return _as_in_file(splits, task, wanted.splits, data, False, False) or {}, '', ()
+    if none_given and earlier is not None and earlier.is_file():
+        found = _as_in_file(splits, task, earlier, data, True, same)
+        if found is not None:
+            absent = [name for name in needed if name not in found]
+            if absent:
+                raise DataError(f'{data} has none of the {absent[0]} images of the run: {earlier} has all of its '
+                                f'images in {", ".join(found)}. Pass --other-data if they are other images of the same '
+                                f'names.')
+            return found, '', [f'Its images are those of the run: they are divided as in {earlier}.']
     if set(needed) <= splits.keys() and (WHOLE not in splits or len(splits) > 1):
-        return splits, ''
+        return splits, '', ()
     if whole and len(splits) == 1:
-        return {whole: next(iter(splits.values()))}, ''
+        return {whole: next(iter(splits.values()))}, '', ()
     if not none_given:
-        return splits, ''
+        return splits, '', ()
     source = splits.get(WHOLE, splits.get('train'))
     assert source is not None
     check_labels(source, data, task)
@@ -207,4 +272,4 @@ def _arranged(
     made = {name: source.select([row for row, part in enumerate(parts) if part == name]) for name in shares}
     by = f'by {groups}, ' if groups else ''
     return {**{name: split for name, split in splits.items() if name == 'test'}, **made}, (
-        f'{words_list(list(shares))} divided {by}with seed {seed}')
+        f'{words_list(list(shares))} divided {by}with seed {seed}'), ()

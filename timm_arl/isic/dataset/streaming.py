@@ -8,7 +8,7 @@ from ..task import DataError, Task
 from .checks import check_splits
 from .columns import class_numbers, find_task, one_hot, with_labels, words_of
 from .data import SPLITS, Data, StreamedSplit
-from .groups import check_groups, find_groups, with_groups
+from .groups import check_groups, find_groups, groups_missed, with_groups, without_entry
 from .library import load_library, undecoded, with_names
 from .options import Wanted
 
@@ -18,13 +18,14 @@ NO_SHARDS = ('--streaming reads Parquet shards, and {} has none: leave out --str
              'timm_arl.isic.dataset prepare.')
 
 
-def load_streaming(data: str, wanted: Wanted, known: Optional[Task]) -> Data:
+def load_streaming(data: str, wanted: Wanted, known: Optional[Task], usual_groups: Optional[str] = None) -> Data:
     """As load_data, for data in Parquet that have splits; train is a StreamedSplit.
 
     Args:
         data: Folder or Hub id.
         wanted: What the user says of it.
         known: Task that the folder names, if it does.
+        usual_groups: Column of groups that it names.
 
     Raises:
         DataError: No shards, or as load_data.
@@ -73,7 +74,9 @@ def load_streaming(data: str, wanted: Wanted, known: Optional[Task]) -> Data:
                         f'{", ".join(SPLITS)}.')
     task, column = find_task(tables, wanted, known, data)
     tables = {name: with_labels(table, task, column, f'{data}, split {name}') for name, table in tables.items()}
-    groups = find_groups(tables, wanted.group, data)
+    groups = find_groups(tables, wanted.group, data, usual_groups)
+    notes = [note for note in [groups and without_entry(tables, groups)] if note]
+    missed = None if groups or wanted.group else groups_missed(tables, ['image_id', column, *task.labels])
     if groups:
         tables = with_groups(tables, groups)
         check_groups(tables, groups, data)
@@ -82,7 +85,7 @@ def load_streaming(data: str, wanted: Wanted, known: Optional[Task]) -> Data:
                         f'rename or add it, or say what it is called (--columns image=COLUMN).')
     splits: Dict[str, Any] = check_splits(tables, data, ['train'], task, ('train', 'validation'))
     splits['train'] = StreamedSplit(_labelled(streams['train'], task, column), splits['train'], shards)
-    return Data(task, splits, groups)
+    return Data(task, splits, groups, missed=missed, notes=notes)
 
 
 def _labelled(stream: datasets.IterableDataset, task: Task, column: str) -> datasets.IterableDataset:

@@ -1,56 +1,61 @@
 """A CSV of image paths with their labels, as people have it."""
 import csv
+import io
 import math
 import os
-from pathlib import Path, PurePath
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 import datasets
 
 from ..task import DataError
 from .groups import SPLIT_NAMES, WHOLE, split_name
-from .sources import IMAGE_SUFFIXES
+from .names import IMAGE_COLUMNS, column_named
+from .sources import IMAGE_SUFFIXES, table_text
 
 __all__ = ['read_image_table', 'read_lines', 'renamed', 'typed', 'unique_ids']
 
-IMAGE_COLUMNS = (
-    'image', 'image_path', 'path', 'file_name', 'filename', 'filepath', 'file', 'img', 'image_name', 'img_id',
-    'image_id', 'isic_id')
 NAMED = 3  # missing files in a message
 
 
-def read_lines(path: Path) -> Tuple[List[str], List[Dict[str, str]]]:
-    """Columns and rows of a table whose values are divided by commas, semicolons or tabs.
+def read_lines(path: Path) -> Tuple[List[str], List[Dict[str, str]], List[int]]:
+    """Columns, rows and the line of each row, of a table whose values are divided by commas, semicolons or tabs.
 
-    A byte order mark, CRLF and spaces around values are accepted; empty lines are left out.
+    A byte order mark, CRLF and spaces around values are accepted; empty rows, and empty columns without a name, as
+    Excel writes them, are left out.
 
     Raises:
         DataError: It cannot be read, has no row, a column twice, or a row with more values than columns.
     """
+    text = table_text(path)
+    head = text.partition('\n')[0]
+    delimiter = max(',;\t', key=head.count)
+    reader = csv.reader(io.StringIO(text, newline=''), skipinitialspace=True, delimiter=delimiter)
+    columns: List[str] = []
+    lines, numbers = [], []
     try:
-        with path.open(newline='', encoding='utf-8-sig') as file:
-            head = file.readline()
-            file.seek(0)
-            delimiter = max(',;\t', key=head.count)
-            reader = csv.DictReader(file, skipinitialspace=True, delimiter=delimiter)
-            columns = [(name or '').strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            rows = []
-            for row in reader:
-                if None in row:
-                    raise DataError(f'{path}, line {reader.line_num}: it has more values than the {len(columns)} '
-                                    f'columns; put quotes around text that holds {delimiter!r}.')
-                rows.append({key: (value or '').strip() for key, value in row.items()})
-    except FileNotFoundError as error:
-        raise DataError(f'There is no {path}.') from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        for values in reader:
+            values = [value.strip() for value in values]
+            if not any(values):
+                continue
+            if not columns:
+                columns = values
+                continue
+            if any(values[len(columns):]):
+                raise DataError(f'{path}, line {reader.line_num}: it has more values than the {len(columns)} columns; '
+                                f'put quotes around text that holds {delimiter!r}.')
+            lines.append([*values, *[''] * len(columns)][:len(columns)])
+            numbers.append(reader.line_num)
+    except csv.Error as error:
         raise DataError(f'{path} cannot be read as CSV: {error}') from error
+    kept = [k for k, column in enumerate(columns) if column or any(line[k] for line in lines)]
+    columns = [columns[k] for k in kept]
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if twice:
         raise DataError(f'{path} has the column {twice[0] or "without a name"} twice: rename or remove one.')
-    if not rows:
+    if not lines:
         raise DataError(f'{path} has no rows below its header.')
-    return columns, rows
+    return columns, [dict(zip(columns, (line[k] for k in kept))) for line in lines], numbers
 
 
 def renamed(columns: Sequence[str], wanted: Iterable[Tuple[str, str]], where: str) -> Dict[str, str]:
@@ -66,18 +71,24 @@ def renamed(columns: Sequence[str], wanted: Iterable[Tuple[str, str]], where: st
     """
     names = {}
     for name, column in wanted:
-        if column not in columns:
+        found = column_named(columns, column)
+        if not found:
             raise DataError(f'--columns {name}={column}: {where} has no column {column} (it has '
                             f'{", ".join(columns)}).')
-        names[column] = name
+        names[found] = name
     return names
 
 
-def read_image_table(path: Path, columns: Sequence[Tuple[str, str]] = ()) -> Dict[str, datasets.Dataset]:
-    """The splits of a CSV with a row for each image, or all of it as WHOLE where it has no column split.
+def read_image_table(
+        path: Path,
+        columns: Sequence[Tuple[str, str]] = (),
+) -> Tuple[Dict[str, datasets.Dataset], List[str]]:
+    """The splits of a CSV with a row for each image, or all of it as WHOLE where it has no column split; and its
+    columns as it has them.
 
-    Paths are relative to the folder of the CSV, or all are absolute. A name without a folder that is not beside the CSV
-    is looked for in the folders below. Other columns are kept, as numbers where all of their values are.
+    Paths are relative to the folder of the CSV, or all are absolute; their ending may be missing, or in other case. A
+    name without a folder that is not beside the CSV is looked for in the folders below. Other columns are kept, as
+    numbers where all of their values are.
 
     Args:
         path: The CSV.
@@ -86,7 +97,8 @@ def read_image_table(path: Path, columns: Sequence[Tuple[str, str]] = ()) -> Dic
     Raises:
         DataError: A table that cannot be used; the message names the line.
     """
-    heads, rows = read_lines(path)
+    shown, rows, numbers = read_lines(path)
+    heads = shown
     names = renamed(heads, columns, str(path))
     taken = set(names.values())
     rows = [{names.get(head, head): value for head, value in row.items() if head in names or head not in taken}
@@ -96,9 +108,9 @@ def read_image_table(path: Path, columns: Sequence[Tuple[str, str]] = ()) -> Dic
     image = next((column for column in IMAGE_COLUMNS if column in {head.lower() for head in heads}), None)
     image = next((head for head in heads if head.lower() == image), None)
     if image is None:
-        raise DataError(f'{path} has no column of image paths (it has {", ".join(heads)}): name it with --columns '
+        raise DataError(f'{path} has no column of image paths (it has {", ".join(shown)}): name it with --columns '
                         f'image=COLUMN.')
-    files = _files(path, [row[image] for row in rows])
+    files = _files(path, [row[image] for row in rows], numbers)
     if 'image_id' in heads and image != 'image_id':
         ids = [row['image_id'] for row in rows]
     else:
@@ -108,62 +120,67 @@ def read_image_table(path: Path, columns: Sequence[Tuple[str, str]] = ()) -> Dic
     for head in heads:
         if head and head not in (image, 'image', 'image_id', given):
             content[head] = typed([row[head] for row in rows], head)
-    parts = _by_split(path, [row[given] for row in rows]) if given else {WHOLE: list(range(len(rows)))}
+    parts = _by_split(path, [row[given] for row in rows], numbers) if given else {WHOLE: list(range(len(rows)))}
     features = datasets.Dataset.from_dict(content).features
     return {name: datasets.Dataset.from_dict(
-        {head: [values[row] for row in numbers] for head, values in content.items()}, features=features
-    ).cast_column('image', datasets.Image()) for name, numbers in parts.items()}
+        {head: [values[row] for row in own] for head, values in content.items()}, features=features
+    ).cast_column('image', datasets.Image()) for name, own in parts.items()}, shown
 
 
-def _by_split(path: Path, words: Sequence[str]) -> Mapping[str, List[int]]:
-    numbers: Dict[str, List[int]] = {}
+def _by_split(path: Path, words: Sequence[str], numbers: Sequence[int]) -> Mapping[str, List[int]]:
+    rows: Dict[str, List[int]] = {}
     for row, word in enumerate(words):
         name = split_name(word)
         if name is None:
             count = sum(other == word for other in words)
-            raise DataError(f'{path}, line {row + 2}: the split is {word!r} ({count} such rows), which is none of '
+            raise DataError(f'{path}, line {numbers[row]}: the split is {word!r} ({count} such rows), which is none of '
                             f'{", ".join(SPLIT_NAMES)}: correct it.')
-        numbers.setdefault(name, []).append(row)
-    return numbers
+        rows.setdefault(name, []).append(row)
+    return rows
 
 
-def _files(path: Path, names: Sequence[str]) -> List[Path]:
-    """The image files of a table."""
+def _files(path: Path, names: Sequence[str], numbers: Sequence[int]) -> List[Path]:
+    """The image files of a table whose rows are on these lines."""
     folder = path.parent.absolute()
-    empty = next((row for row, name in enumerate(names) if not name), None)
-    if empty is not None:
-        raise DataError(f'{path}, line {empty + 2}: there is no image path.')
+    for name, line in zip(names, numbers):
+        if not name:
+            raise DataError(f'{path}, line {line}: there is no image path.')
+        if PureWindowsPath(name).is_absolute() and not PurePath(name).is_absolute():
+            raise DataError(f'{path}, line {line}: {name} is a path of a Windows machine: put the images beside the '
+                            f'table, and write their paths relative to its folder.')
     absolute = [PurePath(name).is_absolute() for name in names]
     if any(absolute) and not all(absolute):
         raise DataError(f'{path} mixes relative and absolute paths ({names[absolute.index(False)]} and '
                         f'{names[absolute.index(True)]}): write all in one way.')
-    below: Optional[Dict[str, List[Path]]] = None
+    beside: Dict[Path, Dict[str, List[Path]]] = {}
     files, missing = [], []
     first: Dict[str, int] = {}
-    for row, name in enumerate(names):
+    for name, line in zip(names, numbers):
+        name = name if absolute[0] else name.replace('\\', '/')
         depth = 0
-        for part in () if absolute[0] else PurePath(name.replace('\\', '/')).parts:
+        for part in () if absolute[0] else PurePath(name).parts:
             depth += -1 if part == '..' else 1
             if depth < 0:
-                raise DataError(f'{path}, line {row + 2}: {name} leaves the folder of the table: move the images into '
+                raise DataError(f'{path}, line {line}: {name} leaves the folder of the table: move the images into '
                                 f'{folder}, or write absolute paths.')
-        name = name.replace('\\', '/') if '/' not in name and not absolute[0] else name
         file = folder / name
         if not file.is_file():
-            found = [folder / f'{name}{suffix}' for suffix in IMAGE_SUFFIXES if (folder / f'{name}{suffix}').is_file()]
-            if not found and '/' not in name:
-                below = _below(folder) if below is None else below
-                found = below.get(name, [])
+            found: List[Path] = []
+            for within, pattern in ((file.parent, '*'), *[(folder, '*/**/*')] * ('/' not in name)):
+                if not found:
+                    where = within / pattern
+                    beside[where] = beside[where] if where in beside else _by_name(within, pattern)
+                    found = beside[where].get(_loose(PurePath(name).name), [])
             if len(found) > 1:
-                raise DataError(f'{path}, line {row + 2}: there are several files {name} ({found[0]} and {found[1]}): '
+                raise DataError(f'{path}, line {line}: there are several files {name} ({found[0]} and {found[1]}): '
                                 f'write the path of the one that is meant.')
             if not found:
                 missing.append(name)
             file = found[0] if found else file
         place = os.path.normpath(file)  # a/../b is b
         if place in first:
-            raise DataError(f'{path}, line {row + 2}: {name} occurs twice (in line {first[place]} too): remove one.')
-        first[place] = row + 2
+            raise DataError(f'{path}, line {line}: {name} occurs twice (in line {first[place]} too): remove one.')
+        first[place] = line
         files.append(file)
     if missing:
         named = ', '.join(missing[:NAMED]) + ', ...' * (len(missing) > NAMED)
@@ -172,12 +189,18 @@ def _files(path: Path, names: Sequence[str]) -> List[Path]:
     return files
 
 
-def _below(folder: Path) -> Dict[str, List[Path]]:
-    """Image files in the folders below, by name with and without its ending."""
+def _loose(name: str) -> str:
+    """A name with the ending in small letters, if it is that of an image."""
+    stem, ending = os.path.splitext(name)
+    return stem + ending.lower() if ending.lower() in IMAGE_SUFFIXES else name
+
+
+def _by_name(folder: Path, pattern: str) -> Dict[str, List[Path]]:
+    """Image files by name, with their ending in small letters and without it."""
     found: Dict[str, List[Path]] = {}
-    for file in sorted(folder.glob('*/**/*')):
+    for file in sorted(folder.glob(pattern)) if folder.is_dir() else ():
         if file.suffix.lower() in IMAGE_SUFFIXES:
-            found.setdefault(file.name, []).append(file)
+            found.setdefault(_loose(file.name), []).append(file)
             found.setdefault(file.stem, []).append(file)
     return found
 

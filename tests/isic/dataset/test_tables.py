@@ -1,0 +1,77 @@
+"""Tables as Excel and other machines write them: read, or refused with the cause and a remedy."""
+import pytest
+from any_data import lines, picture, table
+
+from timm_arl.isic.dataset import DataError, Wanted, load_data
+from timm_arl.isic.dataset.names import column_named, looks_like_groups, with_known_names
+
+
+def ids_of(path):
+    return sorted(str(i) for split in load_data(str(path)).splits.values() for i in split['image_id'])
+
+
+def test_empty_rows_and_columns_of_a_spreadsheet(tmp_path):
+    path = table(tmp_path, 20)
+    head, *rows = path.read_text().splitlines()
+    path.write_text('\n'.join([head + ',,', *(f'{row},,' for row in rows[:3]), ',,,', '', *rows[3:], ',,,']) + '\n')
+    assert len(ids_of(path)) == 20
+    path.write_text(path.read_text().replace('images/3.png', 'images/x.png/../../../3.png'))
+    with pytest.raises(DataError, match='line 7: .* leaves the folder'):  # as the file has it
+        load_data(str(path))
+
+
+@pytest.mark.parametrize('written', ['images/{}.jpg', 'images/{}.Jpg', 'images/{}', 'images\\{}.jpg', '{}.jpg', '{}'])
+def test_endings_in_other_case_or_missing(tmp_path, written):
+    for k in range(20):
+        picture(tmp_path / 'images' / f'{k}.JPG', k)
+    rows = [(written.format(k), 'ab'[k % 2]) for k in range(20)]
+    assert ids_of(lines(tmp_path / 'm.csv', ('image', 'label'), rows)) == sorted(map(str, range(20)))
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('m.csv', 'image,label\na.png,nävus\n'.encode('cp1252'), 'm.csv is not a text in UTF-8 .*: save it as CSV UTF-8'),
+    ('m.csv', 'image,label\na.png,nevus\n'.encode('utf-16'), 'm.csv is not a text in UTF-8 .*: save it as CSV UTF-8'),
+    ('m.csv', 'image,label\na.png,b\n'.encode('utf-16-le'), 'm.csv is not a text in UTF-8 .*: save it as CSV UTF-8'),
+    ('m.csv', b'PK\x03\x04 and more', 'm.csv is a workbook .*: save it as CSV UTF-8'),
+    ('m.xlsx', b'PK\x03\x04 and more', 'm.xlsx is a workbook .*: save it as CSV UTF-8'),
+    ('m.csv', b'image,label\nC:\\Users\\me\\a.png,b\n', 'is a path of a Windows machine: .* relative to its folder'),
+])
+def test_what_is_no_csv_of_this_machine(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_data(str(tmp_path / name))
+
+
+def test_folders_of_images_without_labels(tmp_path):
+    for k in range(3):
+        picture(tmp_path / 'one' / f'{k}.jpg', k)
+    with pytest.raises(DataError, match='one has 3 images, and nothing that tells their labels: pass a CSV'):
+        load_data(str(tmp_path / 'one'))
+    path = table(tmp_path / 'two', 4, name='photos.csv')
+    with pytest.raises(DataError, match=f'has a table: pass --data {path}'):
+        load_data(str(tmp_path / 'two'))
+
+
+def test_columns_are_found_in_other_spelling(tmp_path):
+    path = table(tmp_path, 20, head=('File', 'Histology', 'Case No'), more=lambda k: (f'p{k // 2 * 2 + k % 2}',))
+    data = load_data(str(path), Wanted(columns=(('diagnosis', 'histology'), ('patient', 'case_no'))))
+    assert data.task.labels == ('melanoma', 'nevus') and data.groups == 'patient_id'
+    with pytest.raises(DataError, match='--columns lable=Histology: lable is not one of image, image_id, diagnosis, '):
+        load_data(str(path), Wanted(columns=(('lable', 'Histology'),)))
+    with pytest.raises(DataError, match='no column that tells the diagnosis .it has File, Histology, Case No.'):
+        load_data(str(path))
+    with pytest.raises(DataError, match='has no column patient .it has File, Histology, Case No.'):
+        load_data(str(path), Wanted(columns=(('diagnosis', 'Histology'),), group='patient'))
+    path.write_text(path.read_text().replace('images/4.png,melanoma', 'images/4.png,'))
+    with pytest.raises(DataError, match='Histology is missing for image 4'):
+        load_data(str(path), Wanted(columns=(('diagnosis', 'Histology'),)))
+
+
+def test_names_of_columns():
+    columns = ['age_approximate', 'site', 'Skin Type', 'patient_id', 'sex', 'SEX']
+    assert [column_named(columns, name) for name in ('age', 'localization', 'skin_type', 'Patient', 'sex', 'Sex')] == [
+        'age_approximate', 'site', 'Skin Type', 'patient_id', 'sex', '']
+    assert with_known_names(Wanted(columns=(('age', 'years'), ('MEL', 'm'), ('dx', 'd')))).columns == (
+        ('age_approximate', 'years'), ('MEL', 'm'), ('dx', 'd'))
+    assert all(map(looks_like_groups, ('patient', 'ID_case', 'studySubject', 'Lesion No.', 'PATIENT')))
+    assert not any(map(looks_like_groups, ('patient_age', 'lesionSize', 'lowercase', 'image', 'lesion_type')))
