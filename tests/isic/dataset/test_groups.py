@@ -6,6 +6,7 @@ from small_data import jpeg
 
 from timm_arl.isic.dataset import DataError, Wanted, load_data
 from timm_arl.isic.dataset.__main__ import main as prepare
+from timm_arl.isic.task import Task
 
 
 def groups_of(source, **kwargs):
@@ -167,6 +168,13 @@ def test_a_run_knows_its_images_by_names_and_labels(tmp_path):
     table(tmp_path, 31, name='renamed.csv')
     with pytest.raises(DataError, match='splits.csv has no split for 30 .1 such images'):
         load_data(str(source), **kwargs)
+    # what an image without a label is called is no difference
+    lines(tmp_path / 'several.csv', ('image', 'melanoma'), [(f'images/{k}.png', 1 - k % 2) for k in range(30)])
+    text = (tmp_path / 'splits.csv').read_text()
+    (tmp_path / 'splits.csv').write_text(text.replace('nevus', 'other'))
+    assert len(load_data(str(tmp_path / 'several.csv'), Wanted(labels=('melanoma',)), expected=Task(
+        'x', ('melanoma',), rest='other'), **kwargs).splits['test']) == 10
+    (tmp_path / 'splits.csv').write_text(text)
     # the same names, other images
     table(tmp_path, 30, ('nevus', 'melanoma'), name='renamed.csv')
     for same in (False, True):

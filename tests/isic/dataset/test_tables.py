@@ -67,6 +67,13 @@ def test_columns_are_found_in_other_spelling(tmp_path):
         load_data(str(path), Wanted(columns=(('diagnosis', 'Histology'),)))
 
 
+def test_heads_with_spaces(tmp_path):
+    path = table(tmp_path, 20, head=('Image Path', 'Label', 'Image ID'), more=lambda k: (f'i{k}',))
+    data = load_data(str(path))
+    assert ids_of(path) == sorted(f'i{k}' for k in range(20)) and data.task.labels == ('melanoma', 'nevus')
+    assert set(data.splits['train'].column_names) == {'image', 'image_id', 'Label', 'melanoma', 'nevus'}
+
+
 def test_names_of_columns():
     columns = ['age_approximate', 'site', 'Skin Type', 'patient_id', 'sex', 'SEX']
     assert [column_named(columns, name) for name in ('age', 'localization', 'skin_type', 'Patient', 'sex', 'Sex')] == [

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from ..task import TASKS, DataError, Task
-from .names import CLASS_COLUMNS
+from .names import CLASS_COLUMNS, plain
 from .options import Wanted
 
 __all__ = ['find_task', 'with_ids', 'with_labels', 'words_of']
@@ -116,7 +116,7 @@ def _class_column(split: datasets.Dataset, data: str, task: Optional[Task] = Non
         found = ['diagnosis']
     else:
         found = [column for column, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
-        found = found or [column for column in columns if column.lower() in CLASS_COLUMNS]
+        found = found or [column for column in columns if plain(column) in CLASS_COLUMNS]
     if task is not None:  # only one that holds its words
         words = {word.lower() for word in (*task.classes, *(word for word, _ in task.aliases))}
         found = [column for column in found if words & {str(word).lower() for word in words_of(split, column)}]

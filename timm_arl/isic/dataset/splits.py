@@ -1,4 +1,5 @@
 """The splits of any data set, loaded and checked, with what is predicted."""
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
@@ -103,9 +104,12 @@ def load_data(
         splits = with_groups(splits, groups)
     elif wanted.group is None:
         missed = groups_missed(splits, ['image', 'image_id', column, *task.labels])
-    if expected is not None and expected.labels != task.labels:
+    said = task  # by which splits.csv says what an image has
+    if expected is not None and expected.labels == task.labels:
+        said = dataclasses.replace(task, rest=expected.rest)
+    elif expected is not None:
         earlier = None
-    splits, made, how = _arranged(splits, task, groups, wanted, seed, needed, whole, earlier, same, data)
+    splits, made, how = _arranged(splits, said, groups, wanted, seed, needed, whole, earlier, same, data)
     if alone:
         splits = {name: split for name, split in splits.items() if name in needed} or splits
     if 'train' in needed and 'train' in splits and column:
@@ -255,8 +259,8 @@ def _arranged(
             absent = [name for name in needed if name not in found]
             if absent:
                 raise DataError(f'{data} has none of the {absent[0]} images of the run: {earlier} has all of its '
-                                f'images in {", ".join(found)}. Pass --other-data if they are other images of the same '
-                                f'names.')
+                                f'images in {", ".join(found)}. Choose another --split, or pass --other-data if they are '
+                                f'other images of the same names.')
             return found, '', [f'Its images are those of the run: they are divided as in {earlier}.']
     if set(needed) <= splits.keys() and (WHOLE not in splits or len(splits) > 1):
         return splits, '', ()

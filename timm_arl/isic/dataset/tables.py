@@ -10,7 +10,7 @@ import datasets
 
 from ..task import DataError
 from .groups import SPLIT_NAMES, WHOLE, split_name
-from .names import IMAGE_COLUMNS, column_named
+from .names import IMAGE_COLUMNS, column_named, plain
 from .sources import IMAGE_SUFFIXES, table_text
 
 __all__ = ['read_image_table', 'read_lines', 'renamed', 'typed', 'unique_ids']
@@ -105,20 +105,20 @@ def read_image_table(
             for row in rows]
     heads = list(rows[0])
     given = next((head for head in heads if head.lower() == 'split'), '')  # its column
-    image = next((column for column in IMAGE_COLUMNS if column in {head.lower() for head in heads}), None)
-    image = next((head for head in heads if head.lower() == image), None)
+    image = next((head for column in IMAGE_COLUMNS for head in heads if plain(head) == plain(column)), None)
+    name = next((head for head in heads if plain(head) == 'imageid' and head != image), None)
     if image is None:
         raise DataError(f'{path} has no column of image paths (it has {", ".join(shown)}): name it with --columns '
                         f'image=COLUMN.')
     files = _files(path, [row[image] for row in rows], numbers)
-    if 'image_id' in heads and image != 'image_id':
-        ids = [row['image_id'] for row in rows]
+    if name is not None:
+        ids = [row[name] for row in rows]
     else:
         paths = [PurePath(row[image].replace('\\', '/')).with_suffix('').parts for row in rows]
         ids = unique_ids([[parts[-1], '-'.join(part for part in parts if part != '/')] for parts in paths])
     content: Dict[str, List[Any]] = {'image': [str(file) for file in files], 'image_id': ids}
     for head in heads:
-        if head and head not in (image, 'image', 'image_id', given):
+        if head and head not in (image, name, 'image', 'image_id', given):
             content[head] = typed([row[head] for row in rows], head)
     parts = _by_split(path, [row[given] for row in rows], numbers) if given else {WHOLE: list(range(len(rows)))}
     features = datasets.Dataset.from_dict(content).features
