@@ -259,8 +259,8 @@ def _arranged(
             absent = [name for name in needed if name not in found]
             if absent:
                 raise DataError(f'{data} has none of the {absent[0]} images of the run: {earlier} has all of its '
-                                f'images in {", ".join(found)}. Choose another --split, or pass --other-data if they are '
-                                f'other images of the same names.')
+                                f'images in {", ".join(found)}. Choose another --split, or pass --other-data if they '
+                                f'are other images of the same names.')
             return found, '', [f'Its images are those of the run: they are divided as in {earlier}.']
     if set(needed) <= splits.keys() and (WHOLE not in splits or len(splits) > 1):
         return splits, '', ()
