@@ -59,7 +59,7 @@ COLUMNS = [
 ONNX = 'onnx', 'int8'  # backends of ONNX Runtime
 # how the names of environment variables begin that change times
 HEEDED = ('ATEN_', 'DNNL_', 'GOMP_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'MKL_', 'OMP_', 'ONEDNN_', 'PYTORCH_',
-          'TIMM_ARL_', 'TORCHINDUCTOR_')
+          'TIMM_ARL_')
 
 
 class Failed(Exception):

@@ -32,6 +32,7 @@ Inputs may have any strides. Sums and masks are in float32, or float64 for float
 """
 import os
 import warnings
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -52,6 +53,7 @@ def _wanted() -> str:
     return wanted
 
 
+@cache
 def _module(name: str) -> ModuleType:
     return import_module(f'.{name}', __name__)  # at the first use: to import Triton takes a while
 
