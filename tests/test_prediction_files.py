@@ -73,6 +73,17 @@ def test_what_others_read(tmp_path):
     assert rows[3]['error'] == 'it says "no", and, why' and rows[3]['melanoma'] == '' == rows[3]['melanoma_decision']
 
 
+def test_exclusive_classes_have_a_most_probable_one(tmp_path):
+    files = PredictionFiles(tmp_path, 'csv', LABELS, exclusive=True)
+    files.start({'settings': {}, 'images': 0, 'folder': '.', 'complete': False})
+    write(files, [{**row(0), 'most_probable': 'melanoma'}, row(3)])
+    with files.path.open(newline='', encoding='utf-8') as file:
+        assert next(file).rstrip() == ('image,melanoma,seborrheic_keratosis,most_probable,melanoma_decision,'
+                                       'seborrheic_keratosis_decision,error')
+    found = [each['most_probable'] for each in files.read()]
+    assert found == ['melanoma', None]
+
+
 def test_json_lines_and_parquet(tmp_path):
     lines = begin(tmp_path / 'j', 'jsonl')
     write(lines, [row(k) for k in range(8)])

@@ -17,6 +17,7 @@ from timm_arl.factory import Checkpoint, save_network
 from timm_arl.files import write_json
 from timm_arl.isic import LABELS, probabilities_of
 from timm_arl.isic.synthetic import draw_lesion
+from timm_arl.isic.task import Task
 from timm_arl.isic.transforms import eval_transform, grey_world
 from timm_arl.predictor import Predictor, read_picture
 
@@ -107,6 +108,25 @@ def test_what_a_user_should_know(trained):
         'youden on validation': dict.fromkeys(LABELS, .3)}), crops='center').remarks
     assert len(remarks) == 2 and 'cut to the lesion' in remarks[0]
     assert 'chosen with crops multiscale, not center' in remarks[1]
+
+
+def test_thresholds_and_temperatures_that_a_run_keeps_beside_it(trained):
+    folder = trained({'crops': 'center'})
+    home = {'thresholds': {'youden on validation': dict.fromkeys(LABELS, .3)},
+            'temperatures': dict.fromkeys(LABELS, 2.), 'shown': {'crops': 'center', 'img_size': 64}}
+    write_json(folder / 'home.json', home)
+    run = Predictor(folder)
+    assert run.point == 'youden on validation' and run.temperatures['melanoma'] == 2. and not run.remarks
+    assert run.decide(torch.tensor([.31, .29])) == {'melanoma': True, 'seborrheic_keratosis': False}
+    # those of images that were prepared in another way are of no use
+    write_json(folder / 'home.json', {**home, 'shown': {'crops': 'paper'}})
+    assert Predictor(folder).point == 'official'
+
+
+def test_the_most_probable_of_exclusive_classes(trained):
+    outputs = ('scar', 'ulcer', 'mole')
+    assert Predictor(trained(outputs=outputs, task=Task('mine', outputs, 'multiclass').config())).most_probable(
+        torch.tensor([.3, .36, .34])) == 'ulcer'
 
 
 def test_a_network_of_squashed_copies_says_so(trained):

@@ -242,6 +242,9 @@ class Checkpoint:
     def settings(self) -> Dict[str, Any]:
         """How the network is to be used: thresholds and temperatures, and how its run prepared images.
 
+        Thresholds and temperatures are those of config.json or, of a run, those of the home.json beside it, unless
+        they were chosen on images that were prepared in another way.
+
         Returns:
             Those of task, thresholds, temperatures, crops, grey_world, lesion_crop and aspect that are known.
 
@@ -249,7 +252,11 @@ class Checkpoint:
             WeightsError: A config.json or results.json that could not be loaded from the Hub.
         """
         config, arguments = self.config(), self.arguments()
+        home = _read_json(self.folder and self.folder / 'home.json')
+        if any(arguments.get(key) not in (None, value) for key, value in (home.get('shown') or {}).items()):
+            home = {}
         return {key: source[key] for source, keys in (
+            (home, ('thresholds', 'temperatures')),
             (config, ('task', 'thresholds', 'temperatures')),
             (arguments, ('crops', 'grey_world', 'lesion_crop', 'aspect')))
             for key in keys if source.get(key) is not None}

@@ -6,8 +6,9 @@
 
 IMAGE is a file, a folder (with all folders below it), a quoted pattern, or - for a list on standard input, a name on
 each line. The output folder receives
-    predictions.csv       a row for each image, in order: image, a probability for each label (melanoma, ...), a
-                          decision for each (melanoma_decision, ...: 1 above the threshold), error
+    predictions.csv       a row for each image, in order: image, a probability for each label (melanoma, ...), of labels
+                          that exclude each other most_probable, a decision for each (melanoma_decision, ...: 1 above
+                          the threshold), error
     predictions.json      what was predicted and how: network, crops, thresholds, command
     overlays/NAME.png     with --overlays: what in the picture speaks for each label
 An image that cannot be read is a row with its reason in `error`, and the others are done.
@@ -40,7 +41,7 @@ from .isic.task import apply_temperature, label_words
 from .isic.transforms import CROPS
 from .overlays import panel
 from .pictures import REMARKS, Pictures, Seen, collate
-from .prediction_files import FORMATS, PredictionFiles
+from .prediction_files import FORMATS, MOST_PROBABLE, PredictionFiles
 from .predictor import DEFAULT_MODEL, LARGEST_MAP, Predictor
 
 __all__ = ['main']
@@ -160,6 +161,11 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
         raise InputError(f'--device {device} cannot be used: {" ".join(str(error).split())[:200]}') from error
 
 
+def is_exclusive(predictor: Predictor) -> bool:
+    """Whether an image has one of the labels, so that the most probable one is what it is called."""
+    return predictor.task.kind == 'multiclass'
+
+
 def settings_of(args: argparse.Namespace, predictor: Predictor) -> Dict[str, Any]:
     """All that decides what is in the rows: a resumed run must have the same."""
     point = predictor.operating_point(args.threshold_name) if args.threshold_name else predictor.point
@@ -180,6 +186,7 @@ def settings_of(args: argparse.Namespace, predictor: Predictor) -> Dict[str, Any
         'labels': list(predictor.labels), 'threshold_name': point, 'thresholds': predictor.thresholds[point],
         'calibrated': args.calibrated, 'temperatures': predictor.temperatures, 'format': args.format,
         'overlays': args.overlays, 'restore_aspect': args.restore_aspect,
+        **({MOST_PROBABLE: True} if is_exclusive(predictor) else {}),
     }
 
 
@@ -257,7 +264,7 @@ def predict(args: argparse.Namespace) -> int:
     predictor = load_predictor(args)
     if processes > 1:
         dist.init_process_group('gloo', timeout=timedelta(days=7))  # how long one may wait for the others at the end
-    files = PredictionFiles(Path(args.output_dir), args.format, predictor.labels)
+    files = PredictionFiles(Path(args.output_dir), args.format, predictor.labels, is_exclusive(predictor))
     settings = settings_of(args, predictor)
     record, done = on_first(lambda: prepare(args, files, settings))
     for remark in predictor.remarks if rank == 0 else ():
@@ -306,6 +313,7 @@ def predict_rows(
                 written = predictor.calibrated(probabilities) if args.calibrated else probabilities.numpy()
                 for i, p, values in zip(readable, probabilities, written.tolist()):
                     rows[i].update(zip(files.labels, values))
+                    rows[i][MOST_PROBABLE] = predictor.most_probable(p)
                     rows[i].update(zip(files.decisions, predictor.decide(p, settings['threshold_name']).values()))
                     if args.overlays:
                         draw(predictor, seen[i], files.overlays, captions(files, rows[i], thresholds_shown(settings)))
@@ -345,7 +353,9 @@ def report(files: PredictionFiles, record: Dict[str, Any], speed: float) -> None
     settings = record['settings']
     thresholds = thresholds_shown(settings)
     for row in files.read() if record['images'] <= SHOWN and files.rows == files.path else ():
-        say(f'{row["image"]}: {row["error"] or ", ".join(captions(files, row, thresholds))}')
+        called = row.get(MOST_PROBABLE)
+        say(f'{row["image"]}: ' + (row['error'] or (f'most probable {label_words(called)}; ' if called else '')
+                                   + ', '.join(captions(files, row, thresholds))))
     say(f'Thresholds: {settings["threshold_name"]}, ' + ', '.join(
         f'{label_words(label)} {p:.3f}' for label, p in thresholds.items()) + '.')
     say(f'Written: {files.path} ({record["images"]} images' + (f', {speed:.1f} images/s)' if speed else ')'))

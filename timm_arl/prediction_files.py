@@ -17,9 +17,10 @@ try:
 except ImportError:  # Windows, where two runs in one folder are the user's care
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ['FORMATS', 'PredictionFiles', 'RowWriter']
+__all__ = ['FORMATS', 'MOST_PROBABLE', 'PredictionFiles', 'RowWriter']
 
 FORMATS = ('csv', 'jsonl', 'parquet')
+MOST_PROBABLE = 'most_probable'  # column of networks whose labels exclude each other
 SYNC_SECONDS = 1.  # what a power failure may cost; a killed process costs nothing that was written
 CHUNK = 1000  # rows that are held when files are joined or converted
 
@@ -37,12 +38,13 @@ class PredictionFiles:
         overlays: Folder of the pictures.
     """
 
-    def __init__(self, folder: Path, form: str, labels: Sequence[str]) -> None:
+    def __init__(self, folder: Path, form: str, labels: Sequence[str], exclusive: bool = False) -> None:
         """
         Args:
             folder: Output folder.
             form: One of FORMATS.
             labels: What is predicted.
+            exclusive: Whether an image has one of them, so that rows say which is the most probable.
         """
         self.folder, self.form, self.labels = folder, form, tuple(labels)
         self.path = folder / f'predictions.{form}'
@@ -50,7 +52,7 @@ class PredictionFiles:
         self.list, self.overlays, self.parts = folder / 'images.jsonl', folder / 'overlays', folder / 'parts'
         self.record_file, self._lock_file = folder / 'predictions.json', folder / '.lock'
         self.decisions = tuple(f'{label}_decision' for label in labels)
-        self.columns = ('image', *self.labels, *self.decisions, 'error')
+        self.columns = ('image', *self.labels, *[MOST_PROBABLE] * exclusive, *self.decisions, 'error')
         self._lock: Optional[BinaryIO] = None
 
     def record(self) -> Optional[Dict[str, Any]]:
@@ -190,7 +192,7 @@ class PredictionFiles:
         """A row as bytes.
 
         Args:
-            row: image, and either error or, for each label, a probability and a decision.
+            row: image, and either error or, for each label, a probability and a decision (and the most probable).
         """
         cells = {column: row.get(column) for column in self.columns}
         cells.update((label, float(f'{cells[label]:.9g}')) for label in self.labels if cells[label] is not None)

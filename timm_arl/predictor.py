@@ -254,6 +254,14 @@ class Predictor:
         thresholds = self.thresholds[point or self.point]
         return {label: p > thresholds[label] for label, p in zip(self.labels, probabilities.double().tolist())}
 
+    def most_probable(self, probabilities: torch.Tensor) -> str:
+        """The label with the largest probability, the first of equals: what an image of exclusive classes is called.
+
+        Args:
+            probabilities: Shape (labels,), not calibrated.
+        """
+        return self.labels[int(probabilities.argmax())]
+
     def calibrated(self, probabilities: torch.Tensor) -> np.ndarray:
         """Probabilities at the temperatures, float64, same shape; as they are where none was fitted.
 

@@ -249,8 +249,10 @@ class Analyst:
         labels, values = predictor.labels, analysis.probabilities.double().tolist()
         decisions = predictor.decide(analysis.probabilities)
         writer = csv.writer(table, lineterminator='\n')
-        writer.writerow(['image', *labels, *(f'{label}_decision' for label in labels), 'error'])
-        writer.writerow([analysis.name, *values, *map(int, decisions.values()), ''])
+        called = {'most_probable': predictor.most_probable(analysis.probabilities)}
+        called = called if predictor.task.kind == 'multiclass' else {}
+        writer.writerow(['image', *labels, *called, *(f'{label}_decision' for label in labels), 'error'])
+        writer.writerow([analysis.name, *values, *called.values(), *map(int, decisions.values()), ''])
         result: Dict[str, Any] = {
             'image': analysis.name, 'synthetic': analysis.synthetic, 'size': analysis.size, 'remark': analysis.remark,
             'not_for': NOT_FOR,

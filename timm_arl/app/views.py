@@ -90,13 +90,19 @@ def found(analysis: Analysis, predictor: Predictor, measured: Optional[Dict[str,
                     for point in points for start, text in POINTS.items() if point.startswith(start))
     share = (f' Sensitivity and specificity are those on {measured["images"]} {measured["split"]} images of '
              f'{escape(measured["data"])}.' if measured else '')
+    exclusive = predictor.task.kind == 'multiclass'
+    called = (f'<p>Most probable: <strong>{label_words(predictor.most_probable(analysis.probabilities))}</strong></p>'
+              if exclusive else '')
+    adding = ('An image has one of them, so that they exclude each other: the most probable one is what the network '
+              'calls it' if exclusive else
+              'Each probability is against everything else, so the two need not add up to 1')
     return (
         f'<section class="arl-found" aria-label="Result"><h2>{escape(analysis.name)}</h2>'
-        f'<p class="arl-small">{analysis.size[0]} x {analysis.size[1]} px</p>{synthetic}{remark}'
+        f'<p class="arl-small">{analysis.size[0]} x {analysis.size[1]} px</p>{synthetic}{remark}{called}'
         f'<div class="arl-cards">{cards}</div>'
         f'<details class="arl-small"><summary>What the thresholds are</summary>'
-        f'<ul>{words}</ul><p>A diagnosis is called where its probability is above the threshold. Each probability is '
-        f'against everything else, so the two need not add up to 1. They are not risks.{share}</p></details></section>')
+        f'<ul>{words}</ul><p>A diagnosis is called where its probability is above the threshold. {adding}. They are '
+        f'not risks.{share}</p></details></section>')
 
 
 def _card(

@@ -19,8 +19,8 @@ KINDS = ('multilabel', 'multiclass')
 HEADS = ('sigmoid', 'softmax')
 RESERVED = {  # other columns of tables, and other keys of metrics.json
     'accuracy', 'balanced_accuracy', 'brier', 'comparison', 'confusion_matrix', 'error', 'external', 'first', 'group',
-    'groups', 'image', 'image_id', 'intervals_over', 'labels', 'mask', 'mean_auc', 'mean_auc_ci95', 'second', 'split',
-    'subgroups', 'top1'}
+    'groups', 'image', 'image_id', 'intervals_over', 'labels', 'mask', 'mean_auc', 'mean_auc_ci95', 'most_probable',
+    'second', 'split', 'subgroups', 'top1'}
 NONE = 'none'
 
 
@@ -108,6 +108,16 @@ class Task:
         unknown = sorted({label for _, label in self.aliases} - set(self.classes))
         if unknown:
             raise DataError(f'A word stands for {unknown[0]}, which is no label: choose {", ".join(self.classes)}.')
+
+    @property
+    def is_challenge(self) -> bool:
+        """Whether it is that of an ISIC challenge, whose official threshold is 0.5."""
+        return self.name in TASKS and self.name.startswith('isic')
+
+    @property
+    def usual_point(self) -> str:
+        """What readers call the threshold that was not chosen: 'official' in a challenge."""
+        return 'official' if self.is_challenge else f'{OFFICIAL_THRESHOLD:g}'
 
     @property
     def is_softmax(self) -> bool:
