@@ -13,7 +13,8 @@ so (its splits.csv).
         --map melanoma=MEL,mel seborrheic_keratosis=BKL                      # another clinic's labels
 
 --map scores images of another clinic, whose words for the labels differ. Labels that are not mapped are not scored;
-thresholds and temperatures are those of home (home.json of the run, or of published weights).
+thresholds and temperatures are those of home (home.json of the run, or of published weights). Other data than those of
+the run with the same labels and no validation split are scored so without --map.
 
 The output folder receives
     metrics.json              scores keyed by split; at the threshold 0.5, and a list of other operating points
@@ -72,13 +73,14 @@ from timm_arl.isic.metrics import (
 )
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
 from timm_arl.isic.predictions import read_predictions, write_predictions
+from timm_arl.isic.report import test_of_aucs
 from timm_arl.isic.shift import HOME_FILE, calibration_drift, home_of, home_record, image_statistics
 from timm_arl.isic.shift_page import External
 from timm_arl.isic.task import Task, label_words
 from timm_arl.isic.transforms import CROPS, EvalCrops
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
-from timm_arl.training.evaluations import check_free, epochs_of, replacing_evaluation, training_names
+from timm_arl.training.evaluations import check_free, epochs_of, is_home, replacing_evaluation, training_names
 from timm_arl.training.examples import report_examples
 from timm_arl.training.images import check_images, has_masks, image_loader, predict
 from timm_arl.training.runs import record_look
@@ -105,7 +107,8 @@ def build_parser():
         help='columns of the data whose groups are scored, with counts (default: sex and age_approximate, where known)')
     add('--map', nargs='+', metavar='LABEL=WORD,WORD',
         help="external validation: which labels of the data mean which of the checkpoint's; others are not scored, "
-             'thresholds and temperatures are those of home')
+             'thresholds and temperatures are those of home (not needed for data with the same labels and no '
+             'validation split)')
     add('--other-data', action='store_true',
         help="the data are not those of the checkpoint's run, though images have the same names: score them as a whole")
     add('--drop-duplicates', metavar='LIST.csv',
@@ -243,15 +246,23 @@ def evaluate(args):
         data_config['input_size'] = (3, args.img_size, args.img_size)
 
     wanted = read_map(args.map, task, args.checkpoint) if args.map else None
-    home = home_of(folder, saved) if args.map else None
     data = load_data(args.data, wanted_of(args), args.seed, needed=(args.split,), whole=args.split,
                      expected=None if args.map else task,
                      earlier=None if args.map or args.other_data else folder / 'splits.csv',
                      same=saved.get('data') == args.data, alone=bool(args.map),
                      usual_groups=saved.get('group_column'))
     accelerator.print(data.summary(args.data))
-    mapped = None
+    mapped, home = None, {}
+    at_home = not args.other_data and is_home(args.data, args.split, folder, saved, data.splits, bool(args.map))
+    if not (wanted or at_home) and data.task.labels == task.labels:
+        if 'validation' in data.splits:
+            accelerator.print(
+                f'{args.data} has validation images, which choose thresholds and temperatures. For those of home: '
+                f'--map {" ".join(shlex.quote(f"{label}={label}") for label in task.labels)}')
+        else:
+            wanted = {label: [label] for label in task.labels}
     if wanted:
+        home = home_of(folder, saved)
         mapped = map_labels(data, task, wanted, args.split, args.data)
         data = mapped.data
         print_mapping(accelerator, mapped, home, args)
@@ -340,9 +351,11 @@ def evaluate(args):
 
     # The look is recorded before anybody can see what it gave
     if args.split == 'test' or mapped:
-        record_look(out, shown, metrics[args.split])
+        elsewhere = not at_home or bool(mapped and 'train_ids' not in saved)
+        look = shown, metrics[args.split], args.data * elsewhere
+        record_look(out, *look)
         if (folder / 'run.json').is_file() and os.access(folder, os.W_OK):
-            record_look(folder, shown, metrics[args.split])
+            record_look(folder, *look)
         elif (folder / 'run.json').is_file():
             print(f'{folder} cannot be written to: this look at the {args.split} split is recorded in {out} alone.')
 
@@ -356,7 +369,7 @@ def evaluate(args):
 
     record = {
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
-        'timm': timm.__version__, 'torch': torch.__version__, **how, **({'map': args.map} if mapped else {}),
+        'timm': timm.__version__, 'torch': torch.__version__, **how, **({'map': args.map} if args.map else {}),
         'seed': args.seed, 'alpha_zero': args.alpha_zero, 'tensors_sha256': tensors_sha256(weights)}
     if args.report:
         images = loaders[args.split]
@@ -372,7 +385,8 @@ def evaluate(args):
         write_json(new / 'metrics.json', metrics)
         write_json(new / 'evaluation.json', record)
         for name, scores in metrics.items():
-            title = f'{shown}, {name}, {len(truth[name])} images{synthetic}'
+            of = f'{Path(args.data).name}, {name}' if mapped else name
+            title = f'{shown}, {of}, {len(truth[name])} images{synthetic}'
             images = loaders[name].dataset
             write_predictions(
                 new / f'predictions_{name}.csv', images.image_ids, predicted[name], task, images.groups)
@@ -392,10 +406,11 @@ def evaluate(args):
         print_drift(drift)
     if args.compare:
         print(f'Scores of {shown} minus that of {args.compare}, on the same images:')
+        whose = test_of_aucs(groups[args.split] is not None)
         for name in (*scored.labels, 'mean_auc', *['balanced_accuracy'] * (scored.kind == 'multiclass')):
             pair = metrics[args.split]['comparison'][name]
             print(f'  {label_words(name):22}' + interval_text(pair['difference'], pair['difference_ci95'], '+')
-                  + (f", DeLong's p {pair['p_value']:.3g}" if pair.get('p_value') is not None else ''))
+                  + (f", {whose} p {pair['p_value']:.3g}" if pair.get('p_value') is not None else ''))
     print(f'{time.time() - start_time:.0f} s. In {out}: {", ".join(written)}'
           + ', looks.csv' * bool(args.split == 'test' or mapped))
 

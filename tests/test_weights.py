@@ -132,4 +132,4 @@ def test_staged_by_name(call, tmp_path):
         assert (tmp_path / 's' / file.name).read_bytes() == file.read_bytes()
     assert f"timm.create_model('{NAME}', pretrained=True)" in (tmp_path / 's' / 'README.md').read_text()
     done = call('timm_arl.hub.__main__', 'stage', NAME, tmp_path / 't', '--note', 'mine')
-    assert done.returncode == 2 and 'leave out --evaluation, --alpha-zero, --tag and --note' in done.stderr
+    assert done.returncode == 2 and 'leave out --evaluation, --alpha-zero, --tag, --note and --license' in done.stderr

@@ -75,7 +75,7 @@ def test_seven_classes_to_the_end(tmp_path, call, seven):
     assert sum(map(sum, scores['confusion_matrix']['counts'])) == scores['NV']['images']
     page = (evaluation / 'report.html').read_text()
     assert 'Confusion matrix' in page and 'bootstrap intervals over lesions' in page
-    assert all(f'AUC, {label}' in page for label in SEVEN) and 'group ISIC_00002' in page and 'add up to 1' in page
+    assert all(f'AUC, {label}' in page for label in SEVEN) and 'lesion ISIC_00002' in page and 'add up to 1' in page
     assert hub(['stage', str(out), str(staged), '--evaluation', str(evaluation)]) == 0
     card = (staged / 'README.md').read_text()
     assert 'MEL, NV, BCC, AKIEC, BKL, DF and VASC' in card and 'one `lesion_id` are in one split' in card
@@ -87,15 +87,18 @@ def test_seven_classes_to_the_end(tmp_path, call, seven):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         exec(program, {})
     found = said.getvalue().splitlines()
-    assert [line.partition(':')[0] for line in found] == list(SEVEN)
+    assert [line.partition(':')[0] for line in found] == [*SEVEN, 'most probable']
     assert export(['--model', str(staged), '--output', str(tmp_path / 'm.onnx'), '--with-preprocessing']) == 0
     for name, flag, network in (('p', '--model', staged), ('o', '--onnx', tmp_path / 'm.onnx')):
-        assert predict([*map(str, (image, flag, network, '--output-dir', tmp_path / name, '--workers', 0))]) == 0
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert predict([*map(str, (image, flag, network, '--output-dir', tmp_path / name, '--workers', 0))]) == 0
+        assert f'most probable {found[-1].split()[-1]}; MEL ' in said.getvalue()
     one, other = (rows(tmp_path / name / 'predictions.csv')[0] for name in 'po')
     for label, line in zip(SEVEN, found):
         assert float(one[label]) == pytest.approx(float(other[label]), abs=1e-3)
         assert float(line.split()[1].rstrip(',')) == pytest.approx(float(one[label]), abs=2e-3)
         assert one[f'{label}_decision'] in '01'
+    assert one['most_probable'] == other['most_probable'] == max(SEVEN, key=lambda label: float(one[label]))
 
 
 @pytest.mark.slow
@@ -128,14 +131,19 @@ def test_several_labels_folds_and_a_teacher(tmp_path, call):
     assert not folds[0] & folds[1]
     refused = call('finetune_isic', *flags, '--output-dir', tmp_path / 'x', '--head', 'softmax')
     assert refused.returncode == 2 and 'softmax needs images with one label at most' in refused.stderr
-    # without a validation split no threshold is chosen
+    # without a validation split no threshold is chosen: other data with the same labels get those of home
     lines(tmp_path / 'other.csv', ('image', 'scar', 'ulcer', 'clinic'), [
         (f'images/{k}.png', k % 2, k % 3 % 2, ('Ulm', '')[k % 5 == 0]) for k in range(30)])
     said = done(call('evaluate_isic', '--data', tmp_path / 'other.csv', '--checkpoint', teacher, '--output-dir',
                      tmp_path / 'e', '--workers', 0, '--report', '--subgroups', 'Clinic', '--other-data'))
-    assert 'no thresholds and no temperatures are chosen' in said
+    assert 'External validation on' in said and 'Thresholds and temperatures are those of home' in said
     metrics = read(tmp_path / 'e' / 'metrics.json')
-    assert list(metrics) == ['test'] and metrics['test']['scar']['operating_points'] == []
+    assert list(metrics) == ['test'] and metrics['test']['external']['map'] == {'scar': ['scar'], 'ulcer': ['ulcer']}
+    assert [point['name'] for point in metrics['test']['scar']['operating_points']] == [
+        'youden on home validation', 'sensitivity 0.9 on home validation']
+    assert 'teacher on other.csv, test' in (tmp_path / 'e' / 'report.html').read_text()
+    looks = [row['other_data'] for row in rows(teacher / 'looks.csv')]
+    assert looks == ['', str(tmp_path / 'other.csv')]
     assert [(row['group'], row['label'], row['images']) for row in metrics['test']['subgroups']] == [
         ('clinic ulm', 'scar', 24), ('clinic ulm', 'ulcer', 24), ('clinic unknown', 'scar', 6),
         ('clinic unknown', 'ulcer', 6)]

@@ -58,7 +58,7 @@ def test_a_run_s_groups_hold_in_a_renamed_table(tmp_path, call, source):
     done = call('evaluate_isic', '--data', source.parent / 'renamed.csv', '--checkpoint', out, '--output-dir',
                 tmp_path / 'e', '--workers', 0)
     assert done.returncode == 0 and 'Images of one case stay together' in done.stdout, done.stderr
-    assert json.loads((tmp_path / 'e' / 'metrics.json').read_text())['test']['intervals_over'] == 'groups'
+    assert json.loads((tmp_path / 'e' / 'metrics.json').read_text())['test']['intervals_over'] == 'groups of case'
 
 
 @pytest.mark.parametrize('old, new', [

@@ -1,6 +1,7 @@
 """External validation: a network of two labels on another clinic's data, by what it knows of home."""
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -95,6 +96,23 @@ def test_a_label_that_is_not_mapped_is_not_scored(call, checkpoint, tmp_path):
     assert scores['validation']['mean_auc'] == scores['validation']['melanoma']['auc']
     assert set(rows(out / 'predictions_validation.csv')[0]) == {'image_id', *LABELS}
     assert len(rows(out / 'looks.csv')) == 1  # also of a split called validation
+
+
+def test_other_data_with_the_same_labels_need_no_map(call, checkpoint, tmp_path):
+    data = table(tmp_path / 'c', 12, (0, 1), ('image', *LABELS), lambda k: (int(k % 4 == 0),), 'theirs.csv')
+    done = call('evaluate_isic', *usual(data, checkpoint, tmp_path / 'r', '--report'))
+    assert done.returncode == 0 and 'seborrheic_keratosis = seborrheic_keratosis' in done.stdout, done.stderr
+    scores = json.loads((tmp_path / 'r' / 'metrics.json').read_text())['test']
+    assert scores['melanoma']['operating_points'][0]['threshold'] == 0.31 and 'external' in scores
+    assert '<h1>out on theirs.csv, test</h1>' in (tmp_path / 'r' / 'report.html').read_text()
+    # a card counts looks at the test split of home alone
+    assert [rows(folder / 'looks.csv')[-1]['other_data'] for folder in (tmp_path / 'r', checkpoint)] == [str(data)] * 2
+    copy = shutil.copytree(checkpoint, tmp_path / 'copy')
+    shutil.copy(tmp_path / 'r' / 'predictions_test.csv', copy)  # the images that the run was tested on, elsewhere
+    done = call('evaluate_isic', *usual(data, copy, tmp_path / 'h'))
+    assert done.returncode == 0 and 'no thresholds and no temperatures are chosen' in done.stdout, done.stderr
+    assert not rows(copy / 'looks.csv')[-1]['other_data'] and len(rows(copy / 'looks.csv')) == len(
+        rows(checkpoint / 'looks.csv')) + 1
 
 
 def test_without_a_record_of_home_nothing_is_chosen(call, checkpoint, tmp_path):

@@ -19,11 +19,14 @@ from timm.models import save_for_hf
 
 from timm_arl import hub as publishing
 from timm_arl.download import sha256_of
-from timm_arl.factory import tensors_sha256
-from timm_arl.files import write_json
+from timm_arl.factory import save_network, tensors_sha256
+from timm_arl.files import write_json, write_rows
 from timm_arl.hub.publish import _named
 from timm_arl.isic.dataset import decode, load_splits
 from timm_arl.isic.dataset.sources import CHALLENGE_IDS, ids_digest
+from timm_arl.isic.metrics import score_split
+from timm_arl.isic.predictions import write_predictions
+from timm_arl.isic.task import Task
 from timm_arl.isic.transforms import eval_transform, grey_world
 
 
@@ -186,6 +189,79 @@ def run_snippets_here(card, folder, picture=None):
     finally:
         os.chdir(before)
     return out.getvalue().splitlines()
+
+
+@pytest.fixture(scope='module')
+def clinic(tmp_path_factory):
+    """A finished run on a clinic's own three classes, two images of each patient."""
+    folder, task = tmp_path_factory.mktemp('clinic') / 'out', Task('mine', ('scar', 'ulcer', 'mole'), 'multiclass')
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=3)
+    save_network(model, folder, task.outputs, timm.data.resolve_model_data_config(model), task.config())
+    truth = torch.eye(3)[torch.arange(60).div(2).long().remainder(3)].numpy()
+    truth[54:] = torch.eye(3)[2].numpy()
+    p = torch.rand(60, 3, generator=torch.Generator().manual_seed(1)).softmax(1).numpy()
+    groups = [f'P{k // 2}' for k in range(60)]
+    write_json(folder / 'metrics.json', {name: score_split(truth, p, task=task, groups=groups, unit='patients')
+                                         for name in ('validation', 'test')})
+    for name in ('validation', 'test'):
+        write_predictions(folder / f'predictions_{name}.csv', [f'{name}{k}' for k in range(60)], p, task, groups)
+    write_rows(folder / 'summary.csv', [{'epoch': 1, 'validation_mean_auc': .5}])
+    write_rows(folder / 'looks.csv', [
+        {'checkpoint': 'out', 'command': f'evaluate_isic.py --data {data}', 'other_data': data.replace('mine.csv', '')}
+        for data in ('mine.csv', 'other.csv', 'mine.csv')])
+    write_json(folder / 'run.json', {
+        'command': 'finetune_isic.py --data mine.csv', 'arguments': {
+            'data': 'mine.csv', 'recipe': 'modern', 'seed': 0, 'keep': 'best', 'train_ids': '0', 'crops': 'center',
+            'mask_weight': 0.5, 'group_column': 'patient_id'},
+        'launch': {'processes': 1, 'mixed_precision': 'no', 'device': 'cpu'}, 'versions': {'timm_arl': '0.1.0'}})
+    return folder
+
+
+def test_only_looks_at_its_own_test_split_count(clinic, tmp_path):
+    folder = publishing.stage(clinic, tmp_path / 's')
+    assert 'The test split was looked at twice.' in (folder / 'README.md').read_text()
+    looks = json.loads((folder / 'results.json').read_text())['looks']
+    assert [look['command'].split()[-1] for look in looks] == ['mine.csv', 'mine.csv']
+
+
+def test_masks_are_named_where_there_were_masks(clinic, tmp_path):
+    assert 'lesion masks' not in (publishing.stage(clinic, tmp_path / 's') / 'README.md').read_text()
+    copy = shutil.copytree(clinic, tmp_path / 'run')
+    write_rows(copy / 'summary.csv', [{'epoch': 1, 'validation_mean_auc': .5, 'train_mask_loss': .1}])
+    card = (publishing.stage(copy, tmp_path / 't') / 'README.md').read_text()
+    assert 'lesion masks | learned beside the diagnosis, weight 0.5' in card
+
+
+def test_a_clinics_card_speaks_of_no_challenge(clinic, tmp_path):
+    card = (publishing.stage(clinic, tmp_path / 's') / 'README.md').read_text()
+    for word in ('challenge', 'official', 'Known leakage', 'ISIC', 'HAM10000', 'apache'):
+        assert word not in card.partition('---\n')[2].replace('finetune_isic.py', ''), word
+    assert 'At the threshold of 0.5:' in card and '| scar, 0.5 | 0.500 |' in card
+    assert 'call' in card and 'the most probable class' in card and front_matter(card)['license'] == 'unknown'
+    assert '\n\n\n' not in card
+    assert 'Only 9 patients have scar (18 images): figures from so few are uncertain.' in card
+
+
+def test_the_licence_is_said_or_asked_for(clinic, call, tmp_path):
+    done = call('timm_arl.hub.__main__', 'stage', clinic, tmp_path / 's')
+    assert done.returncode == 0 and 'The card gives no licence' in done.stdout, done.stderr
+    done = call('timm_arl.hub.__main__', 'stage', clinic, tmp_path / 's', '--license', 'cc-by-nc-4.0')
+    assert done.returncode == 0 and 'no licence' not in done.stdout, done.stderr
+    assert front_matter((tmp_path / 's' / 'README.md').read_text())['license'] == 'cc-by-nc-4.0'
+    assert json.loads((tmp_path / 's' / 'config.json').read_text())['pretrained_cfg']['license'] == 'cc-by-nc-4.0'
+    done = call('timm_arl.hub.__main__', 'stage', clinic, tmp_path / 't', '--license', 'ours: all')
+    assert done.returncode == 2 and 'is no licence as the Hub abbreviates it' in done.stderr
+
+
+def test_thresholds_of_the_run_travel_without_an_evaluation(clinic, tmp_path):
+    copy, labels = shutil.copytree(clinic, tmp_path / 'run'), ('scar', 'ulcer', 'mole')
+    write_json(copy / 'home.json', {'thresholds': {'youden on validation': dict.fromkeys(labels, .3)},
+                                    'temperatures': dict.fromkeys(labels, 2.), 'shown': {'crops': 'center'}})
+    folder = publishing.stage(copy, tmp_path / 's')
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['thresholds']['youden on validation']['mole'] == .3 and config['temperatures']['mole'] == 2.
+    assert "'mole': 0.3" in (folder / 'README.md').read_text()
 
 
 @pytest.mark.slow

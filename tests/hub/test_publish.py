@@ -279,6 +279,13 @@ def test_a_card_that_is_edited(run, staged, call, tmp_path):
                  ('verify', tmp_path / 'there', '--against', tmp_path / 's')):
         done = call('timm_arl.hub.__main__', *args)
         assert done.returncode == 2 and 'README.md is not UTF-8' in done.stderr, done.stderr
+    # what was edited is not lost when the folder is staged again
+    edited = card.read_bytes()
+    done = call('timm_arl.hub.__main__', 'stage', run, tmp_path / 's')
+    assert done.returncode == 2 and 'README.md was edited' in done.stderr and '--overwrite' in done.stderr
+    assert card.read_bytes() == edited
+    assert call('timm_arl.hub.__main__', 'stage', run, tmp_path / 's', '--overwrite').returncode == 0
+    assert added not in card.read_text()
     (tmp_path / 's' / 'results.json').write_text('[1]')
     done = call('timm_arl.hub.__main__', 'card', tmp_path / 's')
     assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr

@@ -12,7 +12,7 @@ from timm_arl.isic.calibration import (
     subgroups,
 )
 from timm_arl.isic.intervals import delong_interval
-from timm_arl.isic.task import TASKS, DataError
+from timm_arl.isic.task import TASKS, DataError, Task
 
 
 def test_error_of_bins_by_hand():
@@ -63,6 +63,15 @@ def test_groups_have_the_interval_of_the_whole_where_they_are_the_whole():
     truth, probabilities = rng.integers(0, 2, (200, 2)), rng.random((200, 2))
     row, _ = subgroup_table(truth, probabilities, ['female'] * 200)
     assert row['auc_ci95'] == pytest.approx(delong_interval(truth[:, 0], probabilities[:, 0]))
+
+
+def test_groups_of_exclusive_classes_call_the_most_probable_one():
+    task = Task('mine', ('a', 'b', 'c'), 'multiclass')
+    truth, probabilities = np.eye(3)[[0, 0, 1, 2]], np.array([[.4, .3, .3], [.3, .4, .3], [.2, .45, .35], [.3, .3, .4]])
+    rows = subgroup_table(truth, probabilities, ['male'] * 4, task=task)
+    assert [(row['label'], row['sensitivity'], row['threshold']) for row in rows] == [
+        ('a', .5, None), ('b', 1., None), ('c', 1., None)]
+    assert [row['specificity'] for row in rows] == pytest.approx([1, 2 / 3, 1])
 
 
 def test_groups_of_any_column():

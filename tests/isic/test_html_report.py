@@ -11,7 +11,7 @@ from timm_arl.isic.calibration import expected_calibration_error, subgroup_table
 from timm_arl.isic.html_report import Comparison, Example, Examples, Group, Shown, Training, html_report
 from timm_arl.isic.metrics import compare, interval_text, score_split
 from timm_arl.isic.report import groups_table
-from timm_arl.isic.task import LABELS, label_words
+from timm_arl.isic.task import LABELS, Task, label_words
 
 EVIL = 'a<script>alert(1)</script>&"\''
 
@@ -179,6 +179,26 @@ def test_a_label_of_one_class_is_undefined_and_not_zero():
     row = page.tables['AUC and other scores that need no threshold, test'][1]
     assert row[1:] == ['undefined', '0', 'undefined', 'undefined']
     assert 'All images are of one class.' in page.text and 'Sensitivity undefined.' in page.text
+
+
+def test_few_groups_are_counted_and_have_no_interval():
+    task, rng = Task('mine', ('scar', 'ulcer'), 'multiclass'), np.random.default_rng(0)
+    truth = np.eye(2)[[0] * 40 + [1] * 10]
+    p = rng.dirichlet([2, 2], 50).astype(np.float32)
+    groups = [f'c{k}' for k in range(40)] + [f'd{k % 3}' for k in range(10)]
+    scores = score_split(truth, p, 50, task=task, groups=groups, unit='groups of case_no')
+    for label in task.labels:
+        scores[label]['calibration'] = {'ece': 0.1, 'temperature': None, 'ece_with_temperature': None}
+    scores['subgroups'] = subgroup_table(truth, p, ['male'] * 50, task=task, groups=groups)
+    record = {'timm_arl': '1', 'img_size': 64, 'crops': 'center', 'aspect': 'keep', 'seed': 0, 'alpha_zero': False}
+    page = Page(html_report('OUT', 'mine.csv', 'test', {'test': scores}, {'test': truth}, {'test': p}, record,
+                            Training([], [], False), examples(), None, task, {'test': groups}))
+    assert ('Only 3 groups of case_no have ulcer (10 images): figures from so few are uncertain, and below 5 there is '
+            'no interval.') in page.text
+    assert 'Too few groups of case_no for an interval.' in page.text and 'All images are of one class' not in page.text
+    assert re.search(r'ulcer.*Sensitivity 0\.\d+, \d of 10\.', page.text)  # without brackets
+    assert "Intervals are Obuchowski's" in page.text and 'those of calling the most probable class' in page.text
+    assert 'official' not in page.text and 'challenge' not in page.text
 
 
 def luminance(colour):

@@ -7,7 +7,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from timm_arl.isic.calibration import subgroup_table
-from timm_arl.isic.intervals import delong_covariance, delong_interval, delong_test
+from timm_arl.isic.intervals import delong_covariance, delong_interval, delong_test, unit_of
 from timm_arl.isic.metrics import auc, compare, score_split
 from timm_arl.isic.task import LABELS
 
@@ -135,3 +135,26 @@ def test_groups_of_both_classes_have_the_spread_of_their_bootstrap():
     assert np.allclose([low, high], np.percentile(values, [2.5, 97.5]), atol=0.012)
     assert np.allclose(delong_covariance(truth, scores[None], np.arange(600))[1],
                        delong_covariance(truth, scores[None])[1])  # each image by itself
+
+
+def test_no_interval_from_fewer_than_five_groups():
+    """Percentiles of images of one lesion alone would be a point."""
+    truth, scores = sample(6, 60)
+    for lesions_with_it, known in ((4, False), (5, True)):
+        lesions = np.where(truth == 1, np.arange(60) % lesions_with_it, 100 + np.arange(60) % 30)
+        both, p = np.stack([truth, np.arange(60) % 2], 1), np.stack([scores[0], scores[1]], 1)
+        found = score_split(both, p, groups=lesions, unit='lesions')
+        own = found['melanoma']
+        assert (own['auc_ci95'] is not None) == (found['mean_auc_ci95'] is not None) == known
+        assert (own['positive_groups'], own['negative_groups']) == (lesions_with_it, 26) and own['auc'] is not None
+        assert found['seborrheic_keratosis']['auc_ci95'] is not None
+        pair = compare(both, p, p[::-1], groups=lesions)['melanoma']
+        assert (pair['difference_ci95'] is not None) == (pair['p_value'] is not None) == known
+        row = subgroup_table(both, p, ['male'] * 60, groups=lesions)[0]
+        assert (row['auc_ci95'] is not None) == known
+    assert 'positive_groups' not in score_split(both, p)['melanoma']
+
+
+def test_what_intervals_are_over():
+    assert [unit_of(column) for column in ('', 'Patient_ID', 'lesion_id', 'case_no')] == [
+        'images', 'patients', 'lesions', 'groups of case_no']

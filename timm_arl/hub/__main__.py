@@ -12,6 +12,7 @@ HF_TOKEN. HF_ENDPOINT names another Hub, TIMM_ARL_HUB the user or organisation t
 README.md is sent as it is, but with the name of the repo or folder in its call of timm.create_model.
 """
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Optional, Sequence
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 
 from ..download import WeightsError
 from .publish import push, staged_files, usual_repo, verify
-from .staging import HubError, card, card_of_registered, stage
+from .staging import UNKNOWN_LICENSE, HubError, card, card_of_registered, stage
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -37,6 +38,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                      help='output folder of evaluate_isic.py --alpha-zero --compare R/predictions_test.csv')
     sub.add_argument('--tag', help='tag of the weights (default: isic2017 for the images of the challenge, demo for '
                                    'synthetic ones, else the name of the data)')
+    sub.add_argument('--license', help='of the weights, as the Hub abbreviates it (default: apache-2.0 for the data '
+                                       'sets that this package knows, else unknown)')
+    sub.add_argument('--overwrite', action='store_true', help='replace a README.md in STAGED that was edited')
     sub.add_argument('--note', default='', help='what the card says about the images ("copies at 256 px", for example)')
     sub = commands.add_parser('card', help='write the README.md of a staged folder, or of registered weights')
     sub.add_argument('what', metavar='STAGED|NAME.TAG')
@@ -53,8 +57,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == 'stage':
-            stage(args.run, args.target, args.evaluation, args.tag, args.note, args.alpha_zero)
+            stage(args.run, args.target, args.evaluation, args.tag, args.note, args.alpha_zero, args.overwrite,
+                  args.license)
             print(f'Staged: {args.target} ({", ".join(sorted(path.name for path in args.target.iterdir()))})')
+            config = json.loads((args.target / 'config.json').read_text(encoding='utf-8'))
+            if config['pretrained_cfg'].get('license') == UNKNOWN_LICENSE:
+                print('The card gives no licence (license: unknown): say by --license under which one you publish.')
         elif args.command == 'card':
             if Path(args.what).is_dir() and args.output:
                 raise HubError(f'{args.what} is a staged folder and its card goes there: leave out --output.')

@@ -13,6 +13,8 @@ from ..isic.report import (
     classes_cells,
     confusion_cells,
     differences_table,
+    few_images,
+    group_intervals,
     groups_table,
     markdown_table,
     points_table,
@@ -69,7 +71,7 @@ def render_card(
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=config['architecture'], measured=measured,
         is_arl=config['architecture'].startswith('arl_'), label_names=label_names, source=source, task=task,
-        labels=words_list(task.labels), classes=words_list(task.known),
+        tasks=TASKS, labels=words_list(task.labels), classes=words_list(task.known),
         load_name=repr(load_name),
         data_text=('generated, **synthetic** images: its scores say nothing about skin' if synthetic else 'ISIC 2017'
                    if official else f'`{data_set.get("name")}`' + (
@@ -78,7 +80,8 @@ def render_card(
         crops=arguments.get('crops', 'center'), grey_world=arguments.get('grey_world'),
         lesion_crop=arguments.get('lesion_crop'), squash=arguments.get('aspect') == 'squash',
         has_points=len(thresholds) > 1,
-        thresholds={label: float(f'{value:.6g}') for label, value in thresholds.get(point, {}).items()}, point=point,
+        thresholds={label: float(f'{value:.6g}') for label, value in thresholds.get(point, {}).items()},
+        point=task.usual_point if point == 'official' else point,
         splits=[_split(split, results, task) for split in _ordered(results['metrics'])] if results else [],
         over=_over(results['metrics']) if results else '', looks=_times(len(results['looks'])) if results else '',
         pictures=[(name, _words_of(name)) for name in pictures or []],
@@ -131,9 +134,10 @@ def _split(name: str, results: Dict[str, Any], task: Task) -> Dict[str, Any]:
             f'**Probabilities of {label_words(label)} are {direction}** here, by {abs(gap):.3f} on average: do not '
             f'read them as risks.' for label, t in tasks.items() if 'mean_probability' in t
             for gap in [t['mean_probability'] - t['positives'] / t['images']]
-            for direction in ['too high' if gap > 0 else 'too low'] if abs(gap) > 0.05],
-        'alpha_zero': differences_table(alpha_zero, task) if alpha_zero else '',
-        'groups': groups_table(groups) if groups else '', 'classes': '\n\n'.join(
+            for direction in ['too high' if gap > 0 else 'too low'] if abs(gap) > 0.05] + few_images(scores, task),
+        'alpha_zero': differences_table(alpha_zero, task, 'groups' in scores) if alpha_zero else '',
+        'groups': groups_table(groups) if groups else '', 'group_intervals': group_intervals(scores, task),
+        'classes': '\n\n'.join(
             markdown_table(*cells(scores)) for cells in (classes_cells, confusion_cells)
             if 'confusion_matrix' in scores),
     }
@@ -164,7 +168,7 @@ def _training(results: Dict[str, Any]) -> str:
             else f'`{arguments["data"]}`, split train{images}', results['data']['note']]))),
         ('started from', f'`{start}`' if start else 'scratch'),
         *([('lesion masks', f'learned beside the diagnosis, weight {arguments["mask_weight"]}')]
-          if arguments.get('mask_weight') else []),
+          if arguments.get('mask_weight') and results.get('learned_masks', True) else []),
         *([('groups', f'images of one `{arguments["group_column"]}` are in one split')]
           if arguments.get('group_column') not in (None, NO_GROUPS) else []),
         ('command', f'`{run["command"]}`'), ('recipe', arguments['recipe']), ('seed', arguments['seed']),

@@ -17,19 +17,23 @@ from huggingface_hub.utils import validate_repo_id
 from ..download import sha256_of
 from ..factory import Checkpoint, create_trained, tensors_sha256
 from ..files import make_folder, read_rows, replacing, replacing_folder, write_json
+from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.dataset.sources import CHALLENGE_IDS, ids_digest
 from ..isic.selection import selection_column
-from ..isic.task import Task
+from ..isic.task import TASKS, Task
 from ..pretrained import OWN_WEIGHTS, shipped_weights
 from .cards import read_results, registered_config, render_card
 
-__all__ = ['NEEDED', 'PICTURES', 'HubError', 'card', 'card_of_registered', 'stage']
+__all__ = ['NEEDED', 'PICTURES', 'UNKNOWN_LICENSE', 'HubError', 'card', 'card_of_registered', 'stage']
 
 NEEDED = ('README.md', 'config.json', 'model.safetensors', 'results.json')  # in every staged folder
 PICTURES = (
     'roc_test.png', 'roc_validation.png', 'reliability_test.png', 'reliability_validation.png', 'curves.png',
     'alphas.png',
 )
+
+
+UNKNOWN_LICENSE = 'unknown'  # one of the Hub's abbreviations
 
 
 class HubError(RuntimeError):
@@ -43,6 +47,8 @@ def stage(
         tag: Optional[str] = None,
         note: str = '',
         alpha_zero: Optional[Path] = None,
+        overwrite: bool = False,
+        license: Optional[str] = None,  # noqa: A002  # as the Hub calls it
 ) -> Path:
     """Build a model repo from a finished run: config.json, model.safetensors, results.json, pictures, README.md.
 
@@ -50,28 +56,34 @@ def stage(
 
     Args:
         run: Output folder of finetune_isic.py; or the name of weights that come with this package.
-        target: Folder to make; one that was staged before is replaced.
+        target: Folder to make; one that was staged before is replaced, unless its card was edited.
         evaluation: Output folder of evaluate_isic.py on that run, for its richer scores and its pictures.
         tag: Tag of the weights. By default the name of the training images: isic2017 for the challenge's, demo for
             synthetic ones, else the name of the data. Names of weights that come with this package are reserved.
         note: What the card should say about the images, their size for example.
         alpha_zero: Output folder of evaluate_isic.py with --alpha-zero and --compare, for the differences.
+        overwrite: Replace a card that was edited, too.
+        license: Of the weights, as the Hub abbreviates it. By default that of the architecture for the data sets that
+            this package knows, else 'unknown': that of a clinic's weights is the clinic's to say.
 
     Returns:
         target.
 
     Raises:
-        HubError: An unfinished run, an evaluation of something else, a tag that no Hub accepts, or a target with other
-            files.
+        HubError: An unfinished run, an evaluation of something else, a tag or licence that no Hub accepts, or a target
+            with other files or an edited card.
         WeightsError: Weights that do not fit their config.
     """
     if target.exists() and not (target.is_dir() and {path.name for path in target.iterdir()} <= {*NEEDED, *PICTURES}):
         raise HubError(f'{target} exists and holds files that this command did not write: choose another folder.')
+    if (target / 'README.md').exists() and not overwrite and _edited(target):
+        raise HubError(f'{target / "README.md"} was edited, or written by another version: choose another folder, or '
+                       f'pass --overwrite to lose it.')
     shipped = None if Path(run).is_dir() else shipped_weights(str(run))
     if shipped is not None:
-        if evaluation or tag or note or alpha_zero:
+        if evaluation or tag or note or alpha_zero or license:
             raise HubError(f'{run} comes with the package and its results: leave out --evaluation, --alpha-zero, '
-                           f'--tag and --note.')
+                           f'--tag, --note and --license.')
         if sha256_of(shipped / 'model.safetensors') != OWN_WEIGHTS[str(run)]:
             raise HubError(f'{shipped / "model.safetensors"} is damaged: install the package again.')
         return _replace_folder(target, partial(shutil.copytree, shipped, dirs_exist_ok=True))
@@ -92,7 +104,7 @@ def stage(
         if evaluation is not None:
             metrics = {**metrics, **_evaluated(run, metrics, evaluation, task)}
         results = _results(
-            run, record, metrics, config, evaluation, alpha_zero, tag, ' '.join(note.split()), task)
+            run, record, metrics, config, evaluation, alpha_zero, tag, ' '.join(note.split()), task, license)
     except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
         raise HubError(f'{run} or its evaluation is incomplete ({_brief(error)}): restore the file or rerun.') from None
     versions = {key: config[f'{key}_version'] for key in ('timm_arl', 'timm')}
@@ -121,6 +133,7 @@ def _results(
         tag: Optional[str],
         note: str,
         task: Task,
+        license: Optional[str],  # noqa: A002
 ) -> Dict[str, Any]:
     """Content of results.json; adds to that of config.json."""
     summary = read_rows(run / 'summary.csv')
@@ -133,15 +146,21 @@ def _results(
     tag = _check_tag(tag) if tag is not None else _usual_tag(config['architecture'], record['arguments'], official)
     start = record['arguments']['model'] if record['arguments'].get('pretrained') else None
     versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
-    config['pretrained_cfg'].update(tag=tag, license=config['pretrained_cfg'].get('license', 'apache-2.0'))
+    if license is not None and not re.fullmatch('[a-z0-9][a-z0-9.-]*', license):
+        raise HubError(f'{license!r} is no licence as the Hub abbreviates it: apache-2.0 and cc-by-nc-4.0 are two.')
+    known = {*TASKS, *DEMO_TASKS} & {task.name, record['arguments']['data']}
+    usual = config['pretrained_cfg'].get('license', 'apache-2.0') if known else UNKNOWN_LICENSE
+    config['pretrained_cfg'].update(tag=tag, license=license or usual)
     config.update(
-        {f'{name}_version': version for name, version in versions.items()}, **_operating_points(metrics, task))
+        {f'{name}_version': version for name, version in versions.items()},
+        **_operating_points(metrics, task, Checkpoint(str(run)).settings()))
     return {
         'name': f'{config["architecture"]}.{tag}', 'metrics': metrics, 'run': record, 'epochs': len(summary),
         'base_model': Checkpoint(start, paths=False).repo if start else None,
         'data': {'name': record['arguments']['data'], 'note': note, 'official_splits': official},
         'kept_epoch': int(kept['epoch']), 'img_size': config['pretrained_cfg']['input_size'][-1],
         'alphas': {key: float(value) for key, value in kept.items() if key.endswith('.alpha')}, 'looks': _looks(run),
+        'learned_masks': 'train_mask_loss' in kept,
         **({'alpha_zero': _differences(run, metrics, alpha_zero, task)} if alpha_zero is not None else {}),
     }
 
@@ -174,6 +193,21 @@ def card(folder: Path, called: str = '') -> Path:
     Raises:
         HubError: Not a staged folder.
     """
+    text = _card_text(folder, called)
+    with replacing(folder / 'README.md') as temporary:
+        temporary.write_text(text, encoding='utf-8')
+    return folder / 'README.md'
+
+
+def _edited(folder: Path) -> bool:
+    """Whether the README.md of a folder is another than this version writes."""
+    try:
+        return (folder / 'README.md').read_bytes() != _card_text(folder).encode()
+    except (HubError, OSError):  # it cannot be known
+        return True
+
+
+def _card_text(folder: Path, called: str = '') -> str:
     config = _read(folder / 'config.json', 'a staged folder')
     results = read_results(folder)
     if results is None:
@@ -181,16 +215,13 @@ def card(folder: Path, called: str = '') -> Path:
     name = str(results.get('name'))
     digest = sha256_of(folder / 'model.safetensors')
     try:
-        text = render_card(
+        return render_card(
             name, config, results, digest,
             name if OWN_WEIGHTS.get(name) == digest else f'local-dir:{called or folder.resolve().name}',
             [picture for picture in PICTURES if (folder / picture).is_file()])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise HubError(f'results.json or config.json of {called or folder} is incomplete or of another version '
                        f'({_brief(error)}): stage it again.') from None
-    with replacing(folder / 'README.md') as temporary:
-        temporary.write_text(text, encoding='utf-8')
-    return folder / 'README.md'
 
 
 def card_of_registered(name: str, output: Path) -> Path:
@@ -296,14 +327,17 @@ def _check_tag(tag: str) -> str:
     return tag
 
 
-def _operating_points(metrics: Dict[str, Any], task: Task) -> Dict[str, Any]:
-    """Thresholds by name and label; temperatures by label, if an evaluation fitted them on validation."""
+def _operating_points(metrics: Dict[str, Any], task: Task, own: Dict[str, Any]) -> Dict[str, Any]:
+    """Thresholds by name and label, and temperatures by label, of an evaluation or else of the run's own settings."""
     tasks = {label: metrics['validation'][label] for label in task.labels}
     names = [point['name'] for point in tasks[task.labels[0]].get('operating_points', ())]
-    thresholds = {'official': {label: own['threshold'] for label, own in tasks.items()}}
+    thresholds = {'official': {label: of['threshold'] for label, of in tasks.items()}}
     for k, name in enumerate(names):
-        thresholds[name] = {label: own['operating_points'][k]['threshold'] for label, own in tasks.items()}
-    temperatures = {label: own['calibration']['temperature'] for label, own in tasks.items() if 'calibration' in own}
+        thresholds[name] = {label: of['operating_points'][k]['threshold'] for label, of in tasks.items()}
+    temperatures = {label: of['calibration']['temperature'] for label, of in tasks.items() if 'calibration' in of}
+    if not names:
+        thresholds.update(own.get('thresholds', {}))
+        temperatures = own.get('temperatures', {})
     return {'thresholds': thresholds, **({'temperatures': temperatures} if temperatures else {})}
 
 
@@ -329,10 +363,11 @@ def _predictions(path: Path, task: Task) -> Dict[str, List[float]]:
 
 
 def _looks(run: Path) -> List[Dict[str, str]]:
+    """Looks at the run's own test split; those at other data are left out."""
     if not (run / 'looks.csv').is_file():
         return []
     return [{**row, 'checkpoint': Path(row['checkpoint']).name, 'command': _without_folders(row['command'])}
-            for row in read_rows(run / 'looks.csv')]
+            for row in read_rows(run / 'looks.csv') if not row.pop('other_data', '')]
 
 
 def _without_folders(command: str) -> str:

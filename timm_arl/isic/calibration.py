@@ -8,8 +8,8 @@ require('train', __name__)
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from .intervals import delong_interval
-from .metrics import score_task
+from .intervals import delong_interval, groups_suffice
+from .metrics import operating_point, score_task
 from .task import ISIC2017, OFFICIAL_THRESHOLD, DataError, Task, apply_temperature, label_words
 
 __all__ = [
@@ -135,19 +135,24 @@ def subgroup_table(
         groups: N names of patients or lesions, whose images are not independent; None: all images are.
 
     Returns:
-        A row for each group and label: group, label, score_task's scores, and auc_ci95 by DeLong (None with fewer than
-        two images, or patients or lesions, of a class, and for an AUC of 0 or 1, where DeLong's interval has no width).
+        A row for each group and label: group, label, score_task's scores, and auc_ci95 by DeLong or, with groups,
+        Obuchowski (None with fewer than two images, or LEAST_GROUPS patients or lesions, of a class, and for an AUC of
+        0 or 1, where the interval has no width). In a multiclass task, where few probabilities exceed a threshold, the
+        most probable label is called, and threshold is None.
         An empty list where neither sex nor age of any patient is known, nor another group.
     """
     known = {'sex': sex, 'age_approximate': age}
     parts = [*subgroups({column: cells for column, cells in known.items() if cells is not None}), *others]
     names: Any = None if groups is None else np.asarray(groups)
+    called = np.eye(len(task.labels))[probabilities.argmax(1)] if task.kind == 'multiclass' else None
     return [
         {'group': name, 'label': label, **score_task(t, p, threshold),
+         **({} if called is None else {**operating_point(t, called[which, k], OFFICIAL_THRESHOLD), 'threshold': None}),
          'auc_ci95': _interval(t, p, None if names is None else names[which])}
         for name, which in parts
-        for label, t, p, threshold in zip(
-            task.labels, truth[which].T, probabilities[which].T, thresholds or [OFFICIAL_THRESHOLD] * len(task.labels))
+        for k, label, t, p, threshold in zip(
+            range(len(task.labels)), task.labels, truth[which].T, probabilities[which].T,
+            thresholds or [OFFICIAL_THRESHOLD] * len(task.labels))
     ]
 
 
@@ -163,6 +168,8 @@ def _interval(
         probabilities: np.ndarray,
         groups: Optional[Sequence[Any]],
 ) -> Optional[Tuple[float, float]]:
+    if not groups_suffice(truth, groups):
+        return None
     try:
         low, high = delong_interval(truth, probabilities, groups=groups)
     except ValueError:  # too few images of a class

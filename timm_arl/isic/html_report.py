@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 
 from ..overlays import colours
 from .dataset.demo import DEMO_TASKS
-from .intervals import percentile_interval, resampled_times
+from .intervals import LEAST_GROUPS, group_counts, percentile_interval, resampled_times
 from .metrics import interval_text, net_benefit, operating_point, score_split
 from .plots import (
     draw_alphas,
@@ -34,10 +34,13 @@ from .report import (
     calibration_cells,
     classes_cells,
     confusion_cells,
+    few_images,
+    group_intervals,
     groups_cells,
     number,
     points_cells,
     scores_cells,
+    test_of_aucs,
 )
 from .shift_page import External, shift_page
 from .task import ISIC2017, OFFICIAL_THRESHOLD, Task, label_words
@@ -188,8 +191,10 @@ def html_report(
     shown_groups = (*examples.groups, *examples.differing)
     pictures = [picture for group in shown_groups for example in group.examples for picture in example.pictures]
     html = template.render(
-        name=name, data=data, split=split, splits=shown, labels=task.labels,
-        over=metrics[split].get('intervals_over', 'images'), adds_up=task.kind == 'multiclass' and task.is_softmax,
+        name=name, data=data, split=split, where=f'{Path(data).name}, {split}' if external else split, task=task,
+        splits=shown, labels=task.labels,
+        over=metrics[split].get('intervals_over', 'images'), least=LEAST_GROUPS,
+        test_of_aucs=test_of_aucs('groups' in metrics[split]), adds_up=task.kind == 'multiclass' and task.is_softmax,
         scores=metrics[split], record=record,
         synthetic=data in DEMO_TASKS, training=training, examples=examples, pictures=len(pictures), today=date.today(),
         coarse=0 < examples.side < COARSE, official=OFFICIAL_THRESHOLD, curves=_curves(training, task),
@@ -222,8 +227,8 @@ def _split(
     decisions, rocs, reliabilities = {}, [], []
     for label, t, p in zip(task.labels, truth.T, probabilities.T):
         own, words = scores[label], label_words(label)
-        points = [{'name': 'official', **own}, *own['operating_points']]
-        decisions[label] = [_confusion(t, p, point, times) for point in points]
+        points = [{'name': task.usual_point, **own}, *own['operating_points']]
+        decisions[label] = [_confusion(t, p, point, times, groups) for point in points]
         calibration = own['calibration']
         auc = interval_text(own['auc'], own['auc_ci95'])
         rocs.append((f'{words}: AUC {auc}', Markup(inline_svg(
@@ -247,7 +252,8 @@ def _split(
         'images': len(truth), 'classes': classes, 'scores': scores_cells(scores, task),
         'points': points_cells(scores, task),
         'decisions': decisions, 'calibration': calibration_cells(scores, task), 'rocs': rocs,
-        'reliabilities': reliabilities, 'groups': groups_cells(scores['subgroups']) if scores['subgroups'] else None}
+        'reliabilities': reliabilities, 'groups': groups_cells(scores['subgroups']) if scores['subgroups'] else None,
+        'group_intervals': group_intervals(scores, task)}
 
 
 def _confusion(
@@ -255,6 +261,7 @@ def _confusion(
         probabilities: np.ndarray,
         point: Dict[str, Any],
         times: Optional[np.ndarray],
+        groups: Optional[Sequence[str]],
 ) -> Dict[str, Any]:
     """Counts at a threshold, its net benefit, and sensitivity and specificity with Wilson's intervals, or those of a
     bootstrap whose samples have the images so often."""
@@ -262,17 +269,25 @@ def _confusion(
     counts = [[int(np.sum((truth == value) & (positive == called))) for called in (True, False)] for value in (1, 0)]
     (tp, fn), (fp, tn) = counts
     return {'name': point['name'], 'threshold': point['threshold'], 'counts': counts,
-            'sensitivity': _share(truth == 1, positive, times), 'specificity': _share(truth == 0, ~positive, times),
+            'sensitivity': _share(truth == 1, positive, times, groups),
+            'specificity': _share(truth == 0, ~positive, times, groups),
             'benefit': net_benefit(tp + fn, fp + tn, tp, fp, point['threshold']),
             'benefit_of_all': net_benefit(tp + fn, fp + tn, tp + fn, fp + tn, point['threshold'])}
 
 
-def _share(images: np.ndarray, right: np.ndarray, times: Optional[np.ndarray]) -> str:
+def _share(
+        images: np.ndarray,
+        right: np.ndarray,
+        times: Optional[np.ndarray],
+        groups: Optional[Sequence[str]],
+) -> str:
     part, whole = int((images & right).sum()), int(images.sum())
     if not whole:
         return 'undefined'
-    if times is None:
-        interval: Any = binomtest(part, whole).proportion_ci(method='wilson')
+    if groups is not None and group_counts(images, groups)[0] < LEAST_GROUPS:
+        interval: Any = None
+    elif times is None:
+        interval = binomtest(part, whole).proportion_ci(method='wilson')
     else:
         with np.errstate(invalid='ignore'):
             interval = percentile_interval(times[:, images & right].sum(1) / times[:, images].sum(1))
@@ -290,9 +305,7 @@ def _warnings(scores: Dict[str, Any], probabilities: np.ndarray, truth: np.ndarr
         if abs(gap) > 0.05:
             lines.append(f'Probabilities of {words} are too {"high" if gap > 0 else "low"} here, by {abs(gap):.3f} on '
                          f'average: do not read them as risks.')
-        if scores[label]['positives'] < 30:
-            lines.append(f'Only {scores[label]["positives"]} images have {words}: figures from so few are uncertain.')
-    return lines
+    return lines + few_images(scores, task)
 
 
 def _curves(training: Training, task: Task) -> List[Tuple[str, Markup]]:
@@ -350,15 +363,16 @@ def _comparison(
     rocs = []
     for label, t, ours, theirs in zip(task.labels, truth.T, probabilities.T, other.probabilities.T):
         for network, p in (('this network', ours), ('the other', theirs)):
-            at = _confusion(t, p, {'name': 'official', **operating_point(t, p, OFFICIAL_THRESHOLD)}, times)
+            point = {'name': task.usual_point, **operating_point(t, p, OFFICIAL_THRESHOLD)}
+            at = _confusion(t, p, point, times, groups)
             decisions.append([f'{label_words(label)}, {network}', at['sensitivity'], at['specificity']])
         rocs.append((label_words(label), Markup(inline_svg(
             partial(draw_roc_pair, label=label, truth=t, networks={'this network': ours, 'the other': theirs},
                     task=task),
             f'ROC curves of {label_words(label)}: AUC {number(scores[label]["auc"])} of this network, '
             f'{number(others[label]["auc"])} of the other.', f'pair-{label}'))))
-    cells: Cells = (['diagnosis', 'AUC, this network', 'AUC, the other', 'difference [95 % interval]', "DeLong's p"],
-                    aucs)
+    cells: Cells = (['diagnosis', 'AUC, this network', 'AUC, the other', 'difference [95 % interval]',
+                     f'{test_of_aucs(groups is not None)} p'], aucs)
     return {'name': other.name, 'aucs': cells, 'rocs': rocs, 'decisions': (
         ['diagnosis, network', 'sensitivity [95 % interval]', 'specificity [95 % interval]'], decisions)}
 

@@ -13,12 +13,13 @@ import numpy as np
 from scipy.stats import norm, rankdata
 
 __all__ = [
-    'RESAMPLES', 'delong_covariance', 'delong_interval', 'delong_test', 'percentile_interval', 'resampled_indices',
-    'resampled_times', 'unit_of', 'with_interval',
+    'LEAST_GROUPS', 'RESAMPLES', 'delong_covariance', 'delong_interval', 'delong_test', 'group_counts',
+    'groups_suffice', 'percentile_interval', 'resampled_indices', 'resampled_times', 'unit_of', 'with_interval',
 ]
 
 RESAMPLES = 1000
 LEAST_DEFINED = 0.25  # of the resamples, for an interval
+LEAST_GROUPS = 5  # with and without a label, for an interval; percentiles of fewer are too narrow
 
 
 def resampled_indices(images: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -55,10 +56,21 @@ def _numbered(groups: Sequence[Any]) -> Tuple[int, np.ndarray]:
     return len(names), numbers
 
 
+def group_counts(truth: np.ndarray, groups: Sequence[Any]) -> Tuple[int, int]:
+    """How many groups have a positive image, and how many a negative one."""
+    names, positive = np.asarray(groups), np.asarray(truth) == 1
+    return len(np.unique(names[positive])), len(np.unique(names[~positive]))
+
+
+def groups_suffice(truth: np.ndarray, groups: Optional[Sequence[Any]]) -> bool:
+    """Whether there are LEAST_GROUPS groups with each class, or no groups at all, so that an AUC gets an interval."""
+    return groups is None or min(group_counts(truth, groups)) >= LEAST_GROUPS
+
+
 def unit_of(column: str) -> str:
-    """What intervals are over: 'patients', 'lesions', 'groups', or 'images' where the column of groups is ''."""
+    """What intervals are over: 'patients', 'lesions', 'groups of COLUMN', or 'images' for no column, ''."""
     name = re.sub(r'[\W_]+', '', column.lower()).removesuffix('id')
-    return {'': 'images', 'patient': 'patients', 'lesion': 'lesions'}.get(name, 'groups')
+    return {'': 'images', 'patient': 'patients', 'lesion': 'lesions'}.get(name, f'groups of {column}')
 
 
 def percentile_interval(distribution: np.ndarray, level: float = 0.95) -> Tuple[float, float]:

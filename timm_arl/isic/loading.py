@@ -151,6 +151,7 @@ class IsicSplit(IsicImages, torch.utils.data.Dataset):
         self.image_ids = [str(image_id) for image_id in split['image_id']]
         self.labels = torch.from_numpy(label_array(split, task))
         self.groups = [str(group) for group in split[groups]] if groups else None
+        self.group_column = groups
 
     def __len__(self) -> int:
         return len(self.cells)

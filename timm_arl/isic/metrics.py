@@ -11,7 +11,7 @@ from sklearn.metrics import auc as area_under
 from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, roc_curve
 
 from .classes import CLASS_SCORES, class_scores, mean_recalls
-from .intervals import RESAMPLES, delong_test, resampled_times, with_interval
+from .intervals import RESAMPLES, delong_test, group_counts, groups_suffice, resampled_times, with_interval
 from .task import ISIC2017, OFFICIAL_THRESHOLD, Task, label_words
 
 __all__ = [
@@ -190,7 +190,7 @@ def score_split(
 
     Intervals are 95 % percentile bootstrap intervals over images or, where they are known, groups; the same resamples
     serve all scores. Resamples in which a score is undefined are left out; where three quarters are, there is no
-    interval.
+    interval. Nor has an AUC one that fewer than LEAST_GROUPS groups have, or lack, the label of.
 
     Args:
         truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.
@@ -205,19 +205,22 @@ def score_split(
     Returns:
         A dict of scores for each label (score_task's, auc_ci95, and a list operating_points), mean_auc and
         mean_auc_ci95. Of a multiclass task also those of class_scores. With groups also intervals_over, the unit, and
-        groups, their number. But for ISIC 2017, each label has brier too, and each of its thresholds net_benefit and
-        net_benefit_of_all, which calls every image.
+        groups, their number, and for each label positive_groups and negative_groups: how many have such an image. But
+        for ISIC 2017, each label has brier too, and each of its thresholds net_benefit and net_benefit_of_all, which
+        calls every image.
     """
     times = resampled_times(len(truth), resamples, seed, groups)
     scores: Dict[str, Any] = {}
     values, distributions = [], []
     for k, (label, t, p) in enumerate(zip(task.labels, truth.T, probabilities.T)):
         values.append(auc(t, p))
-        distributions.append(resampled_auc(t, p, times))
+        distributions.append(resampled_auc(t, p, times) if groups_suffice(t, groups) else np.full(len(times), np.nan))
         own = scores[label] = {
             **with_interval('auc', values[-1], distributions[-1]), **score_task(t, p), 'operating_points': [
                 {'name': name, **operating_point(t, p, thresholds[k])}
                 for name, thresholds in (operating_points or {}).items()]}
+        if groups is not None:
+            own['positive_groups'], own['negative_groups'] = group_counts(t, groups)
         if task.name != ISIC2017.name:  # whose scores are those of its official scorer
             own['brier'] = float(brier_score_loss(t, p, pos_label=1))
             for point in (own, *own['operating_points']):
@@ -257,16 +260,18 @@ def compare(
     Returns:
         For each label, for mean_auc and, of a multiclass task, for balanced_accuracy: difference and difference_ci95
         (bootstrap); for the labels also DeLong's z and p_value. None where a score is undefined: z and p_value with
-        fewer than two images, or groups, of a class; z alone where the difference has no variance.
+        fewer than two images, or LEAST_GROUPS groups, of a class; z alone where the difference has no variance.
     """
     times = resampled_times(len(truth), resamples, seed, groups)
     result: Dict[str, Any] = {}
     values, distributions = [], []
     for label, t, a, b in zip(task.labels, truth.T, first.T, second.T):
         values.append(auc(t, b) - auc(t, a))
-        distributions.append(resampled_auc(t, b, times) - resampled_auc(t, a, times))
+        enough = groups_suffice(t, groups)
+        distributions.append(resampled_auc(t, b, times) - resampled_auc(t, a, times) if enough else
+                             np.full(len(times), np.nan))
         try:
-            z, p_value = delong_test(t, a, b, groups)
+            z, p_value = delong_test(t, a, b, groups) if enough else (None, None)
         except ValueError:  # too few images of a class
             z, p_value = None, None
         result[label] = {

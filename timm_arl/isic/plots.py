@@ -23,7 +23,8 @@ from sklearn.metrics import roc_curve
 
 from ..files import replacing
 from .calibration import apply_temperature, reliability
-from .intervals import resampled_times
+from .intervals import groups_suffice, resampled_times
+from .metrics import interval_text
 from .selection import selection_column, selection_words
 from .task import ISIC2017, Task, label_words
 
@@ -92,7 +93,7 @@ def roc_plot(
         draw_roc(axes, label, t, p, scores[label], resamples, task, groups)
         axes.set_title(label_words(label) + (
             ': undefined, all images are of one class' if scores[label]['auc'] is None
-            else ': AUC {:.3f} [{:.3f}, {:.3f}]'.format(scores[label]['auc'], *scores[label]['auc_ci95'])), fontsize=10)
+            else f': AUC {interval_text(scores[label]["auc"], scores[label]["auc_ci95"])}'), fontsize=10)
     _save(figure, path)
 
 
@@ -110,11 +111,12 @@ def draw_roc(
     _roc_axes(axes)
     if scores['auc'] is None:
         return
-    times = resampled_times(len(truth), resamples, groups=groups)
-    band = np.percentile(_sensitivities(truth, probabilities, times), (2.5, 97.5), axis=0)
-    axes.fill_between(GRID, *band, color=_colour(label, task), alpha=0.18, linewidth=0)
+    if groups_suffice(truth, groups):
+        times = resampled_times(len(truth), resamples, groups=groups)
+        band = np.percentile(_sensitivities(truth, probabilities, times), (2.5, 97.5), axis=0)
+        axes.fill_between(GRID, *band, color=_colour(label, task), alpha=0.18, linewidth=0)
     _roc_line(axes, truth, probabilities, color=_colour(label, task))
-    points = [{'name': 'official', **scores}, *scores['operating_points']]
+    points = [{'name': task.usual_point, **scores}, *scores['operating_points']]
     for point, (marker, size, colour) in zip(points, cycle(POINTS)):
         axes.plot(1 - point['specificity'], point['sensitivity'], marker, markersize=size, markeredgecolor='black',
                   color=colour, label=f'{point["threshold"]:.2f}, {point["name"]}')

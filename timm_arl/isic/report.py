@@ -2,17 +2,19 @@
 from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 from .classes import CLASS_SCORES
+from .intervals import LEAST_GROUPS
 from .metrics import interval_text
-from .task import ISIC2017, Task, label_words
+from .task import ISIC2017, OFFICIAL_THRESHOLD, Task, label_words
 
 __all__ = [
     'Cells', 'calibration_cells', 'calibration_table', 'classes_cells', 'confusion_cells', 'differences_table',
-    'groups_cells', 'groups_table', 'markdown_table', 'number', 'points_cells', 'points_table', 'scores_cells',
-    'scores_table',
+    'few_images', 'group_intervals', 'groups_cells', 'groups_table', 'markdown_table', 'number', 'points_cells',
+    'points_table', 'scores_cells', 'scores_table', 'test_of_aucs',
 ]
 
 Cells = Tuple[List[str], List[List[Any]]]  # heads of the columns, and the rows
 
+FEW = 30  # images or groups with a label
 POINT = ('threshold', 'accuracy', 'sensitivity', 'specificity', 'ppv', 'npv')
 
 
@@ -69,7 +71,39 @@ def points_cells(scores: Dict[str, Any], task: Task = ISIC2017) -> Cells:
     """Figures at the official threshold and at those of the operating points."""
     return (['diagnosis, threshold', 'threshold', 'accuracy', 'sensitivity', 'specificity', 'PPV', 'NPV'],
             [[f'{label_words(label)}, {point["name"]}', *(number(point[key]) for key in POINT)] for label in task.labels
-             for point in ({'name': 'official', **scores[label]}, *scores[label].get('operating_points', ()))])
+             for point in ({'name': task.usual_point, **scores[label]}, *scores[label].get('operating_points', ()))])
+
+
+def test_of_aucs(grouped: bool) -> str:
+    """Whose intervals and tests of AUCs are computed: for images in groups, Obuchowski's form of DeLong's."""
+    return "Obuchowski's" if grouped else "DeLong's"
+
+
+def group_intervals(scores: Dict[str, Any], task: Task = ISIC2017) -> str:
+    """How to read groups_cells, in two sentences."""
+    over = scores.get('intervals_over')
+    alike, few = ('', '') if over is None else (
+        f', for images that are alike within {over}', f', or with fewer than {LEAST_GROUPS} {over} with or without it')
+    at = f'at {OFFICIAL_THRESHOLD}' if task.kind == 'multilabel' else 'those of calling the most probable class'
+    return (f'Intervals are {test_of_aucs(over is not None)}{alike}; there is none at an AUC of 0 or 1{few}. '
+            f'Sensitivity and specificity are {at}.')
+
+
+def few_images(scores: Dict[str, Any], task: Task = ISIC2017) -> List[str]:
+    """Sentences on labels that few images have or, where they are known, few patients or lesions."""
+    lines = []
+    for label in task.labels:
+        own, words = scores[label], label_words(label)
+        having, lacking = own.get('positive_groups', own['positives']), own.get('negative_groups', LEAST_GROUPS)
+        over = scores.get('intervals_over', 'images')
+        without = f', and below {LEAST_GROUPS} there is no interval' * ('intervals_over' in scores)
+        if having < FEW:
+            images = f' ({own["positives"]} images)' * ('intervals_over' in scores)
+            lines.append(f'Only {having} {over} have {words}{images}: figures from so few are uncertain'
+                         f'{without * (having < LEAST_GROUPS)}.')
+        if lacking < LEAST_GROUPS:
+            lines.append(f'Only {lacking} {over} have images without {words}{without}.')
+    return lines
 
 
 def calibration_cells(scores: Dict[str, Any], task: Task = ISIC2017) -> Cells:
@@ -117,15 +151,16 @@ def groups_table(rows: Iterable[Dict[str, Any]]) -> str:
     return markdown_table(*groups_cells(rows))
 
 
-def differences_table(pair: Dict[str, Any], task: Task = ISIC2017) -> str:
+def differences_table(pair: Dict[str, Any], task: Task = ISIC2017, grouped: bool = False) -> str:
     """AUC differences of two networks on the same images.
 
     Args:
         pair: A comparison of metrics.json.
         task: Whose labels it has.
+        grouped: Whether its test knows groups of images.
     """
     return markdown_table(
-        ['diagnosis', 'AUC difference [95 % interval]', "DeLong's p"],
+        ['diagnosis', 'AUC difference [95 % interval]', f'{test_of_aucs(grouped)} p'],
         [[label_words(name) if name in task.labels else 'mean',
           interval_text(pair[name]['difference'], pair[name]['difference_ci95'], '+'),
           '' if pair[name].get('p_value') is None else number(pair[name]['p_value'])]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ..files import read_rows
 from ..isic.dataset.groups import read_split_file
+from ..isic.dataset.sources import ids_digest
 from .arguments import RunError
 from .runs import check_output_dir
 
-__all__ = ['check_free', 'epochs_of', 'replacing_evaluation', 'training_names']
+__all__ = ['check_free', 'epochs_of', 'is_home', 'replacing_evaluation', 'training_names']
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'evaluation.json', 'report.html', 'report.md', 'curves.png', 'alphas.png',  # .md: of 0.1
@@ -38,6 +39,29 @@ def training_names(folder, image_ids):
         return []
     by_id = read_split_file(folder / 'splits.csv')
     return [image_id for image_id in image_ids if by_id.get(image_id) == 'train']
+
+
+def is_home(data, split, folder, saved, splits, mapped):
+    """Whether data are those of a checkpoint's run, wherever they lie now; also where that is not known.
+
+    Args:
+        data: As the program was told.
+        split: Name of the split to be scored.
+        folder: Of the checkpoint.
+        saved: Arguments of its run; empty where they are not known.
+        splits: Of the data.
+        mapped: Whether they have other labels, so that the run's splits.csv was not compared with them.
+    """
+    if 'train_ids' not in saved or os.path.realpath(data) == os.path.realpath(saved.get('data') or ''):
+        return True
+    if 'train' in splits and ids_digest(splits['train']['image_id']) == saved['train_ids']:
+        return True
+    if not mapped and (folder / 'splits.csv').is_file():
+        by_id = read_split_file(folder / 'splits.csv')
+        return any(by_id.get(str(image_id)) == split for image_id in splits[split]['image_id'])
+    predicted = folder / f'predictions_{split}.csv'  # of a copy without its training images
+    return predicted.is_file() and ids_digest(
+        row['image_id'] for row in read_rows(predicted)) == ids_digest(splits[split]['image_id'])
 
 
 def check_free(out, compared):

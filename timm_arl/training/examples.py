@@ -218,7 +218,7 @@ def _example(
     if other is not None:
         text += f', by the other network {other[row, k]:.3f}'
     if images.groups:
-        text += f'; group {images.groups[row]}'
+        text += f'; {images.group_column.removesuffix("_id")} {images.groups[row]}'
     pictures = [Shown(picture, 'image', f'Dermoscopic image {image_id}, {diagnosis}.')]
     for each in overlays:
         heat = each.heats[row]

@@ -214,13 +214,14 @@ def publish(out):
             shutil.copyfile(out / 'last' / 'kept' / file, temporary)
 
 
-def record_look(folder: PathLike, checkpoint: PathLike, scores: Dict[str, Any]) -> None:
+def record_look(folder: PathLike, checkpoint: PathLike, scores: Dict[str, Any], other_data: str = '') -> None:
     """Add a row to looks.csv, which tells how often a checkpoint has met the test split, and by which command.
 
     Args:
         folder: Where looks.csv is, or is made.
         checkpoint: What was scored.
         scores: What score_split gave for the test split.
+        other_data: Data that are not those of the checkpoint's run: their images are not its test split.
     """
     path = Path(folder, 'looks.csv')
     rows: List[Dict[str, Any]] = []
@@ -228,7 +229,8 @@ def record_look(folder: PathLike, checkpoint: PathLike, scores: Dict[str, Any]) 
         rows = [{key: value for key, value in row.items() if key} for row in read_rows(path)]
     rows.append({
         'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'checkpoint': str(checkpoint), 'mean_auc': scores['mean_auc'],
-        'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]) or ''})
+        'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]) or '',
+        **({'other_data': other_data} if other_data else {})})
     write_rows(path, rows, list(dict.fromkeys(key for row in rows for key in row)))
 
 
