@@ -55,7 +55,7 @@ from timm_arl.isic.calibration import (
     subgroup_table,
     subgroups,
 )
-from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, label_array, load_data, wanted_of
+from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of
 from timm_arl.isic.dataset.demo import DEMO_TASKS
 from timm_arl.isic.dataset.duplicates import read_pairs
 from timm_arl.isic.dataset.names import column_named
@@ -80,7 +80,15 @@ from timm_arl.isic.task import Task, label_words
 from timm_arl.isic.transforms import CROPS, EvalCrops
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
-from timm_arl.training.evaluations import check_free, epochs_of, is_home, replacing_evaluation, training_names
+from timm_arl.training.evaluations import (
+    check_free,
+    epochs_of,
+    is_home,
+    print_drift,
+    print_mapping,
+    replacing_evaluation,
+    training_names,
+)
 from timm_arl.training.examples import report_examples
 from timm_arl.training.images import check_images, has_masks, image_loader, predict
 from timm_arl.training.runs import record_look
@@ -193,37 +201,6 @@ def subgroups_of(split, args, task):
                        f'among {", ".join(c for c in columns if c not in ("image_id", *task.labels))}.')
     wanted = dict.fromkeys(found.values()) or [c for c in ('sex', 'age_approximate') if c in columns]
     return subgroups({column: list(split[column]) for column in wanted})
-
-
-def print_mapping(accelerator, mapped, home, args):
-    """Say what is scored, what is not, and where thresholds and temperatures come from."""
-    scored = '; '.join(f'{label} = {", ".join(words)}' for label, words in mapped.sources.items())
-    accelerator.print(f'External validation on {args.data}: {scored}.' + (
-        f' Negative throughout: {", ".join(mapped.negative)}.' if mapped.negative else ''))
-    if mapped.not_scored:
-        accelerator.print(f'Not scored, since --map does not name them: {", ".join(mapped.not_scored)}.')
-    truth = label_array(mapped.data.splits[args.split], mapped.data.task)
-    one_class = [label for label, t in zip(mapped.sources, truth.T) if t.min() == t.max()]
-    if one_class:
-        accelerator.print(f'No AUC of {", ".join(one_class)}: all images are of one class.')
-    accelerator.print(
-        'Thresholds and temperatures are those of home.' if 'temperatures' in home else
-        'Thresholds of home are known, temperatures are not.' if home.get('thresholds') else
-        f'No thresholds and temperatures of home are known, so decisions are at 0.5: score {args.checkpoint} on its '
-        f'own data first, which records them.')
-    differ = [f'{name} {value}' for name, value in home.get('shown', {}).items() if getattr(args, name) not in (
-        None, value)]
-    if differ:
-        accelerator.print(f'The thresholds of home belong to {", ".join(differ)}, which is not what is used here.')
-
-
-def print_drift(drift):
-    for label, here in drift.items():
-        text = '; '.join(
-            f'{words} expected {of["expected"]:.1f} (ratio {interval_text(of["ratio"], of["ratio_ci95"])}), ECE '
-            f'{of["ece"]:.3f}, Brier {of["brier"]:.3f}'
-            for words, of in (('as given', here['as_given']), ('with temperature', here['with_temperature'])) if of)
-        print(f'Calibration of {label_words(label)}: {here["positives"]} positives observed; {text}')
 
 
 def evaluate(args):

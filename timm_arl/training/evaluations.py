@@ -1,16 +1,20 @@
-"""The folders that evaluate_isic.py reads and fills: a run's epochs, an evaluation's files."""
+"""The folders that evaluate_isic.py reads and fills, and what it says of another clinic's images."""
 import contextlib
 import os
 import shutil
 from pathlib import Path
 
 from ..files import read_rows
+from ..isic.dataset import label_array
 from ..isic.dataset.groups import read_split_file
 from ..isic.dataset.sources import ids_digest
+from ..isic.metrics import interval_text
+from ..isic.task import label_words
 from .arguments import RunError
 from .runs import check_output_dir
 
-__all__ = ['check_free', 'epochs_of', 'is_home', 'replacing_evaluation', 'training_names']
+__all__ = [
+    'check_free', 'epochs_of', 'is_home', 'print_drift', 'print_mapping', 'replacing_evaluation', 'training_names']
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'evaluation.json', 'report.html', 'report.md', 'curves.png', 'alphas.png',  # .md: of 0.1
@@ -95,3 +99,35 @@ def replacing_evaluation(out):
             os.replace(new / name, out / name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def print_mapping(accelerator, mapped, home, args):
+    """Say what is scored, what is not, and where thresholds and temperatures come from."""
+    scored = '; '.join(f'{label} = {", ".join(words)}' for label, words in mapped.sources.items())
+    accelerator.print(f'External validation on {args.data}: {scored}.' + (
+        f' Negative throughout: {", ".join(mapped.negative)}.' if mapped.negative else ''))
+    if mapped.not_scored:
+        accelerator.print(f'Not scored, since --map does not name them: {", ".join(mapped.not_scored)}.')
+    truth = label_array(mapped.data.splits[args.split], mapped.data.task)
+    one_class = [label for label, t in zip(mapped.sources, truth.T) if t.min() == t.max()]
+    if one_class:
+        accelerator.print(f'No AUC of {", ".join(one_class)}: all images are of one class.')
+    accelerator.print(
+        'Thresholds and temperatures are those of home.' if 'temperatures' in home else
+        'Thresholds of home are known, temperatures are not.' if home.get('thresholds') else
+        f'No thresholds and temperatures of home are known, so decisions are at 0.5: score {args.checkpoint} on its '
+        f'own data first, which records them.')
+    differ = [f'{name} {value}' for name, value in home.get('shown', {}).items() if getattr(args, name) not in (
+        None, value)]
+    if differ:
+        accelerator.print(f'The thresholds of home belong to {", ".join(differ)}, which is not what is used here.')
+
+
+def print_drift(drift):
+    """Say how far the probabilities of each label are from what was observed."""
+    for label, here in drift.items():
+        text = '; '.join(
+            f'{words} expected {of["expected"]:.1f} (ratio {interval_text(of["ratio"], of["ratio_ci95"])}), ECE '
+            f'{of["ece"]:.3f}, Brier {of["brier"]:.3f}'
+            for words, of in (('as given', here['as_given']), ('with temperature', here['with_temperature'])) if of)
+        print(f'Calibration of {label_words(label)}: {here["positives"]} positives observed; {text}')
