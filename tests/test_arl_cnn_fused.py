@@ -133,6 +133,24 @@ def test_a_hook_keeps_what_a_layer_gave(layer):
     assert torch.equal(*kept)
 
 
+@pytest.mark.parametrize('folded', [False, True])
+def test_a_mode_keeps_what_a_layer_gave(folded):
+    class Keep(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            given = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.convolution.default:
+                kept.append((given, given.clone()))
+            return given
+
+    kept, model = [], create(alpha_init=0.5).eval()
+    if folded:
+        for block in (m for m in model.modules() if hasattr(m, 'bn3')):
+            block.bn3 = nn.Identity()
+    with torch.no_grad(), Keep():
+        model(image())
+    assert kept and all(torch.equal(given, before) for given, before in kept)
+
+
 def test_a_wrapped_forward_is_called():
     for replaced in ('bn3', 'act3'):  # a module whose forward was wrapped, as Accelerate does to offload it
         model, calls = create(num_classes=2), []

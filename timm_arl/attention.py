@@ -160,6 +160,11 @@ def can_fuse(*tensors: torch.Tensor) -> bool:
         for t in tensors)
 
 
+def _unseen() -> bool:
+    """Whether no mode is active, which may have kept what an operation gave."""
+    return not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack()
+
+
 def folds_norms(residual: torch.Tensor, shortcut: torch.Tensor, alpha: torch.Tensor) -> bool:
     """Whether the gate's kernels apply batch norms on the way; not where alpha is 0: that is timm's, bit for bit."""
     return kernels.folds_norms(residual, shortcut) and alpha.item() != 0
@@ -192,7 +197,7 @@ def fused_attention_residual(
         norm: Last norm layer of the residual branch, with weight, bias, momentum and running statistics; its hooks are
             not called.
         shortcut_norm: Last norm layer of the projection, under the same conditions.
-        inplace: Whether the result may overwrite ``residual`` where no gradient is needed.
+        inplace: Whether the result may overwrite ``residual`` where no gradient is needed and no mode sees it.
 
     Returns:
         y of shape (B, C, H, W) in the dtype and memory format of ``residual``.
@@ -217,13 +222,13 @@ def fused_attention_residual(
     if fuse and not off and folds_norms(residual, shortcut, alpha):
         states = _statistics(residual, norm), _statistics(shortcut, shortcut_norm)
         return kernels_for(residual, shortcut).gate_forward(
-            residual, shortcut, alpha, gate, inplace, *states)[0]
+            residual, shortcut, alpha, gate, inplace and _unseen(), *states)[0]
     f = residual if norm is None else norm(residual)
     x = shortcut if shortcut_norm is None else shortcut_norm(shortcut)
     if off:
         y = (f + x).to(f.dtype) if add_shortcut else f
     elif fuse and can_fuse(f, x):
-        return kernels_for(f, x).gate_forward(f, x, alpha, gate, inplace or norm is not None)[0]
+        return kernels_for(f, x).gate_forward(f, x, alpha, gate, (inplace or norm is not None) and _unseen())[0]
     else:
         y = attention_residual(f, x, alpha, attention, mask_scale, add_shortcut)
     return y.relu() if relu else y
@@ -260,7 +265,8 @@ class FusedAttentionResidual(torch.autograd.Function):
         else:
             f, state = _normalize(residual, norm)
             x, shortcut_state = _normalize(shortcut, shortcut_norm)
-            y, *kept = kernels_for(f, x).gate_forward(f, x, alpha, gate, inplace=norm is not None)
+            y, *kept = kernels_for(f, x).gate_forward(
+                f, x, alpha, gate, inplace=norm is not None and _unseen())
         nothing = (None,) * 4
         ctx.save_for_backward(
             residual, shortcut, alpha, y if gate.relu else None, *(state or nothing)[:4],

@@ -211,6 +211,27 @@ def test_float32_is_the_equations(kernels, attention, mask_scale, memory_format,
             assert torch.allclose(y, found[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize('memory_format', FORMATS)
+def test_sums_of_thousands_of_equal_values(kernels, memory_format):
+    # as of a channel whose norm has a weight of 0: each addition of the same number errs the same way
+    inputs = pair((1, 2, 56, 56), memory_format=memory_format)
+
+    def run(tail, dtype):
+        norms = [norm_layer(2, False, dtype, i) for i in (0, 1)]
+        tensors = [t.to(dtype) for t in (*inputs, torch.tensor([1.]))]
+        for norm in norms:
+            norm.weight.data.zero_()
+            norm.bias.data.fill_(0.1)
+        y = tail(*tensors, 'spatial', 'mean1', True, True, *norms)
+        return y, *torch.autograd.grad(y, [norm.bias for norm in norms], torch.full_like(y, 0.1))
+
+    (y, *gradients), (exact, *exact_gradients) = (
+        run(fused_attention_residual, torch.float32), run(plain_tail, torch.float64))
+    assert torch.allclose(y.double(), exact, rtol=3e-6, atol=0)
+    for a, b in zip(gradients, exact_gradients):
+        assert torch.allclose(a.double(), b, rtol=3e-6 if kernels == 'native' else 1e-4, atol=0)  # PyTorch's norm
+
+
 @for_every_gate
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_the_plain_gate(kernels, attention, mask_scale, dtype):

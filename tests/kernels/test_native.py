@@ -37,28 +37,46 @@ def test_what_a_tensor_gets(monkeypatch):
 def test_without_the_library(tmp_path):
     left_out = shutil.ignore_patterns('*.so', 'weights', '__pycache__')
     shutil.copytree(ROOT / 'timm_arl', tmp_path / 'timm_arl', ignore=left_out)
-    asked = python('''
-import torch
-from timm_arl import kernels
-print(kernels.backend(torch.ones(1, 2, 3, 3)), kernels.backend(torch.ones(1, 2, 3, 3)))
-''', tmp_path, PYTHONPATH=str(tmp_path))
-    assert asked.stdout.split() == ['torch', 'torch']
-    assert asked.stderr.count('UserWarning') == 1 and 'Install a C compiler, then timm-arl again' in asked.stderr
-    quiet = '''
+    folder, libraries = tmp_path / 'timm_arl' / 'kernels', ROOT / 'timm_arl' / 'kernels'
+    start = '''
+import os, sys
 import torch, timm, timm_arl
-timm.create_model('arl_cnn14').eval()(torch.zeros(1, 3, 32, 32))
+from timm_arl import kernels
+from timm_arl.kernels import native
+
+def run():
+    timm.create_model('arl_cnn14').eval()(torch.zeros(1, 3, 32, 32))
+
+def refused():
+    os.environ['TIMM_ARL_KERNELS'] = 'native'
+    try:
+        run()
+    except RuntimeError as error:
+        print(error)
 '''
-    assert python(quiet, tmp_path, PYTHONPATH=str(tmp_path)).stderr == ''
-    refused = python(quiet, tmp_path, PYTHONPATH=str(tmp_path), TIMM_ARL_KERNELS='native')
-    assert 'RuntimeError: TIMM_ARL_KERNELS asks for native. The C kernels are missing' in refused.stderr
-    folder = tmp_path / 'timm_arl' / 'kernels'
-    for library in (ROOT / 'timm_arl' / 'kernels').glob('*.so'):
+    missing = python(f'''{start}
+run()
+print('quiet so far', file=sys.stderr)
+print(kernels.backend(torch.ones(1, 2, 3, 3)), kernels.backend(torch.ones(1, 2, 3, 3)))
+refused()
+''', tmp_path, PYTHONPATH=str(tmp_path))
+    assert missing.stdout.startswith('torch torch\nTIMM_ARL_KERNELS asks for native. The C kernels are missing')
+    assert missing.stderr.startswith('quiet so far') and missing.stderr.count('UserWarning') == 1
+    assert 'Install a C compiler, then timm-arl again' in missing.stderr
+    for library in libraries.glob('*.so'):
         shutil.copy(library, folder)
-    assert python(quiet, tmp_path, PYTHONPATH=str(tmp_path), TIMM_ARL_KERNELS='native').stderr == ''
-    with open(folder / 'native.c', 'a') as f:  # as after `git pull` in a checkout that was installed before
-        f.write('/* newer */')
-    refused = python(quiet, tmp_path, PYTHONPATH=str(tmp_path), TIMM_ARL_KERNELS='native')
-    assert 'was built from another native.c' in refused.stderr
+    # as after `git pull` in a checkout that was installed before
+    other = python(f'''{start}
+os.environ['TIMM_ARL_KERNELS'] = 'native'
+run()
+print('runs')
+with open({str(folder / 'native.c')!r}, 'a') as f:
+    f.write('/* newer */')
+native._library.cache_clear(), native.unavailable.cache_clear()
+refused()
+''', tmp_path, PYTHONPATH=str(tmp_path))
+    assert other.stderr == '' and other.stdout.startswith('runs\n')
+    assert 'was built from another native.c' in other.stdout
 
 
 @pytest.mark.slow
