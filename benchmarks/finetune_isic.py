@@ -38,7 +38,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy, nll_loss
 from tqdm import tqdm
 
-from timm_arl.attention import alphas_of
+from timm_arl.attention import alphas_of, temperatures_of
 from timm_arl.download import WeightsError
 from timm_arl.factory import load_weights_file, save_network
 from timm_arl.files import write_json
@@ -96,7 +96,7 @@ def train(args, accelerator, data, out, networks=None):
     start_time, task, splits = time.time(), data.task, data.splits
     model, teacher, data_config = networks or create_networks(args, accelerator, task)
     set_seed(args.seed)
-    alphas = list(alphas_of(model))
+    alphas, temperatures = list(alphas_of(model)), list(temperatures_of(model))
     img_size = data_config['input_size'][-1]
     lr, score = args.lr, selection_column(args.select)  # which chooses the epoch
 
@@ -233,7 +233,7 @@ def train(args, accelerator, data, out, networks=None):
                 truth['validation'].numpy(), probabilities.numpy(), task)} if task.kind == 'multiclass' else {}),
             'lr': optimizer.param_groups[0]['lr'],
             'img_size': epoch_sides(args, img_size)[epoch],
-            **{name: kept_network.get_parameter(name).item() for name in alphas},
+            **{name: kept_network.get_parameter(name).item() for name in (*alphas, *temperatures)},
         }
         accelerator.log(row, step=epoch + 1)
         summary.append(row)
@@ -307,7 +307,8 @@ def main():
                               f'lesions.')
         data = load_data(args.data, wanted_of(args), args.seed, args.streaming,
                          *((('train',), 'train') if args.folds else ()))
-        data = data._replace(task=data.task.with_head(args.head))
+        data = data._replace(task=data.task.with_head(args.head), splits={
+            name: split for name, split in data.splits.items() if not (args.skip_test and name == 'test')})
         task, splits, args.head = data.task, data.splits, data.task.head
         args.group_column, args.select = data.groups or args.group_column, args.select or task.aim
         args.select = check_selection(args.select, task)

@@ -45,8 +45,9 @@ def test_no_classifier_takes_any(tmp_path):
 def test_another_attention_is_refused(tmp_path):
     save_network(timm.create_model('arl_cnn14_mixed', num_classes=2), tmp_path)
     assert load_weights_file(timm.create_model('arl_cnn14', num_classes=2, attention='mixed'), tmp_path) == []
-    for kwargs in ({}, dict(attention='mixed', mask_scale='mean1')):
-        with pytest.raises(WeightsError, match='trained with mixed attention and mask_scale softmax, not'):
+    for kwargs, message in (({}, 'attention mixed, not attention spatial'),
+                            (dict(attention='mixed', mask_scale='mean1'), 'mask_scale softmax, not mask_scale mean1')):
+        with pytest.raises(WeightsError, match=f'trained with {message}'):
             load_weights_file(timm.create_model('arl_cnn14', num_classes=2, **kwargs), tmp_path)
 
 

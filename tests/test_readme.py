@@ -163,7 +163,8 @@ def test_commands_exist_with_their_flags(name):
 def test_flags_in_the_text_are_flags_of_some_program():
     programs = [('benchmarks/finetune_isic.py',), ('benchmarks/evaluate_isic.py',), ('benchmarks/throughput.py',),
                 ('benchmarks/segment_lesions.py',), ('benchmarks/reproduce_tables.py',),
-                ('benchmarks/input_speed.py',), ('-m', 'timm_arl.export'), ('-m', 'timm_arl.predict')]
+                ('benchmarks/input_speed.py',), ('benchmarks/average_runs.py',), ('benchmarks/make_weights.py',),
+                ('-m', 'timm_arl.export'), ('-m', 'timm_arl.predict')]
     programs += [('-m', 'timm_arl.hub', command) for command in ('stage', 'card', 'push', 'verify')]
     programs += [('-m', 'timm_arl.isic.dataset', command) for command in ('prepare', 'check', 'demo')]
     known = frozenset.union(*(options_of(*program) for program in programs))

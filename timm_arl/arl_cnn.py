@@ -37,6 +37,8 @@ class ARLBottleneck(Bottleneck):
             attention: str = 'spatial',
             alpha_init: float = 1e-3,
             mask_scale: str = 'softmax',
+            mask_temperature: float = 1.,
+            learn_temperature: bool = False,
             **kwargs,
     ) -> None:
         """
@@ -45,22 +47,30 @@ class ARLBottleneck(Bottleneck):
             attention: Normalisation of the mask, 'spatial' (Eq. 4), 'channel' (Eq. 5) or 'mixed' (Eq. 6).
             alpha_init: Initial value of alpha, the learnable weight of the gate.
             mask_scale: 'softmax' for the mask as printed, 'mean1' for one rescaled to a mean of 1.
+            mask_temperature: T of the mask n(F / T), 1 in the paper; a smaller one makes peaked masks. Any other
+                than 1 is computed in plain operations, without the fused kernels.
+            learn_temperature: Whether T is learned, one for each block, from ``mask_temperature`` on.
             **kwargs: Keyword arguments of timm's Bottleneck.
 
         Raises:
-            ValueError: An unknown ``attention`` or ``mask_scale``, or an ``alpha_init`` that is not finite.
+            ValueError: An unknown ``attention`` or ``mask_scale``, an ``alpha_init`` that is not finite, or a
+                ``mask_temperature`` that is not above 0.
         """
-        check_gate(attention, mask_scale, alpha_init)
+        check_gate(attention, mask_scale, alpha_init, mask_temperature)
         super().__init__(*args, **kwargs)
         self.attention = attention
         self.mask_scale = mask_scale
+        self.mask_temperature = float(mask_temperature)
         self.alpha_init = float(alpha_init)
         self.alpha = nn.Parameter(self.conv3.weight.new_empty(1))  # shape (1,) and not (): FSDP refuses scalars
+        self.log_temperature = nn.Parameter(self.conv3.weight.new_empty(1)) if learn_temperature else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set alpha to its initial value, for example after `to_empty()`; the layers reset their own parameters."""
+        """Set alpha and temperature to their initial values, for example after `to_empty()`; layers have their own."""
         nn.init.constant_(self.alpha, self.alpha_init)
+        if self.log_temperature is not None:
+            nn.init.zeros_(self.log_temperature)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -94,11 +104,13 @@ class ARLBottleneck(Bottleneck):
 
         add_shortcut = self.drop_path is None
         if torch.jit.is_scripting():  # which takes no norms as arguments
-            x = attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut)
+            x = attention_residual(
+                x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut,
+                self.mask_temperature, self.log_temperature)
         else:
             x = fused_attention_residual(
                 x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut,
-                relu, norm, shortcut_norm, inplace)
+                relu, norm, shortcut_norm, inplace, self.mask_temperature, self.log_temperature)
         if self.drop_path is not None:
             x = self.drop_path(x) + shortcut
         if not relu:
@@ -108,6 +120,8 @@ class ARLBottleneck(Bottleneck):
 
     def _fusible(self, x: torch.Tensor) -> Tuple[Optional[nn.BatchNorm2d], Optional[nn.BatchNorm2d], bool, bool]:
         """What the gate may do: compute bn3 and the projection's norm, apply the ReLU, overwrite what it is given."""
+        if self.mask_temperature != 1 or self.log_temperature is not None:
+            return None, None, False, False
         compiles = compiled.takes(x, x, self.alpha)
         if not compiles and not can_fuse(x, self.alpha):
             return None, None, False, False
@@ -142,10 +156,11 @@ def _folds(norm: Optional[nn.Module], x: torch.Tensor) -> bool:
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Add the model's own alphas to a checkpoint without any, such as a ResNet's; others are returned unchanged."""
-    alphas = {k: v for k, v in model.state_dict().items() if k.endswith('.alpha')}
-    if alphas.keys().isdisjoint(state_dict):
-        state_dict = dict(state_dict, **alphas)
+    """Add the model's own alphas, and temperatures, to a checkpoint without any of them, such as a ResNet's."""
+    for kind in ('.alpha', '.log_temperature'):
+        own = {k: v for k, v in model.state_dict().items() if k.endswith(kind)}
+        if own.keys().isdisjoint(state_dict):
+            state_dict = dict(state_dict, **own)
     return state_dict
 
 
@@ -162,6 +177,8 @@ class ARLCNN(ResNet):
             attention: str = 'spatial',
             alpha_init: float = 1e-3,
             mask_scale: str = 'softmax',
+            mask_temperature: float = 1.,
+            learn_temperature: bool = False,
             **kwargs,
     ) -> None:
         """
@@ -170,16 +187,23 @@ class ARLCNN(ResNet):
             attention: Normalisation of the mask, 'spatial' (Eq. 4), 'channel' (Eq. 5) or 'mixed' (Eq. 6).
             alpha_init: Initial value of each block's alpha.
             mask_scale: 'softmax' for the mask as printed, 'mean1' for one rescaled to a mean of 1.
+            mask_temperature: T of the mask n(F / T), 1 in the paper; a smaller one makes peaked masks. Any other
+                than 1 is computed in plain operations, without the fused kernels.
+            learn_temperature: Whether T is learned, one for each block, from ``mask_temperature`` on.
             **kwargs: Keyword arguments of timm's ResNet.
 
         Raises:
-            ValueError: An unknown ``attention`` or ``mask_scale``.
+            ValueError: As ARLBottleneck.
         """
-        arl_args = dict(attention=attention, alpha_init=alpha_init, mask_scale=mask_scale)
+        arl_args = dict(
+            attention=attention, alpha_init=alpha_init, mask_scale=mask_scale, mask_temperature=mask_temperature,
+            learn_temperature=learn_temperature)
         block_args = dict(arl_args, **(kwargs.pop('block_args', None) or {}))
         super().__init__(*args, block_args=block_args, **kwargs)
         self.attention = block_args['attention']
         self.mask_scale = block_args['mask_scale']
+        self.mask_temperature = block_args['mask_temperature']
+        self.learn_temperature = block_args['learn_temperature']
 
 
 def _create_arl_cnn(variant: str, pretrained: bool = False, **kwargs) -> ARLCNN:

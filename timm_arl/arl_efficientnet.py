@@ -43,11 +43,14 @@ class ARLInvertedResidual(InvertedResidual):
     alpha: nn.Parameter
     attention: str
     mask_scale: str
+    mask_temperature: float
     alpha_init: float
 
     def reset_parameters(self) -> None:
-        """Set alpha to its initial value, for example after `to_empty()`; the layers reset their own parameters."""
+        """Set alpha and temperature to their initial values, for example after `to_empty()`; layers have their own."""
         nn.init.constant_(self.alpha, self.alpha_init)
+        if self.log_temperature is not None:
+            nn.init.zeros_(self.log_temperature)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -61,21 +64,35 @@ class ARLInvertedResidual(InvertedResidual):
         x = self.bn3(x)
         add_shortcut = isinstance(self.drop_path, nn.Identity)
         if torch.jit.is_scripting():
-            x = attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut)
+            x = attention_residual(
+                x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut,
+                self.mask_temperature, self.log_temperature)
         else:
-            x = fused_attention_residual(x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut)
+            x = fused_attention_residual(
+                x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut,
+                temperature=self.mask_temperature, log_temperature=self.log_temperature)
         return x if add_shortcut else self.drop_path(x) + shortcut
 
 
-def _gate_blocks(model: nn.Module, attention: str, alpha_init: float, mask_scale: str) -> None:
+def _gate_blocks(
+        model: nn.Module,
+        attention: str,
+        alpha_init: float,
+        mask_scale: str,
+        mask_temperature: float,
+        learn_temperature: bool,
+) -> None:
     """Gate each inverted residual block that has an identity shortcut; timm's builder knows no other class for them."""
-    check_gate(attention, mask_scale, alpha_init)
+    check_gate(attention, mask_scale, alpha_init, mask_temperature)
     blocks: List[Any] = [m for m in model.modules() if type(m) is InvertedResidual and m.has_skip]
     for block in blocks:
         block.__class__ = ARLInvertedResidual
         block.attention, block.mask_scale = attention, mask_scale
+        block.mask_temperature = float(mask_temperature)
         block.alpha_init = float(alpha_init)
-        block.alpha = nn.Parameter(next(block.parameters()).new_empty(1))  # shape (1,) and not (): FSDP refuses scalars
+        weight = next(block.parameters())
+        block.alpha = nn.Parameter(weight.new_empty(1))  # shape (1,) and not (): FSDP refuses scalars
+        block.log_temperature = nn.Parameter(weight.new_empty(1)) if learn_temperature else None
         block.reset_parameters()
 
 
@@ -88,6 +105,8 @@ class _Gated:
             attention: str = 'spatial',
             alpha_init: float = 1e-3,
             mask_scale: str = 'softmax',
+            mask_temperature: float = 1.,
+            learn_temperature: bool = False,
             **kwargs,
     ) -> None:
         """
@@ -96,15 +115,21 @@ class _Gated:
             attention: Normalisation of the mask, 'spatial' (Eq. 4), 'channel' (Eq. 5) or 'mixed' (Eq. 6).
             alpha_init: Initial value of each block's alpha.
             mask_scale: 'softmax' for the mask as printed, 'mean1' for one rescaled to a mean of 1.
+            mask_temperature: T of the mask n(F / T), 1 in the paper; a smaller one makes peaked masks. Any other
+                than 1 is computed in plain operations, without the fused kernels.
+            learn_temperature: Whether T is learned, one for each block, from ``mask_temperature`` on.
             **kwargs: Keyword arguments of timm's EfficientNet.
 
         Raises:
-            ValueError: An unknown ``attention`` or ``mask_scale``, or an ``alpha_init`` that is not finite.
+            ValueError: An unknown ``attention`` or ``mask_scale``, an ``alpha_init`` that is not finite, or a
+                ``mask_temperature`` that is not above 0.
         """
         super().__init__(*args, **kwargs)
         self.attention = attention
         self.mask_scale = mask_scale
-        _gate_blocks(cast(nn.Module, self), attention, alpha_init, mask_scale)
+        self.mask_temperature = mask_temperature
+        self.learn_temperature = learn_temperature
+        _gate_blocks(cast(nn.Module, self), attention, alpha_init, mask_scale, mask_temperature, learn_temperature)
 
 
 class ARLEfficientNet(_Gated, EfficientNet):

@@ -34,6 +34,7 @@ from .kernels import Gate, NormState, compiled, kernels_for
 __all__ = [
     'ATTENTIONS', 'MASK_SCALES', 'FusedAttentionResidual', 'alphas_of', 'attention_mask', 'attention_residual',
     'can_fuse', 'check_gate', 'check_names', 'folds_norms', 'fused_attention_residual',
+    'temperatures_of',
 ]
 
 ATTENTIONS = ('spatial', 'channel', 'mixed')
@@ -49,17 +50,21 @@ def check_names(attention: str, mask_scale: str) -> None:
         raise ValueError(f"Unknown mask_scale '{mask_scale}': choose 'softmax' or 'mean1'.")
 
 
-def check_gate(attention: str, mask_scale: str, alpha_init: float) -> None:
-    """Raise ValueError for an unknown ``attention`` or ``mask_scale``, or an ``alpha_init`` that is not finite."""
+def check_gate(attention: str, mask_scale: str, alpha_init: float, mask_temperature: float = 1.) -> None:
+    """Raise ValueError for unknown names, an ``alpha_init`` that is not finite, or a temperature not above 0."""
     check_names(attention, mask_scale)
     if not math.isfinite(alpha_init):
         raise ValueError(f'alpha_init must be a finite number, not {alpha_init}.')
+    if not (math.isfinite(mask_temperature) and mask_temperature > 0):
+        raise ValueError(f'mask_temperature must be a finite number above 0, not {mask_temperature}.')
 
 
 def attention_mask(
         residual: torch.Tensor,
         attention: str = 'spatial',
         mask_scale: str = 'softmax',
+        temperature: float = 1.,
+        log_temperature: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """The attention mask n(F) of a residual branch, Eq. 4 (spatial), 5 (channel) or 6 (mixed).
 
@@ -70,6 +75,8 @@ def attention_mask(
         residual: F, shape (B, C, H, W), any floating dtype and memory format.
         attention: Normalisation, 'spatial', 'channel' or 'mixed'.
         mask_scale: 'softmax', the mask as printed, or 'mean1', rescaled to a mean of 1 (not in the paper).
+        temperature: T of n(F / T), above 0; below 1 the mask is more peaked than the paper's, for which T is 1.
+        log_temperature: Shape (1,), whose exponential T is multiplied by, where it is learned.
 
     Returns:
         Mask of shape (B, C, H, W) in the memory format of ``residual``; float32, or float64 for a float64 residual.
@@ -77,7 +84,7 @@ def attention_mask(
     Raises:
         ValueError: An unknown ``attention`` or ``mask_scale`` (a ``torch.jit.Error`` once scripted).
     """
-    mask, total, count = _mask_parts(residual, attention, mask_scale)
+    mask, total, count = _mask_parts(residual, attention, mask_scale, temperature, log_temperature)
     return mask if total is None else mask * (count / total)
 
 
@@ -85,11 +92,17 @@ def _mask_parts(
         residual: torch.Tensor,
         attention: str,
         mask_scale: str,
+        temperature: float,
+        log_temperature: Optional[torch.Tensor],
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor], float]:
     """Returns (e, total, count); mask = e * count / total, or e where total is None. total: one number per softmax."""
     check_names(attention, mask_scale)
     # promotes half precision to float32 and leaves float64 alone; FX cannot trace torch.promote_types
     wide = residual.new_ones([1], dtype=torch.float32)
+    if log_temperature is not None:
+        residual = residual * ((-log_temperature * wide).exp() / temperature)
+    elif temperature != 1.:
+        residual = residual * (wide / temperature)
     total: Optional[torch.Tensor] = None
     # torch.softmax over flattened positions would copy channels_last data to NCHW; this keeps the format. H and W are
     # reduced one after the other: inductor makes slower loops of both at once (13 ms instead of 11 on a CPU)
@@ -117,6 +130,8 @@ def attention_residual(
         attention: str = 'spatial',
         mask_scale: str = 'softmax',
         add_shortcut: bool = True,
+        temperature: float = 1.,
+        log_temperature: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Attention residual learning, y = x + F + alpha * n(F) * x (Eq. 3-9), before the last activation.
 
@@ -130,6 +145,7 @@ def attention_residual(
         attention: Normalisation n, 'spatial' (Eq. 4), 'channel' (Eq. 5) or 'mixed' (Eq. 6).
         mask_scale: 'softmax' or 'mean1', see :func:`attention_mask`.
         add_shortcut: False omits the leading ``x``, for stochastic depth: y = x + drop_path(F + alpha * n(F) * x).
+        temperature, log_temperature: T of n(F / T), see :func:`attention_mask`.
 
     Returns:
         y of shape (B, C, H, W) in the dtype and memory format of ``residual``.
@@ -137,7 +153,7 @@ def attention_residual(
     Raises:
         ValueError: An unknown ``attention`` or ``mask_scale`` (a ``torch.jit.Error`` once scripted).
     """
-    mask, total, count = _mask_parts(residual, attention, mask_scale)
+    mask, total, count = _mask_parts(residual, attention, mask_scale, temperature, log_temperature)
     gate = mask * (alpha if total is None else alpha * count / total)  # one pass fewer than alpha times the mask
     if add_shortcut:
         gate = gate + 1.
@@ -147,6 +163,11 @@ def attention_residual(
 def alphas_of(model: nn.Module) -> Dict[str, nn.Parameter]:
     """The alphas of a model by parameter name; empty for a model without attention residual learning."""
     return {name: p for name, p in model.named_parameters() if name.endswith('.alpha') and p.numel() == 1}
+
+
+def temperatures_of(model: nn.Module) -> Dict[str, nn.Parameter]:
+    """The learned temperatures' logarithms of a model's masks by parameter name; empty where none is learned."""
+    return {name: p for name, p in model.named_parameters() if name.endswith('.log_temperature')}
 
 
 def can_fuse(*tensors: torch.Tensor) -> bool:
@@ -181,13 +202,16 @@ def fused_attention_residual(
         norm: Optional[nn.BatchNorm2d] = None,
         shortcut_norm: Optional[nn.BatchNorm2d] = None,
         inplace: bool = False,
+        temperature: float = 1.,
+        log_temperature: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """The end of a block, relu(x + F + alpha * n(F) * x) with F = norm(residual) and x = shortcut_norm(shortcut).
 
     Fused in eager mode and, with a ``norm``, where torch.compile calls the C kernels; elsewhere (traced,
     exported, otherwise compiled, under functorch transforms, on meta tensors) the norms and :func:`attention_residual`
     one after the other. Scripted code calls :func:`attention_residual` itself.
-    An ``alpha`` of exactly 0 that needs no gradient skips the gate (on a CPU).
+    An ``alpha`` of exactly 0 that needs no gradient skips the gate (on a CPU). A temperature other than 1 has no fused
+    gate: it is computed by :func:`attention_residual`.
 
     Args:
         residual: Input of ``norm``, or F itself, shape (B, C, H, W).
@@ -198,6 +222,7 @@ def fused_attention_residual(
             not called.
         shortcut_norm: Last norm layer of the projection, under the same conditions.
         inplace: Whether the result may overwrite ``residual`` where no gradient is needed and no mode sees it.
+        temperature, log_temperature: T of n(F / T), see :func:`attention_mask`.
 
     Returns:
         y of shape (B, C, H, W) in the dtype and memory format of ``residual``.
@@ -210,13 +235,15 @@ def fused_attention_residual(
     grad, fuse = torch.is_grad_enabled(), can_fuse(residual, shortcut, alpha)
     # whether alpha is 0 is asked on a CPU alone: an accelerator would have to synchronise
     off = fuse and not (grad and alpha.requires_grad) and alpha.device.type == 'cpu' and alpha.item() == 0
+    papers = temperature == 1 and log_temperature is None
+    fuse = fuse and papers
     if grad and fuse and not off:
         parameters = [getattr(m, name, None) for m in (norm, shortcut_norm) for name in ('weight', 'bias')]
         return FusedAttentionResidual.apply(
             residual, shortcut, alpha, norm, shortcut_norm, Gate(attention, mask_scale, add_shortcut, relu),
             *parameters)
     gate = Gate(attention, mask_scale, add_shortcut, relu)
-    if norm is not None and compiled.takes(residual, shortcut, alpha):
+    if norm is not None and papers and compiled.takes(residual, shortcut, alpha):
         states = _traced_statistics(residual, norm), _traced_statistics(shortcut, shortcut_norm)
         return compiled.gate(residual, shortcut, alpha, gate, *states)
     if fuse and not off and folds_norms(residual, shortcut, alpha):
@@ -230,7 +257,7 @@ def fused_attention_residual(
     elif fuse and can_fuse(f, x):
         return kernels_for(f, x).gate_forward(f, x, alpha, gate, (inplace or norm is not None) and _unseen())[0]
     else:
-        y = attention_residual(f, x, alpha, attention, mask_scale, add_shortcut)
+        y = attention_residual(f, x, alpha, attention, mask_scale, add_shortcut, temperature, log_temperature)
     return y.relu() if relu else y
 
 

@@ -240,8 +240,9 @@ def _watch(name: str, block: Block, maps: Dict[str, GateMap]) -> List[RemovableH
 
 
 def _gate_map(residual: torch.Tensor, shortcut: torch.Tensor, block: Block) -> GateMap:
-    plain = attention_mask(residual, block.attention)
-    applied = plain if block.mask_scale == 'softmax' else attention_mask(residual, block.attention, block.mask_scale)
+    plain, applied = (
+        attention_mask(residual, block.attention, scale, block.mask_temperature, block.log_temperature)
+        for scale in ('softmax', block.mask_scale))
     residual, shortcut = residual.to(plain.dtype), shortcut.to(plain.dtype)
     channels, positions = plain.shape[1], plain[0, 0].numel()
     shares = plain.flatten(2)

@@ -40,6 +40,9 @@ __all__ = [
     'tensors_sha256',
 ]
 
+# what tells apart networks with the same tensors, and last, what changes the tensors
+GATE_ARGUMENTS = ('attention', 'mask_scale', 'mask_temperature', 'learn_temperature')
+
 
 def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
     """`timm.create_model` whose failures are one sentence, and which has weights of any model fetched and verified.
@@ -379,7 +382,7 @@ def save_network(
             for key in ('pool_size', 'test_input_size', 'test_pool_size', 'test_crop_pct'):
                 model.pretrained_cfg.pop(key, None)
         if hasattr(model, 'mask_scale'):
-            model_args = {'attention': model.attention, 'mask_scale': model.mask_scale, **model_args}
+            model_args = {**{name: getattr(model, name) for name in GATE_ARGUMENTS}, **model_args}
     save_for_hf(model, str(folder), safe_serialization=True, model_args=model_args,
                 model_config=dict(label_names=list(label_names), **({'task': task} if task else {})), **keywords)
 
@@ -390,10 +393,12 @@ def _check_attention(model: Any, file: Path) -> None:
     if not config.is_file():
         return
     saved = create_for_task(f'local-dir:{file.parent}', device='meta')
-    kind = getattr(saved, 'attention', None), getattr(saved, 'mask_scale', None)
-    if isinstance(saved, type(model)) and kind != (model.attention, model.mask_scale):
-        raise WeightsError(f'{file} was trained with {kind[0]} attention and mask_scale {kind[1]}, not '
-                           f'{model.attention} and {model.mask_scale}: choose the model it was saved from.')
+    if not isinstance(saved, type(model)):
+        return
+    differ = [name for name in GATE_ARGUMENTS[:3] if getattr(saved, name) != getattr(model, name)]
+    if differ:
+        kind, asked = (' and '.join(f'{name} {getattr(of, name)}' for name in differ) for of in (saved, model))
+        raise WeightsError(f'{file} was trained with {kind}, not {asked}: choose the model it was saved from.')
 
 
 def tensors_sha256(path: Path) -> str:

@@ -83,6 +83,7 @@ def render_card(
         thresholds={label: float(f'{value:.6g}') for label, value in thresholds.get(point, {}).items()},
         point=task.usual_point if point == 'official' else point,
         splits=[_split(split, results, task) for split in _ordered(results['metrics'])] if results else [],
+        runs=max(len(results['run'].get('averaged', ())), 1) if results else 0,
         over=_over(results['metrics']) if results else '', looks=_times(len(results['looks'])) if results else '',
         pictures=[(name, _words_of(name)) for name in pictures or []],
         training=_training(results) if results else '', mix=MIXES[arguments.get('balance', 'none')], sha256=sha256)
@@ -157,7 +158,7 @@ def _words_of(picture: str) -> str:
 
 def _training(results: Dict[str, Any]) -> str:
     run = results['run']
-    arguments = run['arguments']
+    arguments, averaged = run['arguments'], run.get('averaged', [])  # of average_runs.py
     start = (results['base_model'] or arguments.get('init_checkpoint')
              or (arguments.get('pretrained') and arguments.get('model')))
     images = f', {arguments["train_images"]:,} images' if 'train_images' in arguments else ''
@@ -171,14 +172,21 @@ def _training(results: Dict[str, Any]) -> str:
           if arguments.get('mask_weight') and results.get('learned_masks', True) else []),
         *([('groups', f'images of one `{arguments["group_column"]}` are in one split')]
           if arguments.get('group_column') not in (None, NO_GROUPS) else []),
-        ('command', f'`{run["command"]}`'), ('recipe', arguments['recipe']), ('seed', arguments['seed']),
+        ('command', f'`{run["command"]}`'),
+        *((f'run {each["run"]}', f'`{each["command"]}`, commit {each["commit"]}') for each in averaged),
+        *([('weights', 'stored in half precision')] if arguments.get('half') else []),
+        *([('teacher', f'`{arguments["teacher"]}`')] if arguments.get('teacher') else []),
+        ('recipe', arguments['recipe']),
+        ('seed', ', '.join(str(each['seed']) for each in averaged or [arguments])),
         ('image size', f'{results["img_size"]} px'),
         ('crops', f'{arguments.get("crops")}; their probabilities are averaged'),
         ('commit', run.get('commit') or 'unknown'),
         ('versions', ', '.join(f'{key} {value}' for key, value in run['versions'].items())),
         ('device', f'{run["launch"]["processes"]} process(es), {run["launch"]["device"]}, mixed precision '
                    f'{run["launch"]["mixed_precision"]}'),
-        ('epochs', f'{results["epochs"]}; epoch {results["kept_epoch"]} was kept, ' + (
+        ('epochs', f'{results["kept_epoch"]} of each run; their weights were averaged, and the statistics of batch '
+                   f'norms measured anew' if len(averaged) > 1 else
+                   f'{results["epochs"]}; epoch {results["kept_epoch"]} was kept, ' + (
             f'the best by {selection_words(arguments.get("select") or "mean_auc")} on validation'
             if arguments['keep'] == 'best' else 'the last')),
         ('alphas', ', '.join(f'{key.removesuffix(".alpha")} {value:.3g}' for key, value in results['alphas'].items())),

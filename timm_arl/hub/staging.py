@@ -11,9 +11,11 @@ from typing import Any, Callable, Dict, List, Optional, Union
 
 import safetensors.torch
 import timm
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..attention import alphas_of
 from ..download import sha256_of
 from ..factory import Checkpoint, create_trained, tensors_sha256
 from ..files import make_folder, read_rows, replacing, replacing_folder, write_json
@@ -104,11 +106,13 @@ def stage(
         if evaluation is not None:
             metrics = {**metrics, **_evaluated(run, metrics, evaluation, task)}
         results = _results(
-            run, record, metrics, config, evaluation, alpha_zero, tag, ' '.join(note.split()), task, license)
+            run, model, record, metrics, config, evaluation, alpha_zero, tag, ' '.join(note.split()), task, license)
     except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
         raise HubError(f'{run} or its evaluation is incomplete ({_brief(error)}): restore the file or rerun.') from None
     versions = {key: config[f'{key}_version'] for key in ('timm_arl', 'timm')}
-    weights = _safetensors(model.state_dict(), {'format': 'pt', 'name': results['name'], **versions})
+    stored = safetensors.torch.load_file(run / 'model.safetensors')  # in half precision, it may be
+    tensors = {key: t.to(stored[key].dtype) if key in stored else t for key, t in model.state_dict().items()}
+    weights = _safetensors(tensors, {'format': 'pt', 'name': results['name'], **versions})
     digest = hashlib.sha256(weights).hexdigest()
     if OWN_WEIGHTS.get(results['name'], digest) != digest:
         raise HubError(f'{results["name"]} is the name of weights that come with this package: choose another --tag.')
@@ -125,6 +129,7 @@ def stage(
 
 def _results(
         run: Path,
+        model: torch.nn.Module,
         record: Dict[str, Any],
         metrics: Dict[str, Any],
         config: Dict[str, Any],
@@ -136,9 +141,12 @@ def _results(
         license: Optional[str],  # noqa: A002
 ) -> Dict[str, Any]:
     """Content of results.json; adds to that of config.json."""
-    summary = read_rows(run / 'summary.csv')
+    several = len(record.get('averaged', ())) > 1  # of average_runs.py, which have a summary each
+    summary = [{'epoch': record['arguments']['epochs']}] if several else read_rows(run / 'summary.csv')
     kept = (max(summary, key=lambda row: float(row[selection_column(record['arguments'].get('select') or 'mean_auc')]))
             if record['arguments']['keep'] == 'best' else summary[-1])
+    for each in record.get('averaged', ()):
+        each['command'] = _without_folders(each['command'])
     record['command'] = _without_folders(record['command'])
     record['arguments'] = {key: _without_folder(value) if isinstance(value, str) else value
                            for key, value in record['arguments'].items()}
@@ -159,8 +167,8 @@ def _results(
         'base_model': Checkpoint(start, paths=False).repo if start else None,
         'data': {'name': record['arguments']['data'], 'note': note, 'official_splits': official},
         'kept_epoch': int(kept['epoch']), 'img_size': config['pretrained_cfg']['input_size'][-1],
-        'alphas': {key: float(value) for key, value in kept.items() if key.endswith('.alpha')}, 'looks': _looks(run),
-        'learned_masks': 'train_mask_loss' in kept,
+        'alphas': {key: p.item() for key, p in alphas_of(model).items()}, 'looks': _looks(run),
+        'learned_masks': several or 'train_mask_loss' in kept,
         **({'alpha_zero': _differences(run, metrics, alpha_zero, task)} if alpha_zero is not None else {}),
     }
 

@@ -4,7 +4,7 @@ from accelerate.utils import set_seed
 from timm.data import resolve_model_data_config
 from timm.optim import param_groups_weight_decay
 
-from ..attention import alphas_of
+from ..attention import alphas_of, temperatures_of
 from ..download import WeightsError
 from ..factory import create_for_task, load_weights_file
 from ..isic.task import ISIC2017, Task
@@ -79,8 +79,8 @@ def create_networks(args, accelerator, task: Task = ISIC2017):
 
 
 def parameter_groups(model, args, lr):
-    """Weights with weight decay, biases and norms without it, and alphas without it at their own learning rate."""
-    alphas = list(alphas_of(model).values())
+    """Weights with weight decay, biases and norms without it, and the gates' scalars without it at their own rate."""
+    alphas = [*alphas_of(model).values(), *temperatures_of(model).values()]
     own = {id(p) for p in alphas}
     groups = param_groups_weight_decay(model, args.weight_decay)
     for group in groups:

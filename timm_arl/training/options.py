@@ -30,7 +30,7 @@ def recipe_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--optimizer', choices=['adamw', 'momentum', 'sgd'],
         help='momentum: SGD with momentum; sgd: SGD with Nesterov momentum')
     add('--lr', type=number(float, 1e-12), help='peak learning rate')
-    add('--alpha-lr', type=number(float, 0), help='peak learning rate of the alphas (default: the same as --lr)')
+    add('--alpha-lr', type=number(float, 0), help='peak learning rate of alphas and temperatures (default: --lr)')
     add('--momentum', type=number(float, 0, 1), default=0.9, help='momentum of SGD (default: %(default)s)')
     add('--weight-decay', type=number(float, 0), help='weight decay, not applied to biases, norms and alphas')
     add('--schedule', choices=['cosine', 'step', 'constant'], help='learning rate schedule after the warm-up')
@@ -114,6 +114,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add('--skip-bad-images', action='store_true', help='leave out images that cannot be read instead of stopping')
     add('--streaming', action='store_true',
         help='read the training images from their Parquet shards, on disk or on the Hub, as they are needed')
+    add('--skip-test', action='store_true', help='do not score the test split')
     add('--preview', metavar='FILE.png', help='draw what the network will see, then stop')
 
     add = parser.add_argument_group('several runs, each in its own folder below --output-dir').add_argument

@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""Make the weights that this project publishes: train, average, evaluate, stage and, with --push, send them to the Hub.
+
+    python benchmarks/make_weights.py arl_tf_efficientnet_lite0.isic2017 --data path/to/isic2017 --output-dir W
+    python benchmarks/make_weights.py arl_cnn50.isic2017 --data path/to/isic2017 --output-dir W --push
+
+Each step is a program that can also be called by hand; its command is printed. A step that is finished is not made
+again, so the same command goes on where it was stopped. Started several times at once, the processes share the runs.
+    W/seed-S/      finetune_isic.py with the recipe "weights", without a look at the test split
+    W/network/     average_runs.py: the mean of these runs, in half precision
+    W/evaluation/  evaluate_isic.py --report: the first look at the test split
+    W/alpha_zero/  evaluate_isic.py --alpha-zero, compared with it: the second
+    W/staged/      what python -m timm_arl.hub stage makes of them, with its card
+"""
+from pathlib import Path
+from typing import NamedTuple, Tuple
+
+from timm_arl.extras import require
+
+require('train', __name__)
+
+from timm_arl.download import WeightsError
+from timm_arl.files import make_folder
+from timm_arl.hub import HubError, push, stage
+from timm_arl.hub.publish import usual_repo
+from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
+from timm_arl.training.runs import check_output_dir
+from timm_arl.training.tables.processes import locked, run_program
+
+PROGRAMS = Path(__file__).resolve().parent
+
+
+class Weights(NamedTuple):
+    """How weights are made.
+
+    Attributes:
+        start: The weights that training starts from, a timm name; '' for random ones.
+        teacher: What is learned from beside the labels, a timm name with weights; '' for none.
+        seeds: Of the runs that are averaged; one where they start from random weights.
+    """
+    start: str = ''
+    teacher: str = ''
+    seeds: Tuple[int, ...] = (0, 1, 2)
+
+
+WEIGHTS = {
+    'arl_tf_efficientnet_lite0.isic2017': Weights('arl_tf_efficientnet_lite0.in1k'),
+    'arl_cnn50.isic2017': Weights('arl_cnn50.tv_in1k'),
+    'arl_cnn14.isic2017': Weights(teacher='arl_tf_efficientnet_lite0.isic2017', seeds=(0,)),
+}
+
+
+def build_parser():
+    parser = program_parser(__doc__, 'NAME --data DIR --output-dir W')
+    add = parser.add_argument
+    add('name', choices=list(WEIGHTS), metavar='NAME', help='which weights: ' + ', '.join(WEIGHTS))
+    add('--data', required=True, metavar='DIR|HUB_ID|demo', help='as for finetune_isic.py')
+    add('--output-dir', required=True, metavar='W', help='folder for the runs and what is made of them')
+    add('--seeds', type=number(int, 0, 2 ** 32 - 1), nargs='+', help='runs that are averaged (default: 0 1 2, or 0)')
+    add('--init-checkpoint', metavar='FILE', help='file of the weights that training starts from (default: the Hub)')
+    add('--teacher', metavar='OUT|NAME', help='another teacher')
+    add('--recipe', default='weights', metavar='NAME|FILE.yaml', help='another recipe (default: %(default)s)')
+    add('--epochs', type=number(int, 1), help='other than the recipe, to try the steps')
+    add('--img-size', type=number(int, 64), help='the same for the side of the images')
+    add('--tag', help='of the staged weights (default: as for python -m timm_arl.hub stage)')
+    add('--note', help='what the card says about the images ("copies at 256 px", for example)')
+    add('--push', nargs='?', const=True, metavar='REPO|FOLDER',
+        help='send the staged weights to the Hub, or to a folder (default: timm-arl/NAME)')
+    add('--mixed-precision', choices=['no', 'fp16', 'bf16'], default='no', help='of all steps (default: %(default)s)')
+    add('--workers', type=number(int, 0), default=2, help='data loading processes (default: %(default)s)')
+    add('--cpu-threads', type=number(int, 1), help='threads of each step')
+    return parser
+
+
+def training_flags(args, seed):
+    """Arguments of finetune_isic.py for one run."""
+    how, model = WEIGHTS[args.name], args.name.partition('.')[0]
+    start = []
+    if args.init_checkpoint:
+        start = ['--model', model, '--init-checkpoint', args.init_checkpoint]
+    elif how.start:
+        start = ['--model', how.start, '--pretrained']
+    teacher = args.teacher or how.teacher
+    return [
+        '--data', args.data, *(start or ['--model', model]), *(['--teacher', teacher] if teacher else []),
+        '--recipe', args.recipe, *[f'--epochs={args.epochs}'] * bool(args.epochs),
+        *[f'--img-size={args.img_size}'] * bool(args.img_size), '--seed', str(seed), '--skip-test', '--tracker', 'none']
+
+
+def make_weights(args):
+    check_not_empty(args)
+    out = Path(args.output_dir)
+    check_output_dir(out)
+    make_folder(out)
+    seeds = args.seeds or WEIGHTS[args.name].seeds
+    machine = [f'--mixed-precision={args.mixed_precision}', f'--workers={args.workers}',
+               *[f'--cpu-threads={args.cpu_threads}'] * bool(args.cpu_threads)]
+
+    def step(program, folder, arguments, lock):
+        """Run a program whose last file in its folder is metrics.json, unless it is there."""
+        if not (folder / 'metrics.json').exists():
+            status, why = run_program(PROGRAMS / program, [
+                *arguments, *machine, '--output-dir', str(folder)], lock)
+            if status:
+                raise RunError(f'{program}: {why} (status {status})')
+
+    runs = [out / f'seed-{seed}' for seed in seeds]
+    for seed, run in zip(seeds, runs):
+        with locked(out / f'seed-{seed}.lock') as lock:
+            if lock is None:
+                print(f'Another process makes {run}.', flush=True)
+                continue
+            step('finetune_isic.py', run, [
+                *training_flags(args, seed), *['--resume'] * (run / 'run.json').exists()], lock)
+    with locked(out / 'network.lock') as lock:
+        if lock is None or not all((run / 'metrics.json').exists() for run in runs):
+            print('Other processes are at work: the last of them makes the rest.')
+            return
+        network, evaluation, alpha_zero = (out / name for name in ('network', 'evaluation', 'alpha_zero'))
+        step('average_runs.py', network, ['--runs', *map(str, runs), '--half', '--data', args.data], lock)
+        look = ['--data', args.data, '--checkpoint', str(network), '--split', 'test']
+        step('evaluate_isic.py', evaluation, [*look, '--report'], lock)
+        step('evaluate_isic.py', alpha_zero, [
+            *look, '--alpha-zero', '--compare', str(evaluation / 'predictions_test.csv')], lock)
+        staged = stage(network, out / 'staged', evaluation, args.tag, args.note or '', alpha_zero)
+        print(f'Staged: {staged}')
+        if args.push:
+            to = usual_repo(staged) if args.push is True else args.push
+            changed = push(staged, to, yes=True)
+            print(f'{staged} to {to}: ' + (', '.join(changed) + ' sent' if changed else 'everything is there already'))
+
+
+def main():
+    parser = build_parser()
+    try:
+        make_weights(parser.parse_args())
+    except (RunError, HubError, WeightsError, OSError) as error:
+        parser.exit(2, f'{parser.prog}: error: {error}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, '\nInterrupted: the same command again goes on.\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,128 @@
+"""The program that averages the weights of runs, and stores them in half precision."""
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from test_finetune_isic import SMALL, read_csv
+
+from timm_arl.factory import create_trained
+from timm_arl.hub import stage
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('threads')]
+
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('start') / 'start.safetensors'
+    model = timm.create_model('arl_cnn14', num_classes=2, channels=[8, 16, 32, 64])
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def runs(call, few, start, tmp_path):
+    made = [tmp_path / f'seed-{seed}' for seed in (0, 1)]
+    for seed, out in enumerate(made):
+        done = call('finetune_isic', '--data', few, *SMALL, '--init-checkpoint', start, '--epochs', 2, '--keep', 'last',
+                    '--lr', 0.01, '--ema', 0, '--seed', seed, '--skip-test', '--output-dir', out)
+        assert done.returncode == 0, done.stderr
+    return made
+
+
+def average(call, few, runs, out, *args):
+    return call('average_runs', '--runs', *runs, '--data', few, '--workers', 0, '--cpu-threads', 1, '--output-dir', out,
+                *args)
+
+
+def load(folder):
+    return safetensors.torch.load_file(folder / 'model.safetensors')
+
+
+def test_a_run_that_skips_the_test_split(runs):
+    for run in runs:
+        assert not {'looks.csv', 'predictions_test.csv'} & {path.name for path in run.iterdir()}
+        assert json.loads((run / 'metrics.json').read_text()).keys() == {'validation'}
+
+
+def test_average(call, few, runs, tmp_path):
+    done = average(call, few, runs, tmp_path / 'out')
+    assert done.returncode == 0, done.stderr
+    assert '2 runs averaged' in done.stdout and f'{runs[1]}: validation mean AUC' in done.stdout
+    first, second, mean = (load(folder) for folder in (*runs, tmp_path / 'out'))
+    assert mean.keys() == first.keys()
+    statistics = [name for name in mean if name.endswith(('running_mean', 'running_var'))]
+    for name, tensor in mean.items():
+        between = (first[name] + second[name]) / 2
+        if name in statistics:  # measured anew
+            assert not torch.allclose(tensor, between, rtol=1e-3, atol=0), name
+        elif not name.endswith('num_batches_tracked'):
+            assert torch.allclose(tensor, between), name
+            assert 'alpha' in name or not torch.equal(first[name], second[name]), name
+
+    # it is a run like others: it loads, what it predicts is what was scored, and it can be staged
+    metrics = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+    assert metrics.keys() == {'validation'} and not (tmp_path / 'out' / 'looks.csv').exists()
+    evaluated = call('evaluate_isic', '--data', few, '--checkpoint', tmp_path / 'out', '--split', 'validation',
+                     '--workers', 0, '--output-dir', tmp_path / 'R')
+    assert evaluated.returncode == 0, evaluated.stderr
+    ours, theirs = (np.array([float(row['melanoma']) for row in read_csv(folder / 'predictions_validation.csv')])
+                    for folder in (tmp_path / 'out', tmp_path / 'R'))
+    assert np.allclose(ours, theirs, atol=1e-5)
+    card = (stage(tmp_path / 'out', tmp_path / 'staged') / 'README.md').read_text()
+    assert 'average of 2 trainings' in card and 'run seed-1' in card and '2 of each run' in card
+
+
+def test_half_precision_of_one_run(call, few, runs, tmp_path):
+    done = average(call, few, runs[:1], tmp_path / 'out', '--half')
+    assert done.returncode == 0, done.stderr
+    small, before = load(tmp_path / 'out'), load(runs[0])
+    for name, tensor in small.items():
+        expected = before[name].half() if before[name].ndim > 1 else before[name]
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
+    ours, theirs = (np.array([float(row['melanoma']) for row in read_csv(folder / 'predictions_validation.csv')])
+                    for folder in (tmp_path / 'out', runs[0]))
+    assert np.allclose(ours, theirs, atol=2e-3)
+    assert (tmp_path / 'out' / 'summary.csv').read_text() == (runs[0] / 'summary.csv').read_text()
+    staged = stage(tmp_path / 'out', tmp_path / 'staged')
+    assert load(staged)['fc.weight'].dtype == torch.float16
+    assert all(p.dtype == torch.float32 for p in create_trained(staged).parameters())
+    assert 'half precision' in (staged / 'README.md').read_text()
+
+
+def test_bad_input_is_refused(call, few, runs, tmp_path):
+    def refusal(folders, *args, data=few, out=tmp_path / 'out'):
+        done = average(call, data, folders, out, *args)
+        assert done.returncode == 2 and 'Traceback' not in done.stderr and not (tmp_path / 'out').exists()
+        return done.stderr
+
+    assert 'exists already: choose another --output-dir' in refusal(runs, out=runs[0])
+    assert 'is no run of finetune_isic.py' in refusal([tmp_path])
+    assert 'names a folder twice' in refusal([runs[0], runs[0]])
+    assert 'other training images than' in refusal(runs, data='demo')
+    (runs[1] / 'metrics.json').unlink()
+    assert f'go on with --resume --output-dir {runs[1]}' in refusal(runs)
+    for key, value, message in (
+            ('lr', 0.5, 'other arguments than .*lr 0.5, not 0.01'), ('model_kwargs', {}, 'model_kwargs'),
+            ('init_checkpoint', None, 'init_checkpoint None')):
+        other = tmp_path / f'other-{key}'
+        shutil.copytree(runs[0], other)
+        record = json.loads((other / 'run.json').read_text())
+        record['arguments'][key] = value
+        (other / 'run.json').write_text(json.dumps(record))
+        assert re.search(message, refusal([runs[0], other]))
+
+
+def test_networks_from_random_weights_are_refused(call, few, tmp_path):
+    runs = [tmp_path / f'seed-{seed}' for seed in (0, 1)]
+    for seed, out in enumerate(runs):
+        done = call('finetune_isic', '--data', few, *SMALL, '--epochs', 1, '--seed', seed, '--skip-test',
+                    '--output-dir', out)
+        assert done.returncode == 0, done.stderr
+    done = average(call, few, runs, tmp_path / 'out')
+    assert done.returncode == 2 and 'started from random weights' in done.stderr

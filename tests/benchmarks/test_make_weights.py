@@ -1,0 +1,65 @@
+"""The one command that makes published weights, end to end on a small network."""
+import json
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from timm_arl.factory import create_trained
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def made(repo, few, tmp_path_factory):
+    """Weights of two runs of EfficientNet-Lite0 from a file, pushed to a folder."""
+    folder = tmp_path_factory.mktemp('weights')
+    torch.manual_seed(0)
+    safetensors.torch.save_file(
+        timm.create_model('tf_efficientnet_lite0').state_dict(), folder / 'start.safetensors')
+    command = [
+        sys.executable, str(repo / 'benchmarks' / 'make_weights.py'), 'arl_tf_efficientnet_lite0.isic2017',
+        '--data', few, '--output-dir', 'W', '--init-checkpoint', 'start.safetensors', '--seeds', '3', '4',
+        '--epochs', '1', '--img-size', '64', '--workers', '0', '--cpu-threads', '1', '--note', 'a few images',
+        '--push', './pushed']
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return folder, command, done.stdout
+
+
+def test_everything_is_made(made):
+    folder, _, stdout = made
+    assert {path.name for path in (folder / 'W').iterdir() if path.is_dir()} == {
+        'seed-3', 'seed-4', 'network', 'evaluation', 'alpha_zero', 'staged'}
+    for program in ('finetune_isic.py', 'average_runs.py', 'evaluate_isic.py'):
+        assert f'$ python benchmarks/{program}' in stdout
+    pushed = folder / 'pushed'
+    assert {path.name for path in pushed.iterdir()} >= {'README.md', 'config.json', 'model.safetensors', 'results.json'}
+    results = json.loads((pushed / 'results.json').read_text())
+    # the test split was looked at twice, by the evaluations of the published network alone
+    assert len(results['looks']) == 2 and all('evaluate_isic.py' in look['command'] for look in results['looks'])
+    assert results['alpha_zero']['test']['mean_auc']['difference'] is not None
+    assert [run['seed'] for run in results['run']['averaged']] == [3, 4] and len(results['alphas']) == 9
+    assert 'a few images' in (pushed / 'README.md').read_text()
+    assert create_trained(pushed).num_classes == 2
+
+
+def test_again_makes_nothing_twice(made):
+    folder, command, _ = made
+    before = {path: path.stat().st_mtime_ns for path in (folder / 'W').glob('*/metrics.json')}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert '$ python' not in done.stdout and 'everything is there already' in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / 'W').glob('*/metrics.json')}
+
+
+def test_bad_input_is_refused(call, tmp_path):
+    for args, message in (
+            (['resnet50.isic2017'], 'invalid choice'),
+            (['arl_cnn14.isic2017', '--teacher', 'no_such'], 'no_such'),
+            (['arl_cnn50.isic2017', '--init-checkpoint', tmp_path / 'nothing.safetensors'], 'No weights at')):
+        done = call('make_weights', *args, '--data', 'demo', '--output-dir', tmp_path / 'W')
+        assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
