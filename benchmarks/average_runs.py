@@ -7,8 +7,9 @@
 Wortsman et al., `Model soups` - https://arxiv.org/abs/2203.05482
 
 The runs differ in their seeds alone and started from the same weights: networks from random weights cannot be averaged.
-The statistics of batch norms are measured anew on the training images. The validation split is scored, the test split
-is not. --half stores the weights in half precision, with one run as well. The output folder is like that of a run:
+The statistics of batch norms are measured anew on the training images (not those that --freeze-bn has kept). The
+validation split is scored, the test split is not. --half stores the weights in half precision, with one run as well.
+The output folder is like that of a run:
     config.json, model.safetensors   timm.create_model('local-dir:OUT', pretrained=True)
     metrics.json, predictions_validation.csv, home.json, run.json (and summary.csv, that of a single run)
 It can be evaluated, used for predictions and staged as any other run.
@@ -33,21 +34,24 @@ from tqdm import tqdm
 
 from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, load_weights_file, save_network
-from timm_arl.files import git_commit, replacing_folder, write_json
+from timm_arl.files import git_commit, read_rows, replacing_folder, write_json, write_rows
 from timm_arl.isic.dataset import DataError, load_data, wanted_of
 from timm_arl.isic.dataset.groups import write_split_file
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.intervals import unit_of
 from timm_arl.isic.metrics import auc_table, score_split
 from timm_arl.isic.predictions import write_predictions
+from timm_arl.isic.selection import selection_column
 from timm_arl.isic.shift import HOME_FILE, home_record
 from timm_arl.isic.task import Task
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
 from timm_arl.training.images import check_images, image_loader, predict
+from timm_arl.training.options import build_parser as training_parser
 from timm_arl.training.runs import check_output_dir
 
-MAY_DIFFER = {'seed', 'workers', 'cpu_threads', 'output_dir', 'tracker', 'preview', 'seeds', 'skip_test', 'content'}
+# data: the training images are compared; content: with or without a test split
+MAY_DIFFER = {'seed', 'seeds', 'data', 'splits', 'content', 'skip_test', 'workers', 'cpu_threads', 'tracker'}
 
 
 def build_parser():
@@ -65,7 +69,7 @@ def build_parser():
 
 def read_runs(folders):
     """The records of the runs, run.json, after checking that they can be averaged."""
-    records = []
+    records, defaults = [], vars(training_parser(__doc__).parse_args([]))
     for folder in folders:
         try:
             record = json.loads(Path(folder, 'run.json').read_text(encoding='utf-8'))
@@ -73,8 +77,14 @@ def read_runs(folders):
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise RunError(f'{folder} is no run of finetune_isic.py: its run.json is missing or unreadable.') from None
+        record['arguments'] = {**defaults, **record['arguments']}  # of a version that had fewer
         if not Path(folder, 'metrics.json').is_file():
             raise RunError(f'The run in {folder} is not finished: go on with --resume --output-dir {folder}.')
+        if record.get('averaged'):
+            raise RunError(f'{folder} is an average already: name the runs that it was made of.')
+        if record['arguments']['fold']:
+            raise RunError(f'{folder} is {record["arguments"]["fold"]} of a cross-validation, and folds have other '
+                           f'training images than each other: average runs of --seeds.')
         records.append(record)
     first = records[0]['arguments']
     for folder, record in zip(folders[1:], records[1:]):
@@ -83,6 +93,9 @@ def read_runs(folders):
                         and first.get(key) != other.get(key))
         if differ:
             key = differ[0]
+            if key == 'train_ids':
+                raise RunError(f'{folder} has other training images than {folders[0]}. Data without splits are divided '
+                               f'by each seed: pass --splits {folders[0]}/splits.csv to the other runs.')
             raise RunError(f'{folder} has other arguments than {folders[0]} ({key} {other.get(key)}, not '
                            f'{first.get(key)}): runs that are averaged differ in their seeds alone.')
     if len(records) > 1 and not (first.get('pretrained') or first.get('init_checkpoint')):
@@ -91,6 +104,13 @@ def read_runs(folders):
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise RunError('--runs names a folder twice.')
     return records
+
+
+def kept_row(folder, record):
+    """The row of a run's summary.csv that its network is of."""
+    arguments, rows = record['arguments'], read_rows(Path(folder, 'summary.csv'))
+    column = selection_column(arguments['select'] or 'mean_auc')
+    return rows[-1] if arguments['keep'] == 'last' else max(rows, key=lambda row: float(row[column]))
 
 
 def average(networks):
@@ -119,6 +139,7 @@ def average_runs(args):
     if out.exists():
         raise RunError(f'{out} exists already: choose another --output-dir.')
     records = read_runs(args.runs)
+    kept = [kept_row(folder, record) for folder, record in zip(args.runs, records)]
     saved = Namespace(**{**records[0]['arguments'], 'data': args.data, 'workers': args.workers, 'tracker': 'none',
                          'cpu_threads': args.cpu_threads, 'mixed_precision': args.mixed_precision, 'epochs': 1,
                          'start_size': None, 'output_dir': args.output_dir, 'skip_test': True})
@@ -132,7 +153,7 @@ def average_runs(args):
     data_config = resolve_model_data_config(network)
 
     data = load_data(args.data, wanted_of(saved), saved.seed, expected=task,
-                     earlier=Path(args.runs[0], 'splits.csv'), same=saved.data == args.data)
+                     earlier=Path(args.runs[0], 'splits.csv'), same=records[0]['arguments']['data'] == args.data)
     data = data._replace(task=task, splits={name: data.splits[name] for name in ('train', 'validation')})
     if ids_digest(data.splits['train']['image_id']) != saved.train_ids:
         raise RunError(f'{args.data} has other training images than {args.runs[0]}: pass the data of these runs.')
@@ -141,7 +162,8 @@ def average_runs(args):
                for name, split in data.splits.items()}
     loaders['train'].set_epoch(0)
     network = network.to(accelerator.device)
-    if len(args.runs) > 1:
+    measured = len(args.runs) > 1 and not saved.freeze_bn
+    if measured:
         with accelerator.autocast():
             update_bn(tqdm(loaders['train'], desc='statistics of batch norms', leave=False), network)
     network.cpu().eval()
@@ -160,6 +182,10 @@ def average_runs(args):
             truth, probabilities, seed=saved.seed, task=task, groups=groups, unit=unit_of(data.groups))}
         if len(args.runs) == 1:
             shutil.copyfile(Path(args.runs[0], 'summary.csv'), new / 'summary.csv')
+        looks = [row for folder in args.runs if Path(folder, 'looks.csv').is_file()
+                 for row in read_rows(Path(folder, 'looks.csv'))]
+        if looks:  # at the test split, by the runs
+            write_rows(new / 'looks.csv', looks, list(dict.fromkeys(key for row in looks for key in row)))
         write_predictions(new / 'predictions_validation.csv', loaders['validation'].dataset.image_ids, probabilities,
                           task, groups)
         write_json(new / HOME_FILE, home_record(
@@ -167,10 +193,11 @@ def average_runs(args):
                 key: getattr(saved, key) for key in ('crops', 'aspect', 'grey_world', 'lesion_crop')}}, groups))
         write_json(new / 'run.json', {
             **records[0], 'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]),
-            'arguments': {
-                **records[0]['arguments'], 'half': args.half, **({'keep': 'last'} if len(args.runs) > 1 else {})},
-            'averaged': [{'run': Path(folder).name, 'seed': record['arguments']['seed'], 'command': record['command'],
-                          'commit': record['commit']} for folder, record in zip(args.runs, records)]})
+            'arguments': {**records[0]['arguments'], 'half': args.half}, 'statistics_measured': measured,
+            'averaged': [{
+                'run': Path(folder).name, 'seed': record['arguments']['seed'], 'command': record['command'],
+                'commit': record['commit'], 'epoch': int(row['epoch']), 'learned_masks': 'train_mask_loss' in row,
+            } for folder, record, row in zip(args.runs, records, kept)]})
         write_json(new / 'metrics.json', metrics)
         if data.division:
             write_split_file(new / 'splits.csv', data.division, task)

@@ -2,16 +2,18 @@
 """Make the weights that this project publishes: train, average, evaluate, stage and, with --push, send them to the Hub.
 
     python benchmarks/make_weights.py arl_tf_efficientnet_lite0.isic2017 --data path/to/isic2017 --output-dir W
-    python benchmarks/make_weights.py arl_cnn50.isic2017 --data path/to/isic2017 --output-dir W --push
+    python benchmarks/make_weights.py arl_cnn50.isic2017 --data path/to/isic2017 --output-dir W --push user/arl_cnn50
 
 Each step is a program that can also be called by hand; its command is printed. A step that is finished is not made
 again, so the same command goes on where it was stopped. Started several times at once, the processes share the runs.
+    W/made_by.json what the weights are made by; another command is refused there
     W/seed-S/      finetune_isic.py with the recipe "weights", without a look at the test split
     W/network/     average_runs.py: the mean of these runs, in half precision
     W/evaluation/  evaluate_isic.py --report: the first look at the test split
     W/alpha_zero/  evaluate_isic.py --alpha-zero, compared with it: the second
     W/staged/      what python -m timm_arl.hub stage makes of them, with its card
 """
+import json
 from pathlib import Path
 from typing import NamedTuple, Tuple
 
@@ -20,9 +22,9 @@ from timm_arl.extras import require
 require('train', __name__)
 
 from timm_arl.download import WeightsError
-from timm_arl.files import make_folder
+from timm_arl.files import make_folder, write_json
 from timm_arl.hub import HubError, push, stage
-from timm_arl.hub.publish import usual_repo
+from timm_arl.isic.dataset import DataError, load_data
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
 from timm_arl.training.runs import check_output_dir
 from timm_arl.training.tables.processes import locked, run_program
@@ -64,12 +66,37 @@ def build_parser():
     add('--img-size', type=number(int, 64), help='the same for the side of the images')
     add('--tag', help='of the staged weights (default: as for python -m timm_arl.hub stage)')
     add('--note', help='what the card says about the images ("copies at 256 px", for example)')
-    add('--push', nargs='?', const=True, metavar='REPO|FOLDER',
-        help='send the staged weights to the Hub, or to a folder (default: timm-arl/NAME)')
+    add('--push', metavar='REPO|FOLDER', help='send the staged weights to a repo of the Hub, or to a folder')
     add('--mixed-precision', choices=['no', 'fp16', 'bf16'], default='no', help='of all steps (default: %(default)s)')
     add('--workers', type=number(int, 0), default=2, help='data loading processes (default: %(default)s)')
     add('--cpu-threads', type=number(int, 1), help='threads of each step')
     return parser
+
+
+def check_command(args, out):
+    """The seeds, after refusing now what the last step would refuse, and a folder that another command has begun."""
+    seeds = args.seeds or WEIGHTS[args.name].seeds
+    if len(set(seeds)) < len(seeds):
+        raise RunError('--seeds names a seed twice.')
+    if len(seeds) > 1 and not (args.init_checkpoint or WEIGHTS[args.name].start):
+        raise RunError(f'{args.name} starts from random weights, and such runs cannot be averaged: pass one seed.')
+    if load_data(args.data).division:
+        raise RunError(f'{args.data} has no splits of its own, and the runs would have other images: divide it first, '
+                       f'with python -m timm_arl.isic.dataset prepare.')
+    made_by = {key: getattr(args, key) for key in (
+        'name', 'data', 'init_checkpoint', 'teacher', 'recipe', 'epochs', 'img_size', 'mixed_precision')}
+    made_by['seeds'] = list(seeds)
+    make_folder(out)
+    with locked(out / 'made_by.lock', wait=True):
+        path = out / 'made_by.json'
+        if not path.exists():
+            write_json(path, made_by)
+        earlier = json.loads(path.read_text(encoding='utf-8'))
+    differ = [key for key in made_by if made_by[key] != earlier.get(key)]
+    if differ:
+        raise RunError(f'{out} was begun with {differ[0].replace("_", "-")} {earlier.get(differ[0])}, not '
+                       f'{made_by[differ[0]]}: choose another --output-dir.')
+    return seeds
 
 
 def training_flags(args, seed):
@@ -91,8 +118,7 @@ def make_weights(args):
     check_not_empty(args)
     out = Path(args.output_dir)
     check_output_dir(out)
-    make_folder(out)
-    seeds = args.seeds or WEIGHTS[args.name].seeds
+    seeds = check_command(args, out)
     machine = [f'--mixed-precision={args.mixed_precision}', f'--workers={args.workers}',
                *[f'--cpu-threads={args.cpu_threads}'] * bool(args.cpu_threads)]
 
@@ -112,29 +138,33 @@ def make_weights(args):
                 continue
             step('finetune_isic.py', run, [
                 *training_flags(args, seed), *['--resume'] * (run / 'run.json').exists()], lock)
-    with locked(out / 'network.lock') as lock:
-        if lock is None or not all((run / 'metrics.json').exists() for run in runs):
-            print('Other processes are at work: the last of them makes the rest.')
-            return
+    missing = [str(run) for run in runs if not (run / 'metrics.json').exists()]
+    if missing:
+        print(f'Another process still makes {", ".join(missing)}, and then the rest. If it has ended, the same command '
+              f'again goes on.')
+        return
+    with locked(out / 'network.lock', wait=True) as lock:
         network, evaluation, alpha_zero = (out / name for name in ('network', 'evaluation', 'alpha_zero'))
         step('average_runs.py', network, ['--runs', *map(str, runs), '--half', '--data', args.data], lock)
         look = ['--data', args.data, '--checkpoint', str(network), '--split', 'test']
         step('evaluate_isic.py', evaluation, [*look, '--report'], lock)
         step('evaluate_isic.py', alpha_zero, [
             *look, '--alpha-zero', '--compare', str(evaluation / 'predictions_test.csv')], lock)
-        staged = stage(network, out / 'staged', evaluation, args.tag, args.note or '', alpha_zero)
+        staged = out / 'staged'
+        if not staged.exists():  # its card may have been edited since
+            stage(network, staged, evaluation, args.tag, args.note or '', alpha_zero)
         print(f'Staged: {staged}')
         if args.push:
-            to = usual_repo(staged) if args.push is True else args.push
-            changed = push(staged, to, yes=True)
-            print(f'{staged} to {to}: ' + (', '.join(changed) + ' sent' if changed else 'everything is there already'))
+            changed = push(staged, args.push, yes=True)
+            print(f'{staged} to {args.push}: '
+                  + (', '.join(changed) + ' sent' if changed else 'everything is there already'))
 
 
 def main():
     parser = build_parser()
     try:
         make_weights(parser.parse_args())
-    except (RunError, HubError, WeightsError, OSError) as error:
+    except (RunError, DataError, HubError, WeightsError, OSError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     except KeyboardInterrupt:
         parser.exit(130, '\nInterrupted: the same command again goes on.\n')

@@ -36,7 +36,7 @@ def images(seed=0):
 def test_mask_and_gate_are_those_of_f_over_t(attention, mask_scale):
     f, x = pair((2, 3, 4, 5), torch.float64)
     alpha, log = torch.tensor([1.5], dtype=torch.float64), torch.tensor([-0.7], dtype=torch.float64)
-    for temperature, log_temperature, t in ((0.25, None, 0.25), (1., log, np.exp(-0.7)), (2., log, 2 * np.exp(-0.7))):
+    for temperature, log_temperature, t in ((0.3, None, 0.3), (1., log, np.exp(-0.7)), (2., log, np.exp(-0.7))):
         expected = paper_mask(f.numpy() / t, attention, mask_scale)
         assert np.allclose(attention_mask(f, attention, mask_scale, temperature, log_temperature), expected, rtol=1e-9)
         for gate in (attention_residual, fused_attention_residual):
@@ -55,9 +55,17 @@ def test_gradients_reach_f_x_alpha_and_t(attention):
 
 def test_in_half_precision_the_mask_is_in_float32():
     f, _ = pair((2, 3, 4, 5), torch.bfloat16)
-    mask = attention_mask(f, temperature=0.5, log_temperature=torch.zeros(1, dtype=torch.bfloat16))
+    mask = attention_mask(f, log_temperature=torch.full((1,), 0.5, dtype=torch.bfloat16))
     assert mask.dtype == torch.float32
-    assert np.allclose(mask, paper_mask(f.float().numpy() / 0.5, 'spatial', 'softmax'), rtol=1e-5)
+    assert np.allclose(mask, paper_mask(f.float().numpy() / np.exp(0.5), 'spatial', 'softmax'), rtol=1e-5)
+
+
+def test_large_values_at_a_small_temperature():
+    f = 2000 + torch.arange(12.).view(1, 1, 3, 4) / 2048
+    expected = paper_mask(f.double().numpy() / 1e-3, 'spatial', 'softmax')
+    for how in (dict(temperature=1e-3), dict(log_temperature=torch.tensor([1e-3]).log())):
+        assert np.allclose(attention_mask(f, **how), expected, rtol=1e-5)
+    assert attention_mask(f * 1e3, temperature=1e-6).isfinite().all()
 
 
 @pytest.mark.parametrize('name', NETWORKS)
@@ -98,6 +106,14 @@ def test_alpha_zero_is_timms_network_bit_for_bit(name):
         assert torch.equal(model(images()), plain(images()))
 
 
+def test_a_frozen_alpha_of_zero_leaves_no_parameter_out():
+    model = create(alpha=0., learn_temperature=True).train()
+    for p in alphas_of(model).values():
+        p.requires_grad_(False)
+    model(images()).sum().backward()
+    assert all(p.grad is not None for p in temperatures_of(model).values())  # or DDP waits for them
+
+
 def test_block_computes_the_equation_at_its_temperature():
     model = create(mask_temperature=0.2)
     seen = {}
@@ -122,8 +138,11 @@ def test_saved_networks_keep_their_temperature(tmp_path):
         torch.nn.init.constant_(p, -0.3)
     save_network(model, tmp_path, ['melanoma', 'seborrheic_keratosis'], mask_temperature=0.5, learn_temperature=True)
     assert torch.equal(create_trained(tmp_path).eval()(images()), model(images()))
-    with pytest.raises(WeightsError, match='trained with mask_temperature 0.5, not mask_temperature 1.0'):
-        load_weights_file(create(learn_temperature=True), tmp_path)
+    again = create(learn_temperature=True)
+    load_weights_file(again, tmp_path)  # the file holds what was learned, from whichever start
+    assert torch.equal(again(images()), model(images()))
+    with pytest.raises(WeightsError, match='4 tensors are missing, unexpected'):
+        load_weights_file(create(), tmp_path)
 
 
 def test_weights_without_temperatures_start_at_the_given_one(tmp_path):
@@ -132,11 +151,15 @@ def test_weights_without_temperatures_start_at_the_given_one(tmp_path):
     load_weights_file(learned, tmp_path / 'plain')
     assert all(p.item() == pytest.approx(0.7) for p in alphas_of(learned).values())
     assert all(p.item() == 0 for p in temperatures_of(learned).values())
+    with pytest.raises(WeightsError, match='trained with mask_temperature 1.0, not mask_temperature 0.5'):
+        load_weights_file(create(learn_temperature=True, mask_temperature=0.5), tmp_path / 'plain')
 
 
 @pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('value', [0., -1., float('nan'), float('inf')])
 def test_temperatures_that_are_none_are_refused(name, value):
-    with pytest.raises(ValueError, match='mask_temperature must be a finite number above 0, not'):
+    with pytest.raises(ValueError, match='mask_temperature must be a number from 1e-6 to 1e6, not'):
         timm.create_model(name, mask_temperature=value)
+    with pytest.raises(ValueError, match="learn_temperature must be True or False, not 'false'"):  # of --model-kwargs
+        timm.create_model(name, learn_temperature='false')
 

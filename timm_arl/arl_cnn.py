@@ -5,6 +5,7 @@ Paper: `Attention Residual Learning for Skin Lesion Classification` - https://do
 A timm ResNet whose bottleneck blocks gate their shortcut with a mask computed from their own residual branch. This
 adds one scalar per block, alpha. Any ResNet checkpoint of the same depth fits; the alphas then start at `alpha_init`.
 """
+import math
 from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
@@ -54,9 +55,9 @@ class ARLBottleneck(Bottleneck):
 
         Raises:
             ValueError: An unknown ``attention`` or ``mask_scale``, an ``alpha_init`` that is not finite, or a
-                ``mask_temperature`` that is not above 0.
+                ``mask_temperature`` that is not from 1e-6 to 1e6.
         """
-        check_gate(attention, mask_scale, alpha_init, mask_temperature)
+        check_gate(attention, mask_scale, alpha_init, mask_temperature, learn_temperature)
         super().__init__(*args, **kwargs)
         self.attention = attention
         self.mask_scale = mask_scale
@@ -70,7 +71,7 @@ class ARLBottleneck(Bottleneck):
         """Set alpha and temperature to their initial values, for example after `to_empty()`; layers have their own."""
         nn.init.constant_(self.alpha, self.alpha_init)
         if self.log_temperature is not None:
-            nn.init.zeros_(self.log_temperature)
+            nn.init.constant_(self.log_temperature, math.log(self.mask_temperature))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x

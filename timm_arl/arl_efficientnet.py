@@ -8,6 +8,7 @@ timm's EfficientNet-Lite0, whose blocks with an identity shortcut x compute y = 
 activation after the sum. Nine blocks have such a shortcut, so the network has nine parameters more, and every
 tf_efficientnet_lite0 checkpoint fits.
 """
+import math
 from functools import partial
 from typing import Any, Dict, List, Union, cast
 
@@ -50,7 +51,7 @@ class ARLInvertedResidual(InvertedResidual):
         """Set alpha and temperature to their initial values, for example after `to_empty()`; layers have their own."""
         nn.init.constant_(self.alpha, self.alpha_init)
         if self.log_temperature is not None:
-            nn.init.zeros_(self.log_temperature)
+            nn.init.constant_(self.log_temperature, math.log(self.mask_temperature))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -83,7 +84,7 @@ def _gate_blocks(
         learn_temperature: bool,
 ) -> None:
     """Gate each inverted residual block that has an identity shortcut; timm's builder knows no other class for them."""
-    check_gate(attention, mask_scale, alpha_init, mask_temperature)
+    check_gate(attention, mask_scale, alpha_init, mask_temperature, learn_temperature)
     blocks: List[Any] = [m for m in model.modules() if type(m) is InvertedResidual and m.has_skip]
     for block in blocks:
         block.__class__ = ARLInvertedResidual
@@ -122,7 +123,7 @@ class _Gated:
 
         Raises:
             ValueError: An unknown ``attention`` or ``mask_scale``, an ``alpha_init`` that is not finite, or a
-                ``mask_temperature`` that is not above 0.
+                ``mask_temperature`` that is not from 1e-6 to 1e6.
         """
         super().__init__(*args, **kwargs)
         self.attention = attention

@@ -240,9 +240,10 @@ def _watch(name: str, block: Block, maps: Dict[str, GateMap]) -> List[RemovableH
 
 
 def _gate_map(residual: torch.Tensor, shortcut: torch.Tensor, block: Block) -> GateMap:
-    plain, applied = (
-        attention_mask(residual, block.attention, scale, block.mask_temperature, block.log_temperature)
-        for scale in ('softmax', block.mask_scale))
+    temperature = block.mask_temperature, block.log_temperature
+    plain = attention_mask(residual, block.attention, 'softmax', *temperature)
+    applied = plain if block.mask_scale == 'softmax' else attention_mask(
+        residual, block.attention, block.mask_scale, *temperature)
     residual, shortcut = residual.to(plain.dtype), shortcut.to(plain.dtype)
     channels, positions = plain.shape[1], plain[0, 0].numel()
     shares = plain.flatten(2)

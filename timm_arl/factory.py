@@ -395,7 +395,8 @@ def _check_attention(model: Any, file: Path) -> None:
     saved = create_for_task(f'local-dir:{file.parent}', device='meta')
     if not isinstance(saved, type(model)):
         return
-    differ = [name for name in GATE_ARGUMENTS[:3] if getattr(saved, name) != getattr(model, name)]
+    fixed = GATE_ARGUMENTS[:2 if saved.learn_temperature else 3]  # a learned temperature is a tensor
+    differ = [name for name in fixed if getattr(saved, name) != getattr(model, name)]
     if differ:
         kind, asked = (' and '.join(f'{name} {getattr(of, name)}' for name in differ) for of in (saved, model))
         raise WeightsError(f'{file} was trained with {kind}, not {asked}: choose the model it was saved from.')

@@ -44,6 +44,15 @@ def load(folder):
     return safetensors.torch.load_file(folder / 'model.safetensors')
 
 
+def copy_of(run, folder, averaged=None, **changes):
+    """A run with other arguments."""
+    shutil.copytree(run, folder)
+    record = json.loads((folder / 'run.json').read_text())
+    record['arguments'].update(changes)
+    (folder / 'run.json').write_text(json.dumps({**record, **({'averaged': averaged} if averaged else {})}))
+    return folder
+
+
 def test_a_run_that_skips_the_test_split(runs):
     for run in runs:
         assert not {'looks.csv', 'predictions_test.csv'} & {path.name for path in run.iterdir()}
@@ -75,7 +84,30 @@ def test_average(call, few, runs, tmp_path):
                     for folder in (tmp_path / 'out', tmp_path / 'R'))
     assert np.allclose(ours, theirs, atol=1e-5)
     card = (stage(tmp_path / 'out', tmp_path / 'staged') / 'README.md').read_text()
-    assert 'average of 2 trainings' in card and 'run seed-1' in card and '2 of each run' in card
+    assert 'average of 2 trainings' in card and 'run seed-1' in card and 'epoch 2 and 2 was kept' in card
+    assert 'measured anew' in card and 'lesion masks | learned' in card
+
+
+def test_frozen_statistics_and_looks_of_the_runs_stay(call, few, runs, tmp_path):
+    frozen = [copy_of(run, tmp_path / f'frozen-{k}', freeze_bn=True) for k, run in enumerate(runs)]
+    row = 'time,checkpoint,mean_auc,command,commit\n1,x,0.5,finetune_isic.py,c\n'
+    (frozen[1] / 'looks.csv').write_text(row)
+    done = average(call, few, frozen, tmp_path / 'out')
+    assert done.returncode == 0, done.stderr
+    first, second, mean = (load(folder)['bn1.running_var'] for folder in (*frozen, tmp_path / 'out'))
+    assert torch.allclose(mean, (first + second) / 2)
+    assert [look['checkpoint'] for look in read_csv(tmp_path / 'out' / 'looks.csv')] == ['x']
+    card = (stage(tmp_path / 'out', tmp_path / 'staged') / 'README.md').read_text()
+    assert 'measured anew' not in card and 'was looked at once' in card
+
+
+def test_runs_of_versions_with_fewer_arguments(call, few, runs, tmp_path):
+    record = json.loads((runs[0] / 'run.json').read_text())
+    for name in ('aspect', 'skip_test'):
+        del record['arguments'][name]
+    (runs[0] / 'run.json').write_text(json.dumps(record))
+    done = average(call, few, runs[:1], tmp_path / 'out')
+    assert done.returncode == 0, done.stderr
 
 
 def test_half_precision_of_one_run(call, few, runs, tmp_path):
@@ -105,16 +137,14 @@ def test_bad_input_is_refused(call, few, runs, tmp_path):
     assert 'is no run of finetune_isic.py' in refusal([tmp_path])
     assert 'names a folder twice' in refusal([runs[0], runs[0]])
     assert 'other training images than' in refusal(runs, data='demo')
+    assert 'is an average already' in refusal([copy_of(runs[0], tmp_path / 'average', averaged=[{}])])
+    assert 'is fold-0 of a cross-validation' in refusal([copy_of(runs[0], tmp_path / 'fold', fold='fold-0')])
     (runs[1] / 'metrics.json').unlink()
     assert f'go on with --resume --output-dir {runs[1]}' in refusal(runs)
     for key, value, message in (
             ('lr', 0.5, 'other arguments than .*lr 0.5, not 0.01'), ('model_kwargs', {}, 'model_kwargs'),
-            ('init_checkpoint', None, 'init_checkpoint None')):
-        other = tmp_path / f'other-{key}'
-        shutil.copytree(runs[0], other)
-        record = json.loads((other / 'run.json').read_text())
-        record['arguments'][key] = value
-        (other / 'run.json').write_text(json.dumps(record))
+            ('init_checkpoint', None, 'init_checkpoint None'), ('train_ids', 'x', 'pass --splits .*seed-0/splits.csv')):
+        other = copy_of(runs[0], tmp_path / f'other-{key}', **{key: value})
         assert re.search(message, refusal([runs[0], other]))
 
 

@@ -1,5 +1,6 @@
 """The one command that makes published weights, end to end on a small network."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -56,10 +57,21 @@ def test_again_makes_nothing_twice(made):
     assert before == {path: path.stat().st_mtime_ns for path in (folder / 'W').glob('*/metrics.json')}
 
 
-def test_bad_input_is_refused(call, tmp_path):
+def test_another_command_is_refused_there(made):
+    folder, command, _ = made
+    for change, message in ((['--epochs', '2'], 'was begun with epochs 1, not 2'),
+                            (['--seeds', '3'], r'was begun with seeds [3, 4], not [3]')):
+        done = subprocess.run([*command, *change], cwd=folder, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_bad_input_is_refused(call, tmp_path, few):
     for args, message in (
             (['resnet50.isic2017'], 'invalid choice'),
             (['arl_cnn14.isic2017', '--teacher', 'no_such'], 'no_such'),
-            (['arl_cnn50.isic2017', '--init-checkpoint', tmp_path / 'nothing.safetensors'], 'No weights at')):
-        done = call('make_weights', *args, '--data', 'demo', '--output-dir', tmp_path / 'W')
+            (['arl_cnn50.isic2017', '--init-checkpoint', tmp_path / 'nothing.safetensors'], 'No weights at'),
+            (['arl_cnn50.isic2017', '--seeds', 1, 1], 'names a seed twice'),
+            (['arl_cnn14.isic2017', '--seeds', 0, 1], 'starts from random weights')):
+        done = call('make_weights', *args, '--data', few, '--output-dir', tmp_path / 'W')
+        shutil.rmtree(tmp_path / 'W', ignore_errors=True)
         assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr

@@ -95,7 +95,7 @@ def found(analysis: Analysis, predictor: Predictor, measured: Optional[Dict[str,
               if exclusive else '')
     adding = ('An image has one of them, so that they exclude each other: the most probable one is what the network '
               'calls it' if exclusive else
-              'Each probability is against everything else, so the two need not add up to 1')
+              'Each probability is against everything else, so they need not add up to 1')
     return (
         f'<section class="arl-found" aria-label="Result"><h2>{escape(analysis.name)}</h2>'
         f'<p class="arl-small">{analysis.size[0]} x {analysis.size[1]} px</p>{synthetic}{remark}{called}'

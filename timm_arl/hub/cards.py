@@ -159,6 +159,7 @@ def _words_of(picture: str) -> str:
 def _training(results: Dict[str, Any]) -> str:
     run = results['run']
     arguments, averaged = run['arguments'], run.get('averaged', [])  # of average_runs.py
+    epochs = [str(each['epoch']) for each in averaged] or [str(results['kept_epoch'])]
     start = (results['base_model'] or arguments.get('init_checkpoint')
              or (arguments.get('pretrained') and arguments.get('model')))
     images = f', {arguments["train_images"]:,} images' if 'train_images' in arguments else ''
@@ -173,7 +174,7 @@ def _training(results: Dict[str, Any]) -> str:
         *([('groups', f'images of one `{arguments["group_column"]}` are in one split')]
           if arguments.get('group_column') not in (None, NO_GROUPS) else []),
         ('command', f'`{run["command"]}`'),
-        *((f'run {each["run"]}', f'`{each["command"]}`, commit {each["commit"]}') for each in averaged),
+        *((f'run {each["run"]}', f'`{each["command"]}`, commit {each["commit"] or "unknown"}') for each in averaged),
         *([('weights', 'stored in half precision')] if arguments.get('half') else []),
         *([('teacher', f'`{arguments["teacher"]}`')] if arguments.get('teacher') else []),
         ('recipe', arguments['recipe']),
@@ -184,11 +185,15 @@ def _training(results: Dict[str, Any]) -> str:
         ('versions', ', '.join(f'{key} {value}' for key, value in run['versions'].items())),
         ('device', f'{run["launch"]["processes"]} process(es), {run["launch"]["device"]}, mixed precision '
                    f'{run["launch"]["mixed_precision"]}'),
-        ('epochs', f'{results["kept_epoch"]} of each run; their weights were averaged, and the statistics of batch '
-                   f'norms measured anew' if len(averaged) > 1 else
-                   f'{results["epochs"]}; epoch {results["kept_epoch"]} was kept, ' + (
+        ('epochs', f'{results["epochs"]}; epoch {" and ".join(epochs)} was kept, ' + (
             f'the best by {selection_words(arguments.get("select") or "mean_auc")} on validation'
             if arguments['keep'] == 'best' else 'the last')),
+        *([('averaged', 'the weights of the runs' + (
+            ', with statistics of batch norms measured anew' if run.get('statistics_measured') else ''))]
+          if len(averaged) > 1 else []),
+        *([('temperatures of masks', ', '.join(f'{key.removesuffix(".log_temperature")} {value:.3g}'
+                                               for key, value in results['temperatures_of_masks'].items()))]
+          if results.get('temperatures_of_masks') else []),
         ('alphas', ', '.join(f'{key.removesuffix(".alpha")} {value:.3g}' for key, value in results['alphas'].items())),
     ])
 

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..attention import alphas_of
+from ..attention import alphas_of, temperatures_of
 from ..download import sha256_of
 from ..factory import Checkpoint, create_trained, tensors_sha256
 from ..files import make_folder, read_rows, replacing, replacing_folder, write_json
@@ -141,12 +141,18 @@ def _results(
         license: Optional[str],  # noqa: A002
 ) -> Dict[str, Any]:
     """Content of results.json; adds to that of config.json."""
-    several = len(record.get('averaged', ())) > 1  # of average_runs.py, which have a summary each
-    summary = [{'epoch': record['arguments']['epochs']}] if several else read_rows(run / 'summary.csv')
-    kept = (max(summary, key=lambda row: float(row[selection_column(record['arguments'].get('select') or 'mean_auc')]))
-            if record['arguments']['keep'] == 'best' else summary[-1])
-    for each in record.get('averaged', ()):
+    averaged = record.get('averaged', [])  # of average_runs.py
+    for each in averaged:
         each['command'] = _without_folders(each['command'])
+    if len(averaged) > 1:  # which have a summary each
+        epochs, kept_epoch, learned_masks = (
+            record['arguments']['epochs'], averaged[0]['epoch'], any(each['learned_masks'] for each in averaged))
+    else:
+        summary = read_rows(run / 'summary.csv')
+        column = selection_column(record['arguments'].get('select') or 'mean_auc')
+        kept = (max(summary, key=lambda row: float(row[column])) if record['arguments']['keep'] == 'best' else
+                summary[-1])
+        epochs, kept_epoch, learned_masks = len(summary), int(kept['epoch']), 'train_mask_loss' in kept
     record['command'] = _without_folders(record['command'])
     record['arguments'] = {key: _without_folder(value) if isinstance(value, str) else value
                            for key, value in record['arguments'].items()}
@@ -163,12 +169,13 @@ def _results(
         {f'{name}_version': version for name, version in versions.items()},
         **_operating_points(metrics, task, Checkpoint(str(run)).settings()))
     return {
-        'name': f'{config["architecture"]}.{tag}', 'metrics': metrics, 'run': record, 'epochs': len(summary),
+        'name': f'{config["architecture"]}.{tag}', 'metrics': metrics, 'run': record, 'epochs': epochs,
         'base_model': Checkpoint(start, paths=False).repo if start else None,
         'data': {'name': record['arguments']['data'], 'note': note, 'official_splits': official},
-        'kept_epoch': int(kept['epoch']), 'img_size': config['pretrained_cfg']['input_size'][-1],
+        'kept_epoch': kept_epoch, 'img_size': config['pretrained_cfg']['input_size'][-1],
         'alphas': {key: p.item() for key, p in alphas_of(model).items()}, 'looks': _looks(run),
-        'learned_masks': several or 'train_mask_loss' in kept,
+        'temperatures_of_masks': {key: p.exp().item() for key, p in temperatures_of(model).items()},
+        'learned_masks': learned_masks,
         **({'alpha_zero': _differences(run, metrics, alpha_zero, task)} if alpha_zero is not None else {}),
     }
 
