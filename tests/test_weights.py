@@ -17,9 +17,10 @@ from test_cards import front_matter, run_snippets_here
 import timm_arl
 from timm_arl.factory import Checkpoint, create_trained
 from timm_arl.isic.dataset import decode, load_splits
-from timm_arl.pretrained import shipped_weights
+from timm_arl.pretrained import OWN_WEIGHTS, shipped_weights
 
 NAME = 'arl_cnn14.isic2017'
+OWN = pytest.mark.parametrize('name', OWN_WEIGHTS)
 LOAD = f"""
 import sys
 import timm, timm_arl
@@ -68,10 +69,11 @@ def test_a_stranger_who_has_the_name_injects_nothing(tmp_path):
         assert process.returncode == 0
 
 
-def test_labels_and_preprocessing_travel_with_them(isic_sample):
-    model = timm.create_model(NAME, pretrained=True).eval()
+@OWN
+def test_labels_and_preprocessing_travel_with_them(isic_sample, name):
+    model = timm.create_model(name, pretrained=True).eval()
     assert tuple(model.pretrained_cfg['label_names']) == ('melanoma', 'seborrheic_keratosis')
-    config = json.loads((shipped_weights(NAME) / 'config.json').read_text())
+    config = json.loads((shipped_weights(name) / 'config.json').read_text())
     assert list(config['thresholds']['official'].values()) == [0.5, 0.5] and len(config['thresholds']) == 3
     side = model.pretrained_cfg['input_size'][-1]
     assert side == config['pretrained_cfg']['input_size'][-1]
@@ -110,13 +112,14 @@ def test_model_without_its_tag():
         timm.create_model('arl_cnn14.untrained', pretrained=True)
 
 
-def test_card_is_there_with_the_figures_of_the_results(call, repo, tmp_path):
-    done = call('timm_arl.hub.__main__', 'card', NAME, '--output', tmp_path / 'c')
+@OWN
+def test_card_is_there_with_the_figures_of_the_results(call, repo, tmp_path, name):
+    done = call('timm_arl.hub.__main__', 'card', name, '--output', tmp_path / 'c')
     assert done.returncode == 0, done.stderr
     for file in ('README.md', 'config.json', 'results.json'):  # else generate them again
-        assert (tmp_path / 'c' / file).read_bytes() == (repo / 'hub_cards' / NAME / file).read_bytes()
+        assert (tmp_path / 'c' / file).read_bytes() == (repo / 'hub_cards' / name / file).read_bytes()
     card = (tmp_path / 'c' / 'README.md').read_text()
-    results = json.loads((shipped_weights(NAME) / 'results.json').read_text())
+    results = json.loads((shipped_weights(name) / 'results.json').read_text())
     found = {(r['dataset']['split'], m['name']): m['value']
              for r in front_matter(card)['model-index'][0]['results'] for m in r['metrics']}
     assert found == {(split, 'AUC, ' + label.replace('_', ' ')): results['metrics'][split][label]['auc']
@@ -125,11 +128,12 @@ def test_card_is_there_with_the_figures_of_the_results(call, repo, tmp_path):
     assert 'seborrheic_keratosis' in '\n'.join(run_snippets_here(card, tmp_path))
 
 
-def test_staged_by_name(call, tmp_path):
-    done = call('timm_arl.hub.__main__', 'stage', NAME, tmp_path / 's')
+@OWN
+def test_staged_by_name(call, tmp_path, name):
+    done = call('timm_arl.hub.__main__', 'stage', name, tmp_path / 's')
     assert done.returncode == 0 and 'README.md' in done.stdout, done.stderr
-    for file in shipped_weights(NAME).iterdir():
+    for file in shipped_weights(name).iterdir():
         assert (tmp_path / 's' / file.name).read_bytes() == file.read_bytes()
-    assert f"timm.create_model('{NAME}', pretrained=True)" in (tmp_path / 's' / 'README.md').read_text()
-    done = call('timm_arl.hub.__main__', 'stage', NAME, tmp_path / 't', '--note', 'mine')
+    assert f"timm.create_model('{name}', pretrained=True)" in (tmp_path / 's' / 'README.md').read_text()
+    done = call('timm_arl.hub.__main__', 'stage', name, tmp_path / 't', '--note', 'mine')
     assert done.returncode == 2 and 'leave out --evaluation, --alpha-zero, --tag, --note and --license' in done.stderr

@@ -124,6 +124,12 @@ def test_made_splits_are_the_same_again_and_can_be_given(tmp_path):
         each in first.items() for i in each['image_id']])
     given = load_data(path, Wanted(splits=str(tmp_path / 's.csv')), seed=1)
     assert list(given.splits['test']['image_id']) == ids[0] and not given.made
+    lines(tmp_path / 't.csv', ('image_id', 'split'), [(i, 'none' if name == 'test' else 'test' if name == 'validation'
+        else 'validation' if int(patient[1:]) % 4 == 0 else 'train') for name, each in first.items()
+        for i, patient in zip(each['image_id'], each['patient_id'])])  # to choose without the test split
+    held = load_data(path, Wanted(splits=str(tmp_path / 't.csv')), seed=1).splits
+    assert list(held['test']['image_id']) == list(first['validation']['image_id'])
+    assert not {i for each in held.values() for i in each['image_id']} & set(ids[0])
     whole = load_data(path, needed=('test',), whole='test')
     assert {name: len(split) for name, split in whole.splits.items()} == {'test': 60}
     earlier = load_data(path, needed=('test',), whole='test', earlier=tmp_path / 's.csv')

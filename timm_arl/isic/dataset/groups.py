@@ -19,6 +19,7 @@ __all__ = [
 
 NOT_KNOWN = {'', '-', '?', 'n/a', 'na', 'nan', 'none', 'null', 'unknown'}
 WHOLE = 'all'  # the one split of data that have none
+LEFT_OUT = 'none'  # what --splits calls that of an image that is not used
 SHARES = {'train': 0.7, 'validation': 0.15, 'test': 0.15}
 SPLIT_NAMES = {  # what people write, and what it is called here
     'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation', 'validation': 'validation',
@@ -256,10 +257,10 @@ def read_split_file(path: Union[str, Path], labels: Optional[Dict[str, str]] = N
         raise DataError(f'--splits {path} must have the columns image_id and split.')
     found: Dict[str, str] = {}
     for number, row in enumerate(rows, 2):
-        name = split_name(row['split'])
+        name = LEFT_OUT if row['split'] == LEFT_OUT else split_name(row['split'])
         if name is None:
-            raise DataError(f'--splits {path}, line {number}: {row["split"]!r} is no split: write train, validation or '
-                            f'test.')
+            raise DataError(f'--splits {path}, line {number}: {row["split"]!r} is no split: write train, validation, '
+                            f'test, or none to leave the image out.')
         if row['image_id'] in found:
             raise DataError(f'--splits {path}, line {number}: {row["image_id"]} occurs twice; remove one.')
         found[row['image_id']] = name
