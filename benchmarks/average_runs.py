@@ -152,8 +152,9 @@ def average_runs(args):
     task = Task.of_network(network, Checkpoint(args.runs[0]).config())
     data_config = resolve_model_data_config(network)
 
-    data = load_data(args.data, wanted_of(saved), saved.seed, expected=task,
-                     earlier=Path(args.runs[0], 'splits.csv'), same=records[0]['arguments']['data'] == args.data)
+    data = load_data(args.data, wanted_of(saved)._replace(splits=None), saved.seed, expected=task,
+                     earlier=Path(args.runs[0], 'splits.csv'), given=bool(saved.splits),
+                     same=records[0]['arguments']['data'] == args.data)
     data = data._replace(task=task, splits={name: data.splits[name] for name in ('train', 'validation')})
     if ids_digest(data.splits['train']['image_id']) != saved.train_ids:
         raise RunError(f'{args.data} has other training images than {args.runs[0]}: pass the data of these runs.')

@@ -226,7 +226,7 @@ def evaluate(args):
     data = load_data(args.data, wanted_of(args), args.seed, needed=(args.split,), whole=args.split,
                      expected=None if args.map else task,
                      earlier=None if args.map or args.other_data else folder / 'splits.csv',
-                     same=saved.get('data') == args.data, alone=bool(args.map),
+                     given=bool(saved.get('splits')), same=saved.get('data') == args.data, alone=bool(args.map),
                      usual_groups=saved.get('group_column'))
     accelerator.print(data.summary(args.data))
     mapped, home = None, {}

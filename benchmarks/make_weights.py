@@ -22,6 +22,7 @@ from timm_arl.extras import require
 require('train', __name__)
 
 from timm_arl.download import WeightsError
+from timm_arl.factory import Checkpoint
 from timm_arl.files import make_folder, write_json
 from timm_arl.hub import HubError, push, stage
 from timm_arl.isic.dataset import DataError, load_data
@@ -83,6 +84,8 @@ def check_command(args, out):
     if load_data(args.data).division:
         raise RunError(f'{args.data} has no splits of its own, and the runs would have other images: divide it first, '
                        f'with python -m timm_arl.isic.dataset prepare.')
+    if args.teacher or WEIGHTS[args.name].teacher:  # one that cannot be loaded is told now
+        Checkpoint(args.teacher or WEIGHTS[args.name].teacher).network()
     made_by = {key: getattr(args, key) for key in (
         'name', 'data', 'init_checkpoint', 'teacher', 'recipe', 'epochs', 'img_size', 'mixed_precision')}
     made_by['seeds'] = list(seeds)

@@ -5,6 +5,8 @@ import json
 import pytest
 from any_data import lines, table
 
+from timm_arl.isic.dataset import load_splits
+
 QUICK = ('--model', 'test_resnet', '--epochs', 1, '--batch-size', 8, '--img-size', 64, '--start-size', 64, '--crops',
          'center', '--workers', 0, '--tracker', 'none')
 
@@ -48,6 +50,25 @@ def test_an_image_that_was_left_out_gives_no_training_image_away(tmp_path, call,
                 *QUICK, '--output-dir', tmp_path / 'second')
     assert done.returncode == 0 and (tmp_path / 'second' / 'splits.csv').read_text() == (
         out / 'splits.csv').read_text()
+
+
+def test_splits_that_were_given_hold_against_those_of_the_data(tmp_path, call, few):
+    """Recipes are chosen on held-out training images: the evaluation must not look at the left-out test split."""
+    ids = {name: list(split['image_id']) for name, split in load_splits(few).items()}
+    lines(tmp_path / 's.csv', ('image_id', 'split'), [
+        (i, {'train': ('train', 'test')[k % 2], 'validation': 'validation', 'test': 'none'}[name])
+        for name, those in ids.items() for k, i in enumerate(those)])
+    out, flags = tmp_path / 'out', ('--data', few, '--workers', 0)
+    done = call('finetune_isic', *flags, '--splits', tmp_path / 's.csv', *QUICK[:-4], '--tracker', 'none',
+                '--output-dir', out)
+    assert done.returncode == 0, done.stderr
+    held_out = ids['train'][1::2]
+    assert [row['image_id'] for row in rows(out / 'predictions_test.csv')] == held_out
+    assert {row['image_id'] for row in rows(out / 'splits.csv') if row['split'] == 'none'} == set(ids['test'])
+    (tmp_path / 's.csv').unlink()
+    done = call('evaluate_isic', *flags, '--checkpoint', out, '--output-dir', tmp_path / 'e')
+    assert done.returncode == 0 and 'divided as in' in done.stdout, done.stderr
+    assert [row['image_id'] for row in rows(tmp_path / 'e' / 'predictions_test.csv')] == held_out
 
 
 def test_a_run_s_groups_hold_in_a_renamed_table(tmp_path, call, source):

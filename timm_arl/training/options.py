@@ -104,7 +104,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
         help='start from a .safetensors file or from the output folder of another run')
     add('--teacher', metavar='OUT|NAME',
         help='learn from a trained network too: an output folder, or a timm name with pretrained weights')
-    add('--recipe', default='modern', metavar='modern|paper|FILE.yaml',
+    add('--recipe', default='modern', metavar='modern|paper|tables|weights|FILE.yaml',
         help='sets the flags under "training" and "images" that are not given (default: %(default)s)')
     add('--output-dir', help='folder for the results (default: runs/MODEL-DATA-TIME)')
     add('--resume', action='store_true',

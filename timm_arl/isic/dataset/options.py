@@ -53,7 +53,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add('--group-column', metavar='COLUMN',
         help=f'patient or lesion of each image, none of which is divided between splits or folds; {NO_GROUPS}: '
              f'there are no groups (default: patient_id or lesion_id, in any spelling, where there is one)')
-    add('--splits', metavar='FILE.csv', help='which image is in which split: columns image_id, split')
+    add('--splits', metavar='FILE.csv',
+        help='which image is in which split: columns image_id, split (train, validation, test; none: left out)')
 
 
 def wanted_of(args: Any) -> Wanted:

@@ -14,6 +14,7 @@ from .data import SPLITS, Data, StreamedSplit, label_array
 from .demo import DEMO_TASKS, demo_dataset
 from .folders import check_has_labels, read_class_folders
 from .groups import (
+    LEFT_OUT,
     SHARES,
     WHOLE,
     by_split_column,
@@ -47,6 +48,7 @@ def load_data(
         whole: Optional[str] = None,
         expected: Optional[Task] = None,
         earlier: Optional[Path] = None,
+        given: bool = False,
         same: bool = False,
         alone: bool = False,
         usual_groups: Optional[str] = None,
@@ -66,6 +68,7 @@ def load_data(
         expected: Task of a network that is to be scored, taken where the data have its labels.
         earlier: The splits.csv of a run, taken where the data have no splits and it is of their images, by names and
             labels. Images that were taken out since do not matter, new ones are refused.
+        given: That file is of a run with --splits, and is taken where the data have splits, too.
         same: The data are called as in that run, which counts where its file has no labels.
         alone: Leave out the splits that are not needed, whatever is wrong with them.
         usual_groups: Column of groups of that run, taken where the data have it and the user names none.
@@ -109,7 +112,8 @@ def load_data(
         said = dataclasses.replace(task, rest=expected.rest)
     elif expected is not None:
         earlier = None
-    splits, made, how = _arranged(splits, said, groups, wanted, seed, needed, whole, earlier, same, data)
+    splits, made, how = _arranged(splits, said, groups, wanted, seed, needed, whole, earlier, given, same, data)
+    left_out = splits.pop(LEFT_OUT, None)
     if alone:
         splits = {name: split for name, split in splits.items() if name in needed} or splits
     if 'train' in needed and 'train' in splits and column:
@@ -118,8 +122,8 @@ def load_data(
     if groups:
         check_groups(checked, groups, data)
     return Data(task, checked, groups, made, {
-        name: split.select_columns(['image_id', *task.labels]) for name, split in checked.items()
-        if made or wanted.splits},
+        name: split.select_columns(['image_id', *task.labels])
+        for name, split in (*checked.items(), (LEFT_OUT, left_out)) if split is not None and (made or wanted.splits)},
         missed, [*notes, *how])
 
 
@@ -232,7 +236,7 @@ def _as_in_file(
             if alone:
                 raise DataError(f'--splits {file} has {what} {min(alone)} ({len(alone)} such images of {data}): is it '
                                 f'of these data?')
-    return {name: everything.select(rows) for name in SPLITS
+    return {name: everything.select(rows) for name in (*SPLITS, LEFT_OUT)
             for rows in [[row for row, image_id in enumerate(ids) if by_id[image_id] == name]] if rows}
 
 
@@ -245,6 +249,7 @@ def _arranged(
         needed: Sequence[str],
         whole: Optional[str],
         earlier: Optional[Path],
+        given: bool,
         same: bool,
         data: str,
 ) -> Tuple[Dict[str, datasets.Dataset], str, Sequence[str]]:
@@ -253,7 +258,7 @@ def _arranged(
     none_given = list(splits) in ([WHOLE], ['train'], ['train', 'test'])
     if wanted.splits:
         return _as_in_file(splits, task, wanted.splits, data, False, False) or {}, '', ()
-    if none_given and earlier is not None and earlier.is_file():
+    if (none_given or given) and earlier is not None and earlier.is_file():
         found = _as_in_file(splits, task, earlier, data, True, same)
         if found is not None:
             absent = [name for name in needed if name not in found]
