@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the weights that this project publishes: train, average, evaluate, stage and, with --push, send them to the Hub.
+"""Make the weights that this project publishes: train, choose, evaluate, stage and, with --push, send them to the Hub.
 
     python benchmarks/make_weights.py arl_tf_efficientnet_lite0.isic2017 --data path/to/isic2017 --output-dir W
     python benchmarks/make_weights.py arl_cnn50.isic2017 --data path/to/isic2017 --output-dir W --push user/arl_cnn50
@@ -8,7 +8,8 @@ Each step is a program that can also be called by hand; its command is printed. 
 again, so the same command goes on where it was stopped. Started several times at once, the processes share the runs.
     W/made_by.json what the weights are made by; another command is refused there
     W/seed-S/      finetune_isic.py with the recipe "weights", without a look at the test split
-    W/network/     average_runs.py: the mean of these runs, in half precision
+    W/average/     average_runs.py: the mean of these runs
+    W/network/     average_runs.py --half: the average or the best of the runs, by validation, in half precision
     W/evaluation/  evaluate_isic.py --report: the first look at the test split
     W/alpha_zero/  evaluate_isic.py --alpha-zero, compared with it: the second
     W/staged/      what python -m timm_arl.hub stage makes of them, with its card
@@ -39,7 +40,7 @@ class Weights(NamedTuple):
     Attributes:
         start: The weights that training starts from, a timm name; '' for random ones.
         teacher: What is learned from beside the labels, a timm name with weights; '' for none.
-        seeds: Of the runs that are averaged; one where they start from random weights.
+        seeds: Of the runs, whose average or best is taken; one where they start from random weights.
     """
     start: str = ''
     teacher: str = ''
@@ -59,7 +60,7 @@ def build_parser():
     add('name', choices=list(WEIGHTS), metavar='NAME', help='which weights: ' + ', '.join(WEIGHTS))
     add('--data', required=True, metavar='DIR|HUB_ID|demo', help='as for finetune_isic.py')
     add('--output-dir', required=True, metavar='W', help='folder for the runs and what is made of them')
-    add('--seeds', type=number(int, 0, 2 ** 32 - 1), nargs='+', help='runs that are averaged (default: 0 1 2, or 0)')
+    add('--seeds', type=number(int, 0, 2 ** 32 - 1), nargs='+', help='a run for each (default: 0 1 2, or 0)')
     add('--init-checkpoint', metavar='FILE', help='file of the weights that training starts from (default: the Hub)')
     add('--teacher', metavar='OUT|NAME', help='another teacher')
     add('--recipe', default='weights', metavar='NAME|FILE.yaml', help='another recipe (default: %(default)s)')
@@ -100,6 +101,10 @@ def check_command(args, out):
         raise RunError(f'{out} was begun with {differ[0].replace("_", "-")} {earlier.get(differ[0])}, not '
                        f'{made_by[differ[0]]}: choose another --output-dir.')
     return seeds
+
+
+def validation_score(run):
+    return json.loads((run / 'metrics.json').read_text(encoding='utf-8'))['validation']['mean_auc']
 
 
 def training_flags(args, seed):
@@ -147,8 +152,16 @@ def make_weights(args):
               f'again goes on.')
         return
     with locked(out / 'network.lock', wait=True) as lock:
-        network, evaluation, alpha_zero = (out / name for name in ('network', 'evaluation', 'alpha_zero'))
-        step('average_runs.py', network, ['--runs', *map(str, runs), '--half', '--data', args.data], lock)
+        average, network, evaluation, alpha_zero = (
+            out / name for name in ('average', 'network', 'evaluation', 'alpha_zero'))
+        chosen = best = max(runs, key=validation_score)
+        if len(runs) > 1:  # runs that went far from their start have no good network between them
+            step('average_runs.py', average, ['--runs', *map(str, runs), '--data', args.data], lock)
+            chosen = average if validation_score(average) >= validation_score(best) else best
+            print(f'Mean AUC on validation: {validation_score(average):.3f} of the average, '
+                  f'{validation_score(best):.3f} of the best run. Chosen: {chosen}', flush=True)
+        step('average_runs.py', network, [
+            '--runs', *map(str, runs if chosen == average else [best]), '--half', '--data', args.data], lock)
         look = ['--data', args.data, '--checkpoint', str(network), '--split', 'test']
         step('evaluate_isic.py', evaluation, [*look, '--report'], lock)
         step('evaluate_isic.py', alpha_zero, [

@@ -34,7 +34,7 @@ def made(repo, few, tmp_path_factory):
 def test_everything_is_made(made):
     folder, _, stdout = made
     assert {path.name for path in (folder / 'W').iterdir() if path.is_dir()} == {
-        'seed-3', 'seed-4', 'network', 'evaluation', 'alpha_zero', 'staged'}
+        'seed-3', 'seed-4', 'average', 'network', 'evaluation', 'alpha_zero', 'staged'}
     for program in ('finetune_isic.py', 'average_runs.py', 'evaluate_isic.py'):
         assert f'$ python benchmarks/{program}' in stdout
     pushed = folder / 'pushed'
@@ -43,7 +43,13 @@ def test_everything_is_made(made):
     # the test split was looked at twice, by the evaluations of the published network alone
     assert len(results['looks']) == 2 and all('evaluate_isic.py' in look['command'] for look in results['looks'])
     assert results['alpha_zero']['test']['mean_auc']['difference'] is not None
-    assert [run['seed'] for run in results['run']['averaged']] == [3, 4] and len(results['alphas']) == 9
+    scores = {name: json.loads((folder / 'W' / name / 'metrics.json').read_text())['validation']['mean_auc']
+              for name in ('average', 'seed-3', 'seed-4', 'network')}
+    best = max(('average', 'seed-3', 'seed-4'), key=scores.get)  # the average where it is no worse than the runs
+    assert [run['seed'] for run in results['run']['averaged']] == {
+        'average': [3, 4], 'seed-3': [3], 'seed-4': [4]}[best]
+    assert scores['network'] == pytest.approx(scores[best], abs=0.01) and f'Chosen: W/{best}' in stdout
+    assert len(results['alphas']) == 9
     assert 'a few images' in (pushed / 'README.md').read_text()
     assert create_trained(pushed).num_classes == 2
 
