@@ -23,7 +23,7 @@ from timm_arl.extras import require
 require('train', __name__)
 
 from timm_arl.download import WeightsError
-from timm_arl.factory import Checkpoint
+from timm_arl.factory import Checkpoint, tensors_sha256
 from timm_arl.files import make_folder, write_json
 from timm_arl.hub import HubError, push, stage
 from timm_arl.isic.dataset import DataError, load_data
@@ -167,7 +167,8 @@ def make_weights(args):
         step('evaluate_isic.py', alpha_zero, [
             *look, '--alpha-zero', '--compare', str(evaluation / 'predictions_test.csv')], lock)
         staged = out / 'staged'
-        if not staged.exists():  # its card may have been edited since
+        if not staged.exists() or tensors_sha256(staged / 'model.safetensors') != tensors_sha256(
+                network / 'model.safetensors'):  # else its card may have been edited since
             stage(network, staged, evaluation, args.tag, args.note or '', alpha_zero)
         print(f'Staged: {staged}')
         if args.push:

@@ -57,7 +57,7 @@ def test_a_block_computes_the_papers_equation(attention, mask_scale):
 
 
 def test_weights_of_timms_network(tmp_path):
-    assert timm.list_pretrained(f'{NAME}*') == [f'{NAME}.in1k']
+    assert timm.list_pretrained(f'{NAME}*') == [f'{NAME}.in1k', f'{NAME}.isic2017']
     config = timm.get_pretrained_cfg(NAME)
     assert config.hf_hub_id == 'timm/tf_efficientnet_lite0.in1k' and config.mean == config.std == (0.5, 0.5, 0.5)
     theirs = timm.get_pretrained_cfg(PLAIN)

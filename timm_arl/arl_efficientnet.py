@@ -28,7 +28,7 @@ from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 
 from .arl_cnn import checkpoint_filter_fn
 from .attention import attention_residual, check_gate, fused_attention_residual
-from .pretrained import build_with_local_weights
+from .pretrained import HUB, build_with_local_weights
 
 __all__ = ['ARLEfficientNet', 'ARLInvertedResidual']  # register_model adds each entry point to this
 
@@ -173,6 +173,9 @@ default_cfgs = generate_default_cfgs({
     'arl_tf_efficientnet_lite0.in1k': _cfg(
         hf_hub_id='timm/tf_efficientnet_lite0.in1k', hf_hub_filename='model.safetensors',
         origin_url='https://github.com/huggingface/pytorch-image-models'),
+    'arl_tf_efficientnet_lite0.isic2017': _cfg(  # by this project
+        hf_hub_id=f'{HUB}/arl_tf_efficientnet_lite0.isic2017@v1', hf_hub_filename='model.safetensors',
+        interpolation='bilinear', num_classes=2, label_names=('melanoma', 'seborrheic_keratosis')),
 })
 
 

@@ -21,6 +21,7 @@ HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # user or organisation of th
 # sha256 of model.safetensors in them: other content is refused, whoever owns the name there
 OWN_WEIGHTS = {
     'arl_cnn14.isic2017': '3dbce88df54dd412c145ce1a0a288c4b7cc6b08d0451430e924cef027d5bb9a1',
+    'arl_tf_efficientnet_lite0.isic2017': '12353ebfe71f7655e2e1a6069529dd876ed3d63850748595ad4add7401c72ad9',
 }
 CONVERT = 'save the weights again with safetensors.torch.save_file'
 
