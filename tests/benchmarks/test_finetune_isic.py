@@ -360,7 +360,7 @@ def test_init_checkpoint_and_other_timm_models(call, few, tmp_path):
     (['--data', 'no/such/folder'], 'No folder no/such/folder'),
     (['--init-checkpoint', 'nowhere'], 'No weights at nowhere'),
     (['--pretrained', '--init-checkpoint', 'x'], 'not allowed with argument --pretrained'),
-    (['--recipe', 'moden'], 'No recipe moden: choose modern, paper, tables, or a YAML file'),
+    (['--recipe', 'moden'], 'No recipe moden: choose modern, paper, tables, weights, or a YAML file'),
     (['--tracker', 'wandbb'], 'Accelerate has no tracker wandbb'),
     (['--init-checkpoint', ''], '--init-checkpoint is empty: give it a value, or leave it out'),
     (['--model', ''], '--model is empty'),
