@@ -30,6 +30,7 @@ from timm_arl.extras import require
 require('train', __name__)
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from timm_arl.attention import alphas_of
@@ -39,6 +40,7 @@ from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
 from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES, ids_digest
 from timm_arl.isic.task import ISIC2017, label_words
 from timm_arl.isic.transforms import restore_aspect
+from timm_arl.kernels import backend
 from timm_arl.predictor import Predictor, read_picture
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
 from timm_arl.training.runs import check_output_dir
@@ -176,7 +178,8 @@ def make_run(args, out, row, seed, lock):
         'row': row.name, 'seed': seed, 'settings': settings(args, row), 'origin': origin(args, row),
         'columns': {
             'image_size': arguments['img_size'], 'epochs': arguments['epochs'],
-            'precision': 'fp32' if precision == 'no' else precision, 'kernels': 'torch', 'commit': commit},
+            'precision': 'fp32' if precision == 'no' else precision, 'commit': commit,
+            'kernels': backend(torch.ones(1, 1, 1, 1, device=launch['device'])) * row.model.startswith('arl_')},
         'device': launch['device'], 'versions': versions})
     with replacing(kept.with_name(f'{name}.csv')) as temporary:
         shutil.copyfile(folder / 'predictions_test.csv', temporary)

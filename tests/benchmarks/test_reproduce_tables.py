@@ -8,7 +8,10 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from PIL import Image
+
+from timm_arl.kernels import backend
 
 pytestmark = pytest.mark.slow
 TINY = ['--epochs', 1, '--img-size', 64, '--workers', 0, '--cpu-threads', 1]
@@ -60,7 +63,7 @@ def test_table_is_measured_beside_printed(made):
     ours = by_key['arl_cnn14', 'mean']
     assert 0 <= float(ours['ci_low']) <= float(ours['measured']) <= float(ours['ci_high']) <= 1
     assert [ours[key] for key in ('seeds', 'images', 'image_size', 'epochs', 'precision', 'kernels')] == [
-        '0', '12', '64', '1', 'fp32', 'torch']
+        '0', '12', '64', '1', 'fp32', backend(torch.ones(1, 1, 1, 1))]
     assert '--row arl_cnn14 ' in ours['command'] and ours['commit']
     paper = by_key['arl_cnn50_channel', 'melanoma']
     assert (paper['printed'], paper['measured']) == ('0.861', '') and paper['note']
