@@ -68,7 +68,7 @@ def test_average(call, few, runs, tmp_path):
     statistics = [name for name in mean if name.endswith(('running_mean', 'running_var'))]
     for name, tensor in mean.items():
         between = (first[name] + second[name]) / 2
-        if name in statistics:  # measured anew
+        if name in statistics:  # measured again
             assert not torch.allclose(tensor, between, rtol=1e-3, atol=0), name
         elif not name.endswith('num_batches_tracked'):
             assert torch.allclose(tensor, between), name
@@ -85,7 +85,7 @@ def test_average(call, few, runs, tmp_path):
     assert np.allclose(ours, theirs, atol=1e-5)
     card = (stage(tmp_path / 'out', tmp_path / 'staged') / 'README.md').read_text()
     assert 'average of 2 trainings' in card and 'run seed-1' in card and 'epoch 2 and 2 was kept' in card
-    assert 'measured anew' in card and 'lesion masks | learned' in card
+    assert 'measured again' in card and 'lesion masks | learned' in card
 
 
 def test_frozen_statistics_and_looks_of_the_runs_stay(call, few, runs, tmp_path):
@@ -98,7 +98,7 @@ def test_frozen_statistics_and_looks_of_the_runs_stay(call, few, runs, tmp_path)
     assert torch.allclose(mean, (first + second) / 2)
     assert [look['checkpoint'] for look in read_csv(tmp_path / 'out' / 'looks.csv')] == ['x']
     card = (stage(tmp_path / 'out', tmp_path / 'staged') / 'README.md').read_text()
-    assert 'measured anew' not in card and 'was looked at once' in card
+    assert 'measured again' not in card and 'was looked at once' in card
 
 
 def test_runs_of_versions_with_fewer_arguments(call, few, runs, tmp_path):

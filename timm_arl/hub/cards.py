@@ -189,7 +189,7 @@ def _training(results: Dict[str, Any]) -> str:
             f'the best by {selection_words(arguments.get("select") or "mean_auc")} on validation'
             if arguments['keep'] == 'best' else 'the last')),
         *([('averaged', 'the weights of the runs' + (
-            ', with statistics of batch norms measured anew' if run.get('statistics_measured') else ''))]
+            ', with statistics of batch norms measured again' if run.get('statistics_measured') else ''))]
           if len(averaged) > 1 else []),
         *([('temperatures of masks', ', '.join(f'{key.removesuffix(".log_temperature")} {value:.3g}'
                                                for key, value in results['temperatures_of_masks'].items()))]
