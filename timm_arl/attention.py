@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from . import kernels
 from .kernels import Gate, NormState, compiled, kernels_for
+from .kernels.norms import normalize, statistics_of, traced_statistics
 
 __all__ = [
     'ATTENTIONS', 'MASK_SCALES', 'FusedAttentionResidual', 'alphas_of', 'attention_mask', 'attention_residual',
@@ -257,10 +258,10 @@ def fused_attention_residual(
             *parameters)
     gate = Gate(attention, mask_scale, add_shortcut, relu)
     if norm is not None and papers and compiled.takes(residual, shortcut, alpha):
-        states = _traced_statistics(residual, norm), _traced_statistics(shortcut, shortcut_norm)
+        states = traced_statistics(residual, norm), traced_statistics(shortcut, shortcut_norm)
         return compiled.gate(residual, shortcut, alpha, gate, *states)
     if fuse and not off and folds_norms(residual, shortcut, alpha):
-        states = _statistics(residual, norm), _statistics(shortcut, shortcut_norm)
+        states = statistics_of(residual, norm), statistics_of(shortcut, shortcut_norm)
         return kernels_for(residual, shortcut).gate_forward(
             residual, shortcut, alpha, gate, inplace and _unseen(), *states)[0]
     f = residual if norm is None else norm(residual)
@@ -299,12 +300,12 @@ class FusedAttentionResidual(torch.autograd.Function):
             *parameters: Optional[torch.Tensor],  # of the norms, for autograd to know of them
     ) -> torch.Tensor:
         if folds_norms(residual, shortcut, alpha):
-            state, shortcut_state = _statistics(residual, norm), _statistics(shortcut, shortcut_norm)
+            state, shortcut_state = statistics_of(residual, norm), statistics_of(shortcut, shortcut_norm)
             y, *kept = kernels_for(residual, shortcut).gate_forward(
                 residual, shortcut, alpha, gate, False, state, shortcut_state)
         else:
-            f, state = _normalize(residual, norm)
-            x, shortcut_state = _normalize(shortcut, shortcut_norm)
+            f, state = normalize(residual, norm)
+            x, shortcut_state = normalize(shortcut, shortcut_norm)
             y, *kept = kernels_for(f, x).gate_forward(
                 f, x, alpha, gate, inplace=norm is not None and _unseen())
         nothing = (None,) * 4
@@ -334,58 +335,6 @@ class FusedAttentionResidual(torch.autograd.Function):
         return grad_f, grad_x, grad_alpha, None, None, None, *grads, *shortcut_grads
 
 
-def _check_norm(z: torch.Tensor, norm: nn.BatchNorm2d) -> None:
-    """Raise RuntimeError if a norm is not for z: ATen's functions would read and write beyond its tensors."""
-    for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-        if t is not None and (t.shape != z.shape[1:2] or t.device != z.device):
-            raise RuntimeError(
-                f'A batch norm of {len(t)} channels on {t.device} was given {z.shape[1]} channels on {z.device}.')
-
-
-def _statistics(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Optional[NormState]:
-    """All effects of a batch norm's forward but its output."""
-    if norm is None:
-        return None
-    _check_norm(z, norm)
-    if not norm.training:
-        statistics: Tuple[Any, Any] = norm.running_mean, norm.running_var
-    else:
-        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # the block passes no norm without it
-        mean, var = torch.batch_norm_update_stats(
-            z, norm.running_mean, norm.running_var, norm.momentum)  # type: ignore[arg-type]  # nor without momentum
-        statistics = mean, (var + norm.eps).rsqrt()
-    return NormState(norm.weight, norm.bias, *statistics, norm.training, norm.eps)
-
-
-@torch.no_grad()
-def _traced_statistics(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Optional[NormState]:
-    """:func:`_statistics` in operations that a compiler fuses with what wrote ``z``."""
-    if norm is None or not norm.training:
-        return _statistics(z, norm)
-    _check_norm(z, norm)
-    norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # the block passes no norm without it
-    var, mean = torch.var_mean(z.float(), (0, 2, 3), correction=0)
-    count = z.numel() / z.shape[1]
-    for running, found in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
-        running.lerp_(found.to(running.dtype), norm.momentum)  # type: ignore[union-attr, arg-type]  # nor without these
-    mean, rstd = (t.to(norm.weight.dtype) for t in (mean, (var + norm.eps).rsqrt()))  # as PyTorch's norm keeps them
-    return NormState(norm.weight, norm.bias, mean, rstd, True, norm.eps)
-
-
-def _normalize(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Tuple[torch.Tensor, Optional[NormState]]:
-    """A batch norm with all effects of its module's forward, and what it did; without a norm, ``z`` and None."""
-    if norm is None:
-        return z, None
-    _check_norm(z, norm)
-    if norm.training:
-        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # the block passes no norm without it
-    f, mean, rstd = torch.native_batch_norm(
-        z, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training,
-        norm.momentum, norm.eps)  # type: ignore[arg-type]  # nor without momentum
-    statistics: Tuple[Any, Any] = (mean, rstd) if norm.training else (norm.running_mean, norm.running_var)
-    return f, NormState(norm.weight, norm.bias, *statistics, norm.training, norm.eps)
-
-
 def _differentiable_backward(
         grad: torch.Tensor,
         residual: torch.Tensor,
@@ -396,14 +345,14 @@ def _differentiable_backward(
         gate: Gate,
 ) -> Tuple[Optional[torch.Tensor], ...]:
     """The gradients by autograd through the plain gate, for a backward pass that is itself differentiated."""
-    def normalize(z, state, parameters):
+    def normalized(z, state, parameters):
         if state is None:
             return z
         statistics = (None, None) if state.training else (state.mean, state.spread)
         return F.batch_norm(z, *statistics, *parameters, state.training, 0., state.eps)
 
     def plain(residual, shortcut, alpha, parameters, shortcut_parameters):
-        f, x = normalize(residual, norm, parameters), normalize(shortcut, shortcut_norm, shortcut_parameters)
+        f, x = normalized(residual, norm, parameters), normalized(shortcut, shortcut_norm, shortcut_parameters)
         y = attention_residual(f, x, alpha, gate.attention, gate.mask_scale, gate.add_shortcut)
         return y.relu() if gate.relu else y
 
