@@ -94,7 +94,7 @@ def batch_loss(task, logits, labels, smoothing, weights):
 def train(args, accelerator, data, out, networks=None):
     """Train one network on the split train, choose its epoch on validation, and score that on test, if there is one."""
     start_time, task, splits = time.time(), data.task, data.splits
-    model, teacher, data_config = networks or create_networks(args, accelerator, task)
+    model, teachers, data_config = networks or create_networks(args, accelerator, task)
     set_seed(args.seed)
     alphas, temperatures = list(alphas_of(model)), list(temperatures_of(model))
     img_size = data_config['input_size'][-1]
@@ -116,11 +116,11 @@ def train(args, accelerator, data, out, networks=None):
     if args.mask_weight:
         accelerator.print("The lesions' masks are learned too." if with_masks else
                           'The training images have no masks: --mask-weight has no effect.')
-    student = teacher is not None or with_masks
+    student = teachers is not None or with_masks
     if student:
-        model = Student(model, img_size, teacher and teacher.width, with_masks)
-    if teacher:
-        teacher = teacher.to(accelerator.device)
+        model = Student(model, img_size, teachers and teachers.width, with_masks)
+    if teachers:
+        teachers = teachers.to(accelerator.device)
 
     # Optimizer, schedule, moving average
     optimizer = create_optimizer_v2(parameter_groups(model, args, lr), opt=args.optimizer, lr=lr, weight_decay=0.,
@@ -183,8 +183,8 @@ def train(args, accelerator, data, out, networks=None):
                 loss = share * batch_loss(task, logits, labels, args.label_smoothing, weights)
                 if args.mixup:
                     loss = loss + (1 - share) * batch_loss(task, logits, labels.flip(0), args.label_smoothing, weights)
-                if teacher:
-                    loss = teacher.loss(loss, logits, features, images)
+                if teachers:
+                    loss = teachers.loss(loss, logits, features, images)
                 if with_masks:
                     mask = masks[0].lerp(masks[0].flip(0), 1 - share) if args.mixup else masks[0]
                     of_masks = mask_loss(mask_logits, mask)
@@ -314,7 +314,7 @@ def main():
         args.select = check_selection(args.select, task)
         accelerator.print(data.summary(args.data, bool(args.folds)))
         # what is wrong with the network is told before any image is read
-        networks = model, teacher, data_config = create_networks(args, accelerator, task)
+        networks = model, teachers, data_config = create_networks(args, accelerator, task)
         ids = splits['train'].table['image_id'] if args.streaming else splits['train']['image_id']
         digest = ids_digest(ids)
         if args.resume and args.train_ids != digest:
@@ -329,7 +329,7 @@ def main():
         if args.folds:
             check_start(args, task)
         check_learnable(args, splits, accelerator, task)
-        Student(model, data_config['input_size'][-1], teacher and teacher.width, learns_masks(args, splits['train']))
+        Student(model, data_config['input_size'][-1], teachers and teachers.width, learns_masks(args, splits['train']))
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))
             accelerator.print(f'The pairs of {args.duplicates} stay in the same fold.')

@@ -39,18 +39,18 @@ class Weights(NamedTuple):
 
     Attributes:
         start: The weights that training starts from, a timm name; '' for random ones.
-        teacher: What is learned from beside the labels, a timm name with weights; '' for none.
+        teachers: What is learned from beside the labels, timm names with weights.
         seeds: Of the runs, whose average or best is taken; one where they start from random weights.
     """
     start: str = ''
-    teacher: str = ''
+    teachers: Tuple[str, ...] = ()
     seeds: Tuple[int, ...] = (0, 1, 2)
 
 
 WEIGHTS = {
     'arl_tf_efficientnet_lite0.isic2017': Weights('arl_tf_efficientnet_lite0.in1k'),
     'arl_cnn50.isic2017': Weights('arl_cnn50.tv_in1k'),
-    'arl_cnn14.isic2017': Weights(teacher='arl_tf_efficientnet_lite0.isic2017', seeds=(0,)),
+    'arl_cnn14.isic2017': Weights(teachers=('arl_tf_efficientnet_lite0.isic2017',), seeds=(0,)),
 }
 
 
@@ -62,7 +62,7 @@ def build_parser():
     add('--output-dir', required=True, metavar='W', help='folder for the runs and what is made of them')
     add('--seeds', type=number(int, 0, 2 ** 32 - 1), nargs='+', help='a run for each (default: 0 1 2, or 0)')
     add('--init-checkpoint', metavar='FILE', help='file of the weights that training starts from (default: the Hub)')
-    add('--teacher', metavar='OUT|NAME', help='another teacher')
+    add('--teacher', nargs='+', metavar='OUT|NAME', help='another teacher, or several')
     add('--recipe', default='weights', metavar='NAME|FILE.yaml', help='another recipe (default: %(default)s)')
     add('--epochs', type=number(int, 1), help='other than the recipe, to try the steps')
     add('--img-size', type=number(int, 64), help='the same for the side of the images')
@@ -85,8 +85,8 @@ def check_command(args, out):
     if load_data(args.data).division:
         raise RunError(f'{args.data} has no splits of its own, and the runs would have other images: divide it first, '
                        f'with python -m timm_arl.isic.dataset prepare.')
-    if args.teacher or WEIGHTS[args.name].teacher:  # one that cannot be loaded is told now
-        Checkpoint(args.teacher or WEIGHTS[args.name].teacher).network()
+    for teacher in args.teacher or WEIGHTS[args.name].teachers:  # one that cannot be loaded is told now
+        Checkpoint(teacher).network()
     made_by = {key: getattr(args, key) for key in (
         'name', 'data', 'init_checkpoint', 'teacher', 'recipe', 'epochs', 'img_size', 'mixed_precision')}
     made_by['seeds'] = list(seeds)
@@ -115,9 +115,9 @@ def training_flags(args, seed):
         start = ['--model', model, '--init-checkpoint', args.init_checkpoint]
     elif how.start:
         start = ['--model', how.start, '--pretrained']
-    teacher = args.teacher or how.teacher
+    teachers = args.teacher or how.teachers
     return [
-        '--data', args.data, *(start or ['--model', model]), *(['--teacher', teacher] if teacher else []),
+        '--data', args.data, *(start or ['--model', model]), *(['--teacher', *teachers] if teachers else []),
         '--recipe', args.recipe, *[f'--epochs={args.epochs}'] * bool(args.epochs),
         *[f'--img-size={args.img_size}'] * bool(args.img_size), '--seed', str(seed), '--skip-test', '--tracker', 'none']
 

@@ -126,6 +126,14 @@ def test_a_card_tells_what_a_run_started_from(run, tmp_path, model, start, base)
     assert '/home/me' not in card + (folder / 'results.json').read_text()
 
 
+@pytest.mark.parametrize('teachers, row', [
+    (['/home/me/a', '/home/me/b'], '| learned from | `a`, `b` |'), ('/home/me/a', '| learned from | `a` |')])
+def test_a_card_names_the_teachers(run, tmp_path, teachers, row):
+    folder = publishing.stage(changed(run, tmp_path / 'run', teacher=teachers), tmp_path / 's')
+    assert row in (folder / 'README.md').read_text()
+    assert '/home/me' not in (folder / 'README.md').read_text() + (folder / 'results.json').read_text()
+
+
 def test_words_that_would_break_a_card(run, tmp_path):
     copy = changed(run, tmp_path / 'run', command='finetune_isic.py --data "a|b"', init_checkpoint='a|b')
     card = (publishing.stage(copy, tmp_path / "it's", note='256 px | squashed\nand cut') / 'README.md').read_text()

@@ -5,7 +5,9 @@ import timm
 import torch
 from test_finetune_isic import SMALL, read_csv
 
-from timm_arl.training.distillation import mask_loss
+from timm_arl.isic.task import ISIC2017, Task
+from timm_arl.training.arguments import RunError
+from timm_arl.training.distillation import Teachers, mask_loss
 
 pytestmark = pytest.mark.usefixtures('threads')
 
@@ -39,3 +41,39 @@ def test_loss_of_masks():
     expected = (np.log(2) + np.log1p(np.exp(-2))) / 2
     assert mask_loss(logits, masks).item() == pytest.approx(expected, rel=1e-6)
     assert mask_loss(logits, torch.full_like(masks, torch.nan)).item() == 0
+
+
+@pytest.mark.parametrize('weight', [0.5, 0.])
+def test_several_teachers(weight):
+    """The mean of their probabilities, and the features of each; computed again by the networks alone."""
+    names = ['arl_cnn14.isic2017', 'arl_tf_efficientnet_lite0.isic2017']
+    config = dict(input_size=(3, 64, 64), mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))
+    pixels = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def normalized(mean, std):
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    teachers = Teachers(names, config, ISIC2017, weight, 2.)
+    logits, features = torch.tensor([[1., -2.], [0., 3.], [-1., 0.5]]), torch.rand(3, teachers.width)
+    found = teachers.loss(torch.tensor(5.), logits, features, normalized(config['mean'], config['std']))
+
+    probabilities, pooled = [], []
+    for name in names:
+        network = timm.create_model(name, pretrained=True).eval()
+        images = normalized(network.pretrained_cfg['mean'], network.pretrained_cfg['std'])
+        with torch.no_grad():
+            probabilities.append(network(images).sigmoid())
+            vectors = network.forward_head(network.forward_features(images), pre_logits=True)
+        pooled.append(vectors / vectors.norm(dim=1, keepdim=True))
+    target, theirs = (probabilities[0] + probabilities[1]) / 2, torch.cat(pooled, 1)
+    entropy = -(target * logits.sigmoid().log() + (1 - target) * (-logits).sigmoid().log()).mean()
+    cosine = (features * theirs).sum(1) / features.norm(dim=1) / theirs.norm(dim=1)
+    expected = (1 - weight) * 5 + weight * entropy + 2 * (1 - cosine).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_teacher_that_would_teach_nothing_is_named():
+    config = dict(input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
+    other = Task('other', ('a', 'b'), 'multilabel')
+    with pytest.raises(RunError, match='Nothing would be learned from the teacher arl_cnn14.isic2017'):
+        Teachers(['arl_cnn14.isic2017'], config, other, 0.5, 0.)

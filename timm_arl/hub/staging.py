@@ -154,8 +154,7 @@ def _results(
                 summary[-1])
         epochs, kept_epoch, learned_masks = len(summary), int(kept['epoch']), 'train_mask_loss' in kept
     record['command'] = _without_folders(record['command'])
-    record['arguments'] = {key: _without_folder(value) if isinstance(value, str) else value
-                           for key, value in record['arguments'].items()}
+    record['arguments'] = {key: _without_folder(value) for key, value in record['arguments'].items()}
     official = _official_splits(record['arguments'], run, evaluation)
     tag = _check_tag(tag) if tag is not None else _usual_tag(config['architecture'], record['arguments'], official)
     start = record['arguments']['model'] if record['arguments'].get('pretrained') else None
@@ -391,7 +390,12 @@ def _without_folders(command: str) -> str:
     return shlex.join(flag + equals + _without_folder(value) for flag, equals, value in words)
 
 
-def _without_folder(value: str) -> str:
+def _without_folder(value: Any) -> Any:
+    """A value, or list of values, without the folders of the paths in it."""
+    if isinstance(value, list):
+        return [_without_folder(each) for each in value]
+    if not isinstance(value, str):
+        return value
     if value.lower().startswith('local-dir:'):
         return value[:10] + _without_folder(value[10:])
     return Path(value).name if os.path.isabs(value) or value.startswith(('./', '../', '~/')) else value

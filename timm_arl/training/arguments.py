@@ -55,5 +55,5 @@ class ModelKwargs(ParseKwargs):
 def check_not_empty(args):
     """Refuse options given as '', as an unset variable of a shell gives them."""
     for name, value in vars(args).items():
-        if value == '':
+        if value == '' or isinstance(value, list) and '' in value:
             raise RunError(f'--{name.replace("_", "-")} is empty: give it a value, or leave it out.')

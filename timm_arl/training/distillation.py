@@ -1,8 +1,8 @@
-"""What a network learns besides the labels: the probabilities and features of a teacher, and the lesion mask.
+"""What a network learns besides the labels: the probabilities and features of teachers, and the lesion mask.
 
 Hinton et al., `Distilling the Knowledge in a Neural Network` - https://arxiv.org/abs/1503.02531
 """
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,6 +12,7 @@ from torch.nn.functional import (
     binary_cross_entropy_with_logits,
     cosine_similarity,
     cross_entropy,
+    normalize,
 )
 
 from ..factory import Checkpoint
@@ -59,7 +60,7 @@ class Student(nn.Module):
         Args:
             model: The network that is trained; it is kept without the rest.
             img_size: Side of its images.
-            width: Width of the teacher's features, to which its own are projected; None to leave features out.
+            width: Width of the teachers' features, to which its own are projected; None to leave features out.
             masks: Whether to predict masks, from the feature maps before its last stage.
 
         Raises:
@@ -106,51 +107,98 @@ def mask_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 class Teacher(nn.Module):
-    """A frozen network and the loss that pulls a student towards it."""
+    """A frozen network that is shown the student's images."""
 
     network: Any
+    task: Any  # None where its labels are not known
 
-    def __init__(self, name: str, data_config: dict, task: Task, weight: float, feature_weight: float) -> None:
+    def __init__(self, name: str, data_config: dict) -> None:
         """
         Args:
-            name: Output folder of finetune_isic.py, or a timm name with pretrained weights. If its labels are
-                others, as ImageNet's are, only the features are distilled.
+            name: Output folder of finetune_isic.py, or a timm name with pretrained weights.
             data_config: The student's; its images are normalised by it.
-            task: The student's.
-            weight: Share of the loss taken by the teacher's probabilities.
-            feature_weight: Weight of one minus the cosine similarity of the features.
 
         Raises:
-            RunError: A network without one pooled vector per image, or from which nothing would be learned.
+            RunError: A network without one pooled vector per image.
+            WeightsError: No such network.
         """
         super().__init__()
         checkpoint = Checkpoint(name)
+        self.name = name
         self.network = checkpoint.network()
-        own_task = Task.of_network(self.network, checkpoint.config())
+        self.task = Task.of_network(self.network, checkpoint.config())
         self.network.eval().requires_grad_(False)
-        self.task, self.own_task = task, own_task or task
-        self.weight = weight if own_task and own_task.labels == task.labels else 0.
-        if self.weight and task.is_softmax and not self.own_task.is_softmax:
-            raise RunError(f'The teacher {name} has one sigmoid per label, and a softmax over the diagnoses cannot '
-                           f'learn from it: pass --distill-weight 0, or a teacher trained with --head softmax.')
-        if not self.weight and not feature_weight:
-            raise RunError(f'Nothing would be learned from the teacher {name}: raise --distill-features, or raise '
-                           f'--distill-weight and choose a teacher of these labels.')
-        self.feature_weight = feature_weight
         own = resolve_model_data_config(self.network)
+        self.img_size = own['input_size'][-1]
         mean, std, own_mean, own_std = (
             torch.tensor(config[key]).view(1, 3, 1, 1) for config in (data_config, own) for key in ('mean', 'std'))
         self.scale: torch.Tensor
         self.shift: torch.Tensor
         self.register_buffer('scale', std / own_std)
         self.register_buffer('shift', (mean - own_mean) / own_std)
-        width = feature_width(self.network, data_config['input_size'][-1], f'The teacher {name}')
-        self.width = width if feature_weight else None
+        self.width = feature_width(self.network, data_config['input_size'][-1], f'The teacher {name}')
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Pooled features (B, width) and logits of the student's images (B, 3, H, W)."""
         return pooled_and_logits(self.network, images * self.scale + self.shift)
+
+
+class Teachers(nn.Module):
+    """Frozen networks, and the loss that pulls a student towards the mean of their probabilities and their features."""
+
+    def __init__(
+            self,
+            names: Sequence[str],
+            data_config: dict,
+            task: Task,
+            weight: float,
+            feature_weight: float,
+    ) -> None:
+        """
+        Args:
+            names: Of the teachers, see :class:`Teacher`. Of those whose labels are others, as ImageNet's are, only the
+                features are distilled.
+            data_config: The student's.
+            task: The student's.
+            weight: Share of the loss taken by the teachers' probabilities.
+            feature_weight: Weight of one minus the cosine similarity of the features.
+
+        Raises:
+            RunError: A network without one pooled vector per image, or from which nothing would be learned.
+            WeightsError: No such network.
+        """
+        super().__init__()
+        teachers = [Teacher(name, data_config) for name in names]
+        self.teachers: Any = nn.ModuleList(teachers)
+        self.task, self.feature_weight = task, feature_weight
+        self.same_labels = [teacher.task is not None and teacher.task.labels == task.labels for teacher in teachers]
+        self.weight = weight if any(self.same_labels) else 0.
+        for teacher, same in zip(teachers, self.same_labels):
+            if self.weight and same and task.is_softmax and not teacher.task.is_softmax:
+                raise RunError(f'The teacher {teacher.name} has one sigmoid per label, and a softmax over the '
+                               f'diagnoses cannot learn from it: pass --distill-weight 0, or a teacher trained with '
+                               f'--head softmax.')
+            if not feature_weight and not (self.weight and same):
+                raise RunError(f'Nothing would be learned from the teacher {teacher.name}: raise --distill-features, '
+                               f'or raise --distill-weight and choose a teacher of these labels.')
+        self.width = sum(teacher.width for teacher in teachers) if feature_weight else None
+
+    def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """What the student is to give for its images (B, 3, H, W).
+
+        Returns:
+            The pooled features of each teacher, of length 1, side by side (B, width), and the mean of the
+            probabilities (B, outputs) of those with the same labels, or None where no probabilities are distilled.
+        """
+        features, probabilities = [], []
+        for teacher, same in zip(self.teachers, self.same_labels):
+            pooled, logits = teacher(images)
+            features.append(normalize(pooled, dim=1))
+            if same and self.weight:
+                probabilities.append(
+                    logits.softmax(1) if self.task.is_softmax else teacher.task.probabilities(logits))
+        return torch.cat(features, 1), torch.stack(probabilities).mean(0) if probabilities else None
 
     def loss(
             self,
@@ -159,14 +207,12 @@ class Teacher(nn.Module):
             features: Optional[torch.Tensor],
             images: torch.Tensor,
     ) -> torch.Tensor:
-        """(1 - w) * label_loss + w * H(teacher's probabilities, student's) + v * (1 - cos(features, teacher's))."""
-        teacher_features, teacher_logits = self(images)
+        """(1 - w) * label_loss + w * H(the teachers' probabilities, student's) + v * (1 - cos(features, theirs))."""
+        their_features, probabilities = self(images)
         loss = (1 - self.weight) * label_loss
-        if self.weight and self.task.is_softmax:
-            loss = loss + self.weight * cross_entropy(logits, teacher_logits.softmax(1))
-        elif self.weight:
-            loss = loss + self.weight * binary_cross_entropy_with_logits(
-                logits, self.own_task.probabilities(teacher_logits))
+        if probabilities is not None:
+            cross = cross_entropy if self.task.is_softmax else binary_cross_entropy_with_logits
+            loss = loss + self.weight * cross(logits, probabilities)
         if features is not None:
-            loss = loss + self.feature_weight * (1 - cosine_similarity(features, teacher_features)).mean()
+            loss = loss + self.feature_weight * (1 - cosine_similarity(features, their_features)).mean()
         return loss

@@ -76,8 +76,10 @@ def check_start(args: Any, task: Task = ISIC2017) -> None:
     Raises:
         RunError: --init-checkpoint, --teacher or --pretrained name one that learned from the same data.
     """
-    for flag, name, paths in (('--init-checkpoint', args.init_checkpoint, True), ('--teacher', args.teacher, True),
-                              ('--pretrained', args.model if args.pretrained else None, False)):
+    starts = [('--init-checkpoint', args.init_checkpoint, True),
+              ('--pretrained', args.model if args.pretrained else None, False),
+              *(('--teacher', name, True) for name in args.teacher or ())]
+    for flag, name, paths in starts:
         if not name:
             continue
         checkpoint = Checkpoint(name, paths)

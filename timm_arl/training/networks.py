@@ -10,7 +10,7 @@ from ..factory import create_for_task, load_weights_file
 from ..isic.task import ISIC2017, Task
 from ..isic.transforms import CROP_PCT
 from .arguments import RunError
-from .distillation import Teacher
+from .distillation import Teachers
 
 __all__ = ['create_networks', 'parameter_groups']
 
@@ -20,7 +20,7 @@ SET_BY_FLAGS = {  # and so not by --model-kwargs
 
 
 def create_networks(args, accelerator, task: Task = ISIC2017):
-    """The network in its starting state, its teacher or None, and timm's data config for the images.
+    """The network in its starting state, its teachers or None, and timm's data config for the images.
 
     Sizes that the model does not take are changed in args, with a line that says so, unless a flag gave them.
 
@@ -70,12 +70,13 @@ def create_networks(args, accelerator, task: Task = ISIC2017):
             raise RunError(f'{args.model} does not take images of {side} px (--img-size, --start-size): {reason}')
     data_config.update(
         input_size=(3, img_size, img_size), interpolation='bilinear', crop_pct=CROP_PCT, crop_mode='center')
-    teacher = None
+    teachers = None
     if args.teacher:
-        teacher = Teacher(args.teacher, data_config, task, args.distill_weight, args.distill_features)
-        accelerator.print(f'Teacher {args.teacher}: ' + ' and '.join(
-            ['probabilities'] * bool(teacher.weight) + ['pooled features'] * bool(teacher.feature_weight)))
-    return model, teacher, data_config
+        teachers = Teachers(args.teacher, data_config, task, args.distill_weight, args.distill_features)
+        for teacher, same in zip(teachers.teachers, teachers.same_labels):
+            accelerator.print(f'Teacher {teacher.name}, trained at {teacher.img_size} px: ' + ' and '.join(
+                ['probabilities'] * bool(teachers.weight and same) + ['pooled features'] * bool(args.distill_features)))
+    return model, teachers, data_config
 
 
 def parameter_groups(model, args, lr):

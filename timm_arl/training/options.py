@@ -60,9 +60,9 @@ def recipe_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--patience', type=number(int, 0), default=0,
         help='stop after this many epochs without a better score on validation; 0: never')
     add('--distill-weight', type=number(float, 0, 1), default=0.5,
-        help="with --teacher: share of the loss taken by the teacher's probabilities (default: %(default)s)")
+        help="with --teacher: share of the loss taken by the teachers' probabilities (default: %(default)s)")
     add('--distill-features', type=number(float, 0), default=1.,
-        help="with --teacher: weight of the distance to the teacher's pooled features (default: %(default)s)")
+        help="with --teacher: weight of the distance to the teachers' pooled features (default: %(default)s)")
 
     add = parser.add_argument_group('images (the recipe sets these too)').add_argument
     add('--img-size', type=number(int, 64),
@@ -102,8 +102,9 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     start.add_argument(
         '--init-checkpoint', metavar='PATH',
         help='start from a .safetensors file or from the output folder of another run')
-    add('--teacher', metavar='OUT|NAME',
-        help='learn from a trained network too: an output folder, or a timm name with pretrained weights')
+    add('--teacher', nargs='+', metavar='OUT|NAME',
+        help='learn from trained networks too, from the mean of their probabilities and from their features: output '
+             'folders, or timm names with pretrained weights; they are shown images of --img-size')
     add('--recipe', default='modern', metavar='modern|paper|tables|weights|FILE.yaml',
         help='sets the flags under "training" and "images" that are not given (default: %(default)s)')
     add('--output-dir', help='folder for the results (default: runs/MODEL-DATA-TIME)')
