@@ -48,7 +48,8 @@ VARIANTS = {
 @pytest.mark.parametrize('variant', ['plain', 'mixed', 'drop_path', *(
     pytest.param(name, marks=pytest.mark.slow) for name in sorted(VARIANTS.keys() - {'plain', 'mixed', 'drop_path'}))])
 def test_blocks_are_the_plain_ones(variant, mode):
-    model = create('arl_cnn26', num_classes=2, trained_look=variant != 'bare', **VARIANTS[variant]).double()
+    model = create('arl_cnn26', num_classes=2, channels=[16, 32, 64, 128], trained_look=variant != 'bare',
+                   **VARIANTS[variant]).double()
     with_alpha(model, 2.).train(mode != 'eval')
     if mode == 'frozen norms':
         for module in model.modules():
