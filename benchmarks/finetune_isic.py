@@ -57,7 +57,7 @@ from timm_arl.isic.task import balancing_weights, label_words
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError
 from timm_arl.training.distillation import Student, mask_loss
-from timm_arl.training.folds import check_start, run_each
+from timm_arl.training.folds import check_start, check_unseen, run_each
 from timm_arl.training.images import check_images, check_learnable, epoch_sides, image_loader, learns_masks, predict
 from timm_arl.training.networks import create_networks, parameter_groups
 from timm_arl.training.options import build_parser, parse_args
@@ -184,7 +184,9 @@ def train(args, accelerator, data, out, networks=None):
                 if args.mixup:
                     loss = loss + (1 - share) * batch_loss(task, logits, labels.flip(0), args.label_smoothing, weights)
                 if teachers:
-                    loss = teachers.loss(loss, logits, features, images)
+                    with accelerator.autocast():
+                        theirs = teachers(images)
+                    loss = teachers.loss(loss, logits, features, theirs)
                 if with_masks:
                     mask = masks[0].lerp(masks[0].flip(0), 1 - share) if args.mixup else masks[0]
                     of_masks = mask_loss(mask_logits, mask)
@@ -328,6 +330,8 @@ def main():
         args.content = digest
         if args.folds:
             check_start(args, task)
+        else:
+            check_unseen(args, splits)
         check_learnable(args, splits, accelerator, task)
         Student(model, data_config['input_size'][-1], teachers and teachers.width, learns_masks(args, splits['train']))
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():

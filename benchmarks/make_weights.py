@@ -62,7 +62,7 @@ def build_parser():
     add('--output-dir', required=True, metavar='W', help='folder for the runs and what is made of them')
     add('--seeds', type=number(int, 0, 2 ** 32 - 1), nargs='+', help='a run for each (default: 0 1 2, or 0)')
     add('--init-checkpoint', metavar='FILE', help='file of the weights that training starts from (default: the Hub)')
-    add('--teacher', nargs='+', metavar='OUT|NAME', help='another teacher, or several')
+    add('--teacher', nargs='+', metavar='OUT|NAME', help='networks to learn from, instead of those that NAME has')
     add('--recipe', default='weights', metavar='NAME|FILE.yaml', help='another recipe (default: %(default)s)')
     add('--epochs', type=number(int, 1), help='other than the recipe, to try the steps')
     add('--img-size', type=number(int, 64), help='the same for the side of the images')

@@ -43,11 +43,16 @@ def test_an_image_that_was_left_out_gives_no_training_image_away(tmp_path, call,
     done = call('evaluate_isic', *flags, '--output-dir', tmp_path / 'p', '--other-data')
     count = sum(row['split'] == 'train' and int(row['image_id']) > 3 for row in rows(out / 'splits.csv'))
     assert f'{count} of the 26 test images have names of training images' in done.stdout
+    for flag in '--teacher', '--init-checkpoint':  # its training images are scored by a run of another seed
+        done = call('finetune_isic', '--data', source, '--skip-bad-images', '--seed', 1, *QUICK, flag, out,
+                    '--output-dir', tmp_path / 'second')
+        assert done.returncode == 2 and f'{flag} {out} was trained on ' in done.stderr
+        assert f'divide the data as it did, with --splits {out / "splits.csv"}' in done.stderr
     # another run takes over the division, and keeps it too
     lines(tmp_path / 's.csv', ('image_id', 'split'), [(row['image_id'], row['split']) for row in rows(
         out / 'splits.csv')])
     done = call('finetune_isic', '--data', source, '--skip-bad-images', '--splits', tmp_path / 's.csv', '--seed', 1,
-                *QUICK, '--output-dir', tmp_path / 'second')
+                *QUICK, '--teacher', out, '--output-dir', tmp_path / 'second')
     assert done.returncode == 0 and (tmp_path / 'second' / 'splits.csv').read_text() == (
         out / 'splits.csv').read_text()
 

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures('threads')
     (['--model', ''], '--model is empty'),
     (['--sync-bn'], '--sync-bn works on CUDA devices, not on cpu'),
     (['--teacher', 'nowhere'], 'No folder nowhere, and no model of that name'),
+    (['--teacher', 'nowhere', ''], '--teacher is empty'),
+    (['--teacher', 'out', './out'], '--teacher names a network twice'),
     (['--mask-weight', '1', '--augmentation', 'paper'], '--augmentation paper does not transform masks'),
     (['--resume'], '--resume needs --output-dir'),
     (['--folds', '1'], 'must be at least 2, not 1'),

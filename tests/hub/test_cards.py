@@ -127,7 +127,8 @@ def test_a_card_tells_what_a_run_started_from(run, tmp_path, model, start, base)
 
 
 @pytest.mark.parametrize('teachers, row', [
-    (['/home/me/a', '/home/me/b'], '| learned from | `a`, `b` |'), ('/home/me/a', '| learned from | `a` |')])
+    (['/home/me/a', '/home/me/b', 'arl_cnn50.isic2017'], '| learned from | `a`, `b`, `arl_cnn50.isic2017` |'),
+    (['/home/me/W/network', '/home/me/V/network'], '| learned from | `W/network`, `V/network` |')])
 def test_a_card_names_the_teachers(run, tmp_path, teachers, row):
     folder = publishing.stage(changed(run, tmp_path / 'run', teacher=teachers), tmp_path / 's')
     assert row in (folder / 'README.md').read_text()

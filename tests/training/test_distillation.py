@@ -5,6 +5,7 @@ import timm
 import torch
 from test_finetune_isic import SMALL, read_csv
 
+from timm_arl.factory import save_network
 from timm_arl.isic.task import ISIC2017, Task
 from timm_arl.training.arguments import RunError
 from timm_arl.training.distillation import Teachers, mask_loss
@@ -43,22 +44,25 @@ def test_loss_of_masks():
     assert mask_loss(logits, torch.full_like(masks, torch.nan)).item() == 0
 
 
-@pytest.mark.parametrize('weight', [0.5, 0.])
-def test_several_teachers(weight):
+CONFIG = dict(input_size=(3, 64, 64), mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))
+NAMES = ['arl_cnn14.isic2017', 'arl_tf_efficientnet_lite0.isic2017']
+
+
+@pytest.mark.parametrize('weight, feature_weight', [(0.5, 2.), (0., 2.), (0.5, 0.)])
+def test_several_teachers(weight, feature_weight):
     """The mean of their probabilities, and the features of each; computed again by the networks alone."""
-    names = ['arl_cnn14.isic2017', 'arl_tf_efficientnet_lite0.isic2017']
-    config = dict(input_size=(3, 64, 64), mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))
     pixels = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
     def normalized(mean, std):
         return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
-    teachers = Teachers(names, config, ISIC2017, weight, 2.)
-    logits, features = torch.tensor([[1., -2.], [0., 3.], [-1., 0.5]]), torch.rand(3, teachers.width)
-    found = teachers.loss(torch.tensor(5.), logits, features, normalized(config['mean'], config['std']))
+    teachers = Teachers(NAMES, CONFIG, ISIC2017, weight, feature_weight, [64])
+    logits, features = torch.tensor([[1., -2.], [0., 3.], [-1., 0.5]]), torch.rand(3, 2048 + 1280)
+    found = teachers.loss(torch.tensor(5.), logits, features if teachers.width else None,
+                          teachers(normalized(CONFIG['mean'], CONFIG['std'])))
 
     probabilities, pooled = [], []
-    for name in names:
+    for name in NAMES:
         network = timm.create_model(name, pretrained=True).eval()
         images = normalized(network.pretrained_cfg['mean'], network.pretrained_cfg['std'])
         with torch.no_grad():
@@ -68,12 +72,49 @@ def test_several_teachers(weight):
     target, theirs = (probabilities[0] + probabilities[1]) / 2, torch.cat(pooled, 1)
     entropy = -(target * logits.sigmoid().log() + (1 - target) * (-logits).sigmoid().log()).mean()
     cosine = (features * theirs).sum(1) / features.norm(dim=1) / theirs.norm(dim=1)
-    expected = (1 - weight) * 5 + weight * entropy + 2 * (1 - cosine).mean()
+    expected = (1 - weight) * 5 + weight * entropy + feature_weight * (1 - cosine).mean()
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_teacher_that_would_teach_nothing_is_named():
-    config = dict(input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
-    other = Task('other', ('a', 'b'), 'multilabel')
-    with pytest.raises(RunError, match='Nothing would be learned from the teacher arl_cnn14.isic2017'):
-        Teachers(['arl_cnn14.isic2017'], config, other, 0.5, 0.)
+@pytest.fixture(scope='module')
+def of_tasks(tmp_path_factory):
+    """Folders of small networks by the task that they have learned."""
+    folder, tasks = tmp_path_factory.mktemp('teachers'), {
+        'other': Task('other', ('x', 'y')), 'sigmoid': ISIC2017, 'softmax': ISIC2017.with_head('softmax'),
+        'three': Task('three', ('melanoma', 'seborrheic_keratosis'), 'multiclass')}
+    for name, task in tasks.items():
+        torch.manual_seed(0)
+        network = timm.create_model('arl_cnn14', num_classes=len(task.outputs), channels=[8, 16, 32, 64])
+        save_network(network, folder / name, task.outputs, dict(
+            timm.data.resolve_model_data_config(network), input_size=(3, 64, 64)), task=task.config(),
+            channels=[8, 16, 32, 64])
+    return {name: str(folder / name) for name in tasks}, tasks
+
+
+def test_the_features_alone_of_a_teacher_with_other_labels(of_tasks):
+    folders, _ = of_tasks
+    images = torch.rand(2, 3, 64, 64)
+    both, one = (Teachers([folders[name] for name in names], CONFIG, ISIC2017, 0.5, 1., [64])
+                 for names in (('other', 'sigmoid'), ('sigmoid',)))
+    assert (both.width, one.width) == (512, 256)
+    assert torch.equal(both(images)[1], one(images)[1])
+    softmax = ISIC2017.with_head('softmax')
+    student = Teachers([folders['softmax']], CONFIG, softmax, 0.5, 1., [64])
+    assert student(images)[1].shape == (2, 3)
+    assert one(images)[1].shape == Teachers([folders['softmax']], CONFIG, ISIC2017, 0.5, 1., [64])(images)[1].shape
+
+
+@pytest.mark.parametrize('teacher, task, weights, sentence', [
+    ('other', 'sigmoid', (0.5, 0.), 'Nothing would be learned from the teacher .*: leave it out, raise'),
+    ('sigmoid', 'softmax', (0.5, 1.), 'has one sigmoid per label, and a softmax over the diagnoses cannot learn'),
+    ('three', 'softmax', (0.5, 1.), 'has the outputs .*: leave it out, or pass --distill-weight 0'),
+])
+def test_a_teacher_that_cannot_teach_is_named(of_tasks, teacher, task, weights, sentence):
+    folders, tasks = of_tasks
+    with pytest.raises(RunError, match=sentence):
+        Teachers([folders['softmax'], folders[teacher]], CONFIG, tasks[task], *weights, [64])
+
+
+def test_a_teacher_must_take_all_sizes_of_the_run():
+    with pytest.raises(RunError, match=r'The teacher arl_cnn14.isic2017 does not take images of 0 px'):
+        Teachers(NAMES[:1], CONFIG, ISIC2017, 0.5, 1., [0, 64])

@@ -163,8 +163,6 @@ def _training(results: Dict[str, Any]) -> str:
     start = (results['base_model'] or arguments.get('init_checkpoint')
              or (arguments.get('pretrained') and arguments.get('model')))
     images = f', {arguments["train_images"]:,} images' if 'train_images' in arguments else ''
-    teachers = arguments.get('teacher') or []
-    teachers = [teachers] if isinstance(teachers, str) else teachers  # of a run made when there could be one
     return markdown_table(['', ''], [
         ('data', ', '.join(filter(None, [
             'of a cross-validation, ' + arguments['fold'] if arguments.get('fold') else '',
@@ -178,7 +176,8 @@ def _training(results: Dict[str, Any]) -> str:
         ('command', f'`{run["command"]}`'),
         *((f'run {each["run"]}', f'`{each["command"]}`, commit {each["commit"] or "unknown"}') for each in averaged),
         *([('weights', 'stored in half precision')] if arguments.get('half') else []),
-        *([('learned from', ', '.join(f'`{name}`' for name in teachers))] if teachers else []),
+        *([('learned from', ', '.join(f'`{name}`' for name in arguments['teacher']))]
+          if arguments.get('teacher') else []),
         ('recipe', arguments['recipe']),
         ('seed', ', '.join(str(each['seed']) for each in averaged or [arguments])),
         ('image size', f'{results["img_size"]} px'),

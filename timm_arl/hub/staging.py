@@ -393,7 +393,9 @@ def _without_folders(command: str) -> str:
 def _without_folder(value: Any) -> Any:
     """A value, or list of values, without the folders of the paths in it."""
     if isinstance(value, list):
-        return [_without_folder(each) for each in value]
+        names = [_without_folder(each) for each in value]
+        return names if len(set(map(str, names))) == len(names) else [  # W/network and V/network
+            '/'.join(Path(each).parts[-2:]) if name != each else name for name, each in zip(names, value)]
     if not isinstance(value, str):
         return value
     if value.lower().startswith('local-dir:'):

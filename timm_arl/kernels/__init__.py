@@ -26,7 +26,8 @@ Each is a module with two functions. For y = relu(x + F + alpha * n(F) * x), as 
     x and alpha, from which :func:`norm_backward` makes those of a norm. Kernels that :func:`folds_norms` is true of
     have ``gate_norms_backward`` too, for all at once: (residual, weight, bias), (shortcut, weight, bias), alpha.
 
-compiled.py has the native kernels as operators, which torch.compile calls instead of making its own.
+compiled.py has the native kernels as operators, which torch.compile calls instead of making its own; norms.py, what a
+batch norm does beside its output.
 
 Inputs may have any strides. Sums and masks are in float32, or float64 for float64 inputs.
 """

@@ -9,7 +9,7 @@ from .torch_ops import NormState
 __all__ = ['normalize', 'statistics_of', 'traced_statistics']
 
 
-def check_norm(z: torch.Tensor, norm: nn.BatchNorm2d) -> None:
+def _check_norm(z: torch.Tensor, norm: nn.BatchNorm2d) -> None:
     """Raise RuntimeError if a norm is not for z: ATen's functions would read and write beyond its tensors."""
     for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         if t is not None and (t.shape != z.shape[1:2] or t.device != z.device):
@@ -25,7 +25,7 @@ def statistics_of(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Optional[N
     """
     if norm is None:
         return None
-    check_norm(z, norm)
+    _check_norm(z, norm)
     if not norm.training:
         statistics: Tuple[Any, Any] = norm.running_mean, norm.running_var
     else:
@@ -38,10 +38,14 @@ def statistics_of(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Optional[N
 
 @torch.no_grad()
 def traced_statistics(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Optional[NormState]:
-    """:func:`statistics_of` in operations that a compiler fuses with what wrote ``z``."""
+    """:func:`statistics_of` in operations that a compiler fuses with what wrote ``z``.
+
+    Raises:
+        RuntimeError: See :func:`statistics_of`.
+    """
     if norm is None or not norm.training:
         return statistics_of(z, norm)
-    check_norm(z, norm)
+    _check_norm(z, norm)
     norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # the block passes no norm without it
     var, mean = torch.var_mean(z.float(), (0, 2, 3), correction=0)
     count = z.numel() / z.shape[1]
@@ -52,10 +56,14 @@ def traced_statistics(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Option
 
 
 def normalize(z: torch.Tensor, norm: Optional[nn.BatchNorm2d]) -> Tuple[torch.Tensor, Optional[NormState]]:
-    """A batch norm with all effects of its module's forward, and what it did; without a norm, ``z`` and None."""
+    """A batch norm with all effects of its module's forward, and what it did; without a norm, ``z`` and None.
+
+    Raises:
+        RuntimeError: See :func:`statistics_of`.
+    """
     if norm is None:
         return z, None
-    check_norm(z, norm)
+    _check_norm(z, norm)
     if norm.training:
         norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # the block passes no norm without it
     f, mean, rstd = torch.native_batch_norm(

@@ -2,7 +2,7 @@
 
 Hinton et al., `Distilling the Knowledge in a Neural Network` - https://arxiv.org/abs/1503.02531
 """
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Iterable, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -38,7 +38,7 @@ def feature_width(model: Any, img_size: int, what: str) -> int:
         with torch.inference_mode():
             expected = model.eval()(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise RunError(f'{what} does not take images of {img_size} px: {error}') from error
+        raise RunError(f'{what} does not take images of {img_size} px (--img-size, --start-size): {error}') from error
     try:
         with torch.inference_mode():
             pooled, logits = pooled_and_logits(model, images)
@@ -112,14 +112,15 @@ class Teacher(nn.Module):
     network: Any
     task: Any  # None where its labels are not known
 
-    def __init__(self, name: str, data_config: dict) -> None:
+    def __init__(self, name: str, data_config: dict, sides: Iterable[int]) -> None:
         """
         Args:
             name: Output folder of finetune_isic.py, or a timm name with pretrained weights.
             data_config: The student's; its images are normalised by it.
+            sides: Of the images that it will be shown, in pixels.
 
         Raises:
-            RunError: A network without one pooled vector per image.
+            RunError: A network without one pooled vector per image, or that does not take such images.
             WeightsError: No such network.
         """
         super().__init__()
@@ -136,7 +137,8 @@ class Teacher(nn.Module):
         self.shift: torch.Tensor
         self.register_buffer('scale', std / own_std)
         self.register_buffer('shift', (mean - own_mean) / own_std)
-        self.width = feature_width(self.network, data_config['input_size'][-1], f'The teacher {name}')
+        for side in sides:
+            self.width = feature_width(self.network, side, f'The teacher {name}')
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -154,22 +156,24 @@ class Teachers(nn.Module):
             task: Task,
             weight: float,
             feature_weight: float,
+            sides: Iterable[int],
     ) -> None:
         """
         Args:
-            names: Of the teachers, see :class:`Teacher`. Of those whose labels are others, as ImageNet's are, only the
-                features are distilled.
-            data_config: The student's.
+            names: Of the teachers. Of those whose labels are others, as ImageNet's are, only the features are
+                distilled.
+            data_config, sides: See :class:`Teacher`.
             task: The student's.
             weight: Share of the loss taken by the teachers' probabilities.
             feature_weight: Weight of one minus the cosine similarity of the features.
 
         Raises:
-            RunError: A network without one pooled vector per image, or from which nothing would be learned.
+            RunError: As :class:`Teacher`, and a network whose outputs the student cannot learn, or from which nothing
+                would be learned.
             WeightsError: No such network.
         """
         super().__init__()
-        teachers = [Teacher(name, data_config) for name in names]
+        teachers = [Teacher(name, data_config, sides) for name in names]
         self.teachers: Any = nn.ModuleList(teachers)
         self.task, self.feature_weight = task, feature_weight
         self.same_labels = [teacher.task is not None and teacher.task.labels == task.labels for teacher in teachers]
@@ -177,11 +181,14 @@ class Teachers(nn.Module):
         for teacher, same in zip(teachers, self.same_labels):
             if self.weight and same and task.is_softmax and not teacher.task.is_softmax:
                 raise RunError(f'The teacher {teacher.name} has one sigmoid per label, and a softmax over the '
-                               f'diagnoses cannot learn from it: pass --distill-weight 0, or a teacher trained with '
-                               f'--head softmax.')
+                               f'diagnoses cannot learn from it: leave it out, pass --distill-weight 0, or choose a '
+                               f'teacher trained with --head softmax.')
+            if self.weight and same and task.is_softmax and teacher.task.outputs != task.outputs:
+                raise RunError(f'The teacher {teacher.name} has the outputs {", ".join(teacher.task.outputs)}, not '
+                               f'{", ".join(task.outputs)}: leave it out, or pass --distill-weight 0.')
             if not feature_weight and not (self.weight and same):
-                raise RunError(f'Nothing would be learned from the teacher {teacher.name}: raise --distill-features, '
-                               f'or raise --distill-weight and choose a teacher of these labels.')
+                raise RunError(f'Nothing would be learned from the teacher {teacher.name}: leave it out, raise '
+                               f'--distill-features, or raise --distill-weight and choose a teacher of these labels.')
         self.width = sum(teacher.width for teacher in teachers) if feature_weight else None
 
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
@@ -194,10 +201,10 @@ class Teachers(nn.Module):
         features, probabilities = [], []
         for teacher, same in zip(self.teachers, self.same_labels):
             pooled, logits = teacher(images)
-            features.append(normalize(pooled, dim=1))
+            features.append(normalize(pooled.float(), dim=1))
             if same and self.weight:
                 probabilities.append(
-                    logits.softmax(1) if self.task.is_softmax else teacher.task.probabilities(logits))
+                    logits.float().softmax(1) if self.task.is_softmax else teacher.task.probabilities(logits))
         return torch.cat(features, 1), torch.stack(probabilities).mean(0) if probabilities else None
 
     def loss(
@@ -205,10 +212,15 @@ class Teachers(nn.Module):
             label_loss: torch.Tensor,
             logits: torch.Tensor,
             features: Optional[torch.Tensor],
-            images: torch.Tensor,
+            theirs: Tuple[torch.Tensor, Optional[torch.Tensor]],
     ) -> torch.Tensor:
-        """(1 - w) * label_loss + w * H(the teachers' probabilities, student's) + v * (1 - cos(features, theirs))."""
-        their_features, probabilities = self(images)
+        """(1 - w) * label_loss + w * H(the teachers' probabilities, student's) + v * (1 - cos(features, theirs)).
+
+        Args:
+            label_loss, logits, features: The student's.
+            theirs: What the teachers gave for the same images.
+        """
+        their_features, probabilities = theirs
         loss = (1 - self.weight) * label_loss
         if probabilities is not None:
             cross = cross_entropy if self.task.is_softmax else binary_cross_entropy_with_logits

@@ -1,6 +1,7 @@
 """Several runs of finetune_isic.py in one folder: cross-validation and seeds."""
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
@@ -18,6 +19,7 @@ from ..isic.metrics import auc_table, score_split
 from ..isic.predictions import read_predictions, write_predictions
 from ..isic.task import ISIC2017, Task, label_words
 from .arguments import RunError
+from .evaluations import training_names
 
 
 def fold_rows(
@@ -88,6 +90,28 @@ def check_start(args: Any, task: Task = ISIC2017) -> None:
         if knows_labels or saved.get('train_ids') == args.train_ids:
             raise RunError(f'{flag} {name} was trained on images that --folds would hold out, and its scores would be '
                            f'too high: start from other weights.')
+
+
+def check_unseen(args: Any, splits: Dict[str, Any]) -> None:
+    """Refuse to learn from a network that was trained on images which this run scores, as other seeds divide them.
+
+    Args:
+        args: Arguments of finetune_isic.py.
+        splits: Of the data.
+
+    Raises:
+        RunError: --init-checkpoint or --teacher name such a network.
+    """
+    for flag, names in (('--init-checkpoint', [args.init_checkpoint]), ('--teacher', args.teacher)):
+        for checkpoint in (Checkpoint(name) for name in names or () if name):
+            folder, data = checkpoint.folder, checkpoint.arguments(published=False).get('data')
+            if not folder or os.path.realpath(data or '') != os.path.realpath(args.data):  # ids may mean other images
+                continue
+            for name in sorted(splits.keys() - {'train'}):
+                seen = training_names(folder, map(str, splits[name]['image_id']))
+                if seen:
+                    raise RunError(f'{flag} {checkpoint.name} was trained on {len(seen)} of the {name} images: divide '
+                                   f'the data as it did, with --splits {folder / "splits.csv"}.')
 
 
 def _parts(args: Any, data: Data) -> Iterator[Tuple[str, Data]]:

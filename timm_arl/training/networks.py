@@ -64,7 +64,8 @@ def create_networks(args, accelerator, task: Task = ISIC2017):
         accelerator.print(f'{args.model} cannot start with images of {args.start_size} px, as recipe {args.recipe} '
                           f'does: all epochs have {img_size} px.')
         args.start_size = None
-    for side in dict.fromkeys((img_size, min(args.start_size or img_size, img_size))):
+    sides = dict.fromkeys((min(args.start_size or img_size, img_size), img_size))
+    for side in sides:
         reason = refused(side)
         if reason:
             raise RunError(f'{args.model} does not take images of {side} px (--img-size, --start-size): {reason}')
@@ -72,10 +73,11 @@ def create_networks(args, accelerator, task: Task = ISIC2017):
         input_size=(3, img_size, img_size), interpolation='bilinear', crop_pct=CROP_PCT, crop_mode='center')
     teachers = None
     if args.teacher:
-        teachers = Teachers(args.teacher, data_config, task, args.distill_weight, args.distill_features)
+        teachers = Teachers(args.teacher, data_config, task, args.distill_weight, args.distill_features, sides)
         for teacher, same in zip(teachers.teachers, teachers.same_labels):
-            accelerator.print(f'Teacher {teacher.name}, trained at {teacher.img_size} px: ' + ' and '.join(
-                ['probabilities'] * bool(teachers.weight and same) + ['pooled features'] * bool(args.distill_features)))
+            learned = ' and '.join(['probabilities'] * bool(teachers.weight and same)
+                                   + ['pooled features'] * bool(args.distill_features))
+            accelerator.print(f'Teacher {teacher.name}, trained at {teacher.img_size} px: its {learned} are learned.')
     return model, teachers, data_config
 
 

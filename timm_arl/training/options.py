@@ -1,6 +1,7 @@
 """The flags of finetune_isic.py, and where their values come from: a recipe, the command line, or the run to resume."""
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
@@ -103,8 +104,9 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
         '--init-checkpoint', metavar='PATH',
         help='start from a .safetensors file or from the output folder of another run')
     add('--teacher', nargs='+', metavar='OUT|NAME',
-        help='learn from trained networks too, from the mean of their probabilities and from their features: output '
-             'folders, or timm names with pretrained weights; they are shown images of --img-size')
+        help='learn from trained networks too: output folders, or timm names with pretrained weights. They are shown '
+             'the images of the run, and the mean of their probabilities and their features are learned; of one with '
+             'other labels, such as those of ImageNet, the features alone')
     add('--recipe', default='modern', metavar='modern|paper|tables|weights|FILE.yaml',
         help='sets the flags under "training" and "images" that are not given (default: %(default)s)')
     add('--output-dir', help='folder for the results (default: runs/MODEL-DATA-TIME)')
@@ -206,6 +208,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
         raise RunError(f'Neither the recipe {args.recipe} nor a flag sets --{missing[0]}.')
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         raise RunError('--seeds names a seed twice.')
+    if args.teacher and len({os.path.realpath(name) for name in args.teacher}) < len(args.teacher):
+        raise RunError('--teacher names a network twice.')
     if args.mask_weight and args.augmentation == 'paper':
         raise RunError('--augmentation paper does not transform masks: pass --mask-weight 0, or choose modern or '
                        'plain.')
