@@ -174,12 +174,15 @@ def make_run(args, out, row, seed, lock):
     if arguments['train_ids'] != ids_digest(args.splits['train']['image_id']):
         raise RunError(f'The run in {trained} has other training images than {args.data}: give another --output-dir.')
     precision = launch['mixed_precision']
+    kernels = backend(torch.ones(1, 1, 1, 1, device=launch['device'])) if row.model.startswith('arl_') else ''
+    if any(flag.startswith('mask_temperature=') for flag in row.flags):
+        kernels = 'torch'  # a gate with a temperature has no others
     write_json(kept.with_name(f'{name}.json'), {
         'row': row.name, 'seed': seed, 'settings': settings(args, row), 'origin': origin(args, row),
         'columns': {
             'image_size': arguments['img_size'], 'epochs': arguments['epochs'],
             'precision': 'fp32' if precision == 'no' else precision, 'commit': commit,
-            'kernels': backend(torch.ones(1, 1, 1, 1, device=launch['device'])) * row.model.startswith('arl_')},
+            'kernels': kernels},
         'device': launch['device'], 'versions': versions})
     with replacing(kept.with_name(f'{name}.csv')) as temporary:
         shutil.copyfile(folder / 'predictions_test.csv', temporary)
