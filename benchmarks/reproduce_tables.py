@@ -150,6 +150,13 @@ def training_flags(args, row, seed, data):
             *['--lesion-crop'] * row.lesion_crop, '--seed', str(seed), '--tracker', 'none', *machine_flags(args)]
 
 
+def kernels_of(row, device):
+    """Which kernels the gates of a row use; '' without gates."""
+    if any(flag.startswith('mask_temperature=') for flag in row.flags):
+        return 'torch'  # a gate with a temperature has no others
+    return backend(torch.ones(1, 1, 1, 1, device=device)) if row.model.startswith('arl_') else ''
+
+
 def make_run(args, out, row, seed, lock):
     """Train, or score a trained network again, and keep the predictions. Returns exit status and reason."""
     name = f'{row.name}-seed{seed}'
@@ -174,15 +181,12 @@ def make_run(args, out, row, seed, lock):
     if arguments['train_ids'] != ids_digest(args.splits['train']['image_id']):
         raise RunError(f'The run in {trained} has other training images than {args.data}: give another --output-dir.')
     precision = launch['mixed_precision']
-    kernels = backend(torch.ones(1, 1, 1, 1, device=launch['device'])) if row.model.startswith('arl_') else ''
-    if any(flag.startswith('mask_temperature=') for flag in row.flags):
-        kernels = 'torch'  # a gate with a temperature has no others
     write_json(kept.with_name(f'{name}.json'), {
         'row': row.name, 'seed': seed, 'settings': settings(args, row), 'origin': origin(args, row),
         'columns': {
             'image_size': arguments['img_size'], 'epochs': arguments['epochs'],
             'precision': 'fp32' if precision == 'no' else precision, 'commit': commit,
-            'kernels': kernels},
+            'kernels': kernels_of(row, launch['device'])},
         'device': launch['device'], 'versions': versions})
     with replacing(kept.with_name(f'{name}.csv')) as temporary:
         shutil.copyfile(folder / 'predictions_test.csv', temporary)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from timm_arl.kernels import backend
+from timm_arl.training.tables.rows import TABLES
 
 pytestmark = pytest.mark.slow
 TINY = ['--epochs', 1, '--img-size', 64, '--workers', 0, '--cpu-threads', 1]
@@ -222,3 +223,11 @@ def test_architectures(call, tmp_path):
     assert measured['ran50'] == pytest.approx(39.48, abs=0.005) and measured['ran14'] == pytest.approx(11.88, abs=0.005)
     assert measured['arl_cnn50'] == pytest.approx(measured['resnet50'], abs=2e-4)
     assert rows['seresnet50']['printed'] == '26'
+
+
+def test_the_kernels_of_a_row_are_those_that_it_uses(benchmarks):
+    from reproduce_tables import kernels_of
+    rows = {row.name: row for table in ('table3', 'table5') for row in TABLES[table]}
+    assert kernels_of(rows['resnet14'], 'cpu') == ''
+    assert kernels_of(rows['arl_cnn14'], 'cpu') == backend(torch.ones(1, 1, 1, 1))
+    assert kernels_of(rows['arl_cnn14_temperature'], 'cpu') == 'torch'
