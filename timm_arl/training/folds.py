@@ -1,4 +1,4 @@
-"""Several runs of finetune_isic.py in one folder: cross-validation and seeds."""
+"""Several runs of finetune_isic.py in one folder, cross-validation and seeds, and what a run may start from."""
 import copy
 import json
 import os
