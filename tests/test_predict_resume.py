@@ -15,14 +15,14 @@ from timm_arl.isic.synthetic import draw_lesion
 
 @pytest.fixture(scope='module')
 def many(tmp_path_factory):
-    """160 pictures, two of them bad, and what an uninterrupted run finds in them."""
+    """80 pictures, two of them bad, and what an uninterrupted run finds in them."""
     folder = tmp_path_factory.mktemp('many')
     rng = np.random.default_rng(2)
     drawn = [draw_lesion(diagnosis, rng, 140) for diagnosis in ('melanoma', 'nevus', 'seborrheic_keratosis')]
     (folder / 'p').mkdir()
-    for k in range(160):
+    for k in range(80):
         drawn[k % 3].rotate(k).save(folder / 'p' / f'{k:03d},\n.jpg')
-    for k in (7, 130):
+    for k in (7, 65):
         (folder / 'p' / f'{k:03d},\n.jpg').write_text('bad')
     done = run('p', '--output-dir', folder / 'whole', cwd=folder)
     assert done.returncode == 1, done.stderr
@@ -60,25 +60,25 @@ def kill_when(process, out, enough):
 def test_killed_and_resumed(many, tmp_path):
     folder, expected = many
     args = ['p', '--output-dir', tmp_path / 'out', '--batch-size', 2]
-    for enough in (10, 60):
+    for enough in (10, 30):
         kill_when(start(*args, *['--resume'] * (enough > 10), cwd=folder), tmp_path / 'out', enough)
         with open(tmp_path / 'out' / 'predictions.csv', 'ab') as file:
             file.write(b'"p/999,\n.jp')  # as a full disk leaves it
     done = run(*args, '--resume', cwd=folder)
-    assert done.returncode == 1 and '2 of 160 images could not be read' in done.stderr
-    assert 60 <= int(re.search(r'(\d+) of 160 images were done before', done.stdout).group(1)) < 160
+    assert done.returncode == 1 and '2 of 80 images could not be read' in done.stderr
+    assert 30 <= int(re.search(r'(\d+) of 80 images were done before', done.stdout).group(1)) < 80
     same(rows(tmp_path / 'out'), expected)
     assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.csv', 'predictions.json']
 
 
 @pytest.mark.slow
 def test_a_full_disk(many, tmp_path):
-    """No file may grow beyond 6000 bytes: it stops in the middle of a row, and goes on when there is room."""
+    """No file may grow beyond 3000 bytes: it stops in the middle of a row, and goes on when there is room."""
     folder, expected = many
     args = ['p', '--output-dir', tmp_path / 'out', '--workers', 0]
-    done = run(*args, cwd=folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)))
+    done = run(*args, cwd=folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)))
     assert done.returncode == 2 and 'error: File too large. ' in done.stderr and '--resume goes on' in done.stderr
-    assert (tmp_path / 'out' / 'predictions.csv').stat().st_size == 6000
+    assert (tmp_path / 'out' / 'predictions.csv').stat().st_size == 3000
     assert run(*args, '--resume', cwd=folder).returncode == 1
     same(rows(tmp_path / 'out'), expected)
 
@@ -88,10 +88,10 @@ def test_several_processes_killed_and_resumed(many, tmp_path):
     """Two processes, killed; three, from elsewhere, which relative names do not notice; joined in order."""
     folder, expected = many
     args = ['p', '--output-dir', tmp_path / 'out', '--batch-size', 2]
-    kill_when(start(*args, processes=2, cwd=folder), tmp_path / 'out', 40)
+    kill_when(start(*args, processes=2, cwd=folder), tmp_path / 'out', 20)
     assert len(list((tmp_path / 'out' / 'parts').iterdir())) == 2
     done = run(*args, '--resume', processes=3, cwd=tmp_path)
-    assert '2 of 160 images could not be read' in done.stderr, done.stderr
+    assert '2 of 80 images could not be read' in done.stderr, done.stderr
     assert done.stdout.count('Written:') == 1
     same(rows(tmp_path / 'out'), expected)
     assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.csv', 'predictions.json']
