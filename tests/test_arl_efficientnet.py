@@ -7,7 +7,8 @@ import torch
 from test_attention import paper_gate
 from timm.models import create_feature_extractor
 
-import timm_arl  # noqa: F401  registers the models
+from timm_arl import WeightsError
+from timm_arl.arl_efficientnet import ARLInvertedResidual
 from timm_arl.attention import alphas_of
 
 NAME, PLAIN = 'arl_tf_efficientnet_lite0', 'tf_efficientnet_lite0'
@@ -69,6 +70,36 @@ def test_weights_of_timms_network(tmp_path):
     model = timm.create_model(
         NAME, pretrained=True, pretrained_cfg_overlay=dict(file=path), alpha_init=0.).eval()
     assert torch.equal(model(IMAGES), plain(IMAGES))
+
+
+def test_weights_of_a_feature_extractor(tmp_path):
+    plain = timm.create_model(PLAIN).eval()
+    path = tmp_path / 'model.safetensors'
+    given = dict(features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    safetensors.torch.save_file(plain.state_dict(), path)
+    for strict in ({}, dict(pretrained_strict=True), dict(pretrained_strict=False)):
+        maps = timm.create_model(NAME, alpha_init=0., **given, **strict).eval()(IMAGES)
+        assert torch.equal(maps[-1], plain.forward_intermediates(IMAGES, intermediates_only=True)[-1])
+    part = {k: v for k, v in plain.state_dict().items() if not k.startswith('blocks.5.')}
+    safetensors.torch.save_file(part, path)
+    with pytest.raises(WeightsError, match='tensors are missing.*blocks.5.0.bn1.bias'):
+        timm.create_model(NAME, **given)
+    safetensors.torch.save_file(timm.create_model('resnet14').state_dict(), path)
+    with pytest.raises(WeightsError, match='does not fit ARLEfficientNetFeatures'):
+        timm.create_model(NAME, **given)
+
+
+def test_the_block_alone():
+    block = ARLInvertedResidual(16, 16, attention='channel', alpha_init=0.5).eval()
+    plain = timm.models._efficientnet_blocks.InvertedResidual(16, 16).eval()
+    plain.load_state_dict({k: v for k, v in block.state_dict().items() if k != 'alpha'})
+    x = torch.randn(2, 16, 8, 8)
+    f = (plain(x) - x).detach().numpy()
+    expected = paper_gate(f, x.numpy(), 0.5, 'channel', 'softmax')
+    assert list(alphas_of(block)) == ['alpha'] and np.allclose(block(x).detach().numpy(), expected, atol=1e-5)
+    for bad in (dict(stride=2), dict(out_chs=32)):
+        with pytest.raises(ValueError, match='needs an identity shortcut'):
+            ARLInvertedResidual(**{'in_chs': 16, 'out_chs': 16, **bad})
 
 
 def test_timm_promises():

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from timm_arl.arl_cnn import ARLBottleneck
 from timm_arl.attention import (
     ATTENTIONS,
     MASK_SCALES,
@@ -160,6 +161,15 @@ def test_unknown_names_are_refused(gate, error):
         gate(residual, shortcut, torch.ones(1), 'both')
     with pytest.raises(error, match="Unknown mask_scale 'mean': choose 'softmax' or 'mean1'"):
         gate(residual, shortcut, torch.ones(1), 'mixed', 'mean')
+    for value in (0., -1.):
+        with pytest.raises(error, match='The temperature must be above 0'):
+            gate(residual, shortcut, torch.ones(1), temperature=value)
+
+
+@pytest.mark.parametrize('value', ['0.1', float('inf'), None])
+def test_alphas_that_are_no_numbers_are_refused(value):
+    with pytest.raises(ValueError, match=f'alpha_init must be a finite number, not {value!r}'):
+        ARLBottleneck(64, 16, alpha_init=value)
 
 
 @pytest.mark.slow

@@ -3,10 +3,11 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 
-import timm_arl  # noqa: F401  registers the models
+import timm_arl
 
 
 @pytest.mark.parametrize('name, millions', [('resnet14', 8.02), ('seresnet14', 10.81)])
@@ -29,6 +30,19 @@ def test_timm_promises(name):
     assert torch.allclose(torch.jit.script(model)(x), model(x), atol=1e-6)
     assert [o.shape[1] for o in timm.create_model(name, features_only=True)(x)] == [64, 256, 512, 1024, 2048]
     assert name not in timm.list_pretrained()
+
+
+@pytest.mark.parametrize('name', ['resnet14', 'seresnet14'])
+def test_weights_are_loaded_as_all_others_here(name, tmp_path):
+    with pytest.raises(timm_arl.WeightsError, match=f'No pretrained weights exist for {name}'):
+        timm.create_model(name, pretrained=True)
+    saved = timm.create_model(name, num_classes=2)
+    torch.save(saved.state_dict(), tmp_path / 'w.pth')
+    with pytest.raises(timm_arl.WeightsError, match='only those are opened'):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.pth')))
+    safetensors.torch.save_file(saved.state_dict(), tmp_path / 'w.safetensors')
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.safetensors')))
+    assert torch.equal(timm.create_model(name, **given).fc.weight, saved.fc.weight)
 
 
 @pytest.mark.slow

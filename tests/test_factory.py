@@ -49,6 +49,16 @@ def test_another_attention_is_refused(tmp_path):
                             (dict(attention='mixed', mask_scale='mean1'), 'mask_scale softmax, not mask_scale mean1')):
         with pytest.raises(WeightsError, match=f'trained with {message}'):
             load_weights_file(timm.create_model('arl_cnn14', num_classes=2, **kwargs), tmp_path)
+        for name, overlay in ((f'local-dir:{tmp_path}', {}), (
+                'arl_cnn14', dict(file=str(tmp_path / 'model.safetensors')))):
+            with pytest.raises(WeightsError, match=f'trained with {message}'):
+                timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **{
+                    'attention': 'spatial', **kwargs})
+
+
+def test_our_own_weights_have_one_gate():
+    with pytest.raises(WeightsError, match='trained with attention spatial, not attention channel'):
+        timm.create_model('arl_cnn14.isic2017', pretrained=True, attention='channel')
 
 
 def test_other_models_are_refused_and_nothing_is_loaded(tmp_path):
@@ -168,7 +178,7 @@ def test_a_file_by_timms_overlay_is_loaded_whole(tmp_path, classes, overlay):
     if overlay.get('num_classes') == 1000:  # what the caller says of the file is wrong: nothing is guessed
         with torch.no_grad():
             assert timm.create_model('arl_cnn14', num_classes=2, **given).conv1.weight.equal(saved.conv1.weight)
-        with pytest.raises(WeightsError, match=r'does not fit ARLCNN: 2 tensors .*\(fc.bias, fc.weight\)'):
+        with pytest.raises(WeightsError, match=r'w.safetensors has 2 outputs, not 1000: pass num_classes=2\.'):
             timm.create_model('arl_cnn14', **given)
         return
     found = timm.create_model('arl_cnn14', **given, **(dict(num_classes=classes) if classes else {}))
@@ -188,6 +198,16 @@ def test_a_file_by_timms_overlay_that_does_not_fit(tmp_path, kwargs):
     with pytest.raises(WeightsError, match='The given state_dict does not fit ARLCNN'):
         timm.create_model('arl_cnn50', pretrained=True, pretrained_cfg_overlay=dict(state_dict={'a': torch.ones(1)}),
                           **kwargs)
+
+
+def test_what_to_pass_where_the_ends_alone_differ():
+    saved = timm.create_model('arl_cnn14', num_classes=2, in_chans=1).state_dict()
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=saved))
+    with pytest.raises(WeightsError, match='The given state_dict has 2 outputs, not 1000: pass num_classes=2'):
+        timm.create_model('arl_cnn14', in_chans=1, **given)
+    given['pretrained_cfg_overlay']['num_classes'] = 2
+    with pytest.raises(WeightsError, match='takes images of 1 channels, not 3: pass in_chans=1'):
+        timm.create_model('arl_cnn14', num_classes=2, **given)
 
 
 def test_what_timm_adapts_still_fits(tmp_path):
@@ -216,6 +236,8 @@ def test_weights_that_are_not_numbers(run, tmp_path, value, word):
         load_weights_file(timm.create_model('arl_cnn14', num_classes=2), folder)
     with pytest.raises(WeightsError, match=message):
         create_trained(str(folder))
+    with pytest.raises(WeightsError, match=message):
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
 
 
 @pytest.mark.parametrize('content', ['[]', '{}', '{"model_type": "bert"}', 'not JSON', ''])

@@ -82,3 +82,10 @@ def test_timm_promises():
         assert next(timm.create_model('ran14').parameters()).is_meta
     half = timm.create_model('ran14', num_classes=2).eval().to(torch.bfloat16, memory_format=torch.channels_last)
     assert half(IMAGES.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('name', ['ran14', 'ran50'])
+def test_layers_by_name_as_timms_resnets_take_them(name):
+    model = timm.create_model(name, act_layer='silu', norm_layer='groupnorm1')
+    kinds = {type(m).__name__ for m in model.modules()}
+    assert {'SiLU', 'GroupNorm1'} <= kinds and not {'ReLU', 'BatchNorm2d'} & kinds

@@ -3,7 +3,8 @@
 Paper: `Attention Residual Learning for Skin Lesion Classification` - https://doi.org/10.1109/TMI.2019.2893944
 
 A timm ResNet whose bottleneck blocks gate their shortcut with a mask computed from their own residual branch. This
-adds one scalar per block, alpha. Any ResNet checkpoint of the same depth fits; the alphas then start at `alpha_init`.
+adds one scalar per block, alpha. Any ResNet checkpoint of the same depth fits, as weights or as
+`pretrained_cfg_overlay=dict(file=PATH)`; the alphas then start at `alpha_init`.
 """
 import math
 from typing import Any, Dict, Optional, Tuple, Type
@@ -22,10 +23,38 @@ from .pretrained import HUB, build_with_local_weights
 __all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
 
 
-torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs: they match eager mode bit for bit
+torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs: in eval mode they match eager mode bit for bit
 
 
-class ARLBottleneck(Bottleneck):
+class GatedBlock:
+    """What a block with attention residual learning has beside its layers: alpha, and T where it is learned."""
+
+    def add_gate(
+            self,
+            attention: str,
+            alpha_init: float,
+            mask_scale: str,
+            mask_temperature: float,
+            learn_temperature: bool,
+    ) -> None:
+        """Create alpha, and T where it is learned, in dtype and device of the block's layers."""
+        self.attention = attention
+        self.mask_scale = mask_scale
+        self.mask_temperature = float(mask_temperature)
+        self.alpha_init = float(alpha_init)
+        weight = next(self.parameters())  # type: ignore[attr-defined]  # of the module that this is a part of
+        self.alpha = nn.Parameter(weight.new_empty(1))  # shape (1,) and not (): FSDP refuses scalars
+        self.log_temperature = nn.Parameter(weight.new_empty(1)) if learn_temperature else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set alpha and temperature to their initial values, for example after `to_empty()`; layers have their own."""
+        nn.init.constant_(self.alpha, self.alpha_init)
+        if self.log_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(self.mask_temperature))
+
+
+class ARLBottleneck(GatedBlock, Bottleneck):
     """Bottleneck block with attention residual learning, y = act(x + F + alpha * n(F) * x), Eq. 3-9.
 
     F is the residual branch after bn3, x the shortcut after its projection, if any. Stochastic depth acts on
@@ -59,19 +88,7 @@ class ARLBottleneck(Bottleneck):
         """
         check_gate(attention, mask_scale, alpha_init, mask_temperature, learn_temperature)
         super().__init__(*args, **kwargs)
-        self.attention = attention
-        self.mask_scale = mask_scale
-        self.mask_temperature = float(mask_temperature)
-        self.alpha_init = float(alpha_init)
-        self.alpha = nn.Parameter(self.conv3.weight.new_empty(1))  # shape (1,) and not (): FSDP refuses scalars
-        self.log_temperature = nn.Parameter(self.conv3.weight.new_empty(1)) if learn_temperature else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set alpha and temperature to their initial values, for example after `to_empty()`; layers have their own."""
-        nn.init.constant_(self.alpha, self.alpha_init)
-        if self.log_temperature is not None:
-            nn.init.constant_(self.log_temperature, math.log(self.mask_temperature))
+        self.add_gate(attention, alpha_init, mask_scale, mask_temperature, learn_temperature)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -265,14 +282,14 @@ default_cfgs = generate_default_cfgs({
 
 @register_model
 def arl_cnn14(pretrained: bool = False, **kwargs) -> ARLCNN:
-    """ARL-CNN14 of the paper: four blocks, spatial attention."""
+    """ARL-CNN14 of the paper: four blocks, spatial attention. Its weights, `isic2017`, have two outputs at 128 px."""
     model_args = dict(block=ARLBottleneck, layers=(1, 1, 1, 1))
     return _create_arl_cnn('arl_cnn14', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def arl_cnn14_spatial(pretrained: bool = False, **kwargs) -> ARLCNN:
-    """ARL-CNN14, softmax over positions (Eq. 4), the same as arl_cnn14."""
+    """ARL-CNN14, softmax over positions (Eq. 4), the same as arl_cnn14, which has the weights."""
     model_args = dict(block=ARLBottleneck, layers=(1, 1, 1, 1), attention='spatial')
     return _create_arl_cnn('arl_cnn14_spatial', pretrained, **dict(model_args, **kwargs))
 

@@ -8,7 +8,6 @@ timm's EfficientNet-Lite0, whose blocks with an identity shortcut x compute y = 
 activation after the sum. Nine blocks have such a shortcut, so the network has nine parameters more, and every
 tf_efficientnet_lite0 checkpoint fits.
 """
-import math
 from functools import partial
 from typing import Any, Dict, List, Union, cast
 
@@ -26,32 +25,46 @@ from timm.models._efficientnet_builder import (
 )
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 
-from .arl_cnn import checkpoint_filter_fn
+from .arl_cnn import GatedBlock, checkpoint_filter_fn
 from .attention import attention_residual, check_gate, fused_attention_residual
 from .pretrained import HUB, build_with_local_weights
 
 __all__ = ['ARLEfficientNet', 'ARLInvertedResidual']  # register_model adds each entry point to this
 
-torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs, so that these compute bit for bit what eager does
+torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs: in eval mode they match eager mode bit for bit
 
 
-class ARLInvertedResidual(InvertedResidual):
+class ARLInvertedResidual(GatedBlock, InvertedResidual):
     """Inverted residual block with attention residual learning, y = x + F + alpha * n(F) * x, Eq. 3-9.
 
     F is the output of the linear bottleneck's norm layer, x the block's input. Stochastic depth acts on
     F + alpha * n(F) * x.
     """
-    alpha: nn.Parameter
-    attention: str
-    mask_scale: str
-    mask_temperature: float
-    alpha_init: float
 
-    def reset_parameters(self) -> None:
-        """Set alpha and temperature to their initial values, for example after `to_empty()`; layers have their own."""
-        nn.init.constant_(self.alpha, self.alpha_init)
-        if self.log_temperature is not None:
-            nn.init.constant_(self.log_temperature, math.log(self.mask_temperature))
+    def __init__(
+            self,
+            *args,
+            attention: str = 'spatial',
+            alpha_init: float = 1e-3,
+            mask_scale: str = 'softmax',
+            mask_temperature: float = 1.,
+            learn_temperature: bool = False,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            *args: Positional arguments of timm's InvertedResidual.
+            attention, alpha_init, mask_scale, mask_temperature, learn_temperature: As for ARLBottleneck.
+            **kwargs: Keyword arguments of timm's InvertedResidual.
+
+        Raises:
+            ValueError: As ARLBottleneck, or a block without an identity shortcut, of stride 2 or another width.
+        """
+        check_gate(attention, mask_scale, alpha_init, mask_temperature, learn_temperature)
+        super().__init__(*args, **kwargs)
+        if not self.has_skip:
+            raise ValueError('An ARLInvertedResidual needs an identity shortcut: stride 1, as many channels out as in.')
+        self.add_gate(attention, alpha_init, mask_scale, mask_temperature, learn_temperature)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -75,30 +88,8 @@ class ARLInvertedResidual(InvertedResidual):
         return x if add_shortcut else self.drop_path(x) + shortcut
 
 
-def _gate_blocks(
-        model: nn.Module,
-        attention: str,
-        alpha_init: float,
-        mask_scale: str,
-        mask_temperature: float,
-        learn_temperature: bool,
-) -> None:
-    """Gate each inverted residual block that has an identity shortcut; timm's builder knows no other class for them."""
-    check_gate(attention, mask_scale, alpha_init, mask_temperature, learn_temperature)
-    blocks: List[Any] = [m for m in model.modules() if type(m) is InvertedResidual and m.has_skip]
-    for block in blocks:
-        block.__class__ = ARLInvertedResidual
-        block.attention, block.mask_scale = attention, mask_scale
-        block.mask_temperature = float(mask_temperature)
-        block.alpha_init = float(alpha_init)
-        weight = next(block.parameters())
-        block.alpha = nn.Parameter(weight.new_empty(1))  # shape (1,) and not (): FSDP refuses scalars
-        block.log_temperature = nn.Parameter(weight.new_empty(1)) if learn_temperature else None
-        block.reset_parameters()
-
-
 class _Gated:
-    """What gates the blocks of the two classes below."""
+    """Gates each inverted residual block with an identity shortcut, for the two classes below."""
 
     def __init__(
             self,
@@ -125,12 +116,16 @@ class _Gated:
             ValueError: An unknown ``attention`` or ``mask_scale``, an ``alpha_init`` that is not finite, or a
                 ``mask_temperature`` that is not from 1e-6 to 1e6.
         """
+        check_gate(attention, mask_scale, alpha_init, mask_temperature, learn_temperature)
         super().__init__(*args, **kwargs)
         self.attention = attention
         self.mask_scale = mask_scale
         self.mask_temperature = mask_temperature
         self.learn_temperature = learn_temperature
-        _gate_blocks(cast(nn.Module, self), attention, alpha_init, mask_scale, mask_temperature, learn_temperature)
+        blocks: List[Any] = [m for m in cast(nn.Module, self).modules() if type(m) is InvertedResidual and m.has_skip]
+        for block in blocks:
+            block.__class__ = ARLInvertedResidual  # timm's builder knows no other class for them
+            block.add_gate(attention, alpha_init, mask_scale, mask_temperature, learn_temperature)
 
 
 class ARLEfficientNet(_Gated, EfficientNet):
@@ -142,17 +137,24 @@ class ARLEfficientNetFeatures(_Gated, EfficientNetFeatures):
     """The same as a feature extractor, ``features_only=True``."""
 
 
+def _features_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Leave out the head, which a feature extractor does not have."""
+    head = ('conv_head.', 'bn2.', 'classifier.')
+    return checkpoint_filter_fn({k: v for k, v in state_dict.items() if not k.startswith(head)}, model)
+
+
 def _create_arl_efficientnet(
         variant: str,
         pretrained: bool = False,
         features_only: bool = False,
         **kwargs,
 ) -> Union[ARLEfficientNet, ARLEfficientNetFeatures]:
-    build = partial(build_with_local_weights, variant=variant, pretrained=pretrained, filter_fn=checkpoint_filter_fn)
     if not features_only or 'feature_cfg' in kwargs or 'feature_cls' in kwargs:
-        return build(ARLEfficientNet, features_only=features_only, **kwargs)
-    kwargs_filter = ('num_classes', 'num_features', 'head_conv', 'global_pool')
-    model = build(ARLEfficientNetFeatures, pretrained_strict=False, kwargs_filter=kwargs_filter, **kwargs)
+        return build_with_local_weights(
+            ARLEfficientNet, variant, pretrained, checkpoint_filter_fn, features_only=features_only, **kwargs)
+    model = build_with_local_weights(
+        ARLEfficientNetFeatures, variant, pretrained, _features_filter_fn,
+        kwargs_filter=('num_classes', 'num_features', 'head_conv', 'global_pool'), **kwargs)
     model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
     return model
 

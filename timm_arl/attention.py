@@ -60,8 +60,8 @@ def check_gate(
 ) -> None:
     """Raise ValueError for what the blocks do not take: an unknown name, or a number out of range."""
     check_names(attention, mask_scale)
-    if not math.isfinite(alpha_init):
-        raise ValueError(f'alpha_init must be a finite number, not {alpha_init}.')
+    if not isinstance(alpha_init, (int, float)) or not math.isfinite(alpha_init):
+        raise ValueError(f'alpha_init must be a finite number, not {alpha_init!r}.')
     if not 1e-6 <= mask_temperature <= 1e6:
         raise ValueError(f'mask_temperature must be a number from 1e-6 to 1e6, not {mask_temperature}.')
     if learn_temperature not in (True, False):
@@ -91,7 +91,8 @@ def attention_mask(
         Mask of shape (B, C, H, W) in the memory format of ``residual``; float32, or float64 for a float64 residual.
 
     Raises:
-        ValueError: An unknown ``attention`` or ``mask_scale`` (a ``torch.jit.Error`` once scripted).
+        ValueError: An unknown ``attention`` or ``mask_scale``, or a ``temperature`` that is not above 0 (a
+            ``torch.jit.Error`` once scripted).
     """
     mask, total, count = _mask_parts(residual, attention, mask_scale, temperature, log_temperature)
     return mask if total is None else mask * (count / total)
@@ -113,6 +114,8 @@ def _mask_parts(
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor], float]:
     """Returns (e, total, count); mask = e * count / total, or e where total is None. total: one number per softmax."""
     check_names(attention, mask_scale)
+    if not temperature > 0.:
+        raise ValueError(f'The temperature must be above 0, not {temperature}.')
     # promotes half precision to float32 and leaves float64 alone; FX cannot trace torch.promote_types
     wide = residual.new_ones([1], dtype=torch.float32)
     total: Optional[torch.Tensor] = None
@@ -175,12 +178,12 @@ def attention_residual(
 
 def alphas_of(model: nn.Module) -> Dict[str, nn.Parameter]:
     """The alphas of a model by parameter name; empty for a model without attention residual learning."""
-    return {name: p for name, p in model.named_parameters() if name.endswith('.alpha') and p.numel() == 1}
+    return {name: p for name, p in model.named_parameters() if name.rpartition('.')[2] == 'alpha' and p.numel() == 1}
 
 
 def temperatures_of(model: nn.Module) -> Dict[str, nn.Parameter]:
     """The learned temperatures' logarithms of a model's masks by parameter name; empty where none is learned."""
-    return {name: p for name, p in model.named_parameters() if name.endswith('.log_temperature')}
+    return {name: p for name, p in model.named_parameters() if name.rpartition('.')[2] == 'log_temperature'}
 
 
 def can_fuse(*tensors: torch.Tensor) -> bool:

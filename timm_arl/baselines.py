@@ -14,14 +14,16 @@ import timm
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SEModule
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
+
+from .pretrained import build_with_local_weights
 
 __all__ = ['register_if_free']  # register_model adds each entry point to this
 
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> ResNet:
-    return build_model_with_cfg(ResNet, variant, pretrained, **kwargs)
+    return build_with_local_weights(ResNet, variant, pretrained, lambda state_dict, model: state_dict, **kwargs)
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:

@@ -19,10 +19,12 @@ from timm.models import clean_state_dict, get_deprecated_models, parse_model_nam
 from .download import WeightsError, fetch_weights, is_of_network, plain_http
 from .pretrained import (
     CONVERT,
+    GATE_ARGUMENTS,
     OWN_WEIGHTS,
     check_file,
     check_finite,
     check_fit,
+    check_gate_of,
     classifiers_of,
     find_file,
     local_weights,
@@ -39,10 +41,6 @@ __all__ = [
     'Checkpoint', 'create_for_task', 'create_trained', 'load_weights_file', 'save_network', 'source_of',
     'tensors_sha256',
 ]
-
-# what tells apart networks with the same tensors, and last, what changes the tensors
-GATE_ARGUMENTS = ('attention', 'mask_scale', 'mask_temperature', 'learn_temperature')
-
 
 def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
     """`timm.create_model` whose failures are one sentence, and which has weights of any model fetched and verified.
@@ -340,8 +338,7 @@ def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
     state_dict = dict(clean_state_dict(state_dict))
     if hasattr(model, 'checkpoint_filter_fn'):  # ours
         state_dict = model.checkpoint_filter_fn(state_dict, model)  # type: ignore[operator]  # no module
-    if hasattr(model, 'mask_scale'):
-        _check_attention(model, file)
+    check_gate_of(model, file)
 
     own = model.state_dict()
     classifiers = classifiers_of(cast(Any, model).pretrained_cfg)
@@ -385,21 +382,6 @@ def save_network(
             model_args = {**{name: getattr(model, name) for name in GATE_ARGUMENTS}, **model_args}
     save_for_hf(model, str(folder), safe_serialization=True, model_args=model_args,
                 model_config=dict(label_names=list(label_names), **({'task': task} if task else {})), **keywords)
-
-
-def _check_attention(model: Any, file: Path) -> None:
-    """Refuse weights whose config.json names another mask: every tensor would fit, but compute something else."""
-    config = file.with_name('config.json')
-    if not config.is_file():
-        return
-    saved = create_for_task(f'local-dir:{file.parent}', device='meta')
-    if not isinstance(saved, type(model)):
-        return
-    fixed = GATE_ARGUMENTS[:2 if saved.learn_temperature else 3]  # a learned temperature is a tensor
-    differ = [name for name in fixed if getattr(saved, name) != getattr(model, name)]
-    if differ:
-        kind, asked = (' and '.join(f'{name} {getattr(of, name)}' for name in differ) for of in (saved, model))
-        raise WeightsError(f'{file} was trained with {kind}, not {asked}: choose the model it was saved from.')
 
 
 def tensors_sha256(path: Path) -> str:

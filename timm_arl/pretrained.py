@@ -12,9 +12,9 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from .download import LOCAL_FILE, WeightsError, fetch_weights, is_whole, say
 
 __all__ = [
-    'HUB', 'OWN_WEIGHTS', 'build_with_local_weights', 'check_file', 'check_finite', 'check_fit', 'check_loadable',
-    'classifiers_of', 'find_file', 'local_weights', 'only_file', 'pinned_sha256', 'safe_name', 'shipped_weights',
-    'tag_with_weights', 'tags_of',
+    'GATE_ARGUMENTS', 'HUB', 'OWN_WEIGHTS', 'build_with_local_weights', 'check_file', 'check_finite', 'check_fit',
+    'check_gate_of', 'check_loadable', 'classifiers_of', 'find_file', 'local_weights', 'only_file', 'pinned_sha256',
+    'safe_name', 'shipped_weights', 'tag_with_weights', 'tags_of',
 ]
 
 HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # user or organisation of this project's repos on the Hub
@@ -23,6 +23,8 @@ OWN_WEIGHTS = {
     'arl_cnn14.isic2017': '3dbce88df54dd412c145ce1a0a288c4b7cc6b08d0451430e924cef027d5bb9a1',
     'arl_tf_efficientnet_lite0.isic2017': '12353ebfe71f7655e2e1a6069529dd876ed3d63850748595ad4add7401c72ad9',
 }
+# what tells apart networks with the same tensors, and last, what changes the tensors
+GATE_ARGUMENTS = ('attention', 'mask_scale', 'mask_temperature', 'learn_temperature')
 CONVERT = 'save the weights again with safetensors.torch.save_file'
 
 
@@ -182,15 +184,52 @@ def check_loadable(state_dict: Dict[str, torch.Tensor], model: Any) -> None:
     timm drops the one and adapts the other.
 
     Raises:
-        WeightsError: As check_fit.
+        WeightsError: As check_fit and check_finite, or weights of another gate.
     """
     cfg, own = model.pretrained_cfg, model.state_dict()
+    what = cfg.get('file') or 'The given state_dict'
     free = {f'{name}.{part}' for name in classifiers_of(cfg) for part in ('weight', 'bias')}
-    may_differ = free if model.num_classes != cfg['num_classes'] else set()
+    may_differ = free if getattr(model, 'num_classes', None) != cfg['num_classes'] else set()
     first = f'{cfg.get("first_conv")}.weight'
     if first in own and own[first].shape[1] != (cfg.get('input_size') or (3,))[0]:
         may_differ = may_differ | {first}
-    check_fit(state_dict, model, cfg.get('file') or 'The given state_dict', may_differ)
+    wrong = [key for key in _misfits(state_dict, model) if key not in may_differ]
+    if wrong and free.issuperset(wrong) and free <= own.keys() & state_dict.keys():
+        raise WeightsError(f'{what} has {len(state_dict[wrong[0]])} outputs, not {model.num_classes}: pass '
+                           f'num_classes={len(state_dict[wrong[0]])}.')
+    if wrong == [first] and first in own and state_dict[first].shape[2:] == own[first].shape[2:]:
+        raise WeightsError(f'{what} takes images of {state_dict[first].shape[1]} channels, not {own[first].shape[1]}: '
+                           f'pass in_chans={state_dict[first].shape[1]}.')
+    check_fit(state_dict, model, what, may_differ)
+    check_finite(state_dict, what)
+    if cfg.get('file'):
+        check_gate_of(model, Path(cfg['file']))
+
+
+def check_gate_of(model: Any, file: Path) -> None:
+    """Refuse weights whose config.json names another mask: every tensor would fit, but compute something else.
+
+    Args:
+        model: The model they are for.
+        file: The weights. Without a config.json beside it, nothing is known of their mask.
+
+    Raises:
+        WeightsError: Another attention, mask_scale or mask_temperature.
+    """
+    if not hasattr(model, 'mask_scale') or not file.with_name('config.json').is_file():
+        return
+    try:
+        with torch.device('meta'):
+            saved = timm.create_model(f'local-dir:{file.parent}')
+    except (RuntimeError, TypeError, ValueError, KeyError):  # of another program
+        return
+    if not hasattr(saved, 'mask_scale'):
+        return
+    fixed = GATE_ARGUMENTS[:2 if saved.learn_temperature else 3]  # a learned temperature is a tensor
+    differ = [name for name in fixed if getattr(saved, name) != getattr(model, name)]
+    if differ:
+        kind, asked = (' and '.join(f'{name} {getattr(of, name)}' for name in differ) for of in (saved, model))
+        raise WeightsError(f'{file} was trained with {kind}, not {asked}: choose the model it was saved from.')
 
 
 def check_fit(state_dict: Dict[str, Any], model: nn.Module, what: Any, may_differ: Collection[str] = ()) -> None:
@@ -205,13 +244,18 @@ def check_fit(state_dict: Dict[str, Any], model: nn.Module, what: Any, may_diffe
     Raises:
         WeightsError: Tensors are missing, unexpected or of another shape; it names three of them.
     """
-    own = model.state_dict()
-    wrong = sorted(key for key in own.keys() | state_dict.keys() if key not in may_differ and (
-        key not in own or (not key.endswith('num_batches_tracked') if key not in state_dict  # old files have none
-                           else own[key].shape != state_dict[key].shape)))
+    wrong = [key for key in _misfits(state_dict, model) if key not in may_differ]
     if wrong:
         raise WeightsError(f'{what} does not fit {type(model).__name__}: {misfits(wrong)}; choose the model it was '
                            f'saved from.')
+
+
+def _misfits(state_dict: Dict[str, Any], model: nn.Module) -> List[str]:
+    """Names of tensors that are missing, unexpected or of another shape."""
+    own = model.state_dict()
+    return sorted(key for key in own.keys() | state_dict.keys() if key not in own or (
+        not key.endswith('num_batches_tracked') if key not in state_dict  # old files have none
+        else own[key].shape != state_dict[key].shape))
 
 
 def misfits(names: List[str]) -> str:

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs
 from timm.models.resnet import Bottleneck, ResNet
 
@@ -81,11 +82,14 @@ class ResidualAttentionNet(ResNet):
         Args:
             *args: Positional arguments of timm's ResNet.
             module_first: Whether the module comes before the blocks of its stage, at the stage's input width, or after.
-            **kwargs: Keyword arguments of timm's ResNet.
+            **kwargs: Keyword arguments of timm's ResNet. The modules share act_layer and norm_layer; drop_path_rate,
+                block_args and the like act on the blocks of the trunk alone.
         """
         super().__init__(*args, **kwargs)
         zero_init_last = kwargs.get('zero_init_last', True)
-        layers = {key: kwargs[key] for key in ('act_layer', 'norm_layer') if key in kwargs}
+        layers = dict(
+            act_layer=get_act_layer(kwargs.get('act_layer', nn.ReLU)),
+            norm_layer=get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d)))
         widths = [info['num_chs'] for info in self.feature_info]
         for i in (1, 2, 3):
             stage = getattr(self, f'layer{i}')
