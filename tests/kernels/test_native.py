@@ -72,7 +72,7 @@ run()
 print('runs')
 with open({str(folder / 'native.c')!r}, 'a') as f:
     f.write('/* newer */')
-native._library.cache_clear(), native.unavailable.cache_clear()
+native._library.cache_clear(), native._missing.cache_clear()
 refused()
 ''', tmp_path, PYTHONPATH=str(tmp_path))
     assert other.stderr == '' and other.stdout.startswith('runs\n')

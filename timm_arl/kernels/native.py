@@ -68,12 +68,18 @@ def _parallel() -> Optional[int]:
 
 
 @cache
-def unavailable() -> Optional[str]:
-    """Why these kernels cannot be used on this machine, in one sentence, or None if they can."""
+def _missing() -> Optional[str]:
     try:
         _library()
     except (AttributeError, OSError, ValueError) as error:  # a function of it, all of it, or arl_source
         return f'The C kernels are missing ({error}). Install a C compiler, then timm-arl again.'
+    return None
+
+
+def unavailable() -> Optional[str]:
+    """Why these kernels cannot be used on this machine, in one sentence, or None if they can."""
+    if _missing():
+        return _missing()
     if _parallel() is None and torch.get_num_threads() > 1:
         return "The OpenMP of this PyTorch has no GOMP_parallel, by which the C kernels would use PyTorch's threads."
     return None
