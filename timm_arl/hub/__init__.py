@@ -4,6 +4,7 @@ from ..extras import require
 require('train', __name__)
 
 from .publish import push, verify
-from .staging import HubError, card, stage
+from .results import HubError
+from .staging import card, stage
 
 __all__ = ['HubError', 'card', 'push', 'stage', 'verify']

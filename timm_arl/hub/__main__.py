@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 
 from ..download import WeightsError
 from .publish import push, staged_files, usual_repo, verify
-from .staging import UNKNOWN_LICENSE, HubError, card, card_of_registered, stage
+from .results import UNKNOWN_LICENSE, HubError
+from .staging import card, card_of_registered, stage
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -16,7 +16,8 @@ from ..factory import create_for_task
 from ..files import replacing
 from ..pretrained import HUB, OWN_WEIGHTS, check_file
 from .cards import read_results
-from .staging import NEEDED, PICTURES, HubError
+from .results import HubError
+from .staging import NEEDED, PICTURES
 
 __all__ = ['staged_files', 'push', 'usual_repo', 'verify']
 
