@@ -86,6 +86,7 @@ from timm_arl.training.evaluations import (
     is_home,
     print_drift,
     print_mapping,
+    print_replaced,
     replacing_evaluation,
     training_names,
 )
@@ -358,6 +359,7 @@ def evaluate(args):
             Training(summary, alphas, kept_best, same_data, 'thresholds' in saved, select), examples, other, scored,
             groups, external)
     synthetic = ' (SYNTHETIC images)' * (args.data in DEMO_TASKS)
+    print_replaced(out, record['tensors_sha256'])
     with replacing_evaluation(out) as new:
         write_json(new / 'metrics.json', metrics)
         write_json(new / 'evaluation.json', record)

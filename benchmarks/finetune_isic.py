@@ -146,11 +146,12 @@ def train(args, accelerator, data, out, networks=None):
         load_progress(accelerator, kept_network, ema is not None, out)
         accelerator.print(f'Resuming after epoch {len(summary)} of {args.epochs}.')
     counts = ', '.join(f'{len(truth[name])} {name}' for name in splits)
+    start = args.init_checkpoint or ('its pretrained weights' if args.pretrained else 'random weights')
     sizes = f'{args.start_size} to {img_size}' if args.start_size and args.start_size < img_size else img_size
     accelerator.print(
-        f'{args.model}, {args.epochs} epochs, {sizes} px, {counts} images, {accelerator.num_processes} process(es) on '
-        f'{accelerator.device.type}, mixed precision {accelerator.mixed_precision}, recipe {args.recipe}, lr {lr:g}, '
-        f'seed {args.seed}\nOutput folder: {out}')
+        f'{args.model} from {start}, {args.epochs} epochs, {sizes} px, {counts} images, '
+        f'{accelerator.num_processes} process(es) on {accelerator.device.type}, mixed precision '
+        f'{accelerator.mixed_precision}, recipe {args.recipe}, lr {lr:g}, seed {args.seed}\nOutput folder: {out}')
     if args.tracker != 'none':
         accelerator.project_configuration.logging_dir = str(out)
         accelerator.init_trackers('tensorboard' if args.tracker == 'tensorboard' else 'timm-arl')
@@ -287,7 +288,8 @@ def train(args, accelerator, data, out, networks=None):
     accelerator.print(
         f'{time.time() - start_time:.0f} s. In {out}: model.safetensors and config.json (epoch {kept["epoch"]}), '
         f'summary.csv, metrics.json, predictions, run.json, last/\n'
-        f"Use it: import timm, timm_arl; timm.create_model('local-dir:{out}', pretrained=True)")
+        f'Use it: python -m timm_arl.predict IMAGES --model {out} --output-dir O\n'
+        f"    or in Python: import timm, timm_arl; timm.create_model('local-dir:{out}', pretrained=True)")
     accelerator.wait_for_everyone()  # or another process reads metrics.json before it is there
 
 

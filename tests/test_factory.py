@@ -117,6 +117,7 @@ def test_files_by_timms_own_arguments(tmp_path):
     ('arl_cnn50.no_such_tag', {}, 'no_such_tag'),
     ('arl_cnn50.no_such_tag', dict(pretrained=True),
      'No weights arl_cnn50.no_such_tag: choose arl_cnn50.a1_in1k or arl_cnn50.tv_in1k'),
+    ('arl_cnn14.no_such_tag', {}, 'No weights arl_cnn14.no_such_tag: choose arl_cnn14.isic2017'),
     ('/', {}, 'Unknown model /: that is on this disk; a folder that timm reads is named local-dir:/'),
     ('arl_cnn14_channel', dict(pretrained=True), 'No pretrained weights exist for arl_cnn14_channel'),
     ('vit_tiny_patch16_224', dict(attention='mixed'), 'vit_tiny_patch16_224 cannot be created: .*attention'),

@@ -61,6 +61,10 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
             name = get_deprecated_models().get(name, name)  # tv_resnet50 has no weights, but is resnet50.tv_in1k
             if not timm.is_model(name):
                 raise WeightsError(_unknown(name, _near(name) + "timm.list_models('arl_*') lists the family."))
+            try:
+                timm.get_pretrained_cfg(name)
+            except RuntimeError:  # no such tag
+                raise WeightsError(_unknown_tag(name)) from None
             if pretrained:
                 kwargs = _with_local_weights(name, kwargs)
         else:
@@ -108,9 +112,6 @@ def _short(error: Exception) -> str:
 
 def _with_local_weights(name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     variant, _, tag = name.partition('.')
-    tags = tags_of(variant)
-    if tag and tags and tag not in tags:
-        raise WeightsError(_unknown_tag(name))
     return local_weights(variant, {**kwargs, **({'pretrained_cfg': tag} if tag else {})})
 
 

@@ -52,7 +52,8 @@ CAVEATS = (
     'Not a medical device: for research only. A probability is not the risk of having the disease.',
     'Above a threshold does not mean diseased: many such images are false alarms. Any other lesion, and any picture of '
     'something else, is answered as if it showed one of the diagnoses.',
-    'How often the network is right was measured on few images: see its card (docs/predict.md).',
+    'How often the network is right was measured on few images: see the card of published weights (docs/predict.md), '
+    'or metrics.json of your run.',
 )
 
 

@@ -203,6 +203,7 @@ def test_an_output_folder_holds_one_evaluation_and_no_run(call, isic_sample, che
     (out / '.evaluation' / 'curves.png').write_text('of one that was killed')
     done = call('evaluate_isic', *usual, '--split', 'validation', '--output-dir', out)
     assert done.returncode == 0, done.stderr
+    assert 'r held an evaluation of other weights: it is replaced, and looks.csv goes on' in done.stdout
     assert {path.name for path in out.iterdir()} == {
         'metrics.json', 'evaluation.json', 'predictions_validation.csv', 'roc_validation.png', 'alphas.png',
         'reliability_validation.png', 'curves.png', 'notes.txt', 'looks.csv'}

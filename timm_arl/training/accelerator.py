@@ -46,7 +46,7 @@ def create_accelerator(args):
         torch.set_num_threads(args.cpu_threads)
     elif on_cpu and launched and accelerator.num_processes == 1 and torch.get_num_threads() == 1 < cores:
         torch.set_num_threads(cores)
-        accelerator.print(f'accelerate launch has set OMP_NUM_THREADS to 1: using all {cores} cores instead '
+        accelerator.print(f'OMP_NUM_THREADS is 1, as accelerate launch sets it: using all {cores} cores instead '
                           f'(--cpu-threads 1 keeps one).')
     args.cpu_threads = torch.get_num_threads()  # the sums of a resumed run must be split in the same way
     return accelerator

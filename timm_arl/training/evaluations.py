@@ -14,7 +14,8 @@ from .arguments import RunError
 from .runs import check_output_dir
 
 __all__ = [
-    'check_free', 'epochs_of', 'is_home', 'print_drift', 'print_mapping', 'replacing_evaluation', 'training_names']
+    'check_free', 'epochs_of', 'is_home', 'print_drift', 'print_mapping', 'print_replaced', 'replacing_evaluation',
+    'training_names']
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'evaluation.json', 'report.html', 'report.md', 'curves.png', 'alphas.png',  # .md: of 0.1
@@ -99,6 +100,13 @@ def replacing_evaluation(out):
             os.replace(new / name, out / name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def print_replaced(out, digest):
+    """Say that an evaluation of other weights was in a folder that is about to be filled."""
+    path = out / 'evaluation.json'
+    if path.is_file() and f'"{digest}"' not in path.read_text(encoding='utf-8'):
+        print(f'{out} held an evaluation of other weights: it is replaced, and looks.csv goes on.')
 
 
 def print_mapping(accelerator, mapped, home, args):
