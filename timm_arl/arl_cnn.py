@@ -20,7 +20,7 @@ from .attention import attention_residual, can_fuse, check_gate, folds_norms, fu
 from .kernels import compiled
 from .pretrained import HUB, build_with_local_weights
 
-__all__ = ['ARLBottleneck', 'ARLCNN']  # register_model adds each entry point to this
+__all__ = ['ARLBottleneck', 'ARLCNN', 'GatedBlock']  # register_model adds each entry point to this
 
 
 torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs: in eval mode they match eager mode bit for bit

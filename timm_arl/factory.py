@@ -42,6 +42,7 @@ __all__ = [
     'tensors_sha256',
 ]
 
+
 def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
     """`timm.create_model` whose failures are one sentence, and which has weights of any model fetched and verified.
 

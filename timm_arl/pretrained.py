@@ -193,13 +193,15 @@ def check_loadable(state_dict: Dict[str, torch.Tensor], model: Any) -> None:
     first = f'{cfg.get("first_conv")}.weight'
     if first in own and own[first].shape[1] != (cfg.get('input_size') or (3,))[0]:
         may_differ = may_differ | {first}
-    wrong = [key for key in _misfits(state_dict, model) if key not in may_differ]
-    if wrong and free.issuperset(wrong) and free <= own.keys() & state_dict.keys():
-        raise WeightsError(f'{what} has {len(state_dict[wrong[0]])} outputs, not {model.num_classes}: pass '
-                           f'num_classes={len(state_dict[wrong[0]])}.')
-    if wrong == [first] and first in own and state_dict[first].shape[2:] == own[first].shape[2:]:
-        raise WeightsError(f'{what} takes images of {state_dict[first].shape[1]} channels, not {own[first].shape[1]}: '
-                           f'pass in_chans={state_dict[first].shape[1]}.')
+    wrong = [key for key in mismatched(state_dict, model) if key not in may_differ]
+    if wrong and own.keys() & state_dict.keys() >= {*wrong}:  # what to pass, where that is the only difference
+        outputs, channels = ([t[wrong[0]].shape[axis:][:1] for t in (state_dict, own)] for axis in (0, 1))
+        if free.issuperset(wrong) and outputs[0] != outputs[1]:
+            raise WeightsError(f'{what} has {outputs[0][0]} outputs, not {outputs[1][0]}: pass '
+                               f'num_classes={outputs[0][0]}.')
+        if wrong == [first] and channels[0] != channels[1]:
+            raise WeightsError(f'{what} takes images of {channels[0][0]} channels, not {channels[1][0]}: pass '
+                               f'in_chans={channels[0][0]}.')
     check_fit(state_dict, model, what, may_differ)
     check_finite(state_dict, what)
     if cfg.get('file'):
@@ -221,7 +223,7 @@ def check_gate_of(model: Any, file: Path) -> None:
     try:
         with torch.device('meta'):
             saved = timm.create_model(f'local-dir:{file.parent}')
-    except (RuntimeError, TypeError, ValueError, KeyError):  # of another program
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # of another program
         return
     if not hasattr(saved, 'mask_scale'):
         return
@@ -244,13 +246,13 @@ def check_fit(state_dict: Dict[str, Any], model: nn.Module, what: Any, may_diffe
     Raises:
         WeightsError: Tensors are missing, unexpected or of another shape; it names three of them.
     """
-    wrong = [key for key in _misfits(state_dict, model) if key not in may_differ]
+    wrong = [key for key in mismatched(state_dict, model) if key not in may_differ]
     if wrong:
         raise WeightsError(f'{what} does not fit {type(model).__name__}: {misfits(wrong)}; choose the model it was '
                            f'saved from.')
 
 
-def _misfits(state_dict: Dict[str, Any], model: nn.Module) -> List[str]:
+def mismatched(state_dict: Dict[str, Any], model: nn.Module) -> List[str]:
     """Names of tensors that are missing, unexpected or of another shape."""
     own = model.state_dict()
     return sorted(key for key in own.keys() | state_dict.keys() if key not in own or (
