@@ -27,7 +27,36 @@ torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs: in eval mode t
 
 
 class GatedBlock:
-    """What a block with attention residual learning has beside its layers: alpha, and T where it is learned."""
+    """What a block of timm's becomes by attention residual learning: it has alpha, and T where it is learned."""
+
+    def __init__(
+            self,
+            *args,
+            attention: str = 'spatial',
+            alpha_init: float = 1e-3,
+            mask_scale: str = 'softmax',
+            mask_temperature: float = 1.,
+            learn_temperature: bool = False,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            *args: Positional arguments of timm's block.
+            attention: Normalisation of the mask, 'spatial' (Eq. 4), 'channel' (Eq. 5) or 'mixed' (Eq. 6).
+            alpha_init: Initial value of alpha, the learnable weight of the gate.
+            mask_scale: 'softmax' for the mask as printed, 'mean1' for one rescaled to a mean of 1.
+            mask_temperature: T of the mask n(F / T), 1 in the paper; a smaller one makes peaked masks. Any other
+                than 1 is computed in plain operations, without the fused kernels.
+            learn_temperature: Whether T is learned, one for each block, from ``mask_temperature`` on.
+            **kwargs: Keyword arguments of timm's block.
+
+        Raises:
+            ValueError: An unknown ``attention`` or ``mask_scale``, an ``alpha_init`` that is not finite, or a
+                ``mask_temperature`` that is not from 1e-6 to 1e6.
+        """
+        check_gate(attention, mask_scale, alpha_init, mask_temperature, learn_temperature)
+        super().__init__(*args, **kwargs)
+        self.add_gate(attention, alpha_init, mask_scale, mask_temperature, learn_temperature)
 
     def add_gate(
             self,
@@ -60,35 +89,6 @@ class ARLBottleneck(GatedBlock, Bottleneck):
     F is the residual branch after bn3, x the shortcut after its projection, if any. Stochastic depth acts on
     F + alpha * n(F) * x: a dropped block is act(x).
     """
-
-    def __init__(
-            self,
-            *args,
-            attention: str = 'spatial',
-            alpha_init: float = 1e-3,
-            mask_scale: str = 'softmax',
-            mask_temperature: float = 1.,
-            learn_temperature: bool = False,
-            **kwargs,
-    ) -> None:
-        """
-        Args:
-            *args: Positional arguments of timm's Bottleneck.
-            attention: Normalisation of the mask, 'spatial' (Eq. 4), 'channel' (Eq. 5) or 'mixed' (Eq. 6).
-            alpha_init: Initial value of alpha, the learnable weight of the gate.
-            mask_scale: 'softmax' for the mask as printed, 'mean1' for one rescaled to a mean of 1.
-            mask_temperature: T of the mask n(F / T), 1 in the paper; a smaller one makes peaked masks. Any other
-                than 1 is computed in plain operations, without the fused kernels.
-            learn_temperature: Whether T is learned, one for each block, from ``mask_temperature`` on.
-            **kwargs: Keyword arguments of timm's Bottleneck.
-
-        Raises:
-            ValueError: An unknown ``attention`` or ``mask_scale``, an ``alpha_init`` that is not finite, or a
-                ``mask_temperature`` that is not from 1e-6 to 1e6.
-        """
-        check_gate(attention, mask_scale, alpha_init, mask_temperature, learn_temperature)
-        super().__init__(*args, **kwargs)
-        self.add_gate(attention, alpha_init, mask_scale, mask_temperature, learn_temperature)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -211,7 +211,7 @@ class ARLCNN(ResNet):
             **kwargs: Keyword arguments of timm's ResNet.
 
         Raises:
-            ValueError: As ARLBottleneck.
+            ValueError: As GatedBlock.
         """
         arl_args = dict(
             attention=attention, alpha_init=alpha_init, mask_scale=mask_scale, mask_temperature=mask_temperature,

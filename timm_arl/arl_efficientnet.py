@@ -41,30 +41,18 @@ class ARLInvertedResidual(GatedBlock, InvertedResidual):
     F + alpha * n(F) * x.
     """
 
-    def __init__(
-            self,
-            *args,
-            attention: str = 'spatial',
-            alpha_init: float = 1e-3,
-            mask_scale: str = 'softmax',
-            mask_temperature: float = 1.,
-            learn_temperature: bool = False,
-            **kwargs,
-    ) -> None:
+    def __init__(self, *args, **kwargs) -> None:
         """
         Args:
             *args: Positional arguments of timm's InvertedResidual.
-            attention, alpha_init, mask_scale, mask_temperature, learn_temperature: As for ARLBottleneck.
-            **kwargs: Keyword arguments of timm's InvertedResidual.
+            **kwargs: Its keyword arguments, and those of GatedBlock.
 
         Raises:
-            ValueError: As ARLBottleneck, or a block without an identity shortcut, of stride 2 or another width.
+            ValueError: As GatedBlock, or a block without an identity shortcut, of stride 2 or another width.
         """
-        check_gate(attention, mask_scale, alpha_init, mask_temperature, learn_temperature)
         super().__init__(*args, **kwargs)
         if not self.has_skip:
             raise ValueError('An ARLInvertedResidual needs an identity shortcut: stride 1, as many channels out as in.')
-        self.add_gate(attention, alpha_init, mask_scale, mask_temperature, learn_temperature)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
