@@ -348,19 +348,16 @@ def test_fifty_at_once_get_their_own_answers(served, predictor):
 
 
 def test_memory_does_not_grow(served):
-    """200 requests, each of a session of its own, after those that fill what is kept."""
+    """A picture kept of each request would add 19 MiB in every round; the allocator's own growth ends after one."""
     content = io.BytesIO()
-    draw_lesion('melanoma', np.random.default_rng(0), 100).save(content, 'PNG')
+    draw_lesion('melanoma', np.random.default_rng(0), 400).save(content, 'PNG')
     value = {'name': 'a.png', 'data': data_url(content.getvalue())}
-
-    def resident():
-        return psutil.Process(served.pid).memory_info().rss / 2**20
-
+    sizes = []
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: ask(served.url, value), range(50)))
-        before = resident()
-        list(pool.map(lambda _: ask(served.url, value), range(200)))
-    assert resident() - before < 20, 'MiB'
+        for _ in range(4):  # the first fills what is kept
+            list(pool.map(lambda _: ask(served.url, value), range(40)))
+            sizes.append(psutil.Process(served.pid).memory_info().rss / 2**20)
+    assert min(np.diff(sizes)) < 8, 'MiB'
 
 
 def test_nothing_is_kept_on_disk(served, open_page, tmp_path):
