@@ -206,7 +206,7 @@ def average_runs(args):
     for folder in args.runs:
         alone = json.loads(Path(folder, 'metrics.json').read_text(encoding='utf-8'))['validation']
         print(f'{folder}: validation mean AUC {alone["mean_auc"]:.3f}')
-    print(f'{len(args.runs)} runs averaged' * (len(args.runs) > 1) + ', AUC [95 % interval]\n'
+    print(f'{len(args.runs)} runs averaged, ' * (len(args.runs) > 1) + 'AUC [95 % interval]\n'
           + auc_table(metrics, task))
     print(f'In {out}: ' + ', '.join(sorted(path.name for path in out.iterdir())))
 
