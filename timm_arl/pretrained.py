@@ -20,7 +20,7 @@ __all__ = [
 HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # user or organisation of this project's repos on the Hub
 # sha256 of model.safetensors in them: other content is refused, whoever owns the name there
 OWN_WEIGHTS = {
-    'arl_cnn14.isic2017': '3dbce88df54dd412c145ce1a0a288c4b7cc6b08d0451430e924cef027d5bb9a1',
+    'arl_cnn14.isic2017': 'cfdbaaef00e35a485e39ef41a204244221b774279f7020bb7cad89d7083f62d9',
     'arl_tf_efficientnet_lite0.isic2017': '12353ebfe71f7655e2e1a6069529dd876ed3d63850748595ad4add7401c72ad9',
 }
 # what tells apart networks with the same tensors, and last, what changes the tensors
