@@ -36,6 +36,7 @@ from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, load_weights_file, save_network
 from timm_arl.files import git_commit, read_rows, replacing_folder, write_json, write_rows
 from timm_arl.isic.dataset import DataError, load_data, wanted_of
+from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.groups import write_split_file
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.intervals import unit_of
@@ -191,7 +192,8 @@ def average_runs(args):
                           task, groups)
         write_json(new / HOME_FILE, home_record(
             data.splits['validation'], truth, probabilities, task, {'img_size': data_config['input_size'][-1], **{
-                key: getattr(saved, key) for key in ('crops', 'aspect', 'grey_world', 'lesion_crop')}}, groups))
+                key: getattr(saved, key) for key in ('crops', 'aspect', 'grey_world', 'lesion_crop')}}, groups,
+            label_array(data.splits['train'], task)))
         write_json(new / 'run.json', {
             **records[0], 'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]),
             'arguments': {**records[0]['arguments'], 'half': args.half}, 'statistics_measured': measured,

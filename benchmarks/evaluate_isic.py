@@ -5,7 +5,7 @@
     python benchmarks/evaluate_isic.py --data path/to/isic2017 --checkpoint OUT --output-dir R \\
         --compare OTHER/predictions_test.csv                                 # paired, on the same images
 
-Thresholds and temperatures are chosen on the validation split, never on the test split; without a validation split
+Thresholds and calibration are chosen on the validation split, never on the test split; without a validation split
 none are chosen. Data without splits are scored as a whole, but those that the checkpoint's run has divided stay divided
 so (its splits.csv).
 
@@ -13,7 +13,7 @@ so (its splits.csv).
         --map melanoma=MEL,mel seborrheic_keratosis=BKL                      # another clinic's labels
 
 --map scores images of another clinic, whose words for the labels differ. Labels that are not mapped are not scored;
-thresholds and temperatures are those of home (home.json of the run, or of published weights). Other data than those of
+thresholds and calibration are those of home (home.json of the run, or of published weights). Other data than those of
 the run with the same labels and no validation split are scored so without --map.
 
 The output folder receives
@@ -49,13 +49,14 @@ from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, tensors_sha256
 from timm_arl.files import git_commit, make_folder, write_json
 from timm_arl.isic.calibration import (
-    apply_temperature,
+    calibrate,
     expected_calibration_error,
-    fit_temperature,
+    fit_calibration,
     subgroup_table,
     subgroups,
 )
 from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of
+from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.demo import DEMO_TASKS
 from timm_arl.isic.dataset.duplicates import read_pairs
 from timm_arl.isic.dataset.names import column_named
@@ -116,7 +117,7 @@ def build_parser():
         help='columns of the data whose groups are scored, with counts (default: sex and age_approximate, where known)')
     add('--map', nargs='+', metavar='LABEL=WORD,WORD',
         help="external validation: which labels of the data mean which of the checkpoint's; others are not scored, "
-             'thresholds and temperatures are those of home (not needed for data with the same labels and no '
+             'thresholds and calibration are those of home (not needed for data with the same labels and no '
              'validation split)')
     add('--other-data', action='store_true',
         help="the data are not those of the checkpoint's run, though images have the same names: score them as a whole")
@@ -235,7 +236,7 @@ def evaluate(args):
     if not (wanted or at_home) and data.task.labels == task.labels:
         if 'validation' in data.splits:
             accelerator.print(
-                f'{args.data} has validation images, which choose thresholds and temperatures. For those of home: '
+                f'{args.data} has validation images, which choose thresholds and calibration. For those of home: '
                 f'--map {" ".join(shlex.quote(f"{label}={label}") for label in task.labels)}')
         else:
             wanted = {label: [label] for label in task.labels}
@@ -263,7 +264,7 @@ def evaluate(args):
         check_usable(splits, f'{args.data} without duplicates', task)
     splits = {name: splits[name] for name in dict.fromkeys(('validation', args.split)) if name in splits}
     if 'validation' not in splits and not mapped:
-        accelerator.print(f'{args.data} has no validation split: no thresholds and no temperatures are chosen.')
+        accelerator.print(f'{args.data} has no validation split: no thresholds and no calibration are chosen.')
     for name, split in splits.items() if args.lesion_crop else ():
         if not has_masks(split):
             accelerator.print(f'The {name} images have no masks: --lesion-crop does not change them.')
@@ -292,29 +293,35 @@ def evaluate(args):
                   if 'validation' in truth and not mapped else [])
     choosers = {'youden': youden_threshold, 'sensitivity 0.9': threshold_for_sensitivity} if validation else {}
     points = {f'{name} on validation': [chooser(t, p) for t, p in validation] for name, chooser in choosers.items()}
-    temperatures = [fit_temperature(t, p) for t, p in validation] or [None] * len(task.labels)
+    learned = label_array(splits['train'], task) if same_data else None
+    shares = [None] * len(task.labels) if learned is None else learned.mean(0).tolist()
+    calibrations = [fit_calibration(t, p, share) for (t, p), share in zip(validation, shares)]
     if mapped:  # chosen at home
         points = {name.replace(' on ', ' on home '): [values[label] for label in scored.labels]
                   for name, values in home.get('thresholds', {}).items()}
-        temperatures = [home.get('temperatures', {}).get(label) for label in scored.labels]
+        calibrations = [(home['temperatures'][label], home.get('biases', {}).get(label, 0.))
+                        for label in scored.labels if label in home.get('temperatures', {})]
+    calibrations = calibrations or [None] * len(scored.labels)
 
     metrics = {}
     for name in splits:
         scores = metrics[name] = score_split(
             truth[name], probabilities[name], seed=args.seed, operating_points=points, task=scored,
             groups=groups[name], unit=unit_of(data.groups))
-        for label, t, p, temperature in zip(scored.labels, truth[name].T, probabilities[name].T, temperatures):
+        for label, t, p, calibration in zip(scored.labels, truth[name].T, probabilities[name].T, calibrations):
+            temperature, bias = calibration or (None, None)
+            calibrated = calibrate(p, *calibration) if calibration else None
             scores[label]['calibration'] = {
-                'ece': expected_calibration_error(t, p), 'temperature': temperature,
-                'ece_with_temperature': temperature and expected_calibration_error(
-                    t, apply_temperature(p, temperature))}
+                'ece': expected_calibration_error(t, p), 'temperature': temperature, 'bias': bias,
+                'ece_calibrated': None if calibrated is None else expected_calibration_error(t, calibrated),
+                'mean_calibrated': None if calibrated is None else float(calibrated.mean())}
         scores['subgroups'] = subgroup_table(
             truth[name], probabilities[name], task=scored, others=parts[name], groups=groups[name])
     external = None
     if mapped:
-        drift = {label: calibration_drift(t, p, temperature, groups[args.split], args.seed)
-                 for label, t, p, temperature in zip(
-                     scored.labels, truth[args.split].T, probabilities[args.split].T, temperatures)}
+        drift = {label: calibration_drift(t, p, calibration, groups[args.split], args.seed)
+                 for label, t, p, calibration in zip(
+                     scored.labels, truth[args.split].T, probabilities[args.split].T, calibrations)}
         metrics[args.split]['external'] = {
             'map': mapped.sources, 'negative': mapped.negative, 'not_scored': mapped.not_scored,
             'home': 'temperatures' in home, 'drift': drift}
@@ -343,7 +350,7 @@ def evaluate(args):
             folder / 'run.json').is_file() and os.access(folder, os.W_OK) and not (folder / HOME_FILE).exists():
         write_json(folder / HOME_FILE, home_record(
             splits['validation'], truth['validation'], probabilities['validation'], task, how,
-            groups['validation']))
+            groups['validation'], learned))
 
     record = {
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,

@@ -277,7 +277,7 @@ def train(args, accelerator, data, out, networks=None):
             write_json(out / HOME_FILE, home_record(
                 splits[name], truth[name].numpy(), probabilities, task, {'img_size': img_size, **{
                     key: getattr(args, key) for key in ('crops', 'aspect', 'grey_world', 'lesion_crop')}},
-                loaders[name].dataset.groups))
+                loaders[name].dataset.groups, truth['train'].numpy()))
     if accelerator.is_main_process:
         write_json(out / 'metrics.json', metrics)
     synthetic = ', SYNTHETIC images' * (args.data in DEMO_TASKS)

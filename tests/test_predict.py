@@ -89,11 +89,12 @@ def test_thresholds_and_temperatures(predict, photographs, tmp_path):
         assert [row[f'{label}_decision'] == '1' for row in plain] == list(raw[:, k] > threshold)
     assert len({row['seborrheic_keratosis_decision'] for row in plain}) == 2
     calibrated, stdout = found('--threshold-name', 'sensitivity', '--calibrated')
-    temperatures = [CONFIG['temperatures'][label] for label in LABELS]
-    assert np.allclose(values(calibrated), expit(logit(raw) / temperatures), atol=1e-6)
+    temperatures, biases = ([CONFIG[name][label] for label in LABELS] for name in ('temperatures', 'biases'))
+    assert np.allclose(values(calibrated), expit(logit(raw) / temperatures + biases), atol=1e-6)
     for a, b in zip(plain, calibrated):
         assert [a[f'{label}_decision'] for label in LABELS] == [b[f'{label}_decision'] for label in LABELS]
-    shown = expit(logit(CONFIG['thresholds']['sensitivity 0.9 on validation']['melanoma']) / temperatures[0])
+    threshold = CONFIG['thresholds']['sensitivity 0.9 on validation']['melanoma']
+    shown = expit(logit(threshold) / temperatures[0] + biases[0])
     assert f'melanoma {shown:.3f}' in stdout.split('Thresholds:')[1]
     assert not np.allclose(values(found('--crops', 'center')[0]), raw, atol=1e-3)
 

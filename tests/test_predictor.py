@@ -63,10 +63,11 @@ def test_the_shipped_weights(shipped, picture):
     assert not shipped.remarks and shipped.network is not None
 
 
-def test_thresholds_and_temperatures_of_the_card(shipped):
+def test_thresholds_and_calibration_of_the_card(shipped):
     folder = Checkpoint('arl_cnn14.isic2017').folder
     config = json.loads((folder / 'config.json').read_text())
     assert shipped.thresholds == config['thresholds'] and shipped.temperatures == config['temperatures']
+    assert shipped.biases == config['biases'] and all(bias < 0 for bias in shipped.biases.values())
     assert shipped.point == 'youden on validation' == shipped.operating_point('youden')
     assert shipped.operating_point('sensitivity') == 'sensitivity 0.9 on validation'
     assert shipped.operating_point('speed') == ''
@@ -74,7 +75,8 @@ def test_thresholds_and_temperatures_of_the_card(shipped):
     assert shipped.decide(between) == {'melanoma': True, 'seborrheic_keratosis': False}
     assert shipped.decide(between, 'official') == {'melanoma': False, 'seborrheic_keratosis': True}
     assert not any(shipped.decide(torch.tensor([0.5, 0.5]), 'official').values())  # as the scorer
-    by_hand = expit(logit(between.double().numpy()) / list(config['temperatures'].values()))
+    by_hand = expit(logit(between.double().numpy()) / list(config['temperatures'].values())
+                    + list(config['biases'].values()))
     assert np.allclose(shipped.calibrated(between), by_hand, atol=1e-12)
 
 

@@ -243,13 +243,13 @@ class Checkpoint:
         return self.config().get('label_names') or ()
 
     def settings(self) -> Dict[str, Any]:
-        """How the network is to be used: thresholds and temperatures, and how its run prepared images.
+        """How the network is to be used: thresholds and calibration, and how its run prepared images.
 
-        Thresholds and temperatures are those of config.json or, of a run, those of the home.json beside it, unless
+        Thresholds and calibration are those of config.json or, of a run, those of the home.json beside it, unless
         they were chosen on images that were prepared in another way.
 
         Returns:
-            Those of task, thresholds, temperatures, crops, grey_world, lesion_crop and aspect that are known.
+            Those of task, thresholds, temperatures, biases, crops, grey_world, lesion_crop and aspect that are known.
 
         Raises:
             WeightsError: A config.json or results.json that could not be loaded from the Hub.
@@ -259,8 +259,8 @@ class Checkpoint:
         if any(arguments.get(key) not in (None, value) for key, value in (home.get('shown') or {}).items()):
             home = {}
         return {key: source[key] for source, keys in (
-            (home, ('thresholds', 'temperatures')),
-            (config, ('task', 'thresholds', 'temperatures')),
+            (home, ('thresholds', 'temperatures', 'biases')),
+            (config, ('task', 'thresholds', 'temperatures', 'biases')),
             (arguments, ('crops', 'grey_world', 'lesion_crop', 'aspect')))
             for key in keys if source.get(key) is not None}
 

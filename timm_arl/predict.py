@@ -37,7 +37,7 @@ from . import __version__
 from .download import WeightsError
 from .files import make_folder, replacing
 from .image_list import InputError, OwnImages, write_image_list
-from .isic.task import apply_temperature, label_words
+from .isic.task import calibrate, label_words
 from .isic.transforms import CROPS
 from .overlays import panel
 from .pictures import REMARKS, Pictures, Seen, collate
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="thresholds of the decisions, by the beginning of their name: youden, sensitivity, official (default: "
              "Youden's where validation chose one, else the official 0.5)")
     add('--calibrated', action='store_true',
-        help="probabilities at the network's temperatures; decisions stay the same")
+        help="calibrated probabilities, for the prevalence of the training images; decisions stay the same")
     add('--resume', action='store_true', help='go on with a run that was interrupted')
     add('--batch-size', type=_at_least(1), default=16, metavar='N', help='images at a time (default: %(default)s)')
     add('--workers', type=_at_least(0), default=2, metavar='N', help='processes that read images (default: 2)')
@@ -174,7 +174,7 @@ def settings_of(args: argparse.Namespace, predictor: Predictor) -> Dict[str, Any
         raise InputError(f'--threshold-name {args.threshold_name}: {predictor.name} has '
                          f'{", ".join(map(repr, predictor.thresholds))}.')
     if args.calibrated and not predictor.temperatures:
-        raise InputError(f'--calibrated: {predictor.name} has no temperatures. Evaluate it and stage it: python -m '
+        raise InputError(f'--calibrated: {predictor.name} has no calibration. Evaluate it and stage it: python -m '
                          f'timm_arl.hub stage OUT STAGED --evaluation R.')
     if args.overlays:
         try:
@@ -185,7 +185,8 @@ def settings_of(args: argparse.Namespace, predictor: Predictor) -> Dict[str, Any
         'images': args.images, 'model': predictor.name, 'sha256': predictor.sha256, 'img_size': predictor.img_size,
         'crops': predictor.crops, 'grey_world': predictor.cutter.colour_constancy, 'seed': args.seed,
         'labels': list(predictor.labels), 'threshold_name': point, 'thresholds': predictor.thresholds[point],
-        'calibrated': args.calibrated, 'temperatures': predictor.temperatures, 'format': args.format,
+        'calibrated': args.calibrated, 'temperatures': predictor.temperatures, 'biases': predictor.biases,
+        'format': args.format,
         'overlays': args.overlays, 'restore_aspect': args.restore_aspect,
         **({MOST_PROBABLE: True} if is_exclusive(predictor) else {}),
     }
@@ -339,8 +340,8 @@ def draw(predictor: Predictor, image: Seen, folder: Path, captions: Sequence[str
 
 def thresholds_shown(settings: Dict[str, Any]) -> Dict[str, float]:
     """The thresholds in the unit of the probabilities that are written."""
-    return {label: float(apply_temperature(p, settings['temperatures'][label])) if settings['calibrated'] else p
-            for label, p in settings['thresholds'].items()}
+    return {label: float(calibrate(p, settings['temperatures'][label], settings['biases'].get(label, 0.)))
+            if settings['calibrated'] else p for label, p in settings['thresholds'].items()}
 
 
 def captions(files: PredictionFiles, row: Dict[str, Any], thresholds: Dict[str, float]) -> List[str]:

@@ -16,7 +16,7 @@ from .factory import Checkpoint, tensors_sha256
 from .isic.crops import Box
 from .isic.dicom import is_dicom, read_dicom
 from .isic.images import read_image
-from .isic.task import ISIC2017, OFFICIAL_THRESHOLD, Task, apply_temperature, label_words
+from .isic.task import ISIC2017, OFFICIAL_THRESHOLD, Task, calibrate, label_words
 from .isic.transforms import CROPS, EvalCrops, grey_world, normalisation, seeded
 from .onnx_file import OnnxModel
 from .overlays import on_picture, overlay
@@ -107,7 +107,7 @@ class Predictor:
         network: The timm model in eval mode, or None for an ONNX file.
         thresholds: Name of an operating point -> label -> threshold of the probability; 'official' is always there.
         point: Name of the operating point that decides: Youden's where validation chose one, else the official 0.5.
-        temperatures: Label -> temperature; empty where none was fitted.
+        temperatures, biases: Label -> T and b of calibrated; empty where none were fitted.
         sha256: Of the tensors, or of the ONNX file.
         remarks: Sentences that a user should know about how the network is used here.
     """
@@ -151,7 +151,8 @@ class Predictor:
         self.cutter = Cutter(self.img_size, self.crops, bool(saved.get('grey_world')), seed, self._whole)
         self.normalise = nn.Identity() if self._whole else normalisation(config['mean'], config['std'])
         self.thresholds = _per_label(saved.get('thresholds'), self.labels)
-        self.temperatures = _per_label({'': saved.get('temperatures')}, self.labels).get('', {})
+        self.temperatures, self.biases = (
+            _per_label({'': saved.get(name)}, self.labels).get('', {}) for name in ('temperatures', 'biases'))
         self.thresholds.setdefault('official', dict.fromkeys(self.labels, OFFICIAL_THRESHOLD))
         self.point = self.operating_point('youden') or 'official'
         if len(self.thresholds) == 1:
@@ -164,7 +165,7 @@ class Predictor:
             self.remarks.append(f'{self.name} was trained on copies that were squashed to a square: squash yours, '
                                 f'which are shown in the shape that they have.')
         if self.crops != saved.get('crops', self.crops) and len(self.thresholds) > 1:
-            self.remarks.append(f'Thresholds and temperatures of {self.name} were chosen with crops {saved["crops"]}, '
+            self.remarks.append(f'Thresholds and calibration of {self.name} were chosen with crops {saved["crops"]}, '
                                 f'not {self.crops}.')
 
     def _load_checkpoint(self, threads: int) -> Tuple[Task, Dict[str, Any], Dict[str, Any]]:
@@ -263,12 +264,14 @@ class Predictor:
         return self.labels[int(probabilities.argmax())]
 
     def calibrated(self, probabilities: torch.Tensor) -> np.ndarray:
-        """Probabilities at the temperatures, float64, same shape; as they are where none was fitted.
+        """sigmoid(logit(p) / T + b) by temperatures and biases, float64, same shape; p where they were not fitted.
 
         Args:
             probabilities: Shape (..., labels).
         """
-        return apply_temperature(probabilities.numpy(), np.array([self.temperatures.get(x, 1.) for x in self.labels]))
+        return calibrate(
+            probabilities.numpy(), np.array([self.temperatures.get(label, 1.) for label in self.labels]),
+            np.array([self.biases.get(label, 0.) for label in self.labels]))
 
     def explain(self, picture: Image.Image, gates: bool = True, image_id: str = '') -> Dict[str, Image.Image]:
         """Maps laid over a picture, no larger than 1024 px: what speaks for each label, and where the gates looked.

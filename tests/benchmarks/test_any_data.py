@@ -136,7 +136,7 @@ def test_several_labels_folds_and_a_teacher(tmp_path, call):
         (f'images/{k}.png', k % 2, k % 3 % 2, ('Ulm', '')[k % 5 == 0]) for k in range(30)])
     said = done(call('evaluate_isic', '--data', tmp_path / 'other.csv', '--checkpoint', teacher, '--output-dir',
                      tmp_path / 'e', '--workers', 0, '--report', '--subgroups', 'Clinic', '--other-data'))
-    assert 'External validation on' in said and 'Thresholds and temperatures are those of home' in said
+    assert 'External validation on' in said and 'Thresholds and calibration are those of home' in said
     metrics = read(tmp_path / 'e' / 'metrics.json')
     assert list(metrics) == ['test'] and metrics['test']['external']['map'] == {'scar': ['scar'], 'ulcer': ['ulcer']}
     assert [point['name'] for point in metrics['test']['scar']['operating_points']] == [

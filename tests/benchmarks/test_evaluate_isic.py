@@ -115,7 +115,8 @@ def test_figures_follow_from_the_predictions(evaluated, isic_sample):
                 assert point['threshold'] in [q['threshold'] for q in metrics['validation'][label]['operating_points']]
             if name == 'validation':
                 assert [q for q in scores['operating_points'] if '0.9' in q['name']][0]['sensitivity'] >= 0.9
-            assert scores['calibration']['temperature'] > 0
+            calibration = scores['calibration']
+            assert calibration['temperature'] > 0 and calibration['ece_calibrated'] >= 0
     assert metrics['validation']['subgroups'] and not metrics['test']['subgroups']  # the test split has no age and sex
 
 
@@ -140,7 +141,7 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
         assert 0 <= pair[label]['p_value'] <= 1
     assert 'alpha zero' in pair['second']
     page = Page((tmp_path / 'r' / 'report.html').read_text())
-    assert 'The validation images chose the epoch that was kept, the thresholds and the temperatures' in page.text
+    assert 'The validation images chose the epoch that was kept, the thresholds and the calibration' in page.text
     assert 'The weights come with thresholds of their own' in page.text
     beside = page.tables['AUCs with 95 % intervals, and paired differences, test'][1:]
     for row, label in zip(beside, LABELS):

@@ -12,7 +12,7 @@ from pages import Page
 
 from timm_arl.factory import save_network
 from timm_arl.files import write_json
-from timm_arl.isic.task import LABELS, apply_temperature
+from timm_arl.isic.task import LABELS, calibrate
 
 STATISTIC = {'mean': 40., 'sd': 4., 'median': 40.}
 BOTH = ('--map', 'melanoma=MEL,mel', 'seborrheic_keratosis=BKL')
@@ -41,11 +41,12 @@ def checkpoint(tmp_path_factory):
     drift = {'expected': 2., 'ratio': 1., 'ratio_ci95': [0.5, 2.], 'ece': 0.1, 'brier': 0.2}
     write_json(folder / 'home.json', {
         'thresholds': {'youden on validation': {'melanoma': 0.31, 'seborrheic_keratosis': 0.47}},
-        'temperatures': {'melanoma': 2., 'seborrheic_keratosis': 0.5}, 'shown': {'crops': 'center', 'img_size': 64},
+        'temperatures': {'melanoma': 2., 'seborrheic_keratosis': 0.5},
+        'biases': {'melanoma': -1., 'seborrheic_keratosis': 0.5}, 'shown': {'crops': 'center', 'img_size': 64},
         'images': {'images': 12, 'shorter_side': {**STATISTIC, 'counts': [0] * 20 + [12] + [0] * 15}, **dict.fromkeys(
             ('brightness', 'red', 'green', 'blue'), {**STATISTIC, 'counts': [0] * 12 + [12] + [0] * 12})},
         'labels': {label: {'images': 12, 'positives': 2, 'counts': [12] + [0] * 19, 'as_given': drift,
-                           'with_temperature': drift} for label in LABELS}})
+                           'calibrated': drift} for label in LABELS}})
     return folder
 
 
@@ -60,7 +61,8 @@ def test_another_clinic_by_what_home_chose(call, checkpoint, tmp_path):
     predictions = rows(out / 'predictions_test.csv')
     truth = {row['image_id']: row['dx'] for row in rows(data / 'HAM10000_metadata')}
     assert len(predictions) == 42 and predictions[0]['group'].startswith('HAM_')
-    for label, word, threshold, temperature in (('melanoma', 'mel', 0.31, 2.), (LABELS[1], 'bkl', 0.47, 0.5)):
+    for label, word, threshold, temperature, bias in (
+            ('melanoma', 'mel', 0.31, 2., -1.), (LABELS[1], 'bkl', 0.47, 0.5, 0.5)):
         positive = np.array([truth[row['image_id']] == word for row in predictions])
         p = np.array([float(row[label]) for row in predictions])
         assert scores[label]['positives'] == positive.sum() == 6
@@ -70,8 +72,8 @@ def test_another_clinic_by_what_home_chose(call, checkpoint, tmp_path):
         assert scores[label]['calibration']['temperature'] == temperature
         drift = scores['external']['drift'][label]
         assert drift['as_given']['expected'] == pytest.approx(p.sum())
-        hot = apply_temperature(p, temperature)
-        assert drift['with_temperature']['brier'] == pytest.approx(np.mean((hot - positive) ** 2))
+        hot = calibrate(p, temperature, bias)
+        assert drift['calibrated']['brier'] == pytest.approx(np.mean((hot - positive) ** 2))
     for folder in (out, checkpoint):
         assert '--map melanoma=MEL,mel' in rows(folder / 'looks.csv')[-1]['command']
     page = Page((out / 'report.html').read_text())
@@ -110,7 +112,7 @@ def test_other_data_with_the_same_labels_need_no_map(call, checkpoint, tmp_path)
     copy = shutil.copytree(checkpoint, tmp_path / 'copy')
     shutil.copy(tmp_path / 'r' / 'predictions_test.csv', copy)  # the images that the run was tested on, elsewhere
     done = call('evaluate_isic', *usual(data, copy, tmp_path / 'h'))
-    assert done.returncode == 0 and 'no thresholds and no temperatures are chosen' in done.stdout, done.stderr
+    assert done.returncode == 0 and 'no thresholds and no calibration are chosen' in done.stdout, done.stderr
     assert not rows(copy / 'looks.csv')[-1]['other_data'] and len(rows(copy / 'looks.csv')) == len(
         rows(checkpoint / 'looks.csv')) + 1
 

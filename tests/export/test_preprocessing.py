@@ -6,7 +6,7 @@ from PIL import Image
 from test_arl_cnn import create
 
 from timm_arl.export.preprocessing import CROPS_INSIDE, Preprocessing, Probabilities, add_preprocessing
-from timm_arl.isic.task import DIAGNOSES, LABELS, apply_temperature, probabilities_of
+from timm_arl.isic.task import DIAGNOSES, LABELS, calibrate, probabilities_of
 from timm_arl.isic.transforms import EvalCrops, grey_world, normalisation
 from timm_arl.onnx_file import ExportError, OnnxModel, export_onnx
 
@@ -39,9 +39,9 @@ def test_several_pictures_keep_their_order():
 
 def test_probabilities_are_means_and_then_calibrated():
     logits = torch.randn(15, 2, generator=torch.Generator().manual_seed(0))
-    means, calibrated = Probabilities(probabilities_of, 5, [0.5, 2.])(logits)
+    means, calibrated = Probabilities(probabilities_of, 5, [0.5, 2.], [-1., 0.5])(logits)
     assert torch.allclose(means, logits.sigmoid().view(3, 5, 2).mean(1))
-    assert np.allclose(calibrated, apply_temperature(means.numpy(), np.array([0.5, 2.])), atol=1e-6)
+    assert np.allclose(calibrated, calibrate(means.numpy(), np.array([0.5, 2.]), np.array([-1., 0.5])), atol=1e-6)
     assert torch.equal(Probabilities(probabilities_of, 5)(logits), means)
 
 

@@ -61,7 +61,8 @@ def test_what_an_evaluation_adds(run, tmp_path):
         for label, threshold in (('melanoma', 0.25), ('seborrheic_keratosis', 0.375)):
             scores[label]['operating_points'] = [{**scores[label], 'name': 'youden on validation',
                                                   'threshold': threshold}]
-            scores[label]['calibration'] = {'ece': 0.03125, 'temperature': 1.5, 'ece_with_temperature': 0.015625}
+            scores[label]['calibration'] = {'ece': 0.03125, 'temperature': 1.5, 'bias': -0.5,
+                                            'ece_calibrated': 0.015625, 'mean_calibrated': 0.25}
     for name, of in (('r', metrics), ('r0', {'test': {**metrics['test'], 'comparison': {
             key: dict(difference=0.0625, difference_ci95=[-0.125, 0.25], p_value=0.5)
             for key in ('melanoma', 'seborrheic_keratosis', 'mean_auc')}}})):
@@ -90,6 +91,7 @@ def test_what_an_evaluation_adds(run, tmp_path):
     config = json.loads((folder / 'config.json').read_text())
     assert config['thresholds']['youden on validation'] == {'melanoma': 0.25, 'seborrheic_keratosis': 0.375}
     assert config['temperatures'] == {'melanoma': 1.5, 'seborrheic_keratosis': 1.5}
+    assert config['biases'] == {'melanoma': -0.5, 'seborrheic_keratosis': -0.5}
     card = (folder / 'README.md').read_text()
     assert '| melanoma, youden on validation | 0.250 |' in card and '![ROC curves on test](roc_test.png)' in card
     assert "{'melanoma': 0.25, 'seborrheic_keratosis': 0.375}  # youden on validation" in card
@@ -99,7 +101,7 @@ def test_what_an_evaluation_adds(run, tmp_path):
     positives, mean = metrics['test']['melanoma']['positives'] / 30, sum(values) / 30
     assert f'| melanoma | {positives:.3f} | {mean:.3f} | 0.031 | 0.016 | 1.500 |' in card
     assert f'**Probabilities of melanoma are too high** here, by {mean - positives:.3f} on average' in card
-    assert 'These images chose the epoch that was kept, thresholds and temperatures: their' in card
+    assert 'These images chose the epoch that was kept, thresholds and calibration: their' in card
     assert timm.create_model(f'local-dir:{folder}', pretrained=True).num_classes == 2
 
 

@@ -4,9 +4,9 @@ import pytest
 from scipy.special import expit, logit
 
 from timm_arl.isic.calibration import (
-    apply_temperature,
+    calibrate,
     expected_calibration_error,
-    fit_temperature,
+    fit_calibration,
     reliability,
     subgroup_table,
     subgroups,
@@ -24,18 +24,41 @@ def test_error_of_bins_by_hand():
     assert expected_calibration_error(truth, probabilities) == pytest.approx((2 * 0.35 + 2 * 0.05) / 4)
 
 
-def test_temperature_is_found_again():
+def test_temperature_and_bias_are_found_again():
     rng = np.random.default_rng(0)
     logits = rng.normal(-1, 1.5, 200_000)
     truth = (rng.random(logits.size) < expit(logits)).astype(float)
-    for temperature in (0.4, 1., 3.):
-        overconfident = expit(logits * temperature)
-        assert fit_temperature(truth, overconfident) == pytest.approx(temperature, rel=0.03)
-        calibrated = apply_temperature(overconfident, temperature)
+    for temperature, bias in ((0.4, 0.), (1., -2.), (3., 1.)):
+        wrong = expit((logits - bias) * temperature)
+        assert fit_calibration(truth, wrong) == pytest.approx((temperature, bias), rel=0.03, abs=0.03)
+        calibrated = calibrate(wrong, temperature, bias)
         assert np.allclose(logit(calibrated), logits, atol=1e-6)
         assert expected_calibration_error(truth, calibrated) < 0.005
     assert expected_calibration_error(truth, expit(logits * 3)) > 0.05
-    assert np.isfinite(apply_temperature(np.array([0., 1.]), 2.)).all()
+    assert np.isfinite(calibrate(np.array([0., 1.]), 2., 20.)).all()
+
+
+def test_calibration_for_another_prevalence():
+    """Fitted where positives are frequent, it holds where they are as rare as it was told."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-2.5, 1.5, 400_000)
+    truth = rng.random(logits.size) < expit(logits)
+    often = np.flatnonzero(truth | (rng.random(logits.size) < 0.2))  # a fifth of the negatives
+    assert truth.mean() < 0.16 and truth[often].mean() > 0.4
+    told = expit(logits + 1)
+    calibrated = calibrate(told, *fit_calibration(truth[often], told[often], truth.mean()))
+    assert calibrated.mean() == pytest.approx(truth.mean(), rel=0.02)
+    assert expected_calibration_error(truth, calibrated) < 0.005 < 0.1 < expected_calibration_error(
+        truth, calibrate(told, *fit_calibration(truth[often], told[often])))
+
+
+def test_calibration_of_labels_that_are_told_apart():
+    """And of those that are told the wrong way round: the order is kept, and the numbers are finite."""
+    truth = np.array([0., 0., 1., 1.])
+    for p in (np.array([0., 0.1, 0.9, 1.]), np.array([1., 0.9, 0.1, 0.])):
+        temperature, bias = fit_calibration(truth, p)
+        assert 0.05 <= temperature <= 20 and abs(bias) <= 20
+        assert fit_calibration(truth, p, 0.) == fit_calibration(truth, p, 1.) == (temperature, bias)
 
 
 def test_groups():

@@ -38,7 +38,8 @@ def evaluation(images=60, positives=0.3, seed=0):
         'youden on validation': [0.4] * len(LABELS), 'sensitivity 0.9 on validation': [0.2] * len(LABELS)})
     for label, t, p in zip(LABELS, truth.T, probabilities.T):
         scores[label]['calibration'] = {
-            'ece': expected_calibration_error(t, p), 'temperature': 1.5, 'ece_with_temperature': 0.0671}
+            'ece': expected_calibration_error(t, p), 'temperature': 1.5, 'bias': -0.5, 'ece_calibrated': 0.0671,
+            'mean_calibrated': 0.25}
     scores['subgroups'] = subgroup_table(truth, probabilities, ['male', 'female'] * (images // 2))
     return truth, probabilities, scores
 
@@ -188,7 +189,8 @@ def test_few_groups_are_counted_and_have_no_interval():
     groups = [f'c{k}' for k in range(40)] + [f'd{k % 3}' for k in range(10)]
     scores = score_split(truth, p, 50, task=task, groups=groups, unit='groups of case_no')
     for label in task.labels:
-        scores[label]['calibration'] = {'ece': 0.1, 'temperature': None, 'ece_with_temperature': None}
+        scores[label]['calibration'] = {'ece': 0.1, 'temperature': None, 'bias': None, 'ece_calibrated': None,
+                                        'mean_calibrated': None}
     scores['subgroups'] = subgroup_table(truth, p, ['male'] * 50, task=task, groups=groups)
     record = {'timm_arl': '1', 'img_size': 64, 'crops': 'center', 'aspect': 'keep', 'seed': 0, 'alpha_zero': False}
     page = Page(html_report('OUT', 'mine.csv', 'test', {'test': scores}, {'test': truth}, {'test': p}, record,

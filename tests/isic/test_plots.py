@@ -64,7 +64,8 @@ def scored(images=60, points=(0.3, 0.2), positives=(0.3, 0.2)):
         name: [point] * len(LABELS) for name, point in zip(('one', 'another'), points)})
     for k, (label, t, p) in enumerate(zip(LABELS, truth.T, probabilities.T)):
         scores[label]['calibration'] = {
-            'ece': expected_calibration_error(t, p), 'temperature': 1.234 + k, 'ece_with_temperature': 0.0671}
+            'ece': expected_calibration_error(t, p), 'temperature': 1.234 + k, 'bias': -0.5,
+            'ece_calibrated': 0.0671}
     return truth, probabilities, scores
 
 
@@ -121,12 +122,12 @@ def test_a_label_of_one_class_has_no_curve(drawn):
 
 
 @pytest.mark.parametrize('images, example', [(3, 1), (60, 10), (600, 100)])
-def test_reliability_tells_temperature_error_and_what_circles_are(drawn, images, example):
+def test_reliability_tells_calibration_error_and_what_circles_are(drawn, images, example):
     truth, probabilities, scores = scored(images)
     for k, axes in enumerate(drawn(plots.reliability_plot, truth, probabilities, scores).axes):
         calibration = scores[LABELS[k]]['calibration']
         assert words(axes) == [
-            f'as given, ECE {calibration["ece"]:.3f}', f'with temperature T = {k + 1}.23, ECE 0.067',
+            f'as given, ECE {calibration["ece"]:.3f}', f'calibrated (T = {k + 1}.23, b = -0.50), ECE 0.067',
             f'{example} images']
 
 

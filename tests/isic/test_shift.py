@@ -17,7 +17,7 @@ from timm_arl.isic.shift import (
     image_statistics,
     standard_difference,
 )
-from timm_arl.isic.task import ISIC2017, LABELS, apply_temperature
+from timm_arl.isic.task import ISIC2017, LABELS, calibrate
 
 
 def images(*colours, size=(90, 60)):
@@ -49,15 +49,15 @@ def test_expected_and_observed_positives():
     rng = np.random.default_rng(0)
     p = rng.uniform(0.02, 0.6, 4000)
     truth = (rng.uniform(size=4000) < p / 2).astype(np.float32)  # half of what is promised
-    found = calibration_drift(truth, p, 2.)['as_given']
+    found = calibration_drift(truth, p, (2., -1.))['as_given']
     low, high = found['ratio_ci95']
     assert 1.7 < low < found['ratio'] < high < 2.3 and found['expected'] == pytest.approx(p.sum())
     assert found['ece'] == pytest.approx(p.mean() - truth.mean(), abs=0.02)
-    hot = calibration_drift(truth, p, 2.)['with_temperature']
-    assert hot['expected'] == pytest.approx(apply_temperature(p, 2.).sum())
-    assert hot['brier'] == pytest.approx(np.mean((apply_temperature(p, 2.) - truth) ** 2))
+    hot = calibration_drift(truth, p, (2., -1.))['calibrated']
+    assert hot['expected'] == pytest.approx(calibrate(p, 2., -1.).sum())
+    assert hot['brier'] == pytest.approx(np.mean((calibrate(p, 2., -1.) - truth) ** 2))
     twice = calibration_drift(truth.repeat(4), p.repeat(4), None, np.arange(4000).repeat(4).astype(str))
-    assert twice['with_temperature'] is None  # copies of an image tell no more than the image
+    assert twice['calibrated'] is None  # copies of an image tell no more than the image
     assert np.allclose(twice['as_given']['ratio_ci95'], found['ratio_ci95'], atol=0.02)
     none = calibration_drift(np.zeros(5), np.full(5, 0.5), None)['as_given']
     assert none['ratio'] is None and none['ratio_ci95'] is None and none['expected'] == 2.5

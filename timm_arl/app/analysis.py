@@ -258,7 +258,8 @@ class Analyst:
             'not_for': NOT_FOR,
             'probabilities': dict(zip(labels, values)),
             'calibrated': dict(zip(labels, predictor.calibrated(analysis.probabilities).tolist())),
-            'temperatures': predictor.temperatures, 'operating_point': predictor.point,
+            'temperatures': predictor.temperatures, 'biases': predictor.biases,
+            'operating_point': predictor.point,
             'operating_points': {
                 point: {label: {'threshold': thresholds[label], 'above': above} for label, above in
                         predictor.decide(analysis.probabilities, point).items()}

@@ -7,10 +7,10 @@
 Needs the extra `export`. The file takes `images`, float32 (N, 3, H, W), normalised as the model's data config says, any
 N and the H and W it was exported for, and gives `logits`, (N, classes). Its metadata hold, as JSON, mean, std,
 input_size, label_names where the model knows them, and weights: where they are from, or "random"; of a trained
-checkpoint also its thresholds, temperatures and crops: `python -m timm_arl.predict --onnx FILE` needs nothing else.
+checkpoint also its thresholds, calibration and crops: `python -m timm_arl.predict --onnx FILE` needs nothing else.
 
 --with-preprocessing: the file takes `pictures`, uint8 (N, H, W, 3), RGB, any N, H and W, cuts and normalises them as an
-evaluation does, and gives `probabilities`, (N, labels), means over the crops. Where the checkpoint has temperatures it
+evaluation does, and gives `probabilities`, (N, labels), means over the crops. Where the checkpoint is calibrated it
 gives `calibrated` too. Thresholds are those of `probabilities`.
 
 --int8: convolutions and sums in 8 bits. Ranges are from the train images of a data set, or the pictures of a folder.

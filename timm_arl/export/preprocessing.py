@@ -106,29 +106,32 @@ class Probabilities(nn.Module):
     """
 
     temperatures: Optional[torch.Tensor]
+    biases: torch.Tensor
 
     def __init__(
             self,
             probabilities: Callable[[torch.Tensor], torch.Tensor],
             crops: int,
             temperatures: Optional[Sequence[float]] = None,
+            biases: Optional[Sequence[float]] = None,
     ) -> None:
         """
         Args:
             probabilities: From logits (B, outputs) to probabilities (B, labels).
             crops: K.
-            temperatures: One of each label; None where none were fitted.
+            temperatures, biases: One of each label; None where none were fitted.
         """
         super().__init__()
         self.probabilities, self.crops = probabilities, crops
         self.register_buffer('temperatures', None if temperatures is None else torch.tensor(temperatures).double())
+        self.register_buffer('biases', torch.tensor(biases or [0.]).double())
 
     def forward(self, logits: torch.Tensor) -> Any:
         means = self.probabilities(logits).unflatten(0, (-1, self.crops)).mean(1)
         if self.temperatures is None:
             return means
-        p = means.double().clamp(1e-12, 1 - 1e-12)  # apply_temperature
-        yes, no = p ** (1 / self.temperatures), (1 - p) ** (1 / self.temperatures)
+        p = means.double().clamp(1e-12, 1 - 1e-12)  # isic.task.calibrate
+        yes, no = p ** (1 / self.temperatures) * self.biases.exp(), (1 - p) ** (1 / self.temperatures)
         return means, (yes / (yes + no)).float()
 
 
@@ -142,7 +145,7 @@ def add_preprocessing(
     """Put what surrounds a network into its ONNX file: `pictures` in, `probabilities` out.
 
     The new file takes uint8 (N, H, W, 3), RGB, upright, any N, H and W, and gives probabilities (N, labels), to which
-    the thresholds in its metadata belong, and, where these hold temperatures, `calibrated`, (N, labels).
+    the thresholds in its metadata belong, and, where these hold a calibration, `calibrated`, (N, labels).
 
     Args:
         source: File of :func:`~timm_arl.onnx_file.export_onnx` or
@@ -172,10 +175,11 @@ def add_preprocessing(
                           f'itself.')
     side, grey = about['input_size'][-1], bool(about.get('grey_world'))
     before = Preprocessing(side, about['crops'], about['mean'], about['std'], grey)
-    temperatures = about.get('temperatures') or {}
+    temperatures, biases = about.get('temperatures') or {}, about.get('biases') or {}
     after = Probabilities(
         probabilities, before.count,
-        [temperatures[label] for label in labels] if set(labels) <= temperatures.keys() else None)
+        [temperatures[label] for label in labels] if set(labels) <= temperatures.keys() else None,
+        [biases.get(label, 0.) for label in labels])
     names = ['probabilities', 'calibrated'][:1 if after.temperatures is None else 2]
     logits = torch.zeros(2 * before.count, outputs)
     dim: Any = torch.export.Dim

@@ -118,7 +118,7 @@ def _split(name: str, results: Dict[str, Any], task: Task) -> Dict[str, Any]:
     tasks = {label: scores[label] for label in task.labels}
     chosen = any(own.get('operating_points') for own in tasks.values())
     kept = 'the epoch that was kept' if results['run']['arguments']['keep'] == 'best' else ''
-    by_validation = ', '.join(filter(None, [kept, 'thresholds and temperatures' * chosen]))
+    by_validation = ', '.join(filter(None, [kept, 'thresholds and calibration' * chosen]))
     alpha_zero = results.get('alpha_zero', {}).get(name)
     groups = [row for row in scores.get('subgroups', ()) if row['auc'] is not None]
     return {

@@ -159,17 +159,18 @@ def _check_tag(tag: str) -> str:
 
 
 def _operating_points(metrics: Dict[str, Any], task: Task, own: Dict[str, Any]) -> Dict[str, Any]:
-    """Thresholds by name and label, and temperatures by label, of an evaluation or else of the run's own settings."""
+    """Thresholds by name and label, temperatures and biases by label: of an evaluation, or else the run's own."""
     tasks = {label: metrics['validation'][label] for label in task.labels}
     names = [point['name'] for point in tasks[task.labels[0]].get('operating_points', ())]
     thresholds = {'official': {label: of['threshold'] for label, of in tasks.items()}}
     for k, name in enumerate(names):
         thresholds[name] = {label: of['operating_points'][k]['threshold'] for label, of in tasks.items()}
-    temperatures = {label: of['calibration']['temperature'] for label, of in tasks.items() if 'calibration' in of}
+    calibration = {name: {label: of['calibration'][key] for label, of in tasks.items() if 'calibration' in of}
+                   for name, key in (('temperatures', 'temperature'), ('biases', 'bias'))}
     if not names:
         thresholds.update(own.get('thresholds', {}))
-        temperatures = own.get('temperatures', {})
-    return {'thresholds': thresholds, **({'temperatures': temperatures} if temperatures else {})}
+        calibration = {name: own.get(name, {}) for name in calibration}
+    return {'thresholds': thresholds, **{name: values for name, values in calibration.items() if values}}
 
 
 def _official_splits(arguments: Dict[str, Any], run: Path, evaluation: Optional[Path]) -> List[str]:

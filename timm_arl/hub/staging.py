@@ -38,7 +38,7 @@ def stage(
 ) -> Path:
     """Build a model repo from a finished run: config.json, model.safetensors, results.json, pictures, README.md.
 
-    config.json is what timm reads, with versions, thresholds and, after an evaluation, temperatures.
+    config.json is what timm reads, with versions, thresholds and calibration.
 
     Args:
         run: Output folder of finetune_isic.py; or the name of weights that come with this package.

@@ -6,14 +6,15 @@ from ..extras import require
 require('train', __name__)
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize
+from scipy.special import expit, logit
 
 from .intervals import delong_interval, groups_suffice
 from .metrics import operating_point, score_task
-from .task import ISIC2017, OFFICIAL_THRESHOLD, DataError, Task, apply_temperature, label_words
+from .task import ISIC2017, OFFICIAL_THRESHOLD, DataError, Task, calibrate, label_words
 
 __all__ = [
-    'AGE_BANDS', 'apply_temperature', 'expected_calibration_error', 'fit_temperature', 'reliability', 'subgroup_table',
+    'AGE_BANDS', 'calibrate', 'expected_calibration_error', 'fit_calibration', 'reliability', 'subgroup_table',
     'subgroups',
 ]
 
@@ -47,20 +48,36 @@ def expected_calibration_error(truth: np.ndarray, probabilities: np.ndarray, bin
     return sum(r['images'] * abs(r['probability'] - r['positives']) for r in rows) / len(truth)
 
 
-def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
-    """The temperature T that gives sigmoid(logit / T) the smallest cross-entropy, between 0.05 and 20.
+def fit_calibration(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        prevalence: Optional[float] = None,
+) -> Tuple[float, float]:
+    """Temperature T and bias b that give sigmoid(logit / T + b) the smallest cross-entropy.
 
-    Guo et al., `On Calibration of Modern Neural Networks` - https://arxiv.org/abs/1706.04599
+    Platt, `Probabilities for SV Machines`, 2000; the temperature alone is that of https://arxiv.org/abs/1706.04599.
 
     Args:
-        truth: 0 or 1, shape (N,), or (N, labels) for one temperature of all labels.
-        probabilities: Same shape.
+        truth: 0 or 1, shape (N,), both of them.
+        probabilities: Shape (N,).
+        prevalence: The share of positives that the result is for; images are weighted to have it. Of 0, 1 or None:
+            theirs.
+
+    Returns:
+        T, between 0.05 and 20, and b, between -20 and 20.
     """
-    def cross_entropy(log_temperature: float) -> float:
-        p = np.clip(apply_temperature(probabilities, float(np.exp(log_temperature))), 1e-12, 1 - 1e-12)
-        return -float(np.mean(truth * np.log(p) + (1 - truth) * np.log1p(-p)))
-    found = minimize_scalar(cross_entropy, bounds=(np.log(0.05), np.log(20)), method='bounded')
-    return float(np.exp(found.x))
+    logits = logit(np.clip(np.asarray(probabilities, np.float64), 1e-12, 1 - 1e-12))
+    positive = np.asarray(truth, bool)
+    share = prevalence if prevalence and prevalence < 1 else positive.mean()
+    weights = np.where(positive, share / positive.sum(), (1 - share) / (~positive).sum())
+
+    def cross_entropy(parameters: np.ndarray) -> Tuple[float, np.ndarray]:
+        slope, bias = parameters
+        z = slope * logits + bias
+        errors = weights * (expit(z) - positive)
+        return float(weights @ np.logaddexp(0, np.where(positive, -z, z))), np.array([errors @ logits, errors.sum()])
+    found = minimize(cross_entropy, [1., 0.], jac=True, bounds=[(0.05, 20), (-20, 20)], method='L-BFGS-B')
+    return 1 / float(found.x[0]), float(found.x[1])
 
 
 def subgroups(columns: Mapping[str, Sequence[Any]]) -> List[Subgroup]:

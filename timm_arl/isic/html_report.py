@@ -242,8 +242,9 @@ def _split(
             partial(draw_reliability, label=label, truth=t, probabilities=p, scores=own, task=task),
             f'Share of positives against mean probability of {words} on {split}. Expected calibration error '
             f'{calibration["ece"]:.3f} as given' + (
-                f', {calibration["ece_with_temperature"]:.3f} with the temperature {calibration["temperature"]:.2f}.'
-                if calibration['temperature'] else '.'), f'reliability-{split}-{label}', (4.2, 5.2)))))
+                f', {calibration["ece_calibrated"]:.3f} calibrated (T = {calibration["temperature"]:.2f}, b = '
+                f'{calibration["bias"]:.2f}).' if calibration['temperature'] else '.'),
+            f'reliability-{split}-{label}', (4.2, 5.2)))))
     classes: List[Tuple[str, Cells]] = []
     if task.kind == 'multiclass':
         classes = [('Scores of all labels together', classes_cells(scores)),

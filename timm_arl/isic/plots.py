@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_curve
 
 from ..files import replacing
-from .calibration import apply_temperature, reliability
+from .calibration import calibrate, reliability
 from .intervals import groups_suffice, resampled_times
 from .metrics import interval_text
 from .selection import selection_column, selection_words
@@ -190,8 +190,9 @@ def draw_reliability(
     axes.plot([0, 1], [0, 1], color='0.6', linewidth=1, linestyle=':')
     curves = [(probabilities, _colour(label, task), '-', f'as given, ECE {calibration["ece"]:.3f}')]
     if temperature:
-        curves.append((apply_temperature(probabilities, temperature), '0.5', '--',
-                       f'with temperature T = {temperature:.2f}, ECE {calibration["ece_with_temperature"]:.3f}'))
+        bias = calibration['bias']
+        curves.append((calibrate(probabilities, temperature, bias), '0.5', '--', (
+            f'calibrated (T = {temperature:.2f}, b = {bias:.2f}), ECE {calibration["ece_calibrated"]:.3f}')))
     for values, colour, style, name in curves:
         rows = reliability(truth, values)
         x, y = [r['probability'] for r in rows], [r['positives'] for r in rows]

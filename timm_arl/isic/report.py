@@ -107,16 +107,18 @@ def few_images(scores: Dict[str, Any], task: Task = ISIC2017) -> List[str]:
 
 
 def calibration_cells(scores: Dict[str, Any], task: Task = ISIC2017) -> Cells:
-    """Expected calibration errors with and without the temperature."""
+    """Mean probabilities and expected calibration errors, as given and calibrated."""
     rows = []
     for label in task.labels:
         of, calibration = scores[label], scores[label]['calibration']
         rows.append([label_words(label), number(of['positives'] / of['images']),
                      *([number(of['mean_probability'])] if 'mean_probability' in of else []),
-                     number(calibration['ece']), number(calibration['ece_with_temperature']),
-                     number(calibration['temperature'])])
+                     number(calibration['mean_calibrated']), number(calibration['ece']),
+                     number(calibration['ece_calibrated']), number(calibration['temperature']),
+                     number(calibration['bias'])])
     mean = ['mean probability'] * ('mean_probability' in scores[task.labels[0]])
-    return ['diagnosis', 'share of images with it', *mean, 'calibration error', 'with temperature', 'temperature'], rows
+    return ['diagnosis', 'share of images with it', *mean, 'mean calibrated', 'calibration error', 'error calibrated',
+            'T', 'b'], rows
 
 
 def groups_cells(rows: Iterable[Dict[str, Any]]) -> Cells:

@@ -9,7 +9,7 @@ require('train', __name__)
 
 import numpy as np
 
-from .calibration import apply_temperature, expected_calibration_error, fit_temperature
+from .calibration import calibrate, expected_calibration_error, fit_calibration
 from .images import decode
 from .intervals import percentile_interval, resampled_indices
 from .metrics import threshold_for_sensitivity, youden_threshold
@@ -73,17 +73,26 @@ def standard_difference(here: Dict[str, float], home: Dict[str, float]) -> Optio
     return (here['mean'] - home['mean']) / home['sd'] if home['sd'] > 1e-9 else None
 
 
-def chosen(truth: np.ndarray, probabilities: np.ndarray, task: Task = ISIC2017) -> Home:
-    """Thresholds and temperatures by validation images, as config.json of published weights has them.
+def chosen(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        task: Task = ISIC2017,
+        learned: Optional[np.ndarray] = None,
+) -> Home:
+    """Thresholds, temperatures and biases by validation images, as config.json of published weights has them.
 
     Args:
         truth: 0 or 1, shape (N, labels), both classes of each.
         probabilities: Shape (N, labels).
         task: Whose labels they are.
+        learned: 0 or 1 of the training images, shape (M, labels). Calibration is for their prevalence.
     """
     each = list(zip(task.labels, truth.T, probabilities.T))
+    shares = [None] * len(each) if learned is None else np.asarray(learned, np.float64).mean(0).tolist()
+    fitted = {label: fit_calibration(t, p, share) for (label, t, p), share in zip(each, shares)}
     return {'thresholds': {name: {label: chooser(t, p) for label, t, p in each} for name, chooser in CHOOSERS.items()},
-            'temperatures': {label: fit_temperature(t, p) for label, t, p in each}}
+            'temperatures': {label: temperature for label, (temperature, _) in fitted.items()},
+            'biases': {label: bias for label, (_, bias) in fitted.items()}}
 
 
 def home_record(
@@ -93,6 +102,7 @@ def home_record(
         task: Task,
         shown: Dict[str, Any],
         groups: Optional[Sequence[str]] = None,
+        learned: Optional[np.ndarray] = None,
 ) -> Home:
     """What home.json of a run holds: what its validation images chose, and statistics of them.
 
@@ -102,10 +112,12 @@ def home_record(
         task: Whose labels they are.
         shown: How the images were prepared: crops and so on.
         groups: Of calibration_drift.
+        learned: Of chosen.
     """
-    choice = chosen(truth, probabilities, task)
+    choice = chosen(truth, probabilities, task, learned)
     return {**choice, 'shown': shown, 'images': image_statistics(images), 'labels': {
-        label: {'counts': probability_counts(p), **calibration_drift(t, p, choice['temperatures'][label], groups)}
+        label: {'counts': probability_counts(p), **calibration_drift(
+            t, p, (choice['temperatures'][label], choice['biases'][label]), groups)}
         for label, t, p in zip(task.labels, truth.T, probabilities.T)}}
 
 
@@ -129,7 +141,7 @@ def home_of(folder: Path, settings: Dict[str, Any]) -> Home:
             raise DataError(f'{path} is damaged ({error}): delete it, and score the checkpoint on its own data again, '
                             f'which writes it.') from error
         return content
-    own = {key: dict(settings[key]) for key in ('thresholds', 'temperatures') if settings.get(key)}
+    own = {key: dict(settings[key]) for key in ('thresholds', 'temperatures', 'biases') if settings.get(key)}
     own.get('thresholds', {}).pop('official', None)
     return own
 
@@ -137,7 +149,7 @@ def home_of(folder: Path, settings: Dict[str, Any]) -> Home:
 def calibration_drift(
         truth: np.ndarray,
         probabilities: np.ndarray,
-        temperature: Optional[float],
+        calibration: Optional[Tuple[float, float]],
         groups: Optional[Sequence[str]] = None,
         seed: int = 0,
 ) -> Dict[str, Any]:
@@ -146,13 +158,13 @@ def calibration_drift(
     Args:
         truth: 0 or 1, shape (N,).
         probabilities: Shape (N,).
-        temperature: That of home; None: not known.
+        calibration: Temperature and bias of home; None: not known.
         groups: Patient or lesion of each image, resampled as a whole; None: images are.
         seed: Of the bootstrap.
 
     Returns:
-        images, positives, and, as given and with_temperature, expected (positives), ratio (expected to observed, with
-        ratio_ci95; None without a positive), ece and brier; with_temperature is None without one.
+        images, positives, and, as_given and calibrated, expected (positives), ratio (expected to observed, with
+        ratio_ci95; None without a positive), ece and brier; calibrated is None where it is not known.
     """
     def of(p: np.ndarray) -> Dict[str, Any]:
         _, which = np.unique(np.arange(len(truth)) if groups is None else np.asarray(groups), return_inverse=True)
@@ -166,4 +178,4 @@ def calibration_drift(
                 'ece': expected_calibration_error(truth, p), 'brier': float(np.mean((p - truth) ** 2))}
     p = np.asarray(probabilities, np.float64)
     return {'images': len(truth), 'positives': int(truth.sum()), 'as_given': of(p),
-            'with_temperature': of(apply_temperature(p, temperature)) if temperature else None}
+            'calibrated': of(calibrate(p, *calibration)) if calibration else None}

@@ -82,7 +82,7 @@ def _drift(drift: Dict[str, Any], home: Home) -> Cells:
     for label, here in drift.items():
         for where, each in (('here', here), ('home', home.get('labels', {}).get(label))):
             for how, of in (('as given', each and each['as_given']),
-                            ('with the temperature of home', each and each['with_temperature'])):
+                            ('calibrated at home', each and each['calibrated'])):
                 if of:
                     rows.append([f'{label_words(label)}, {where}, {how}', each['positives'], f'{of["expected"]:.1f}',
                                  interval_text(of['ratio'], of['ratio_ci95']), number(of['ece']), number(of['brier'])])

@@ -11,7 +11,7 @@ import torch
 
 __all__ = [
     'DIAGNOSES', 'HEADS', 'ISIC2017', 'KINDS', 'LABELS', 'OFFICIAL_THRESHOLD', 'TASKS', 'DataError', 'Task',
-    'apply_temperature', 'balancing_weights', 'check_label', 'label_words', 'probabilities_of', 'words_list',
+    'balancing_weights', 'calibrate', 'check_label', 'label_words', 'probabilities_of', 'words_list',
 ]
 
 OFFICIAL_THRESHOLD = 0.5  # the challenge's scorer calls an image positive strictly above it
@@ -289,8 +289,14 @@ def probabilities_of(logits: torch.Tensor) -> torch.Tensor:
     return ISIC2017.with_head(HEADS[logits.shape[1] == len(DIAGNOSES)]).probabilities(logits)
 
 
-def apply_temperature(probabilities: Any, temperature: Any) -> np.ndarray:
-    """sigmoid(logit(p) / T) in float64. It keeps the order, and 0.5."""
+def calibrate(probabilities: Any, temperature: Any, bias: Any = 0.) -> np.ndarray:
+    """sigmoid(logit(p) / T + b) in float64, which keeps the order.
+
+    Args:
+        probabilities: Of any shape that the others broadcast to.
+        temperature: T, above 0.
+        bias: b.
+    """
     p = np.clip(np.asarray(probabilities, np.float64), 1e-12, 1 - 1e-12)
-    yes, no = p ** (1 / temperature), (1 - p) ** (1 / temperature)
+    yes, no = p ** (1 / temperature) * np.exp(bias), (1 - p) ** (1 / temperature)
     return yes / (yes + no)

@@ -110,7 +110,7 @@ def print_replaced(out, digest):
 
 
 def print_mapping(accelerator, mapped, home, args):
-    """Say what is scored, what is not, and where thresholds and temperatures come from."""
+    """Say what is scored, what is not, and where thresholds and calibration come from."""
     scored = '; '.join(f'{label} = {", ".join(words)}' for label, words in mapped.sources.items())
     accelerator.print(f'External validation on {args.data}: {scored}.' + (
         f' Negative throughout: {", ".join(mapped.negative)}.' if mapped.negative else ''))
@@ -121,9 +121,9 @@ def print_mapping(accelerator, mapped, home, args):
     if one_class:
         accelerator.print(f'No AUC of {", ".join(one_class)}: all images are of one class.')
     accelerator.print(
-        'Thresholds and temperatures are those of home.' if 'temperatures' in home else
-        'Thresholds of home are known, temperatures are not.' if home.get('thresholds') else
-        f'No thresholds and temperatures of home are known, so decisions are at 0.5: score {args.checkpoint} on its '
+        'Thresholds and calibration are those of home.' if 'temperatures' in home else
+        'Thresholds of home are known, its calibration is not.' if home.get('thresholds') else
+        f'No thresholds and no calibration of home are known, so decisions are at 0.5: score {args.checkpoint} on its '
         f'own data first, which records them.')
     differ = [f'{name} {value}' for name, value in home.get('shown', {}).items() if getattr(args, name) not in (
         None, value)]
@@ -137,5 +137,5 @@ def print_drift(drift):
         text = '; '.join(
             f'{words} expected {of["expected"]:.1f} (ratio {interval_text(of["ratio"], of["ratio_ci95"])}), ECE '
             f'{of["ece"]:.3f}, Brier {of["brier"]:.3f}'
-            for words, of in (('as given', here['as_given']), ('with temperature', here['with_temperature'])) if of)
+            for words, of in (('as given', here['as_given']), ('calibrated', here['calibrated'])) if of)
         print(f'Calibration of {label_words(label)}: {here["positives"]} positives observed; {text}')
