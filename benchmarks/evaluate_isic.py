@@ -256,6 +256,7 @@ def evaluate(args):
                           f'images of {args.checkpoint} ({", ".join(learned[:3])}): if they are the same images, these '
                           f'scores are too good. Look with python -m timm_arl.isic.dataset check.')
     same_data = 'train' in splits and ids_digest(splits['train']['image_id']) == saved.get('train_ids')
+    learned = label_array(splits['train'], task) if same_data else None
     kept_best = saved.get('keep') == 'best' and not saved.get('fold')  # a fold has validation images of its own
     if args.drop_duplicates:
         if 'train' not in splits:
@@ -293,7 +294,6 @@ def evaluate(args):
                   if 'validation' in truth and not mapped else [])
     choosers = {'youden': youden_threshold, 'sensitivity 0.9': threshold_for_sensitivity} if validation else {}
     points = {f'{name} on validation': [chooser(t, p) for t, p in validation] for name, chooser in choosers.items()}
-    learned = label_array(splits['train'], task) if same_data else None
     shares = [None] * len(task.labels) if learned is None else learned.mean(0).tolist()
     calibrations = [fit_calibration(t, p, share) for (t, p), share in zip(validation, shares)]
     if mapped:  # chosen at home

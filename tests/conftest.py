@@ -18,6 +18,7 @@ from timm_arl.files import write_json, write_rows
 from timm_arl.hub import stage
 from timm_arl.isic.metrics import score_split
 from timm_arl.isic.predictions import write_predictions
+from timm_arl.training.accelerator import Bf16Convolutions
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -48,6 +49,7 @@ def call(repo, monkeypatch, capsys):
 
     yield run
     AcceleratorState._reset_state(reset_partial_state=True)
+    Bf16Convolutions.leave()
 
 
 @pytest.fixture(scope='session')

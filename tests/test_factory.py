@@ -56,6 +56,35 @@ def test_another_attention_is_refused(tmp_path):
                     'attention': 'spatial', **kwargs})
 
 
+@pytest.mark.parametrize('change', [
+    lambda text: text[:50], lambda text: '', lambda text: '[]', lambda text: 'null',
+    lambda text: text.replace('"arl_cnn14_mixed"', '5'),
+    lambda text: text.replace('"model_args": {', '"model_args": [0], "x": {'),
+    lambda text: text.replace('"model_args": {', '"model_args": {"attention": "sideways",')])
+def test_a_damaged_config_is_refused(tmp_path, change):
+    """Nothing is known of the mask then, and every tensor would fit."""
+    save_network(timm.create_model('arl_cnn14_mixed', num_classes=2), tmp_path)
+    config = tmp_path / 'config.json'
+    text = change(config.read_text())
+    assert text != config.read_text()
+    config.write_text(text)
+    for load in (lambda: load_weights_file(timm.create_model('arl_cnn14', num_classes=2), tmp_path),
+                 lambda: timm.create_model('arl_cnn14', pretrained=True, num_classes=2, pretrained_cfg_overlay=dict(
+                     file=str(tmp_path / 'model.safetensors')))):
+        with pytest.raises(WeightsError, match=r'config.json, which tells the mask of model.safetensors, is damaged'):
+            load()
+
+
+def test_arguments_of_a_later_release_hide_no_mask(tmp_path):
+    save_network(timm.create_model('arl_cnn14_mixed', num_classes=2), tmp_path)
+    config = tmp_path / 'config.json'
+    config.write_text(config.read_text().replace('"model_args": {', '"model_args": {"invented_later": 1,'))
+    with pytest.raises(WeightsError, match='trained with attention mixed, not attention spatial'):
+        load_weights_file(timm.create_model('arl_cnn14', num_classes=2), tmp_path)
+    config.write_text('{"architectures": ["Other"]}')  # of another program
+    assert load_weights_file(timm.create_model('arl_cnn14', num_classes=2), tmp_path) == []
+
+
 def test_our_own_weights_have_one_gate():
     with pytest.raises(WeightsError, match='trained with attention spatial, not attention channel'):
         timm.create_model('arl_cnn14.isic2017', pretrained=True, attention='channel')
@@ -209,6 +238,30 @@ def test_what_to_pass_where_the_ends_alone_differ():
     given['pretrained_cfg_overlay']['num_classes'] = 2
     with pytest.raises(WeightsError, match='takes images of 1 channels, not 3: pass in_chans=1'):
         timm.create_model('arl_cnn14', num_classes=2, **given)
+
+
+def test_images_of_four_channels(tmp_path):
+    """timm adapts first convolutions of 3 channels; one that fits is taken as it is, also by timm 1.0.26."""
+    saved = timm.create_model('arl_cnn14', in_chans=4)
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(save(saved, tmp_path / 'w.safetensors'))))
+    with pytest.raises(WeightsError, match='takes images of 4 channels, not 3: pass in_chans=4'):
+        timm.create_model('arl_cnn14', **given)
+    for of_features in ({}, dict(features_only=True)):
+        loaded = timm.create_model('arl_cnn14', in_chans=4, **given, **of_features)
+        assert loaded.conv1.weight.equal(saved.conv1.weight) and loaded.pretrained_cfg['first_conv'] == 'conv1'
+    save_network(saved, tmp_path / 'out', ())
+    again = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert again.conv1.weight.equal(saved.conv1.weight) and again.fc.weight.equal(saved.fc.weight)
+
+
+def test_first_convolutions_of_other_shapes(tmp_path):
+    state_dict = timm.create_model('arl_cnn14').state_dict()
+    for shape in ((64, 3, 3, 3), (32, 3, 7, 7)):
+        given = dict(pretrained=True, pretrained_cfg_overlay=dict(
+            state_dict={**state_dict, 'conv1.weight': torch.zeros(shape)}))
+        for in_chans in (1, 3):
+            with pytest.raises(WeightsError, match=r'1 tensors are .* of another shape \(conv1.weight\)'):
+                timm.create_model('arl_cnn14', in_chans=in_chans, **given)
 
 
 def test_what_timm_adapts_still_fits(tmp_path):

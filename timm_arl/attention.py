@@ -62,8 +62,9 @@ def check_gate(
     check_names(attention, mask_scale)
     if not isinstance(alpha_init, (int, float)) or not math.isfinite(alpha_init):
         raise ValueError(f'alpha_init must be a finite number, not {alpha_init!r}.')
-    if not 1e-6 <= mask_temperature <= 1e6:
-        raise ValueError(f'mask_temperature must be a number from 1e-6 to 1e6, not {mask_temperature}.')
+    if isinstance(mask_temperature, bool) or not (
+            isinstance(mask_temperature, (int, float)) and 1e-6 <= mask_temperature <= 1e6):
+        raise ValueError(f'mask_temperature must be a number from 1e-6 to 1e6, not {mask_temperature!r}.')
     if learn_temperature not in (True, False):
         raise ValueError(f'learn_temperature must be True or False, not {learn_temperature!r}.')
 

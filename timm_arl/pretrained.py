@@ -1,4 +1,5 @@
 """A registered name -> a verified weights file on this disk; and whether its tensors fit a model."""
+import json
 import os
 from pathlib import Path
 from typing import Any, Callable, Collection, Dict, List, Optional, Tuple
@@ -113,11 +114,20 @@ def build_with_local_weights(
         check_loadable(state_dict, model)  # with another number of classes timm would skip what does not fit
         return state_dict
 
+    first_conv = ''
     if pretrained:
         kwargs = local_weights(variant, kwargs)
-    return build_model_with_cfg(
+        overlay = kwargs['pretrained_cfg_overlay']
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+        if overlay.get('file') and kwargs.get('in_chans', 3) == _channels(overlay['file'], cfg.first_conv) != 3:
+            first_conv = cfg.first_conv  # hidden, or timm adapts it as if it were for 3 channels
+            kwargs = {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'first_conv': None}}
+    model = build_model_with_cfg(
         model_cls, variant, pretrained,
         pretrained_filter_fn=checked if kwargs.get('pretrained_strict', True) else filter_fn, **kwargs)
+    if first_conv:
+        model.pretrained_cfg['first_conv'] = first_conv
+    return model
 
 
 def only_file(path: Path) -> Dict[str, Any]:
@@ -171,6 +181,13 @@ def _num_classes(path: Path, classifier: Any) -> Dict[str, int]:
         return {'num_classes': file.get_slice(weight).get_shape()[0]} if weight in file.keys() else {}
 
 
+def _channels(path: str, first_conv: Any) -> int:
+    """Channels of the images that a file's first convolution takes; 0 where it has none."""
+    with safetensors.safe_open(path, 'pt') as file:
+        weight = f'{first_conv}.weight'
+        return file.get_slice(weight).get_shape()[1] if weight in file.keys() else 0
+
+
 def classifiers_of(cfg: Dict[str, Any]) -> Tuple[str, ...]:
     """Names of the classifier layers, from a model's pretrained_cfg."""
     classifiers = cfg.get('classifier') or ()
@@ -191,17 +208,20 @@ def check_loadable(state_dict: Dict[str, torch.Tensor], model: Any) -> None:
     free = {f'{name}.{part}' for name in classifiers_of(cfg) for part in ('weight', 'bias')}
     may_differ = free if getattr(model, 'num_classes', None) != cfg['num_classes'] else set()
     first = f'{cfg.get("first_conv")}.weight'
-    if first in own and own[first].shape[1] != (cfg.get('input_size') or (3,))[0]:
+    shapes: List[Tuple[int, ...]] = [tuple(t[first].shape) if first in t else () for t in (state_dict, own)]
+    in_channels_alone = shapes[0][:1] + shapes[0][2:] == shapes[1][:1] + shapes[1][2:]
+    if in_channels_alone and shapes[0][1:2] == tuple(cfg.get('input_size') or (3,))[:1]:
         may_differ = may_differ | {first}
     wrong = [key for key in mismatched(state_dict, model) if key not in may_differ]
     if wrong and own.keys() & state_dict.keys() >= {*wrong}:  # what to pass, where that is the only difference
-        outputs, channels = ([t[wrong[0]].shape[axis:][:1] for t in (state_dict, own)] for axis in (0, 1))
-        if free.issuperset(wrong) and outputs[0] != outputs[1]:
+        outputs = [t[wrong[0]].shape[:1] for t in (state_dict, own)]
+        if free.issuperset(wrong) and outputs[0] != outputs[1] and all(
+                len(state_dict[key]) == outputs[0][0] for key in wrong):
             raise WeightsError(f'{what} has {outputs[0][0]} outputs, not {outputs[1][0]}: pass '
                                f'num_classes={outputs[0][0]}.')
-        if wrong == [first] and channels[0] != channels[1]:
-            raise WeightsError(f'{what} takes images of {channels[0][0]} channels, not {channels[1][0]}: pass '
-                               f'in_chans={channels[0][0]}.')
+        if wrong == [first] and in_channels_alone:
+            raise WeightsError(f'{what} takes images of {shapes[0][1]} channels, not {shapes[1][1]}: pass '
+                               f'in_chans={shapes[0][1]}.')
     check_fit(state_dict, model, what, may_differ)
     check_finite(state_dict, what)
     if cfg.get('file'):
@@ -216,15 +236,21 @@ def check_gate_of(model: Any, file: Path) -> None:
         file: The weights. Without a config.json beside it, nothing is known of their mask.
 
     Raises:
-        WeightsError: Another attention, mask_scale or mask_temperature.
+        WeightsError: Another attention, mask_scale or mask_temperature, or a config.json that cannot be read.
     """
     if not hasattr(model, 'mask_scale') or not file.with_name('config.json').is_file():
         return
+    path = file.with_name('config.json')
     try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+        architecture, arguments = config.get('architecture', ''), config.get('model_args') or {}
+        if not timm.is_model(architecture):  # of another program
+            return
         with torch.device('meta'):
-            saved = timm.create_model(f'local-dir:{file.parent}')
-    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # of another program
-        return
+            saved = timm.create_model(architecture, **{
+                name: arguments[name] for name in arguments.keys() & {*GATE_ARGUMENTS}})
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise WeightsError(f'{path}, which tells the mask of {file.name}, is damaged ({error}): restore it.') from None
     if not hasattr(saved, 'mask_scale'):
         return
     fixed = GATE_ARGUMENTS[:2 if saved.learn_temperature else 3]  # a learned temperature is a tensor

@@ -14,6 +14,7 @@ def args():
     yield SimpleNamespace(
         tracker='none', gradient_accumulation_steps=None, mixed_precision='no', workers=1000, cpu_threads=1)
     AcceleratorState._reset_state(reset_partial_state=True)
+    Bf16Convolutions.leave()
 
 
 def test_no_more_workers_than_the_machine_can_use(args, capsys):
@@ -52,8 +53,10 @@ def test_bf16_convolutions_round_as_bf16_instructions_do():
         assert torch.equal(mine, mine.bfloat16().to(mine.dtype))
         assert (mine.bfloat16() == theirs).float().mean() > 0.98  # the rest is one step off, by the order of the sum
         torch.testing.assert_close(mine.bfloat16(), theirs, rtol=2**-7, atol=1e-4)
-    with Bf16Convolutions():  # float32 stays float32
+    with Bf16Convolutions():  # float32 stays float32, and autocast leaves float64 alone
         y, *_ = results(x, w, b, torch.float32)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert results(x, w, b, torch.float64)[0].dtype == torch.float64
     assert y.dtype == torch.float32 and torch.equal(y, results(x, w, b, torch.float32)[0])
 
 

@@ -1,6 +1,6 @@
 """Devices, processes, precision and trackers, by Accelerate."""
-import functools
 import os
+import threading
 
 import torch
 from accelerate import Accelerator
@@ -17,23 +17,36 @@ class Bf16Convolutions(TorchFunctionMode):
     """bf16 convolutions of autocast on a CPU, computed as CPUs with bf16 instructions do it.
 
     Operands are rounded to bf16, products are summed in float32, and the sum is rounded once, forward and backward.
-    Without such instructions PyTorch's own kernels do the same about 14 times more slowly (ARL-CNN14, AVX2).
+    Without such instructions PyTorch's own kernels do the same about 14 times more slowly (ARL-CNN14, AVX2). What is
+    computed again during backward, as by gradient checkpointing, is out of reach of a mode: there it is refused.
     """
+
+    _entered = threading.local()
 
     @staticmethod
     def needed():
         return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     @classmethod
-    @functools.cache
     def enter(cls):
         """Use them from here on, in this thread."""
-        cls().__enter__()
+        if not getattr(cls._entered, 'mode', None):
+            cls._entered.mode = cls()
+            cls._entered.mode.__enter__()
+
+    @classmethod
+    def leave(cls):
+        """Undo enter."""
+        if getattr(cls._entered, 'mode', None):
+            cls._entered.mode.__exit__(None, None, None)
+            cls._entered.mode = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        tensors = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
         if (func is not torch.conv2d or not torch.is_autocast_enabled('cpu')
-                or torch.get_autocast_dtype('cpu') != torch.bfloat16):
+                or torch.get_autocast_dtype('cpu') != torch.bfloat16
+                or any(tensor.dtype not in (torch.float32, torch.bfloat16) for tensor in tensors)):
             return func(*args, **kwargs)
 
         def rounded(value):

@@ -16,7 +16,12 @@ __all__ = ['create_networks', 'parameter_groups']
 
 SET_BY_FLAGS = {  # and so not by --model-kwargs
     'model_name', 'name', 'num_classes', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path',
-    'features_only'}
+    'features_only', 'in_chans', 'pretrained_strict'}
+
+
+def given(model_kwargs):
+    """The arguments as the command has them."""
+    return ' '.join(f'{name}={value}' for name, value in model_kwargs.items())
 
 
 def create_networks(args, accelerator, task: Task = ISIC2017):
@@ -36,8 +41,8 @@ def create_networks(args, accelerator, task: Task = ISIC2017):
             args.model, pretrained=args.pretrained, num_classes=len(task.outputs), **args.model_kwargs)
     except WeightsError as error:
         if args.model_kwargs and isinstance(error.__context__, (TypeError, ValueError)):
-            given = ' '.join(f'{name}={value}' for name, value in args.model_kwargs.items())
-            raise RunError(f'{args.model} does not take --model-kwargs {given}: {error.__context__}') from None
+            raise RunError(f'{args.model} does not take --model-kwargs {given(args.model_kwargs)}: '
+                           f'{error.__context__}') from None
         raise
     if args.init_checkpoint:
         new = load_weights_file(model, args.init_checkpoint)
@@ -68,7 +73,9 @@ def create_networks(args, accelerator, task: Task = ISIC2017):
     for side in sides:
         reason = refused(side)
         if reason:
-            raise RunError(f'{args.model} does not take images of {side} px (--img-size, --start-size): {reason}')
+            of = f'{args.model} does not take images of {side} px (--img-size, --start-size): {reason}'
+            raise RunError(of if not (args.model_kwargs and refused(own_size)) else
+                           f'{args.model} cannot be trained with --model-kwargs {given(args.model_kwargs)}: {reason}')
     data_config.update(
         input_size=(3, img_size, img_size), interpolation='bilinear', crop_pct=CROP_PCT, crop_mode='center')
     teachers = None
