@@ -28,6 +28,9 @@ pytestmark = pytest.mark.usefixtures('threads')
     (['--model-kwargs', 'mask_scale=mean1', 'mask_size=3'], "take --model-kwargs mask_scale=mean1 mask_size=3: "),
     (['--model-kwargs', 'mask_scale=mean2'], 'arl_cnn14 does not take --model-kwargs mask_scale=mean2: '),
     (['--model-kwargs', 'num_classes=3'], '--model-kwargs num_classes: leave it out'),
+    (['--model-kwargs', 'in_chans=1'], '--model-kwargs in_chans: leave it out'),
+    (['--model-kwargs', 'global_pool='], 'arl_cnn14 cannot be trained with --model-kwargs global_pool=: '),
+    (['--model-kwargs', 'mask_temperature=warm'], 'mask_temperature must be a number from 1e-6 to 1e6'),
     (['--resume', '--output-dir', 'typo'], 'no run to resume in typo'),
     (['--model', 'vit_tiny_patch16_224', '--img-size', '96'], 'does not take images of 96 px'),
 ])
