@@ -256,7 +256,7 @@ def evaluate(args):
                           f'images of {args.checkpoint} ({", ".join(learned[:3])}): if they are the same images, these '
                           f'scores are too good. Look with python -m timm_arl.isic.dataset check.')
     same_data = 'train' in splits and ids_digest(splits['train']['image_id']) == saved.get('train_ids')
-    learned = label_array(splits['train'], task) if same_data else None
+    training_labels = label_array(splits['train'], task) if same_data else None
     kept_best = saved.get('keep') == 'best' and not saved.get('fold')  # a fold has validation images of its own
     if args.drop_duplicates:
         if 'train' not in splits:
@@ -294,14 +294,16 @@ def evaluate(args):
                   if 'validation' in truth and not mapped else [])
     choosers = {'youden': youden_threshold, 'sensitivity 0.9': threshold_for_sensitivity} if validation else {}
     points = {f'{name} on validation': [chooser(t, p) for t, p in validation] for name, chooser in choosers.items()}
-    shares = [None] * len(task.labels) if learned is None else learned.mean(0).tolist()
-    calibrations = [fit_calibration(t, p, share) for (t, p), share in zip(validation, shares)]
+    if validation and training_labels is None:
+        print(f'{args.data} does not have the training images of {args.checkpoint}: calibration is for the mix of its '
+              f'validation images.')
+    shares = [None] * len(task.labels) if training_labels is None else training_labels.mean(0).tolist()
+    calibrations = [fit_calibration(t, p, share) for (t, p), share in zip(validation, shares)] or [None] * len(shares)
     if mapped:  # chosen at home
         points = {name.replace(' on ', ' on home '): [values[label] for label in scored.labels]
                   for name, values in home.get('thresholds', {}).items()}
-        calibrations = [(home['temperatures'][label], home.get('biases', {}).get(label, 0.))
-                        for label in scored.labels if label in home.get('temperatures', {})]
-    calibrations = calibrations or [None] * len(scored.labels)
+        calibrations = [(home['temperatures'][label], home['biases'][label])
+                        if label in home.get('temperatures', {}) else None for label in scored.labels]
 
     metrics = {}
     for name in splits:
@@ -350,7 +352,7 @@ def evaluate(args):
             folder / 'run.json').is_file() and os.access(folder, os.W_OK) and not (folder / HOME_FILE).exists():
         write_json(folder / HOME_FILE, home_record(
             splits['validation'], truth['validation'], probabilities['validation'], task, how,
-            groups['validation'], learned))
+            groups['validation'], training_labels))
 
     record = {
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,

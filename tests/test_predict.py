@@ -75,7 +75,7 @@ def test_ten_photographs(predict, photographs, tmp_path):
     assert 'Thresholds: youden on validation' in done.stdout and done.stderr == ''
 
 
-def test_thresholds_and_temperatures(predict, photographs, tmp_path):
+def test_thresholds_and_calibration(predict, photographs, tmp_path):
     def found(*args):
         shutil.rmtree(tmp_path / 'out', ignore_errors=True)
         done = predict(photographs, *args)

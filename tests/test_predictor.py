@@ -92,6 +92,11 @@ def test_as_the_run_prepared_its_images(trained, picture):
     assert not torch.equal(greyed.prepare(picture)[0], tensor)
 
 
+def test_a_temperature_without_a_bias_is_of_an_older_version(trained):
+    old = Predictor(trained({'crops': 'center'}, temperatures=dict.fromkeys(LABELS, 2.)))
+    assert old.temperatures == {} and np.array_equal(old.calibrated(torch.tensor([.25, .75])), [.25, .75])
+
+
 def test_random_crops_depend_on_the_name_alone(trained, picture):
     paper = Predictor(trained({'crops': 'paper'}))
     state = torch.get_rng_state()
@@ -115,10 +120,12 @@ def test_what_a_user_should_know(trained):
 def test_thresholds_and_temperatures_that_a_run_keeps_beside_it(trained):
     folder = trained({'crops': 'center'})
     home = {'thresholds': {'youden on validation': dict.fromkeys(LABELS, .3)},
-            'temperatures': dict.fromkeys(LABELS, 2.), 'shown': {'crops': 'center', 'img_size': 64}}
+            'temperatures': dict.fromkeys(LABELS, 2.), 'biases': dict.fromkeys(LABELS, -1.),
+            'shown': {'crops': 'center', 'img_size': 64}}
     write_json(folder / 'home.json', home)
     run = Predictor(folder)
     assert run.point == 'youden on validation' and run.temperatures['melanoma'] == 2. and not run.remarks
+    assert run.biases['melanoma'] == -1.
     assert run.decide(torch.tensor([.31, .29])) == {'melanoma': True, 'seborrheic_keratosis': False}
     # those of images that were prepared in another way are of no use
     write_json(folder / 'home.json', {**home, 'shown': {'crops': 'paper'}})
@@ -176,7 +183,7 @@ def test_onnx(tmp_path, shipped, picture):
                        settings=checkpoint.settings())
     onnx = Predictor(file)
     assert onnx.network is None and not onnx.remarks
-    for name in ('labels', 'img_size', 'crops', 'thresholds', 'temperatures', 'point'):
+    for name in ('labels', 'img_size', 'crops', 'thresholds', 'temperatures', 'biases', 'point'):
         assert getattr(onnx, name) == getattr(shipped, name), name
     tensor, boxes = onnx.prepare(picture)
     assert torch.equal(tensor, shipped.prepare(picture)[0])

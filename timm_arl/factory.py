@@ -258,6 +258,9 @@ class Checkpoint:
         home = _read_json(self.folder and self.folder / 'home.json')
         if any(arguments.get(key) not in (None, value) for key, value in (home.get('shown') or {}).items()):
             home = {}
+        home, config = (  # temperatures alone are those of an older version, whose calibration was another
+            {key: value for key, value in source.items() if key != 'temperatures' or 'biases' in source}
+            for source in (home, config))
         return {key: source[key] for source, keys in (
             (home, ('thresholds', 'temperatures', 'biases')),
             (config, ('task', 'thresholds', 'temperatures', 'biases')),

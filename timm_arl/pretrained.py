@@ -185,7 +185,8 @@ def _channels(path: str, first_conv: Any) -> int:
     """Channels of the images that a file's first convolution takes; 0 where it has none."""
     with safetensors.safe_open(path, 'pt') as file:
         weight = f'{first_conv}.weight'
-        return file.get_slice(weight).get_shape()[1] if weight in file.keys() else 0
+        shape = file.get_slice(weight).get_shape() if weight in file.keys() else []
+        return shape[1] if len(shape) == 4 else 0
 
 
 def classifiers_of(cfg: Dict[str, Any]) -> Tuple[str, ...]:
@@ -216,7 +217,7 @@ def check_loadable(state_dict: Dict[str, torch.Tensor], model: Any) -> None:
     if wrong and own.keys() & state_dict.keys() >= {*wrong}:  # what to pass, where that is the only difference
         outputs = [t[wrong[0]].shape[:1] for t in (state_dict, own)]
         if free.issuperset(wrong) and outputs[0] != outputs[1] and all(
-                len(state_dict[key]) == outputs[0][0] for key in wrong):
+                state_dict[key].shape[:1] == outputs[0] for key in wrong):
             raise WeightsError(f'{what} has {outputs[0][0]} outputs, not {outputs[1][0]}: pass '
                                f'num_classes={outputs[0][0]}.')
         if wrong == [first] and in_channels_alone:
@@ -249,7 +250,7 @@ def check_gate_of(model: Any, file: Path) -> None:
         with torch.device('meta'):
             saved = timm.create_model(architecture, **{
                 name: arguments[name] for name in arguments.keys() & {*GATE_ARGUMENTS}})
-    except (AttributeError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f'{path}, which tells the mask of {file.name}, is damaged ({error}): restore it.') from None
     if not hasattr(saved, 'mask_scale'):
         return

@@ -17,6 +17,7 @@ from PIL import Image
 
 import timm_arl  # noqa: F401  registers the models
 from timm_arl.factory import save_network, tensors_sha256
+from timm_arl.isic.calibration import calibrate, expected_calibration_error, fit_calibration
 from timm_arl.isic.dataset import label_array, load_splits
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, interval_text
@@ -66,6 +67,7 @@ def evaluated(repo, isic_sample, checkpoint, tmp_path_factory):
 @pytest.mark.slow
 def test_files(evaluated, checkpoint):
     out, stdout = evaluated
+    assert 'calibration is for the mix of its validation images' in stdout
     assert {p.name for p in out.iterdir()} == {
         'metrics.json', 'evaluation.json', 'predictions_test.csv', 'predictions_validation.csv', 'roc_test.png',
         'roc_validation.png',
@@ -94,6 +96,20 @@ def test_files(evaluated, checkpoint):
         assert len(looks) == 1 and 'evaluate_isic.py' in looks[0]['command'] and float(looks[0]['mean_auc']) > 0
 
 
+def calibration_by(out, name, label, splits, prevalence=None):
+    """That of a split's predictions, with what the validation images choose."""
+    probabilities, truth = {}, {}
+    for split in {'validation', name}:
+        probabilities[split] = np.array([float(r[label]) for r in rows(out / f'predictions_{split}.csv')])
+        truth[split] = np.array(splits[split][label])
+    temperature, bias = fit_calibration(truth['validation'], probabilities['validation'], prevalence)
+    calibrated = calibrate(probabilities[name], temperature, bias)
+    return pytest.approx({
+        'temperature': temperature, 'bias': bias, 'mean_calibrated': calibrated.mean(),
+        'ece': expected_calibration_error(truth[name], probabilities[name]),
+        'ece_calibrated': expected_calibration_error(truth[name], calibrated)}, abs=1e-4)
+
+
 @pytest.mark.slow
 def test_figures_follow_from_the_predictions(evaluated, isic_sample):
     out, _ = evaluated
@@ -115,8 +131,7 @@ def test_figures_follow_from_the_predictions(evaluated, isic_sample):
                 assert point['threshold'] in [q['threshold'] for q in metrics['validation'][label]['operating_points']]
             if name == 'validation':
                 assert [q for q in scores['operating_points'] if '0.9' in q['name']][0]['sensitivity'] >= 0.9
-            calibration = scores['calibration']
-            assert calibration['temperature'] > 0 and calibration['ece_calibrated'] >= 0
+            assert scores['calibration'] == calibration_by(out, name, label, splits)  # the run's images are not known
     assert metrics['validation']['subgroups'] and not metrics['test']['subgroups']  # the test split has no age and sex
 
 
@@ -134,6 +149,11 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / 'r' / 'metrics.json').read_text())['test']
     assert json.loads((tmp_path / 'r' / 'evaluation.json').read_text())['alpha_zero'] is True
+    splits = load_splits(isic_sample)  # calibration is for the mix of the training images
+    for label in LABELS:
+        share = np.mean(splits['train'][label])
+        assert share < np.mean(splits['validation'][label])
+        assert metrics[label]['calibration'] == calibration_by(tmp_path / 'r', 'test', label, splits, share)
     before = json.loads((evaluated[0] / 'metrics.json').read_text())['test']
     pair = metrics['comparison']
     for label in LABELS:

@@ -69,7 +69,9 @@ def test_another_clinic_by_what_home_chose(call, checkpoint, tmp_path):
         [point] = scores[label]['operating_points']
         assert (point['name'], point['threshold']) == ('youden on home validation', threshold)
         assert point['sensitivity'] == pytest.approx((p > threshold)[positive].mean())
-        assert scores[label]['calibration']['temperature'] == temperature
+        calibration = scores[label]['calibration']
+        assert (calibration['temperature'], calibration['bias']) == (temperature, bias)
+        assert calibration['mean_calibrated'] == pytest.approx(calibrate(p, temperature, bias).mean())
         drift = scores['external']['drift'][label]
         assert drift['as_given']['expected'] == pytest.approx(p.sum())
         hot = calibrate(p, temperature, bias)

@@ -20,6 +20,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import timm_arl  # noqa: F401  registers the models
+from timm_arl.isic.calibration import fit_calibration
 
 LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--num_machines', '1', '--mixed_precision', 'no',
           '--dynamo_backend', 'no']
@@ -89,6 +90,11 @@ def test_metrics_follow_from_the_predictions(finished, few):
     metrics = json.loads((out / 'metrics.json').read_text())
     best = max(float(row['validation_mean_auc']) for row in read_csv(out / 'summary.csv'))
     assert metrics['validation']['mean_auc'] == pytest.approx(best, abs=1e-6)
+    home, splits = json.loads((out / 'home.json').read_text()), load_splits(few)
+    for label in ('melanoma', 'seborrheic_keratosis'):  # calibrated for the mix of the training images
+        found = np.array([float(row[label]) for row in read_csv(out / 'predictions_validation.csv')])
+        assert (home['temperatures'][label], home['biases'][label]) == pytest.approx(fit_calibration(
+            np.array(splits['validation'][label]), found, np.mean(splits['train'][label])), abs=1e-3)
     for split, content in load_splits(few).items():
         if split == 'train':
             continue

@@ -99,7 +99,7 @@ def test_what_an_evaluation_adds(run, tmp_path):
     with open(run / 'predictions_test.csv') as file:
         values = [float(line.split(',')[1]) for line in file.readlines()[1:]]
     positives, mean = metrics['test']['melanoma']['positives'] / 30, sum(values) / 30
-    assert f'| melanoma | {positives:.3f} | {mean:.3f} | 0.031 | 0.016 | 1.500 |' in card
+    assert f'| melanoma | {positives:.3f} | {mean:.3f} | 0.250 | 0.031 | 0.016 | 1.500 | -0.500 |' in card
     assert f'**Probabilities of melanoma are too high** here, by {mean - positives:.3f} on average' in card
     assert 'These images chose the epoch that was kept, thresholds and calibration: their' in card
     assert timm.create_model(f'local-dir:{folder}', pretrained=True).num_classes == 2
@@ -268,10 +268,12 @@ def test_the_licence_is_said_or_asked_for(clinic, call, tmp_path):
 def test_thresholds_of_the_run_travel_without_an_evaluation(clinic, tmp_path):
     copy, labels = shutil.copytree(clinic, tmp_path / 'run'), ('scar', 'ulcer', 'mole')
     write_json(copy / 'home.json', {'thresholds': {'youden on validation': dict.fromkeys(labels, .3)},
-                                    'temperatures': dict.fromkeys(labels, 2.), 'shown': {'crops': 'center'}})
+                                    'temperatures': dict.fromkeys(labels, 2.), 'biases': dict.fromkeys(labels, -1.),
+                                    'shown': {'crops': 'center'}})
     folder = publishing.stage(copy, tmp_path / 's')
     config = json.loads((folder / 'config.json').read_text())
     assert config['thresholds']['youden on validation']['mole'] == .3 and config['temperatures']['mole'] == 2.
+    assert config['biases']['mole'] == -1.
     assert "'mole': 0.3" in (folder / 'README.md').read_text()
 
 

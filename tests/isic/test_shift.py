@@ -71,7 +71,8 @@ def test_a_record_is_read_again_and_published_weights_have_a_part(tmp_path):
     found = home_of(tmp_path, {'thresholds': {'official': {}}})
     assert 0.3 < found['thresholds']['youden on validation']['melanoma'] < 0.6
     assert found['labels']['melanoma']['positives'] == 2 and sum(found['labels']['melanoma']['counts']) == 4
-    assert found['temperatures'] == chosen(truth, p)['temperatures'] and set(found['temperatures']) == set(LABELS)
+    for name in ('temperatures', 'biases'):
+        assert found[name] == chosen(truth, p)[name] and set(found[name]) == set(LABELS)
     published = {'thresholds': {'official': {'melanoma': 0.5}, 'youden on validation': {'melanoma': 0.2}}}
     assert home_of(tmp_path / 'none', published) == {'thresholds': {'youden on validation': {'melanoma': 0.2}}}
     assert 'official' in published['thresholds'] and home_of(tmp_path / 'none', {}) == {}

@@ -102,7 +102,7 @@ class Probabilities(nn.Module):
 
     Shape:
         - Input: (N * K, outputs), float32.
-        - Output: (N, labels), float32; with temperatures two such tensors.
+        - Output: (N, labels), float32; where it is calibrated, two such tensors.
     """
 
     temperatures: Optional[torch.Tensor]
@@ -175,11 +175,11 @@ def add_preprocessing(
                           f'itself.')
     side, grey = about['input_size'][-1], bool(about.get('grey_world'))
     before = Preprocessing(side, about['crops'], about['mean'], about['std'], grey)
-    temperatures, biases = about.get('temperatures') or {}, about.get('biases') or {}
+    calibration = [about.get(name) or {} for name in ('temperatures', 'biases')]
+    known = all(set(labels) <= values.keys() for values in calibration)
     after = Probabilities(
         probabilities, before.count,
-        [temperatures[label] for label in labels] if set(labels) <= temperatures.keys() else None,
-        [biases.get(label, 0.) for label in labels])
+        *([values[label] for label in labels] if known else None for values in calibration))
     names = ['probabilities', 'calibrated'][:1 if after.temperatures is None else 2]
     logits = torch.zeros(2 * before.count, outputs)
     dim: Any = torch.export.Dim

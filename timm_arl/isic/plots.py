@@ -154,7 +154,7 @@ def reliability_plot(
         title: str = '',
         task: Task = ISIC2017,
 ) -> None:
-    """Share of positives against mean probability in ten bins, as given and with the temperature of each label.
+    """Share of positives against mean probability in ten bins, as given and calibrated.
 
     Args:
         path: PNG file to write.

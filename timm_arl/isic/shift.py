@@ -135,7 +135,7 @@ def home_of(folder: Path, settings: Dict[str, Any]) -> Home:
     if path.is_file():
         try:
             content = json.loads(path.read_text(encoding='utf-8'))
-            if not {'thresholds', 'temperatures', 'labels', 'images'} <= content.keys():
+            if not {'thresholds', 'temperatures', 'biases', 'labels', 'images'} <= content.keys():
                 raise ValueError('it lacks some of its keys')
         except (OSError, ValueError, AttributeError) as error:
             raise DataError(f'{path} is damaged ({error}): delete it, and score the checkpoint on its own data again, '

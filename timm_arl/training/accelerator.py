@@ -14,11 +14,11 @@ __all__ = ['Bf16Convolutions', 'create_accelerator']
 
 
 class Bf16Convolutions(TorchFunctionMode):
-    """bf16 convolutions of autocast on a CPU, computed as CPUs with bf16 instructions do it.
+    """2-d bf16 convolutions of autocast on a CPU, computed as CPUs with bf16 instructions do it.
 
     Operands are rounded to bf16, products are summed in float32, and the sum is rounded once, forward and backward.
-    Without such instructions PyTorch's own kernels do the same about 14 times more slowly (ARL-CNN14, AVX2). What is
-    computed again during backward, as by gradient checkpointing, is out of reach of a mode: there it is refused.
+    Without such instructions PyTorch's own kernels do the same about 14 times more slowly (ARL-CNN14, AVX2). A mode is
+    not active during backward: do not use it with gradient checkpointing.
     """
 
     _entered = threading.local()
@@ -43,10 +43,10 @@ class Bf16Convolutions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
         if (func is not torch.conv2d or not torch.is_autocast_enabled('cpu')
                 or torch.get_autocast_dtype('cpu') != torch.bfloat16
-                or any(tensor.dtype not in (torch.float32, torch.bfloat16) for tensor in tensors)):
+                or any(torch.is_tensor(value) and value.dtype not in (torch.float32, torch.bfloat16)
+                       for value in (*args, *kwargs.values()))):
             return func(*args, **kwargs)
 
         def rounded(value):
