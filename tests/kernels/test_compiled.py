@@ -52,7 +52,7 @@ def test_a_training_step_is_that_of_eager_mode(attention, mask_scale, memory_for
     function = torch.compile(other, fullgraph=True, backend=backend, **kwargs)
     x = image().contiguous(memory_format=memory_format)
     for found, expected in zip(step(other, function, x, bf16), step(model, model, x, bf16)):
-        assert torch.allclose(found, expected, rtol=1e-2 if bf16 else 1e-4, atol=(1e-2 if bf16 else 1e-5) * max(
+        assert torch.allclose(found, expected, rtol=1e-2 if bf16 else 1e-4, atol=(3e-2 if bf16 else 1e-5) * max(
             1., expected.abs().max().item())) and found.dtype == expected.dtype
 
 
