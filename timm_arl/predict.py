@@ -288,6 +288,11 @@ def predict(args: argparse.Namespace) -> int:
     return 1 if record['failed'] else 0
 
 
+def keep_quiet(worker: int) -> None:
+    """In a reading process: errors are told by the program; the hook hears of threads whose reader has stopped."""
+    sys.excepthook = lambda *error: None
+
+
 def predict_rows(
         args: argparse.Namespace,
         predictor: Predictor,
@@ -302,7 +307,7 @@ def predict_rows(
     own = OwnImages(files.list, record['images'], done + rank, processes)
     loader: DataLoader = DataLoader(
         Pictures(predictor.cutter, record['folder'], args.overlays, args.restore_aspect), args.batch_size, sampler=own,
-        num_workers=min(args.workers, -(-len(own) // args.batch_size)), collate_fn=collate,
+        num_workers=min(args.workers, -(-len(own) // args.batch_size)), collate_fn=collate, worker_init_fn=keep_quiet,
         pin_memory=predictor.device.type == 'cuda')
     with files.writer(rank, processes, done) as writer, tqdm(
             total=record['images'] - done, unit=' images', disable=True if rank else None) as bar:
