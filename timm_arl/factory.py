@@ -259,8 +259,7 @@ class Checkpoint:
         if any(arguments.get(key) not in (None, value) for key, value in (home.get('shown') or {}).items()):
             home = {}
         home, config = (  # temperatures alone are those of an older version, whose calibration was another
-            {key: value for key, value in source.items() if key != 'temperatures' or 'biases' in source}
-            for source in (home, config))
+            {k: v for k, v in source.items() if k != 'temperatures' or 'biases' in source} for source in (home, config))
         return {key: source[key] for source, keys in (
             (home, ('thresholds', 'temperatures', 'biases')),
             (config, ('task', 'thresholds', 'temperatures', 'biases')),

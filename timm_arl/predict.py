@@ -345,7 +345,7 @@ def draw(predictor: Predictor, image: Seen, folder: Path, captions: Sequence[str
 
 def thresholds_shown(settings: Dict[str, Any]) -> Dict[str, float]:
     """The thresholds in the unit of the probabilities that are written."""
-    return {label: float(calibrate(p, settings['temperatures'][label], settings['biases'].get(label, 0.)))
+    return {label: float(calibrate(p, settings['temperatures'][label], settings['biases'][label]))
             if settings['calibrated'] else p for label, p in settings['thresholds'].items()}
 
 

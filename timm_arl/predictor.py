@@ -153,6 +153,8 @@ class Predictor:
         self.thresholds = _per_label(saved.get('thresholds'), self.labels)
         self.temperatures, self.biases = (
             _per_label({'': saved.get(name)}, self.labels).get('', {}) for name in ('temperatures', 'biases'))
+        if not self.biases:  # an ONNX file of an older version, whose calibration was another
+            self.temperatures = {}
         self.thresholds.setdefault('official', dict.fromkeys(self.labels, OFFICIAL_THRESHOLD))
         self.point = self.operating_point('youden') or 'official'
         if len(self.thresholds) == 1:

@@ -76,6 +76,7 @@ def fit_calibration(
         z = slope * logits + bias
         errors = weights * (expit(z) - positive)
         return float(weights @ np.logaddexp(0, np.where(positive, -z, z))), np.array([errors @ logits, errors.sum()])
+    # bounds, which LogisticRegression lacks: a slope below 0 would turn the order round
     found = minimize(cross_entropy, [1., 0.], jac=True, bounds=[(0.05, 20), (-20, 20)], method='L-BFGS-B')
     return 1 / float(found.x[0]), float(found.x[1])
 

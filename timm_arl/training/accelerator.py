@@ -17,7 +17,7 @@ class Bf16Convolutions(TorchFunctionMode):
     """2-d bf16 convolutions of autocast on a CPU, computed as CPUs with bf16 instructions do it.
 
     Operands are rounded to bf16, products are summed in float32, and the sum is rounded once, forward and backward.
-    Without such instructions PyTorch's own kernels do the same about 14 times more slowly (ARL-CNN14, AVX2). A mode is
+    Without such instructions PyTorch's own kernels do the same many times more slowly (docs/performance.md). A mode is
     not active during backward: do not use it with gradient checkpointing.
     """
 
@@ -82,8 +82,8 @@ def create_accelerator(args):
         raise RunError('Mixed precision fp16 does not work on a CPU: choose bf16 or no.')
     if accelerator.mixed_precision == 'bf16' and accelerator.device.type == 'cpu' and Bf16Convolutions.needed():
         Bf16Convolutions.enter()
-        accelerator.print('This CPU has no bf16 instructions: its convolutions round to bf16 and sum in float32. They '
-                          'are not faster than with --mixed-precision no.')
+        accelerator.print('This CPU has no bf16 instructions: its convolutions round to bf16 and sum in float32. '
+                          'Expect no gain over --mixed-precision no.')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     most = max(2 * cores, 8)
     if args.workers > most:
