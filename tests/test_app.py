@@ -81,8 +81,8 @@ def serving(command, folder, **env):
 @pytest.fixture(scope='module')
 def served(tiny, repo, tmp_path_factory):
     command = [sys.executable, '-m', 'timm_arl.app', '--model', str(tiny), '--port', '0']
-    with serving(command, tmp_path_factory.mktemp('served'), PYTHONPATH=str(repo)) as page:
-        yield page
+    with serving(command, tmp_path_factory.mktemp('served'), PYTHONPATH=str(repo), MALLOC_ARENA_MAX='1') as page:
+        yield page  # one arena: with one for each thread, glibc takes 5 to 15 MiB a round for the first 20 rounds
 
 
 @pytest.fixture(scope='module')
