@@ -127,7 +127,7 @@ def test_half_precision_of_one_run(call, few, runs, tmp_path):
     assert 'half precision' in (staged / 'README.md').read_text()
 
 
-def test_bad_input_is_refused(call, few, runs, tmp_path):
+def test_bad_input_is_refused(call, few, isic_sample, runs, tmp_path):
     def refusal(folders, *args, data=few, out=tmp_path / 'out'):
         done = average(call, data, folders, out, *args)
         assert done.returncode == 2 and 'Traceback' not in done.stderr and not (tmp_path / 'out').exists()
@@ -136,7 +136,7 @@ def test_bad_input_is_refused(call, few, runs, tmp_path):
     assert 'exists already: choose another --output-dir' in refusal(runs, out=runs[0])
     assert 'is no run of finetune_isic.py' in refusal([tmp_path])
     assert 'names a folder twice' in refusal([runs[0], runs[0]])
-    assert 'other training images than' in refusal(runs, data='demo')
+    assert 'other training images than' in refusal(runs, data=isic_sample)
     assert 'is an average already' in refusal([copy_of(runs[0], tmp_path / 'average', averaged=[{}])])
     assert 'is fold-0 of a cross-validation' in refusal([copy_of(runs[0], tmp_path / 'fold', fold='fold-0')])
     (runs[1] / 'metrics.json').unlink()

@@ -34,8 +34,8 @@ pytestmark = pytest.mark.usefixtures('threads')
     (['--resume', '--output-dir', 'typo'], 'no run to resume in typo'),
     (['--model', 'vit_tiny_patch16_224', '--img-size', '96'], 'does not take images of 96 px'),
 ])
-def test_bad_arguments_get_one_sentence_and_leave_nothing(call, tmp_path, args, message):
-    done = call('finetune_isic', *args, cwd=tmp_path)
+def test_bad_arguments_get_one_sentence_and_leave_nothing(call, few, tmp_path, args, message):
+    done = call('finetune_isic', '--data', few, *args, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []
