@@ -1,5 +1,6 @@
 """What the network is shown of an image, and in which order."""
 import io
+import time
 
 import datasets
 import numpy as np
@@ -158,12 +159,6 @@ def test_crops_of_a_test_image_stay_the_same_all_epochs(isic_sample):
     assert torch.equal(dataset[1][0], first)
 
 
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch):
-    """The datasets library rests for five seconds at the end of each stream (apache/arrow 45214)."""
-    monkeypatch.setattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', 0, raising=False)
-
-
 def in_shards(folder, counts, **changes):
     """A dataset whose train images come in shards of so many; changes are of the first."""
     data = write(folder, train=None)
@@ -195,6 +190,16 @@ def stream(data, batch_size=4, patches=1, balanced=False, processes=1, rank=0, s
 
 def ids_of(batches):
     return [image_id for _, _, ids in batches for image_id in ids]
+
+
+def test_no_epoch_waits_where_its_stream_ends(tmp_path, monkeypatch):
+    """The datasets library waits five seconds there (apache/arrow 45214), which a program that ends at once needs."""
+    waits = []
+    monkeypatch.setattr(time, 'sleep', lambda seconds: seconds and waits.append(seconds))
+    data = in_shards(tmp_path / 'd', [6, 6])
+    for patches in (1, 2):  # a pass that ends with the epoch, and one that is left
+        stream(data, patches=patches)
+    assert waits == [] and getattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', 5)  # others still wait
 
 
 @pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -1,9 +1,10 @@
 """What a DataLoader is given: images as the network is shown them, the batches of an epoch, and streams."""
 import collections
+import contextlib
 import itertools
 import math
 import zlib
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Tuple, Union
 
 from ..extras import require
 
@@ -256,6 +257,27 @@ class EpochBatches(torch.utils.data.Sampler):
             yield order[i * self.global_batch:end][self.rank::self.processes]
 
 
+@contextlib.contextmanager
+def _no_wait() -> Iterator[None]:
+    """datasets waits 5 s where a stream ends, for programs that end there (apache/arrow 45214); here a run goes on."""
+    before = getattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', 0)  # older releases do not wait
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    try:
+        yield
+    finally:
+        datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = before
+
+
+def _rows(stream: datasets.IterableDataset) -> Iterator[Dict[str, Any]]:
+    rows = iter(stream)
+    while True:
+        with _no_wait():  # but after an error, where the program ends
+            cells = next(rows, None)
+        if cells is None:
+            return
+        yield cells
+
+
 class IsicStream(IsicImages, torch.utils.data.IterableDataset):
     """The batches of a training epoch from Parquet shards, for a DataLoader of ``batch_size=None``.
 
@@ -322,8 +344,10 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
         examples = self._examples()
         for size in itertools.islice(self.batches.sizes(), first, None, step):
             yield default_collate(list(itertools.islice(examples, size)))
+        with _no_wait():
+            examples.close()
 
-    def _examples(self) -> Iterator[Tuple]:
+    def _examples(self) -> Generator[Tuple, None, None]:
         stream = self.stream.map(self._repeat, batched=True).shuffle(self.seed, buffer_size=SHUFFLE_BUFFER)
         any_shown = False
         bad: Dict[str, str] = {}  # image_id: reason
@@ -331,7 +355,7 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
             self.rows = 0
             shown: Dict[str, int] = collections.Counter()  # within a pass, no two readers have the same image
             stream.set_epoch(self.epoch + self.passes * MANY_EPOCHS)
-            for cells in stream:
+            for cells in _rows(stream):
                 image_id = str(cells['image_id'])
                 try:
                     prepared = self.prepared(cells)
