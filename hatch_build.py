@@ -1,7 +1,8 @@
 """Compiles timm_arl/kernels/native.c while a wheel is built, once for each kind of processor.
 
-Any C compiler with GCC's or Clang's options serves; ``CC`` names another than ``cc``. Without one the wheel is built
-all the same, for every platform, and the gate uses PyTorch's operations (``timm_arl.kernels.backend`` says which).
+Any C compiler with GCC's or Clang's options serves; ``CC`` names another than ``cc``, and options in ``CFLAGS`` come
+last. Without a compiler the wheel is built all the same, for every platform, and the gate uses PyTorch's operations
+(``timm_arl.kernels.backend`` says which).
 """
 import contextlib
 import os
@@ -53,7 +54,8 @@ def compile_all(folder: Path) -> List[Path]:
     for path, options in zip(paths, kinds.values()):
         temporary = path.with_suffix('.part')
         compiler = shlex.split(os.environ.get('CC') or 'cc')
-        command = [*compiler, *FLAGS, *options, version, str(source), '-o', str(temporary)]
+        flags = [*FLAGS, *options, *shlex.split(os.environ.get('CFLAGS') or '')]
+        command = [*compiler, *flags, version, str(source), '-o', str(temporary)]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
             problem = done.returncode and (done.stderr.strip() or f'exit status {done.returncode}')

@@ -48,7 +48,7 @@ def dist(repo, tmp_path_factory):
     """The folder of `make dist`: an sdist, and the wheel built from it."""
     folder = tmp_path_factory.mktemp('dist')
     subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder, repo], check=True,
-                   capture_output=True, text=True)
+                   capture_output=True, text=True, env={**os.environ, 'CFLAGS': '-O0'})  # a tenth of the time
     return folder
 
 
