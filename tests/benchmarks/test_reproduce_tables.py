@@ -1,6 +1,8 @@
 """The paper's tables, made as their users make them."""
 import csv
 import fcntl
+import json
+import re
 import subprocess
 import sys
 import time
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import datasets
 import pytest
+import safetensors.torch
+import timm
 import torch
 from PIL import Image
 
@@ -148,6 +152,26 @@ def test_weights_out_of_reach_are_an_empty_cell_with_the_reason(call, few, tmp_p
     rows = [row for row in read(tmp_path / 'table3.csv') if row['row'] == 'resnet50']
     assert rows and all(row['measured'] == '' and '127.0.0.1:9' in row['note'] for row in rows)
     assert rows[0]['printed'] == '0.857'
+
+
+def test_lesion_crops_and_colour_constancy(call, few, tmp_path):
+    """A network from ImageNet weights, cut to the lesions that another was trained to find, and in grey-world."""
+    start, out = tmp_path / 'start.safetensors', tmp_path / 'out'
+    safetensors.torch.save_file(timm.create_model('tf_efficientnet_lite0').state_dict(), start)
+    for table, row in (('table6', 'tf_efficientnet_lite0_crop'), ('constancy', 'tf_efficientnet_lite0_grey')):
+        args = [table, '--data', few, '--output-dir', out, *TINY, '--seeds', 0, '--weights',
+                f'tf_efficientnet_lite0={start}']
+        done = call('reproduce_tables', *args, '--row', row)
+        assert done.returncode == 0, done.stderr
+        measured = {each['row']: each['measured'] for each in read(out / f'{table}.csv') if each['label'] == 'mean'}
+        assert [name for name, value in measured.items() if value] == [row]
+        assert call('reproduce_tables', *args, '--check').returncode == 0
+        made_by = json.loads((out / 'runs' / f'{row}-seed0' / 'run.json').read_text())['arguments']
+        assert made_by['lesion_crop'] == (table == 'table6') and made_by['grey_world'] == (table == 'constancy')
+    text = (out / 'table6.md').read_text()
+    assert re.search(r'Lesion masks of test: by a DeepLabV3\+ .* Dice of 0\.\d+ .* on 12 validation images', text)
+    masks = datasets.load_dataset('parquet', data_dir=str(out / 'runs' / 'lesion_masks' / 'data'))['test']['mask']
+    assert all(mask.getbbox() for mask in masks)  # the data have none of test images
 
 
 def test_masks_and_maps_of_the_trained_networks(call, few, made):
