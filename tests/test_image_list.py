@@ -91,8 +91,8 @@ def test_the_output_folder_itself_is_refused(listed):
 
 
 def test_folders_nested_deeper_than_python_calls(listed):
-    """Names beyond the longest path that the system takes are no subject here: 1200 folders are below it."""
-    names = ['d/' * depth for depth in range(1, 1201)]
+    """Names beyond the longest path that the system takes are no subject here: 1050 folders are below it."""
+    names = ['d/' * depth for depth in range(1, 1051)]
     for name in names:
         os.mkdir(name)
     listed.make('d/b.jpg')

@@ -190,6 +190,9 @@ def test_onnx(tmp_path, shipped, picture):
     assert torch.allclose(onnx.probabilities(tensor), shipped.probabilities(tensor), atol=1e-4)
     with pytest.raises(ValueError, match='gives no maps'):
         onnx.explain(picture)
+    older = {key: value for key, value in checkpoint.settings().items() if key != 'biases'}  # calibrated otherwise
+    older = Predictor(export_onnx(checkpoint.network(), tmp_path / 'older.onnx', settings=older))
+    assert older.temperatures == older.biases == {} and older.thresholds == onnx.thresholds
     bare = Predictor(export_onnx(checkpoint.network(), tmp_path / 'bare.onnx'))
     assert bare.point == 'official' and 'has no thresholds' in bare.remarks[0]
     assert bare.sha256 != onnx.sha256
