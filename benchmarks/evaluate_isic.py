@@ -48,13 +48,7 @@ from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, tensors_sha256
 from timm_arl.files import git_commit, make_folder, write_json
-from timm_arl.isic.calibration import (
-    calibrate,
-    expected_calibration_error,
-    fit_calibration,
-    subgroup_table,
-    subgroups,
-)
+from timm_arl.isic.calibration import calibration_scores, fit_calibration, subgroup_table, subgroups
 from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of
 from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.demo import DEMO_TASKS
@@ -311,12 +305,7 @@ def evaluate(args):
             truth[name], probabilities[name], seed=args.seed, operating_points=points, task=scored,
             groups=groups[name], unit=unit_of(data.groups))
         for label, t, p, calibration in zip(scored.labels, truth[name].T, probabilities[name].T, calibrations):
-            temperature, bias = calibration or (None, None)
-            calibrated = calibrate(p, *calibration) if calibration else None
-            scores[label]['calibration'] = {
-                'ece': expected_calibration_error(t, p), 'temperature': temperature, 'bias': bias,
-                'ece_calibrated': None if calibrated is None else expected_calibration_error(t, calibrated),
-                'mean_calibrated': None if calibrated is None else float(calibrated.mean())}
+            scores[label]['calibration'] = calibration_scores(t, p, calibration)
         scores['subgroups'] = subgroup_table(
             truth[name], probabilities[name], task=scored, others=parts[name], groups=groups[name])
     external = None

@@ -14,8 +14,8 @@ from .metrics import operating_point, score_task
 from .task import ISIC2017, OFFICIAL_THRESHOLD, DataError, Task, calibrate, label_words
 
 __all__ = [
-    'AGE_BANDS', 'calibrate', 'expected_calibration_error', 'fit_calibration', 'reliability', 'subgroup_table',
-    'subgroups',
+    'AGE_BANDS', 'calibrate', 'calibration_scores', 'expected_calibration_error', 'fit_calibration', 'reliability',
+    'subgroup_table', 'subgroups',
 ]
 
 AGE_BANDS = ((0, 30), (30, 50), (50, 70), (70, 200))  # years; the upper end is not part of the band
@@ -79,6 +79,32 @@ def fit_calibration(
     # bounds, which LogisticRegression lacks: a slope below 0 would turn the order round
     found = minimize(cross_entropy, [1., 0.], jac=True, bounds=[(0.05, 20), (-20, 20)], method='L-BFGS-B')
     return 1 / float(found.x[0]), float(found.x[1])
+
+
+def calibration_scores(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        calibration: Optional[Tuple[float, float]],
+) -> Dict[str, Optional[float]]:
+    """The expected calibration error of a label, before and after calibration.
+
+    Args:
+        truth: 0 or 1, shape (N,).
+        probabilities: Shape (N,).
+        calibration: As fit_calibration gives it, or None, where what is calibrated is None.
+
+    Returns:
+        ece, temperature, bias, ece_calibrated and mean_calibrated, the mean of the calibrated probabilities.
+    """
+    scores: Dict[str, Optional[float]] = {
+        'ece': expected_calibration_error(truth, probabilities),
+        **dict.fromkeys(('temperature', 'bias', 'ece_calibrated', 'mean_calibrated'))}
+    if calibration:
+        calibrated = calibrate(probabilities, *calibration)
+        scores.update(
+            temperature=calibration[0], bias=calibration[1],
+            ece_calibrated=expected_calibration_error(truth, calibrated), mean_calibrated=float(calibrated.mean()))
+    return scores
 
 
 def subgroups(columns: Mapping[str, Sequence[Any]]) -> List[Subgroup]:
