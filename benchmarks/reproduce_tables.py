@@ -340,7 +340,7 @@ def main():
         if args.table == 'table1':
             lines, about = table1_lines(args)
         elif args.table == 'table7':
-            lines, about = table7_lines(args, read_scores(args, out, 'table3')[0] if args.data else {})
+            lines, about = table7_lines(args, *(read_scores(args, out, 'table3') if args.data else ({}, {})))
         elif args.table in ('masks', 'maps'):
             lines, about = network_lines(args, out)
         else:

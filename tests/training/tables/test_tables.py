@@ -6,7 +6,7 @@ from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
 import timm_arl  # noqa: F401  registers the models
 from timm_arl.isic.task import LABELS
-from timm_arl.training.tables.pages import cell, differences, write_table
+from timm_arl.training.tables.pages import cell, differences, markdown_page, write_table
 from timm_arl.training.tables.rows import TABLES, TITLES, pairs_of, printed_figures
 from timm_arl.training.tables.scores import Scores, labels_of
 from timm_arl.training.tables.t_test import table7_lines
@@ -91,7 +91,7 @@ class Arguments:
 def test_t_test_of_the_paper_is_corrected(truth):
     """t(18) from the ten printed runs is -24.75, not -78.26, which follows from a slip in the sums of squares."""
     figures = {line['label']: (float(line['printed']), float(line['measured']))
-               for line in table7_lines(Arguments, {})[0] if line['row'] == 'printed'}
+               for line in table7_lines(Arguments, {}, {})[0] if line['row'] == 'printed'}
     assert figures['s_w'] == (0.04, 0.1265)
     assert figures['t(18)'] == (-78.26, pytest.approx(-24.75, abs=0.005))
     assert figures['critical t(18) at 0.01'] == (-2.5176, -2.5524)
@@ -100,7 +100,13 @@ def test_t_test_of_the_paper_is_corrected(truth):
 def test_t_test_of_our_seeds(truth):
     from scipy.stats import ttest_rel
     first, second = ({seed: predictions(truth, seed + shift) for seed in range(4)} for shift in (0, 50))
-    lines = table7_lines(Arguments, {'arl_cnn14': Scores(truth, first), 'resnet14': Scores(truth, second)})[0]
+    made = dict(images=600, image_size=96, epochs=20, precision='bf16', kernels='native', commit='abc', seeds='0 1 2 3')
+    lines, about = table7_lines(Arguments, {
+        'arl_cnn14': Scores(truth, first), 'resnet14': Scores(truth, second)}, {'arl_cnn14': made})
+    page = markdown_page('table7', lines, about, 'some data')
+    assert ('Measured on the test images of some data, by networks that see 96 px. Intervals are those of the paired '
+            't-test over the seeds 0 1 2 3; 20 epochs, precision bf16, commit abc.') in page
+    assert 'Measured' not in markdown_page('table7', table7_lines(Arguments, {}, {})[0], about, 'some data')
     ours = {line['label']: line['measured'] for line in lines if line['row'] == 'arl_cnn14 against resnet14'}
     means = [[100 * roc_auc_score(truth, p) for p in each.values()] for each in (first, second)]
     expected = ttest_rel(*means)
@@ -112,7 +118,7 @@ def test_t_test_of_our_seeds(truth):
 
 def test_t_test_of_seeds_that_do_not_differ(truth):
     scores = Scores(truth, dict.fromkeys(range(3), predictions(truth, 0)))
-    lines = table7_lines(Arguments, {'arl_cnn14': scores, 'resnet14': scores})[0]
+    lines = table7_lines(Arguments, {'arl_cnn14': scores, 'resnet14': scores}, {})[0]
     ours = [line for line in lines if line['row'] == 'arl_cnn14 against resnet14']
     assert ours and all(line['measured'] == '' and 'the same' in line['note'] for line in ours)
 

@@ -137,9 +137,11 @@ def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str]
             f'(bootstrap); {_common(measured, "epochs")} epochs, precision {_common(measured, "precision")}, gate by '
             f'{_common(measured, "kernels")} kernels, commit {_common(measured, "commit")}. Figures of the paper are '
             f'as printed; its images are larger and its training is longer.')
-    elif measured and images:
-        parts.append(f'Measured on the validation images of {images}, by networks that see '
-                     f'{_common(measured, "image_size")} px. Means of the seeds {_common(measured, "seeds")}; '
+    elif images and _common(measured, 'seeds'):
+        split, how = (('test', 'Intervals are those of the paired t-test over the seeds') if table == 'table7' else
+                      ('validation', 'Means of the seeds'))
+        parts.append(f'Measured on the {split} images of {images}, by networks that see '
+                     f'{_common(measured, "image_size")} px. {how} {_common(measured, "seeds")}; '
                      f'{_common(measured, "epochs")} epochs, precision {_common(measured, "precision")}, commit '
                      f'{_common(measured, "commit")}.')
     if masks:

@@ -17,12 +17,16 @@ SUMS_OF_SQUARES = {'ResNet50': 0.224, 'ARL-CNN50': 0.064}
 PAIRS = (('arl_cnn14', 'resnet14'), (GATED, PLAIN))
 
 
-def table7_lines(args: Any, scores: Dict[str, Scores]) -> Tuple[List[Dict[str, str]], Dict[str, str]]:
+def table7_lines(
+        args: Any,
+        scores: Dict[str, Scores],
+        columns: Dict[str, Dict[str, Any]],
+) -> Tuple[List[Dict[str, str]], Dict[str, str]]:
     """Lines of table7.csv.
 
     Args:
         args: Arguments of reproduce_tables.py.
-        scores: Those of table3, by row.
+        scores, columns: Those of table3, as read_scores gives them.
     """
     command = 'python benchmarks/reproduce_tables.py table7 ' + shlex.join([
         *(['--data', args.data] if args.data else []), '--output-dir', args.output_dir, '--seeds',
@@ -42,14 +46,15 @@ def table7_lines(args: Any, scores: Dict[str, Scores]) -> Tuple[List[Dict[str, s
     lines = [cell('printed', label, printed['printed', label], (value,), note, command=command)
              for label, value in again.items()]
     for first, second in PAIRS:
-        lines += _own_lines(scores, first, second, command)
+        made = {**columns.get(first, {}), 'command': command}
+        lines += _own_lines(scores, first, second, made)
     about = {'printed': 'ResNet50 against ARL-CNN50, ten runs each', **{
         f'{first} against {second}': 'our seeds of table3, mean test AUC in percent, paired by seed'
         for first, second in PAIRS}}
     return lines, about
 
 
-def _own_lines(scores: Dict[str, Scores], first: str, second: str, command: str) -> List[Dict[str, str]]:
+def _own_lines(scores: Dict[str, Scores], first: str, second: str, made: Dict[str, Any]) -> List[Dict[str, str]]:
     """A paired t-test over the seeds: noise between runs, on these test images."""
     name = f'{first} against {second}'
     labels = ['mean difference (%)', 'standard deviation of the differences (%)', 't', 'p, two-sided']
@@ -64,5 +69,5 @@ def _own_lines(scores: Dict[str, Scores], first: str, second: str, command: str)
     interval = test.confidence_interval()
     figures = [(float(differences.mean()), float(interval.low), float(interval.high)),
                (float(differences.std(ddof=1)),), (float(test.statistic),), (float(test.pvalue),)]
-    return [cell(name, label, None, figure, seeds=' '.join(map(str, apart.seeds)), command=command)
-            for label, figure in zip(labels, figures)]
+    made = {**made, 'seeds': ' '.join(map(str, apart.seeds))}
+    return [cell(name, label, None, figure, **made) for label, figure in zip(labels, figures)]
