@@ -443,7 +443,7 @@ def test_without_gradio(repo, tmp_path, command):
     done = subprocess.run([sys.executable, *command], cwd=repo, capture_output=True, text=True, env={
         **os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{repo}'})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: gradio is not installed: pip install 'timm-arl[app]'")
+    assert done.stderr.startswith("error: gradio is not installed: in a checkout, pip install -e '.[app]'")
 
 
 def test_networks_that_have_less_to_show(tiny, tmp_path):

@@ -21,7 +21,8 @@ with torch.inference_mode():
     logits = model(torch.zeros(1, 3, 128, 128)).tolist()
 print(timm_arl.__file__, sorted({name.partition('.')[0] for name in sys.modules}), logits, sep='\\n')
 """
-SENTENCE = "{} is not installed: pip install 'timm-arl[{extra}]', or in a checkout pip install '.[{extra}]'."
+SENTENCE = ("{} is not installed: in a checkout, pip install -e '.[{extra}]'; without one, pip install "
+            "'timm-arl[{extra}]'.")
 IMPORT_ALL = """
 import importlib, pkgutil, timm_arl
 for module in pkgutil.walk_packages(timm_arl.__path__, 'timm_arl.', onerror=lambda name: None):

@@ -247,10 +247,11 @@ def test_squashed_copies_are_stretched_back(predict, tmp_path):
     assert done.returncode == 2 and 'between 0.2 and 5' in done.stderr
 
 
-@pytest.mark.parametrize('name', ['resnet14', 'arl_cnn50', 'resnet18'])
+@pytest.mark.parametrize('name', ['resnet14', 'arl_cnn50', 'resnet18', 'arl_tf_efficientnet_lite0'])
 def test_networks_that_know_no_lesions_are_refused_before_any_download(predict, photographs, tmp_path, name):
     done = predict(photographs, '--model', name)
     assert done.returncode == 2 and f'{name} has no weights that know skin lesions' in done.stderr
+    assert 'or arl_cnn14.isic2017 or arl_tf_efficientnet_lite0.isic2017.' in done.stderr
 
 
 def test_what_is_refused(predict, photographs, tmp_path):

@@ -24,8 +24,8 @@ def missing(extra: str) -> str:
     """
     for package in EXTRAS[extra]:
         if importlib.util.find_spec(MODULES.get(package, package)) is None:
-            return (f"{package} is not installed: pip install 'timm-arl[{extra}]', or in a checkout pip install "
-                    f"'.[{extra}]'.")
+            return (f"{package} is not installed: in a checkout, pip install -e '.[{extra}]'; without one, pip install "
+                    f"'timm-arl[{extra}]'.")
     return ''
 
 

@@ -20,6 +20,7 @@ from .isic.task import ISIC2017, OFFICIAL_THRESHOLD, Task, calibrate, label_word
 from .isic.transforms import CROPS, EvalCrops, grey_world, normalisation, seeded
 from .onnx_file import OnnxModel
 from .overlays import on_picture, overlay
+from .pretrained import OWN_WEIGHTS
 
 __all__ = ['DEFAULT_MODEL', 'Cutter', 'Predictor', 'read_picture']
 
@@ -174,7 +175,7 @@ class Predictor:
         checkpoint = Checkpoint(self.name)
         if checkpoint.path is None and not self.name.startswith('hf-hub:') and not checkpoint.label_names():
             raise WeightsError(f'{self.name} has no weights that know skin lesions: name the output folder of a '
-                               f'network that you trained, or {DEFAULT_MODEL}.')
+                               f'network that you trained, or {" or ".join(sorted(OWN_WEIGHTS))}.')
         model: Any = checkpoint.network()
         task = Task.of_network(model, checkpoint.config())
         if task is None:

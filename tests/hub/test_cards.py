@@ -231,7 +231,7 @@ def clinic(tmp_path_factory):
 
 def test_only_looks_at_its_own_test_split_count(clinic, tmp_path):
     folder = publishing.stage(clinic, tmp_path / 's')
-    assert 'The test split was looked at twice.' in (folder / 'README.md').read_text()
+    assert 'The test split was looked at twice with these weights.' in (folder / 'README.md').read_text()
     looks = json.loads((folder / 'results.json').read_text())['looks']
     assert [look['command'].split()[-1] for look in looks] == ['mine.csv', 'mine.csv']
 

@@ -171,4 +171,4 @@ def test_without_pydicom_the_reason_names_it(tmp_path, ramp):
     code = ("import sys; sys.modules['pydicom'] = None\nfrom timm_arl.isic.dicom import read_dicom\n"
             "try:\n    read_dicom(sys.argv[1])\nexcept OSError as error:\n    print(error)")
     done = subprocess.run([sys.executable, '-c', code, tmp_path / 'a.dcm'], capture_output=True, text=True)
-    assert done.stdout.startswith("pydicom is not installed: pip install 'timm-arl[dicom]'"), done.stderr
+    assert done.stdout.startswith("pydicom is not installed: in a checkout, pip install -e '.[dicom]'"), done.stderr

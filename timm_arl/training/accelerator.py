@@ -94,7 +94,7 @@ def create_accelerator(args):
         torch.set_num_threads(args.cpu_threads)
     elif on_cpu and launched and accelerator.num_processes == 1 and torch.get_num_threads() == 1 < cores:
         torch.set_num_threads(cores)
-        accelerator.print(f'OMP_NUM_THREADS is 1, as accelerate launch sets it: using all {cores} cores instead '
-                          f'(--cpu-threads 1 keeps one).')
+        accelerator.print(f'OMP_NUM_THREADS is 1, which accelerate launch sets where nobody did: using all {cores} '
+                          f'cores instead (--cpu-threads 1 keeps one).')
     args.cpu_threads = torch.get_num_threads()  # the sums of a resumed run must be split in the same way
     return accelerator
