@@ -230,8 +230,8 @@ def evaluate(args):
     if not (wanted or at_home) and data.task.labels == task.labels:
         if 'validation' in data.splits:
             accelerator.print(
-                f'{args.data} has validation images, which choose thresholds and calibration. For those of home: '
-                f'--map {" ".join(shlex.quote(f"{label}={label}") for label in task.labels)}')
+                f'{args.data} has validation images, which choose thresholds and calibration. For those of the '
+                f'checkpoint: --map {" ".join(shlex.quote(f"{label}={label}") for label in task.labels)}')
         else:
             wanted = {label: [label] for label in task.labels}
     if wanted:
