@@ -1,7 +1,7 @@
 """Compiles timm_arl/kernels/native.c while a wheel is built, once for each kind of processor.
 
-Any C compiler with GCC's or Clang's options serves; ``CC`` names another than ``cc``, and options in ``CFLAGS`` come
-last. Without a compiler the wheel is built all the same, for every platform, and the gate uses PyTorch's operations
+Any C compiler with GCC's or Clang's options serves; ``CC`` names another than ``cc``, and ``CFLAGS`` add to the
+options. Without a compiler the wheel is built all the same, for every platform, and the gate uses PyTorch's operations
 (``timm_arl.kernels.backend`` says which).
 """
 import contextlib
@@ -20,7 +20,8 @@ from packaging.tags import sys_tags
 
 FLAGS = [
     '-std=gnu11', '-O3', '-fPIC', '-shared', '-fvisibility=hidden',
-    '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=off']  # branches become vectors; see FMA in native.c
+    '-fno-math-errno', '-fno-trapping-math']  # branches become vectors
+LAST = ['-ffp-contract=off']  # whatever CFLAGS say; see FMA in native.c
 # the kinds of torch.backends.cpu.get_cpu_capability()
 X86 = {
     'any': [],
@@ -53,13 +54,13 @@ def compile_all(folder: Path) -> List[Path]:
     paths = [folder / f'native.{kind}.so' for kind in kinds]
     for path, options in zip(paths, kinds.values()):
         temporary = path.with_suffix('.part')
-        compiler = shlex.split(os.environ.get('CC') or 'cc')
-        flags = [*FLAGS, *options, *shlex.split(os.environ.get('CFLAGS') or '')]
-        command = [*compiler, *flags, version, str(source), '-o', str(temporary)]
+        command = [os.environ.get('CC') or 'cc']
         try:
+            flags = [*FLAGS, *options, *shlex.split(os.environ.get('CFLAGS') or ''), *LAST]
+            command = [*shlex.split(command[0]), *flags, version, str(source), '-o', str(temporary)]
             done = subprocess.run(command, capture_output=True, text=True)
             problem = done.returncode and (done.stderr.strip() or f'exit status {done.returncode}')
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a quote that is not closed, for one
             problem = str(error)
         if problem:
             for old in (temporary, *paths):

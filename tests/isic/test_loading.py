@@ -10,6 +10,7 @@ from PIL import Image
 from small_data import FEATURES, WITH_ASPECT, jpeg, rows, write
 from torch.utils.data import DataLoader
 
+from timm_arl.isic import loading
 from timm_arl.isic.dataset import DataError, decode, label_array, load_splits, unreadable_images
 from timm_arl.isic.loading import EpochBatches, IsicSplit, IsicStream
 from timm_arl.isic.transforms import eval_transform, restore_aspect, train_transform
@@ -196,10 +197,15 @@ def test_no_epoch_waits_where_its_stream_ends(tmp_path, monkeypatch):
     """The datasets library waits five seconds there (apache/arrow 45214), which a program that ends at once needs."""
     waits = []
     monkeypatch.setattr(time, 'sleep', lambda seconds: seconds and waits.append(seconds))
+    monkeypatch.setattr(loading, 'SHUFFLE_BUFFER', 2)
+    before = getattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', None)
     data = in_shards(tmp_path / 'd', [6, 6])
-    for patches in (1, 2):  # a pass that ends with the epoch, and one that is left
-        stream(data, patches=patches)
-    assert waits == [] and getattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', 5)  # others still wait
+    stream(data, patches=2)
+    split = load_splits(data, streaming=True)['train']
+    few = EpochBatches(torch.from_numpy(label_array(split.table))[:4], 4, 3)  # an epoch that ends in the first shard
+    assert len(list(IsicStream(split, few, train_transform(16, MEAN, STD), 3))) == 1
+    assert waits == []
+    assert getattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', None) == before  # others still wait
 
 
 @pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])

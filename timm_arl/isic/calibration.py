@@ -91,7 +91,7 @@ def calibration_scores(
     Args:
         truth: 0 or 1, shape (N,).
         probabilities: Shape (N,).
-        calibration: As fit_calibration gives it, or None, where what is calibrated is None.
+        calibration: As fit_calibration gives it, or None: then all but ece are None.
 
     Returns:
         ece, temperature, bias, ece_calibrated and mean_calibrated, the mean of the calibrated probabilities.

@@ -3,6 +3,7 @@ import collections
 import contextlib
 import itertools
 import math
+import time
 import zlib
 from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Tuple, Union
 
@@ -260,10 +261,16 @@ class EpochBatches(torch.utils.data.Sampler):
 @contextlib.contextmanager
 def _no_wait() -> Iterator[None]:
     """datasets waits 5 s where a stream ends, for programs that end there (apache/arrow 45214); here a run goes on."""
-    before = getattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', 0)  # older releases do not wait
+    before = getattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', None)
+    if before is None:  # an older release, which does not wait
+        yield
+        return
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     try:
         yield
+    except Exception:  # the program ends
+        time.sleep(before)
+        raise
     finally:
         datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = before
 
@@ -271,7 +278,7 @@ def _no_wait() -> Iterator[None]:
 def _rows(stream: datasets.IterableDataset) -> Iterator[Dict[str, Any]]:
     rows = iter(stream)
     while True:
-        with _no_wait():  # but after an error, where the program ends
+        with _no_wait():
             cells = next(rows, None)
         if cells is None:
             return

@@ -104,7 +104,7 @@ def test_t_test_of_our_seeds(truth):
     lines, about = table7_lines(Arguments, {
         'arl_cnn14': Scores(truth, first), 'resnet14': Scores(truth, second)}, {'arl_cnn14': made})
     page = markdown_page('table7', lines, about, 'some data')
-    assert ('Measured on the test images of some data, by networks that see 96 px. Intervals are those of the paired '
+    assert ('Measured on the test images of some data, by networks that see 96 px. 95 % intervals of the paired '
             't-test over the seeds 0 1 2 3; 20 epochs, precision bf16, commit abc.') in page
     assert 'Measured' not in markdown_page('table7', table7_lines(Arguments, {}, {})[0], about, 'some data')
     ours = {line['label']: line['measured'] for line in lines if line['row'] == 'arl_cnn14 against resnet14'}

@@ -138,7 +138,7 @@ def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str]
             f'{_common(measured, "kernels")} kernels, commit {_common(measured, "commit")}. Figures of the paper are '
             f'as printed; its images are larger and its training is longer.')
     elif images and _common(measured, 'seeds'):
-        split, how = (('test', 'Intervals are those of the paired t-test over the seeds') if table == 'table7' else
+        split, how = (('test', '95 % intervals of the paired t-test over the seeds') if table == 'table7' else
                       ('validation', 'Means of the seeds'))
         parts.append(f'Measured on the {split} images of {images}, by networks that see '
                      f'{_common(measured, "image_size")} px. {how} {_common(measured, "seeds")}; '
