@@ -171,7 +171,7 @@ def test_what_gradient_map_refuses(monkeypatch):
         gradient_map(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten()), IMAGES, 0)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'pytorch_grad_cam' else find(name))
-    with pytest.raises(ImportError, match=r"grad-cam is not installed: pip install 'timm-arl\[explain\]'"):
+    with pytest.raises(ImportError, match=r"grad-cam is not installed: in a checkout, pip install -e '.\[explain\]'"):
         gradient_map(model, IMAGES, 0)
 
 
