@@ -86,7 +86,7 @@ from timm_arl.training.evaluations import (
     training_names,
 )
 from timm_arl.training.examples import report_examples
-from timm_arl.training.images import check_images, has_masks, image_loader, predict
+from timm_arl.training.images import check_images, has_masks, image_loader, note_squares, predict
 from timm_arl.training.runs import record_look
 
 
@@ -269,6 +269,7 @@ def evaluate(args):
         except ValueError as error:
             raise RunError(f'--compare: {error}') from error
     check_images(splits, args, accelerator, data_config, scored)
+    note_squares(splits, args, accelerator)
     parts = {name: subgroups_of(split, args, scored) for name, split in splits.items()}
     loaders = {name: image_loader(args, split, data_config, accelerator, task=scored, groups=data.groups)
                for name, split in splits.items()}

@@ -58,7 +58,15 @@ from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError
 from timm_arl.training.distillation import Student, mask_loss
 from timm_arl.training.folds import check_start, check_unseen, run_each
-from timm_arl.training.images import check_images, check_learnable, epoch_sides, image_loader, learns_masks, predict
+from timm_arl.training.images import (
+    check_images,
+    check_learnable,
+    epoch_sides,
+    image_loader,
+    learns_masks,
+    note_squares,
+    predict,
+)
 from timm_arl.training.networks import create_networks, parameter_groups
 from timm_arl.training.options import build_parser, parse_args
 from timm_arl.training.preview import preview
@@ -340,6 +348,7 @@ def main():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))
             accelerator.print(f'The pairs of {args.duplicates} stay in the same fold.')
         check_images(splits, args, accelerator, None if args.folds else data_config, task)
+        note_squares(splits, args, accelerator)
         name = f'{args.model}-{Path(args.data).name}-{time.strftime("%Y%m%d-%H%M%S")}'
         name = name.replace('/', '-').replace(':', '-')
         out = Path(broadcast_object_list([args.output_dir or f'runs/{name}'])[0])

@@ -260,7 +260,7 @@ def test_what_is_refused(predict, photographs, tmp_path):
         done = predict(*args, cwd=cwd)
         assert done.returncode == 2 and re.search(words, done.stderr), done.stderr
         assert done.stderr.count('error:') == 1 and 'Traceback' not in done.stderr
-        assert [p for p in sorted(tmp_path.rglob('*')) if p not in before and p.name != 'out'] == []
+        assert [p for p in sorted(tmp_path.rglob('*')) if p not in before] == []
 
     (tmp_path / 'none').mkdir()
     refused('required: IMAGE', '--overlays')
@@ -274,10 +274,10 @@ def test_what_is_refused(predict, photographs, tmp_path):
     refused('--device vulkan9 cannot be used', '.', '--device', 'vulkan9')
     refused('must be at least 1', '.', '--batch-size', '0')
     refused('not allowed with', '.', '--onnx', 'a.onnx', '--model', 'arl_cnn14.isic2017')
+    (tmp_path / 'out').mkdir()
     refused('is also the output folder', tmp_path / 'out', cwd=tmp_path)
     for flag in ('--model', '--onnx', '--threshold-name', '--device'):
         refused(f'{flag}: must not be empty', '.', flag, '')
-    (tmp_path / 'out').mkdir(exist_ok=True)
     (tmp_path / 'out' / 'predictions.csv').write_text('precious')
     for resume in ((), ('--resume',)):
         refused('predictions.csv is not from a run', '.', *resume)

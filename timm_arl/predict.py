@@ -22,10 +22,11 @@ import os
 import shlex
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, TextIO, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -37,24 +38,14 @@ from . import __version__
 from .download import WeightsError
 from .files import make_folder, replacing
 from .image_list import InputError, OwnImages, write_image_list
-from .isic.task import calibrate, label_words
 from .isic.transforms import CROPS
 from .overlays import panel
 from .pictures import REMARKS, Pictures, Seen, collate
 from .prediction_files import FORMATS, MOST_PROBABLE, PredictionFiles
+from .prediction_words import CAVEATS, NAMED, captions, report, say, thresholds_shown
 from .predictor import DEFAULT_MODEL, LARGEST_MAP, Predictor
 
 __all__ = ['main']
-
-SHOWN = 20  # rows that are also printed, if there are no more
-NAMED = 3  # images that could not be read
-CAVEATS = (
-    'Not a medical device: for research only. A probability is not the risk of having the disease.',
-    'Above a threshold does not mean diseased: many such images are false alarms. Any other lesion, and any picture of '
-    'something else, is answered as if it showed one of the diagnoses.',
-    'How often the network is right was measured on few images: see the card of published weights (docs/predict.md), '
-    'or metrics.json of your run.',
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,11 +96,6 @@ def _not_empty(text: str) -> str:
     if not text:  # as of a variable that the shell does not know
         raise argparse.ArgumentTypeError('must not be empty')
     return text
-
-
-def say(text: str, file: Optional[TextIO] = None) -> None:
-    """Print a line, above the progress bar; what a terminal would obey in the name of a file is escaped."""
-    tqdm.write(''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text), file=file)
 
 
 def sentence_of(error: Exception) -> str:
@@ -203,12 +189,16 @@ def prepare(args: argparse.Namespace, files: PredictionFiles, settings: Dict[str
     if files.record() is not None and not args.resume:
         raise InputError(f'{files.folder} already holds predictions: go on with them by --resume, or choose another '
                          f'--output-dir.')
+    new = not files.folder.exists()
     make_folder(files.folder)
     files.lock()
     try:
         return begin_or_go_on(args, files, settings)
     except (InputError, OSError):
         files.unlock()
+        if new:
+            with suppress(OSError):  # another run has begun in it
+                files.folder.rmdir()
         raise
 
 
@@ -341,39 +331,6 @@ def draw(predictor: Predictor, image: Seen, folder: Path, captions: Sequence[str
     shown.thumbnail((LARGEST_MAP, LARGEST_MAP))
     with replacing(make_folder(folder) / f'{image.stem}.png') as temporary:
         panel([(shown, image.stem), *zip(maps.values(), captions)], 1 + len(maps)).save(temporary, 'PNG')
-
-
-def thresholds_shown(settings: Dict[str, Any]) -> Dict[str, float]:
-    """The thresholds in the unit of the probabilities that are written."""
-    return {label: float(calibrate(p, settings['temperatures'][label], settings['biases'][label]))
-            if settings['calibrated'] else p for label, p in settings['thresholds'].items()}
-
-
-def captions(files: PredictionFiles, row: Dict[str, Any], thresholds: Dict[str, float]) -> List[str]:
-    """For each label what was found: 'melanoma 0.031 (not above 0.277)'."""
-    return [f'{label_words(label)} {row[label]:.3f} ({"above" if row[decision] else "not above"} '
-            f'{thresholds[label]:.3f})' for label, decision in zip(files.labels, files.decisions)]
-
-
-def report(files: PredictionFiles, record: Dict[str, Any], speed: float) -> None:
-    """Print what was found, what could not be read, and what the numbers are not."""
-    settings = record['settings']
-    thresholds = thresholds_shown(settings)
-    for row in files.read() if record['images'] <= SHOWN and files.rows == files.path else ():
-        called = row.get(MOST_PROBABLE)
-        say(f'{row["image"]}: ' + (row['error'] or (f'most probable {label_words(called)}; ' if called else '')
-                                   + ', '.join(captions(files, row, thresholds))))
-    say(f'Thresholds: {settings["threshold_name"]}, ' + ', '.join(
-        f'{label_words(label)} {p:.3f}' for label, p in thresholds.items()) + '.')
-    say(f'Written: {files.path} ({record["images"]} images' + (f', {speed:.1f} images/s)' if speed else ')'))
-    if settings['overlays']:
-        say(f'Written: {files.overlays}')
-    for caveat in CAVEATS:
-        say(caveat)
-    if record['failed']:
-        named = '; '.join(record['first_failed']) + '; ...' * (record['failed'] > NAMED)
-        say(f'{record["failed"]} of {record["images"]} images could not be read ({named}): see the column error.',
-            file=sys.stderr)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

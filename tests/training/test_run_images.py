@@ -15,7 +15,7 @@ from timm_arl.isic.dataset import DataError, decode, load_splits
 from timm_arl.isic.loading import IsicSplit
 from timm_arl.isic.transforms import eval_transform, train_transform
 from timm_arl.training import images as run_images
-from timm_arl.training.images import check_images, epoch_sides, image_loader, predict
+from timm_arl.training.images import check_images, epoch_sides, image_loader, note_squares, predict
 
 CONFIG = dict(input_size=(3, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 MEAN_STD = CONFIG['mean'], CONFIG['std']
@@ -203,3 +203,14 @@ def test_processes_share_the_reading_and_agree(tmp_path):
     (alone, scores), = said[0]
     assert alone == '7' and {other for _, other in said[1]} == {scores}
     assert sum(int(count) for count, _ in said[1]) < 14  # neither has read them all at the start
+
+
+def test_images_that_may_have_been_squashed_are_noted(tmp_path, splits, accelerator, capsys):
+    note_squares(splits, options(), accelerator)  # 40 x 30 px
+    note_squares(load_splits(write(tmp_path / 'known', features=WITH_ASPECT)), options(), accelerator)
+    squares = load_splits(write(tmp_path / 'squares'))
+    note_squares(squares, options(aspect='squash'), accelerator)
+    assert capsys.readouterr().out == ''
+    note_squares(squares, options(), accelerator)
+    said = capsys.readouterr().out
+    assert 'The first 8 train images of it are exactly square' in said and 'column aspect_ratio' in said

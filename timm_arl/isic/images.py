@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 
-__all__ = ['decode', 'decode_mask', 'read_image', 'readings', 'reason_of', 'unreadable_images']
+__all__ = ['decode', 'decode_mask', 'read_image', 'readings', 'reason_of', 'stored_size', 'unreadable_images']
 
 
 def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Image:
@@ -89,6 +89,16 @@ def decode_mask(mask: Dict, size: Tuple[int, int]) -> Image.Image:
     if (picture.width - picture.height) * (size[0] - size[1]) < 0:
         raise OSError(f'its mask has {picture.width} x {picture.height} px, the image {size[0]} x {size[1]}')
     return picture
+
+
+def stored_size(cell: Dict) -> Tuple[int, int]:
+    """Width and height in pixels of an undecoded image cell, as stored: not turned.
+
+    Raises:
+        OSError: A file that cannot be opened.
+    """
+    with Image.open(cell['path'] if cell['bytes'] is None else io.BytesIO(cell['bytes'])) as file:
+        return file.size
 
 
 def reason_of(error: OSError) -> str:

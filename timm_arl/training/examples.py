@@ -1,7 +1,6 @@
 """The images that a report shows: the most wrong, the most certain, those on which networks disagree, and maps."""
 import contextlib
-import io
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from PIL import Image
 from ..explain import GateMap, class_activation_map, gate_maps, on_picture, overlay
 from ..isic.crops import Box
 from ..isic.html_report import Example, Examples, Group, Shown
+from ..isic.images import stored_size
 from ..isic.loading import IsicSplit
 from ..isic.task import ISIC2017, OFFICIAL_THRESHOLD, Task, label_words
 from ..isic.transforms import EvalCrops, seeded
@@ -129,7 +129,7 @@ def report_examples(
         'This network has no class activation map: its outputs are not a linear layer on features averaged over the '
         'positions.' * any(not look.cams for look in looks.values()),
         'Every alpha is 0: the attention masks change nothing and are not shown.' * bool(block and not share)]
-    sizes = [_stored_size(images.cells[row]['image']) for row in rows]
+    sizes = [stored_size(images.cells[row]['image']) for row in rows]
     return Examples(*groups, ' '.join(filter(None, notes)), blocks, min(map(min, sizes), default=0),
                     'aspect_ratio' in images.cells.column_names and all(w == h for w, h in sizes))
 
@@ -236,8 +236,3 @@ def _place(heat: np.ndarray) -> str:
     words = [names[min(int(3 * at / side), 2)] for names, at, side in (
         (('top', 'middle', 'bottom'), y, heat.shape[0]), (('left', 'middle', 'right'), x, heat.shape[1]))]
     return 'in the middle' if words == ['middle'] * 2 else 'at the ' + ' '.join(w for w in words if w != 'middle')
-
-
-def _stored_size(cell: Dict[str, Any]) -> Tuple[int, int]:
-    with Image.open(cell['path'] if cell['bytes'] is None else io.BytesIO(cell['bytes'])) as file:
-        return file.size

@@ -12,16 +12,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..isic.dataset import DataError, StreamedSplit, check_usable, label_array
-from ..isic.images import readings, unreadable_images
+from ..isic.dataset.demo import DEMO_TASKS
+from ..isic.images import readings, stored_size, unreadable_images
 from ..isic.loading import EpochBatches, IsicSplit, IsicStream
 from ..isic.task import ISIC2017, Task, label_words
 from ..isic.transforms import EvalCrops, eval_transform, normalisation, train_transform
 
 __all__ = [
     'CropLoader', 'check_images', 'check_learnable', 'epoch_sides', 'has_masks', 'image_loader', 'learns_masks',
-    'predict',
+    'note_squares', 'predict',
 ]
 
+SQUARES = 16  # images that are looked at for their shape
 MEMORY_SHARE = 1 / 8  # of the available memory, which the crops of a split may take
 
 # of splits that still exist: the settings that crops were cut with, and the crops by image_id
@@ -67,6 +69,19 @@ def check_images(splits, args, accelerator, data_config=None, task: Task = ISIC2
         if split in _kept:
             _kept[splits[name]] = _kept[split]
     check_usable(splits, args.data, task)
+
+
+def note_squares(splits, args, accelerator):
+    """Say so where images may have been squashed: the first ones are exactly square, and no aspect_ratio is there."""
+    name, split = next(iter(splits.items()))
+    if args.data in DEMO_TASKS or args.aspect == 'squash' or (
+            isinstance(split, StreamedSplit) or 'aspect_ratio' in split.column_names):
+        return
+    sizes = [stored_size(cell) for cell in split.select(range(min(len(split), SQUARES)))['image']]
+    if all(width == height for width, height in sizes):
+        accelerator.print(f'The first {len(sizes)} {name} images of {args.data} are exactly square. If they were '
+                          f'squashed, add a column aspect_ratio, the width / height of the originals: their shape is '
+                          f'restored then.')
 
 
 def has_masks(split):
