@@ -1,8 +1,8 @@
 """Compiles timm_arl/kernels/native.c while a wheel is built, once for each kind of processor.
 
 Any C compiler with GCC's or Clang's options serves; ``CC`` names another than ``cc``, and ``CFLAGS`` add to the
-options. Without a compiler the wheel is built all the same, for every platform, and the gate uses PyTorch's operations
-(``timm_arl.kernels.backend`` says which).
+options, but for those that make arithmetic inexact, such as ``-ffast-math``. Without a compiler the wheel is built all
+the same, for every platform, and the gate uses PyTorch's operations (``timm_arl.kernels.backend`` says which).
 """
 import contextlib
 import os
@@ -22,6 +22,7 @@ FLAGS = [
     '-std=gnu11', '-O3', '-fPIC', '-shared', '-fvisibility=hidden',
     '-fno-math-errno', '-fno-trapping-math']  # branches become vectors
 LAST = ['-ffp-contract=off']  # whatever CFLAGS say; see FMA in native.c
+INEXACT = re.compile('-Ofast|-f(fast-math|unsafe-math-optimizations|associative-math|finite-math-only|reciprocal-math)')
 # the kinds of torch.backends.cpu.get_cpu_capability()
 X86 = {
     'any': [],
@@ -56,7 +57,8 @@ def compile_all(folder: Path) -> List[Path]:
         temporary = path.with_suffix('.part')
         command = [os.environ.get('CC') or 'cc']
         try:
-            flags = [*FLAGS, *options, *shlex.split(os.environ.get('CFLAGS') or ''), *LAST]
+            given = shlex.split(os.environ.get('CFLAGS') or '')
+            flags = [*FLAGS, *options, *(flag for flag in given if not INEXACT.fullmatch(flag)), *LAST]
             command = [*shlex.split(command[0]), *flags, version, str(source), '-o', str(temporary)]
             done = subprocess.run(command, capture_output=True, text=True)
             problem = done.returncode and (done.stderr.strip() or f'exit status {done.returncode}')

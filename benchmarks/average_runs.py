@@ -37,7 +37,6 @@ from timm_arl.factory import Checkpoint, load_weights_file, save_network
 from timm_arl.files import git_commit, read_rows, replacing_folder, write_json, write_rows
 from timm_arl.isic.dataset import DataError, load_data, wanted_of
 from timm_arl.isic.dataset.data import label_array
-from timm_arl.isic.dataset.groups import write_split_file
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.intervals import unit_of
 from timm_arl.isic.metrics import auc_table, score_split
@@ -202,8 +201,9 @@ def average_runs(args):
                 'commit': record['commit'], 'epoch': int(row['epoch']), 'learned_masks': 'train_mask_loss' in row,
             } for folder, record, row in zip(args.runs, records, kept)]})
         write_json(new / 'metrics.json', metrics)
-        if data.division:
-            write_split_file(new / 'splits.csv', data.division, task)
+        division = Path(args.runs[0], 'splits.csv')
+        if division.is_file():
+            shutil.copyfile(division, new / 'splits.csv')
 
     for folder in args.runs:
         alone = json.loads(Path(folder, 'metrics.json').read_text(encoding='utf-8'))['validation']

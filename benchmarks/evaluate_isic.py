@@ -125,7 +125,8 @@ def build_parser():
     add('--lesion-crop', action=argparse.BooleanOptionalAction,
         help="crop images that have a mask to the lesion (default: as in the checkpoint's run)")
     add('--batch-size', type=number(int, 1), default=32, help='images per process and step (default: %(default)s)')
-    add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='seed of random crops and bootstrap (default: 0)')
+    add('--seed', type=number(int, 0, 2 ** 32 - 1),
+        help="seed of random crops and generated images (default: the run's), and of the bootstrap (default: 0)")
     add('--workers', type=number(int, 0), default=2, help='data loading processes (default: %(default)s)')
     add('--cpu-threads', type=number(int, 1), help='threads per process')
     add('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="(default: accelerate's configuration)")
@@ -204,7 +205,6 @@ def evaluate(args):
     out, start_time = Path(args.output_dir), time.time()
     check_free(out, args.compare)
     accelerator = create_accelerator(args)
-    set_seed(args.seed)
     checkpoint = Checkpoint(args.checkpoint)
     model, task = load_network(args, checkpoint)
     weights = Path(model.pretrained_cfg['file'])
@@ -212,18 +212,21 @@ def evaluate(args):
     shown = (folder.name if checkpoint.folder else args.checkpoint) + ', alpha zero' * args.alpha_zero
     summary = [] if args.alpha_zero else epochs_of(folder, accelerator)
     alphas = [name for name in alphas_of(model) if summary and name in summary[0]]
-    saved = images_of_the_run(args, accelerator, checkpoint)
+    saved, bootstrap = images_of_the_run(args, accelerator, checkpoint), args.seed or 0
+    args.seed = saved.get('seed', 0) if args.seed is None else args.seed
+    set_seed(args.seed)
     select = saved.get('select') or 'mean_auc'
     data_config = resolve_model_data_config(model)
     if args.img_size:
         data_config['input_size'] = (3, args.img_size, args.img_size)
 
     wanted = read_map(args.map, task, args.checkpoint) if args.map else None
-    data = load_data(args.data, wanted_of(args), args.seed, needed=(args.split,), whole=args.split,
+    seed = args.seed if args.data in DEMO_TASKS else saved.get('seed', args.seed)  # of the division
+    data = load_data(args.data, wanted_of(args), seed, needed=(args.split,), whole=args.split,
                      expected=None if args.map else task,
                      earlier=None if args.map or args.other_data else folder / 'splits.csv',
                      given=bool(saved.get('splits')), same=saved.get('data') == args.data, alone=bool(args.map),
-                     usual_groups=saved.get('group_column'))
+                     usual_groups=saved.get('group_column'), train_ids=saved.get('train_ids'))
     accelerator.print(data.summary(args.data))
     mapped, home = None, {}
     at_home = not args.other_data and is_home(args.data, args.split, folder, saved, data.splits, bool(args.map))
@@ -303,7 +306,7 @@ def evaluate(args):
     metrics = {}
     for name in splits:
         scores = metrics[name] = score_split(
-            truth[name], probabilities[name], seed=args.seed, operating_points=points, task=scored,
+            truth[name], probabilities[name], seed=bootstrap, operating_points=points, task=scored,
             groups=groups[name], unit=unit_of(data.groups))
         for label, t, p, calibration in zip(scored.labels, truth[name].T, probabilities[name].T, calibrations):
             scores[label]['calibration'] = calibration_scores(t, p, calibration)
@@ -311,7 +314,7 @@ def evaluate(args):
             truth[name], probabilities[name], task=scored, others=parts[name], groups=groups[name])
     external = None
     if mapped:
-        drift = {label: calibration_drift(t, p, calibration, groups[args.split], args.seed)
+        drift = {label: calibration_drift(t, p, calibration, groups[args.split], bootstrap)
                  for label, t, p, calibration in zip(
                      scored.labels, truth[args.split].T, probabilities[args.split].T, calibrations)}
         metrics[args.split]['external'] = {
@@ -323,7 +326,7 @@ def evaluate(args):
         other = Comparison(args.compare, read_predictions(args.compare, loaders[args.split].dataset.image_ids, scored))
         metrics[args.split]['comparison'] = {
             'first': args.compare, 'second': shown,
-            **compare(truth[args.split], other.probabilities, probabilities[args.split], seed=args.seed, task=scored,
+            **compare(truth[args.split], other.probabilities, probabilities[args.split], seed=bootstrap, task=scored,
                       groups=groups[args.split])}
 
     # The look is recorded before anybody can see what it gave
@@ -347,7 +350,8 @@ def evaluate(args):
     record = {
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
         'timm': timm.__version__, 'torch': torch.__version__, **how, **({'map': args.map} if args.map else {}),
-        'seed': args.seed, 'alpha_zero': args.alpha_zero, 'tensors_sha256': tensors_sha256(weights)}
+        'seed': bootstrap, 'images_seed': args.seed, 'alpha_zero': args.alpha_zero,
+        'tensors_sha256': tensors_sha256(weights)}
     if args.report:
         images = loaders[args.split]
         examples = report_examples(

@@ -57,7 +57,7 @@ from timm_arl.isic.task import balancing_weights, label_words
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError
 from timm_arl.training.distillation import Student, mask_loss
-from timm_arl.training.folds import check_start, check_unseen, run_each
+from timm_arl.training.folds import check_start, check_unseen, rows_of_folds, run_each
 from timm_arl.training.images import (
     check_images,
     check_learnable,
@@ -139,10 +139,11 @@ def train(args, accelerator, data, out, networks=None):
     network = accelerator.unwrap_model(model, keep_torch_compile=False)
     network = network.model if student else network
     steps = len(loaders['train'])
+    constant = args.schedule == 'constant'  # timm < 1.0.31 has none: steps that change nothing
     scheduler, _ = create_scheduler_v2(
-        optimizer, args.schedule, args.epochs, min_lr=lr * 1e-2, warmup_lr=lr * 1e-2, decay_epochs=args.decay_epochs,
-        decay_rate=args.decay_rate, warmup_epochs=min(args.warmup_epochs, args.epochs / 5), step_on_epochs=False,
-        updates_per_epoch=steps)
+        optimizer, 'step' if constant else args.schedule, args.epochs, min_lr=lr * 1e-2, warmup_lr=lr * 1e-2,
+        decay_epochs=args.decay_epochs, decay_rate=1. if constant else args.decay_rate,
+        warmup_epochs=min(args.warmup_epochs, args.epochs / 5), step_on_epochs=False, updates_per_epoch=steps)
     ema = ModelEmaV3(network, args.ema, use_warmup=True) if args.ema else None
     kept_network = ema.module if ema else network  # which is what is scored, too
 
@@ -347,6 +348,8 @@ def main():
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))
             accelerator.print(f'The pairs of {args.duplicates} stay in the same fold.')
+        if args.folds:
+            rows_of_folds(args, data)  # a fault in them is told before the work
         check_images(splits, args, accelerator, None if args.folds else data_config, task)
         note_squares(splits, args, accelerator)
         name = f'{args.model}-{Path(args.data).name}-{time.strftime("%Y%m%d-%H%M%S")}'

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
+from timm_arl.factory import tensors_sha256
 from timm_arl.files import make_folder, read_rows, replacing, write_json, write_rows
 from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
 from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES, ids_digest
@@ -194,6 +195,17 @@ def make_run(args, out, row, seed, lock):
     return 0, ''
 
 
+def drop_stale(out, row, seed):
+    """Remove what a row without attention has of other weights than its network has now."""
+    name, network = f'{row.name}-seed{seed}', out / 'runs' / f'{row.alpha_zero_of}-seed{seed}' / 'model.safetensors'
+    scored = out / 'runs' / name / 'evaluation.json'
+    if network.is_file() and scored.is_file() and read_record(scored, 'tensors_sha256') != tensors_sha256(network):
+        print(f'{row.alpha_zero_of} was trained again, so {row.name} is scored again.', flush=True)
+        for path in (out / 'predictions').glob(f'{name}.*'):
+            path.unlink()
+        shutil.rmtree(scored.parent)
+
+
 def make_runs(args, out):
     """Make the runs that are missing, seed by seed, so that a stopped table has all its rows, with fewer seeds.
 
@@ -213,6 +225,7 @@ def make_runs(args, out):
             if lock is None:
                 print('Another process makes it.', flush=True)
                 continue
+            drop_stale(out, row, seed)
             if record.with_suffix('.csv').exists():
                 check_record(args, row, record)
                 continue
@@ -254,7 +267,9 @@ def network_lines(args, out):
             continue
         check_record(args, table_rows[name], record, images_alone=True)
         rows = read_rows(path) if path.exists() else []
-        if not args.check and (folder / 'metrics.json').exists() and not (rows and rows[0].get('images') == digest):
+        there = not args.check and (folder / 'metrics.json').exists()
+        weights = tensors_sha256(folder / 'model.safetensors') if there else ''
+        if there and not (rows and (rows[0].get('images'), rows[0].get('weights')) == (digest, weights)):
             predictor = Predictor(folder)
             if args.table == 'masks' and not alphas_of(predictor.network):
                 continue
@@ -262,7 +277,8 @@ def network_lines(args, out):
             network, prepare = predictor.network, predictor.prepare
             rows = (map_rows(network, prepare, split, progress) if args.table == 'maps' else
                     mask_rows(network, prepare, (picture_of(split, k) for k in progress(range(len(split))))))
-            write_rows(make_folder(path.parent) / path.name, [{**row, 'images': digest} for row in rows])
+            write_rows(make_folder(path.parent) / path.name, [
+                {**row, 'images': digest, 'weights': weights} for row in rows])
             rows = read_rows(path)
         if rows and rows[0].get('images') != digest:
             raise RunError(f'{path} is of other validation images than {args.data}: remove it, and run the same '

@@ -30,10 +30,11 @@ from predict_program import hears_ctrl_c
 
 from timm_arl.attention import alphas_of
 from timm_arl.export import export_onnx
+from timm_arl.export.preprocessing import add_preprocessing
 from timm_arl.extras import missing
 from timm_arl.factory import create_trained, save_network
 from timm_arl.files import write_json
-from timm_arl.isic import LABELS
+from timm_arl.isic import LABELS, probabilities_of
 from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.predictor import Predictor, read_picture
 
@@ -376,15 +377,35 @@ def test_nothing_is_kept_on_disk(served, open_page, tmp_path):
     assert [path for path in (served.folder / 'tmp').rglob('*') if not path.is_dir()] == []
 
 
-def test_a_large_request_is_refused_unread(served):
+@pytest.mark.parametrize('path', ['FILE', 'http://127.0.0.1:1/a.png'])
+def test_values_that_name_a_file_or_an_address_are_refused(served, tmp_path, path):
+    """Gradio would copy the one and fetch the other, and so write to the disk."""
+    (tmp_path / 'secret.txt').write_text('secret')
+    path = path.replace('FILE', str(tmp_path / 'secret.txt'))
+    before = served.errors()
+    for value in ({'path': path, 'meta': {'_type': 'gradio.FileData'}},
+                  {'name': 'a.png', 'data': [{'path': path, 'meta': {'_type': 'gradio.FileData'}}]}):
+        body = json.dumps({'data': [value]}).encode()
+        with urlopen(Request(f'{served.url}/gradio_api/call/look', body, {'Content-Type': 'application/json'})) as call:
+            event = json.load(call)['event_id']
+        with urlopen(f'{served.url}/gradio_api/call/look/{event}', timeout=60) as answer:
+            assert 'event: error' in answer.read().decode()
+    assert [path for path in (served.folder / 'tmp').rglob('*') if not path.is_dir()] == []
+    assert len(probabilities_in(ask(served.url, {'example': 'nevus'}))) == 2 and served.errors() == before
+
+
+@pytest.mark.parametrize('headers, status, sentence', [
+    (b'Content-Length: 99000000', b' 413 ', b'The limit is 20 MB.'),
+    (b'Content-Length: 10\r\nTransfer-Encoding: chunked', b' 411 ', b'how long the request is')])
+def test_a_large_request_is_refused_unread(served, headers, status, sentence):
     host, port = served.url.removeprefix('http://').split(':')
     with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(b'POST /gradio_api/call/look HTTP/1.1\r\nHost: x\r\nContent-Length: 99000000\r\n\r\n')
+        connection.sendall(b'POST /gradio_api/call/look HTTP/1.1\r\nHost: x\r\n' + headers + b'\r\n\r\n')
         answer = part = connection.recv(4000)
-        while part and b'MB.' not in answer:
+        while part and sentence not in answer:
             part = connection.recv(4000)
             answer += part
-    assert b' 413 ' in answer.splitlines()[0] and b'The limit is 20 MB.' in answer
+    assert status in answer.splitlines()[0] and sentence in answer
 
 
 def test_the_folder_goes_when_the_page_stops(tiny, repo, tmp_path):
@@ -467,6 +488,19 @@ def test_networks_that_have_less_to_show(tiny, tmp_path):
         assert 'no class activation map' in views.maps({}, analysis, analyst.predictor)
         assert 'how good they are is not known' in views.about(analyst.predictor, analyst.measured, analyst.repo)
         build(analyst)  # as a page
+
+
+def test_of_a_large_picture_only_a_small_copy_is_kept(tiny, tmp_path):
+    """Also where the network cuts pictures itself, and so is given the whole one."""
+    from timm_arl.app.analysis import Analyst
+
+    export_onnx(create_trained(str(tiny)), tmp_path / 'tiny.onnx', 64, settings={'crops': 'center'})
+    add_preprocessing(tmp_path / 'tiny.onnx', tmp_path / 'whole.onnx', probabilities_of, LABELS)
+    analyst = Analyst(str(tmp_path / 'whole.onnx'))
+    content = io.BytesIO()
+    draw_lesion('melanoma', np.random.default_rng(0), 2000).save(content, 'PNG')
+    analysis = analyst.look_at_file('a.png', content.getvalue())
+    assert analysis.picture.size == (720, 720) and analysis.crops.shape == (1, 3, 720, 720)
 
 
 @pytest.mark.parametrize('arguments, sentence', [

@@ -252,6 +252,20 @@ def test_images_of_four_channels(tmp_path):
     save_network(saved, tmp_path / 'out', ())
     again = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert again.conv1.weight.equal(saved.conv1.weight) and again.fc.weight.equal(saved.fc.weight)
+    save_network(again, tmp_path / 'again', ())  # what was loaded is saved as what was made
+    for folder in ('out', 'again'):
+        colour = timm.create_model(f'local-dir:{tmp_path / folder}', pretrained=True, in_chans=3)
+        assert colour.conv1.weight.shape == (64, 3, 7, 7)
+
+
+def test_a_gate_given_by_block_args_is_known_again(tmp_path):
+    saved = timm.create_model('arl_cnn14', block_args=dict(attention='channel', mask_scale='mean1'))
+    save_network(saved, tmp_path / 'out', ())
+    again = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert (again.attention, again.mask_scale) == ('channel', 'mean1') and again.fc.weight.equal(saved.fc.weight)
+    with pytest.raises(WeightsError, match='was trained with attention channel'):
+        timm.create_model('arl_cnn14', pretrained=True, pretrained_cfg_overlay=dict(
+            file=str(tmp_path / 'out' / 'model.safetensors')))
 
 
 def test_first_convolutions_of_other_shapes(tmp_path):

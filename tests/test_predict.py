@@ -26,8 +26,9 @@ from timm_arl.isic import LABELS
 from timm_arl.isic.images import decode
 from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.isic.transforms import restore_aspect
+from timm_arl.pictures import Pictures
 from timm_arl.predict import main
-from timm_arl.predictor import Predictor, read_picture
+from timm_arl.predictor import Cutter, Predictor, read_picture
 
 CONFIG = json.loads((Checkpoint('arl_cnn14.isic2017').folder / 'config.json').read_text())
 DIAGNOSES = ('melanoma', 'nevus', 'seborrheic_keratosis')
@@ -245,6 +246,14 @@ def test_squashed_copies_are_stretched_back(predict, tmp_path):
     assert np.abs(restored - expected).max() < 0.5 * np.abs(squashed - expected).max()
     done = predict(tmp_path / 'copy', '--restore-aspect', 9)
     assert done.returncode == 2 and 'between 0.2 and 5' in done.stderr
+
+
+def test_a_copy_of_a_tall_picture_keeps_the_pixels_that_the_network_needs(tmp_path):
+    """It is made narrower, so its JPEG must not be decoded as small as others are."""
+    cutter = Cutter(64, 'center')
+    draw_lesion('melanoma', np.random.default_rng(1), 800).save(tmp_path / 'a.jpg')
+    seen = Pictures(cutter, str(tmp_path), True, 0.5)['a.jpg', 'a']
+    assert seen.picture.height == 2 * seen.picture.width and cutter.shorter_side <= seen.picture.width < 400
 
 
 @pytest.mark.parametrize('name', ['resnet14', 'arl_cnn50', 'resnet18', 'arl_tf_efficientnet_lite0'])

@@ -1,5 +1,6 @@
 """Images read one by one, in worker processes: the crops of each, or the reason why there are none."""
 import itertools
+import math
 import os
 import stat
 import warnings
@@ -57,7 +58,10 @@ class Pictures(Dataset):
                 warnings.simplefilter('ignore')  # Pillow's, on odd files that it reads all the same
                 if not stat.S_ISREG(os.stat(path).st_mode):
                     raise OSError('it is a folder' if os.path.isdir(path) else 'it is no file')  # a pipe would block
-                picture = read_picture(path, self.cutter.shorter_side)
+                side = self.cutter.shorter_side
+                if self.aspect and self.aspect < 1:
+                    side = math.ceil(side / self.aspect)  # a square copy will be made narrower
+                picture = read_picture(path, side)
                 if self.aspect:
                     picture = restore_aspect(picture, self.aspect)
                 crops, _ = self.cutter(picture, Path(name).stem)

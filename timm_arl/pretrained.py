@@ -127,6 +127,7 @@ def build_with_local_weights(
         pretrained_filter_fn=checked if kwargs.get('pretrained_strict', True) else filter_fn, **kwargs)
     if first_conv:
         model.pretrained_cfg['first_conv'] = first_conv
+        getattr(model, '_traits', {})['first_conv'] = first_conv  # what timm >= 1.0.31 saves
     return model
 
 
@@ -249,7 +250,7 @@ def check_gate_of(model: Any, file: Path) -> None:
             return
         with torch.device('meta'):
             saved = timm.create_model(architecture, **{
-                name: arguments[name] for name in arguments.keys() & {*GATE_ARGUMENTS}})
+                name: arguments[name] for name in arguments.keys() & {*GATE_ARGUMENTS, 'block_args'}})
     except (AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f'{path}, which tells the mask of {file.name}, is damaged ({error}): restore it.') from None
     if not hasattr(saved, 'mask_scale'):

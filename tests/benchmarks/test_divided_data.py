@@ -5,6 +5,7 @@ import json
 import pytest
 from any_data import lines, table
 
+from timm_arl.hub import stage
 from timm_arl.isic.dataset import load_splits
 
 QUICK = ('--model', 'test_resnet', '--epochs', 1, '--batch-size', 8, '--img-size', 64, '--start-size', 64, '--crops',
@@ -103,3 +104,57 @@ def test_resuming_with_other_labels_or_groups_is_refused(tmp_path, call, source,
     source.write_text(content)
     assert (out / 'run.json').read_text() == before and len(json.loads(before)['arguments']['content']) == 64
     assert call('finetune_isic', '--output-dir', out, '--resume').returncode == 0
+
+
+@pytest.mark.parametrize('what', ['an average', 'a staged folder', 'a staged folder of other images'])
+def test_weights_that_were_made_of_a_run_are_not_scored_on_its_training_images(tmp_path, call, source, what):
+    out = tmp_path / 'out'
+    done = call('finetune_isic', '--data', source, '--seed', 1, *QUICK, '--output-dir', out)
+    assert done.returncode == 0, done.stderr
+    if what == 'an average':
+        done = call('average_runs', '--runs', out, '--half', '--data', source, '--workers', 0, '--output-dir',
+                    tmp_path / 'made')
+        assert done.returncode == 0 and (tmp_path / 'made' / 'splits.csv').read_text() == (
+            out / 'splits.csv').read_text(), done.stderr
+    else:
+        stage(out, tmp_path / 'made')
+        assert not (tmp_path / 'made' / 'splits.csv').exists()  # names of a clinic's images are not published
+    source.rename(source.parent / 'moved.csv')
+    if what == 'a staged folder of other images':
+        source = table(source.parent / 'other', 12)
+    else:
+        source = source.parent / 'moved.csv'
+    done = call('evaluate_isic', '--data', source, '--checkpoint', tmp_path / 'made', '--output-dir', tmp_path / 'e',
+                '--workers', 0)
+    assert done.returncode == 0, done.stderr
+    tested = [row['image_id'] for row in rows(tmp_path / 'e' / 'predictions_test.csv')]
+    if what == 'a staged folder of other images':
+        assert len(tested) == 12 and 'External validation' in done.stdout
+    else:
+        assert tested == [row['image_id'] for row in rows(out / 'predictions_test.csv')] and len(tested) < 10
+        assert 'Its images are those of the run' in done.stdout
+
+
+def test_an_evaluation_sees_the_crops_of_the_run(tmp_path, call, few):
+    """Which are drawn with its seed, or its predictions could not be compared, and no folder be staged."""
+    out = tmp_path / 'out'
+    done = call('finetune_isic', '--data', few, *QUICK, '--crops', 'paper', '--seed', 3, '--output-dir', out)
+    assert done.returncode == 0, done.stderr
+    done = call('evaluate_isic', '--data', few, '--checkpoint', out, '--output-dir', tmp_path / 'e', '--workers', 0)
+    assert done.returncode == 0, done.stderr
+    first, again = ([float(row['melanoma']) for row in rows(folder / 'predictions_validation.csv')]
+                    for folder in (out, tmp_path / 'e'))
+    assert again == pytest.approx(first, abs=1e-6)
+    stage(out, tmp_path / 'staged', evaluation=tmp_path / 'e')
+
+
+def test_folds_that_cannot_be_used_are_told_before_the_first_is_trained(tmp_path, call):
+    """Two patients have all melanomas, so that some of five folds have none."""
+    rows = [(f'images/{k}.png', 'melanoma' if k < 12 else 'nevus', f'p{k // 6 if k < 12 else k}') for k in range(60)]
+    table(tmp_path / 'd', 60)
+    source = lines(tmp_path / 'd' / 'mine.csv', ('image', 'label', 'patient_id'), rows)
+    (tmp_path / 's.csv').write_text('\n'.join(['image_id,split', *(f'{k},train' for k in range(60))]) + '\n')
+    done = call('finetune_isic', '--data', source, '--splits', tmp_path / 's.csv', *QUICK, '--folds', 5, '--output-dir',
+                tmp_path / 'out')
+    assert done.returncode == 2 and '--folds 5 leaves a fold without images' in done.stderr, done.stderr
+    assert not (tmp_path / 'out').exists()

@@ -142,3 +142,22 @@ def test_sizes_of_the_recipe_give_way_to_a_model_of_one_size(call, few, tmp_path
         assert done.returncode == 0 and all(line in done.stdout for line in said), done.stderr
     done = call('finetune_isic', *args, '--img-size', 224, '--start-size', 64)
     assert done.returncode == 2 and 'does not take images of 64 px' in done.stderr
+
+
+@pytest.mark.parametrize('place, flags', [('seed-0', ('--seeds', 0, 1)), ('fold-1', ('--folds', 2)),
+                                          ('seed-5/fold-0', ('--seeds', 5, '--folds', 2))])
+def test_the_run_of_another_command_is_not_taken_for_one_of_several(call, few, tmp_path, place, flags):
+    record = tmp_path / 'out' / place / 'run.json'
+    record.parent.mkdir(parents=True)
+    record.write_text('{}')
+    done = call('finetune_isic', '--data', few, *SMALL, *flags, '--output-dir', tmp_path / 'out')
+    assert done.returncode == 2 and f'{record.parent} holds a run of another command' in done.stderr
+    assert record.read_text() == '{}'
+
+
+@pytest.mark.slow
+def test_a_constant_learning_rate(call, few, tmp_path):
+    done = call('finetune_isic', '--data', few, *SMALL, '--schedule', 'constant', '--warmup-epochs', 0, '--epochs', 2,
+                '--lr', 0.01, '--output-dir', tmp_path / 'out')
+    assert done.returncode == 0, done.stderr
+    assert {float(row['lr']) for row in read_csv(tmp_path / 'out' / 'summary.csv')} == {0.01}

@@ -15,6 +15,8 @@ import timm
 import torch
 from PIL import Image
 
+from timm_arl.factory import tensors_sha256
+from timm_arl.files import write_json
 from timm_arl.kernels import backend
 from timm_arl.training.tables.rows import TABLES
 
@@ -255,3 +257,21 @@ def test_the_kernels_of_a_row_are_those_that_it_uses(benchmarks):
     assert kernels_of(rows['resnet14'], 'cpu') == ''
     assert kernels_of(rows['arl_cnn14'], 'cpu') == backend(torch.ones(1, 1, 1, 1))
     assert kernels_of(rows['arl_cnn14_temperature'], 'cpu') == 'torch'
+
+
+def test_a_network_that_was_trained_again_is_scored_again_without_its_attention(benchmarks, tmp_path):
+    import reproduce_tables
+    row, = [row for row in reproduce_tables.TABLES['table5'] if row.name == 'arl_cnn14_alpha_zero']
+    trained, scored = (tmp_path / 'runs' / f'{name}-seed0' for name in ('arl_cnn14', row.name))
+    predictions = [tmp_path / 'predictions' / f'{row.name}-seed0.{ending}' for ending in ('csv', 'json')]
+    for folder in (trained, scored, tmp_path / 'predictions'):
+        folder.mkdir(parents=True)
+    for path in predictions:
+        path.touch()
+    safetensors.torch.save_file({'a': torch.zeros(1)}, trained / 'model.safetensors')
+    write_json(scored / 'evaluation.json', {'tensors_sha256': tensors_sha256(trained / 'model.safetensors')})
+    reproduce_tables.drop_stale(tmp_path, row, 0)
+    assert all(path.exists() for path in predictions)
+    safetensors.torch.save_file({'a': torch.ones(1)}, trained / 'model.safetensors')
+    reproduce_tables.drop_stale(tmp_path, row, 0)
+    assert not any(path.exists() for path in (scored, *predictions))

@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import convert_color_space
 from pydicom.sequence import Sequence
-from pydicom.uid import JPEGBaseline8Bit, JPEGLSLossless, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
 from timm_arl.isic.dicom import is_dicom, read_dicom
 
@@ -154,6 +154,8 @@ def test_what_is_refused(tmp_path, ramp, monkeypatch):
     assert 'is its RescaleSlope 0' in refused(save(flat, tmp_path / 'z.dcm'))
     lossless = dataset(encapsulate([b'\xff\xd8\xff\xd9']), 'RGB', syntax=JPEGLSLossless, Rows=16, Columns=16)
     assert 'cannot be decoded' in refused(save(lossless, tmp_path / 'l.dcm'))
+    bomb = dataset(ramp, 'MONOCHROME2', syntax=DeflatedExplicitVRLittleEndian)  # can grow a thousandfold
+    assert 'compressed as a whole (deflated)' in refused(save(bomb, tmp_path / 'd.dcm'))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
     assert 'above the limit' in refused(tmp_path / 'w.dcm')
 

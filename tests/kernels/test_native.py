@@ -138,3 +138,20 @@ print(compile_all(Path({str(tmp_path)!r})))
     assert done.stdout.strip() == '[]' and f'no C kernels, since `{compiler}' in done.stderr
     assert problem in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ['native.c']  # no library of another source stays
+
+
+def test_flags_that_make_arithmetic_inexact_are_left_out(tmp_path):
+    (tmp_path / 'native.c').write_text('')
+    compiler = tmp_path / 'compiler'
+    compiler.write_text('#!/bin/sh\necho "$@" >> args\nfor file; do :; done\ntouch "$file"\n')
+    compiler.chmod(0o755)
+    done = python(f'''
+import os
+from pathlib import Path
+from hatch_build import compile_all
+os.chdir({str(tmp_path)!r})
+print(len(compile_all(Path('.'))))
+''', ROOT, CC=str(compiler), CFLAGS='-g -Ofast -ffast-math -O2')
+    calls = (tmp_path / 'args').read_text().splitlines()
+    assert done.stdout.strip() == str(len(calls)) and all(
+        ' -g -O2 -ffp-contract=off ' in call and 'fast' not in call for call in calls)

@@ -15,6 +15,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image, UnidentifiedImageError
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .. import __version__
 from ..explain import gate_maps, scaled_alphas
@@ -64,7 +65,7 @@ class Analysis(NamedTuple):
         size: Width and height of the file's picture.
         remark: What makes it a picture of which little can be expected, or ''.
         picture: A copy of at most 720 px.
-        crops: What the network was shown, uint8 (N, 3, S, S).
+        crops: What the network was shown, uint8 (N, 3, S, S); the copy, where the network cuts pictures itself.
         boxes: Where each crop lies in that copy, in its pixels.
         probabilities: Shape (labels,).
         without: The same with every alpha at 0, or None for a network without gates.
@@ -200,6 +201,8 @@ class Analyst:
         remark = REMARKS.get(remark_on(picture, crops[0], side), '').format(side=side)
         if synthetic and remark == REMARKS['square']:  # drawn so, not squashed
             remark = ''
+        if self.predictor.cutter.whole:  # the only crop is the picture, which may be large
+            crops = pil_to_tensor(shown)[None]
         analysis = Analysis(name, synthetic, size, remark, shown, crops, boxes, probabilities, None, blocks)
         return analysis._replace(without=self.at(analysis, 0.)) if blocks else analysis
 

@@ -40,7 +40,8 @@ class OnlyThePage:
 
         if scope['type'] == 'http':
             parts = scope['path'].strip('/').split('/')
-            length = dict(scope['headers']).get(b'content-length', b'')
+            headers = dict(scope['headers'])
+            length = b'' if b'transfer-encoding' in headers else headers.get(b'content-length', b'')
             refused = ''
             if parts[0] == 'gradio_api' and (len(parts) < 2 or parts[1] not in OPEN):
                 refused, status = 'This page has no such address.', 404
@@ -54,6 +55,10 @@ class OnlyThePage:
         await self.app(scope, receive, send_with_policy)
 
 
+async def _no_file(path: Any) -> str:
+    raise gr.Error('This page takes no files by name or address.', print_exception=False)
+
+
 def create_app(page: gr.Blocks) -> FastAPI:
     """The application that serves a page.
 
@@ -61,5 +66,7 @@ def create_app(page: gr.Blocks) -> FastAPI:
         page: As build makes it.
     """
     app = FastAPI(middleware=[Middleware(OnlyThePage)], docs_url=None, redoc_url=None, openapi_url=None)
-    page.queue(max_size=200)
+    page.queue(max_size=64)  # of bodies up to LARGEST_BODY
+    for block in page.blocks.values():  # values that name a file: Gradio would copy or fetch it
+        vars(block)['async_move_resource_to_block_cache'] = _no_file
     return gr.mount_gradio_app(app, page, path='/', theme=THEME, css=CSS, footer_links=[], show_error=False)

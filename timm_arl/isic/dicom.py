@@ -1,4 +1,5 @@
 """From a DICOM file to an RGB picture of 8 bits, as a viewer shows it. Needs the extra `dicom`; pydicom decodes."""
+import io
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, Tuple, Union
@@ -11,6 +12,7 @@ from ..extras import missing
 __all__ = ['SUFFIXES', 'is_dicom', 'read_dicom']
 
 SUFFIXES = ('.dcm', '.dicom', '.dic')
+DEFLATED = b'1.2.840.10008.1.2.1.99'  # the transfer syntax of files that are compressed as a whole
 
 
 def is_dicom(path: Union[str, Path]) -> bool:
@@ -31,8 +33,8 @@ def read_dicom(file: Union[str, Path, BinaryIO]) -> Image.Image:
     of the stored bits. MONOCHROME1 is inverted.
 
     Raises:
-        OSError: pydicom is not installed, the file is not DICOM, holds no picture, several frames, more pixels than
-            Pillow allows or grey values without a range, or cannot be decoded here.
+        OSError: pydicom is not installed, the file is not DICOM, is compressed as a whole, holds no picture, several
+            frames, more pixels than Pillow allows or grey values without a range, or cannot be decoded here.
     """
     if missing('dicom'):
         raise OSError(missing('dicom'))
@@ -42,7 +44,10 @@ def read_dicom(file: Union[str, Path, BinaryIO]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # pydicom's remarks on files that it reads all the same
-            return _picture(dcmread(file))
+            content = file.read() if hasattr(file, 'read') else Path(file).read_bytes()
+            if DEFLATED in content:  # pydicom would inflate it without a limit, before anything is known of it
+                raise OSError('it is compressed as a whole (deflated): save it without that')
+            return _picture(dcmread(io.BytesIO(content)))
     except InvalidDicomError as error:
         raise OSError('it is not a DICOM file') from error
     except OSError:

@@ -25,7 +25,7 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
 
     Raises:
         OSError: No bytes, a file that may not be read, a format unknown to Pillow, a truncated file, one of too many
-            pixels, or of floating-point ones, whose white is not known.
+            pixels, or of floating-point ones or grey values beyond 16 bits, whose white is not known.
     """
     if cell is None or (cell['bytes'] is None and cell['path'] is None):
         raise OSError('it has no bytes')
@@ -41,6 +41,8 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
                     raise OSError('it has floating-point pixels')
                 if picture.mode.startswith('I'):  # 16 bits of grey, which convert would cut off at 255
                     values = np.asarray(picture, np.float32)
+                    if values.min() < 0 or values.max() > 65535:
+                        raise OSError('it has grey values beyond 16 bits, whose white is not known')
                     picture = Image.fromarray((values / 257 if values.max() > 255 else values).round().astype(np.uint8))
                 return picture.convert('RGB')
     except UnidentifiedImageError as error:

@@ -3,7 +3,7 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -114,14 +114,23 @@ def check_unseen(args: Any, splits: Dict[str, Any]) -> None:
                                    f'the data as it did, with --splits {folder / "splits.csv"}.')
 
 
+def rows_of_folds(args: Any, data: Data) -> List[Tuple[np.ndarray, np.ndarray]]:
+    """As fold_rows, of all folds at once, so that a fold that cannot be used is told before the first is trained.
+
+    Args:
+        args: Arguments of finetune_isic.py.
+        data: As load_data gives it.
+    """
+    return list(fold_rows(data.splits['train'], args.folds, args.seed, args.duplicates, data.task, data.groups))
+
+
 def _parts(args: Any, data: Data) -> Iterator[Tuple[str, Data]]:
     """Names and data of the folds, one after the other, so that only one keeps its crops; or all splits."""
     if not args.folds:
         yield '', data
         return
     train = data.splits['train']
-    rows = fold_rows(train, args.folds, args.seed, args.duplicates, data.task, data.groups)
-    for k, (kept, rest) in enumerate(rows):
+    for k, (kept, rest) in enumerate(rows_of_folds(args, data)):
         parts = {'train': train.select(kept), 'validation': train.select(rest)}
         yield f'fold-{k}', data._replace(splits=parts, division=parts if set(data.splits) == {'train'} else {})
 

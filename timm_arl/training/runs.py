@@ -49,8 +49,14 @@ def check_no_other_run(args, out):
     """Refuse, unless resuming, an output folder in which another run left something."""
     traces = ('run.json', 'summary.csv', 'metrics.json', 'config.json', 'model.safetensors', 'last', '.last.previous',
               'tensorboard')
-    if not args.resume and any((out / trace).exists() for trace in traces):
+    if args.resume:
+        return
+    if any((out / trace).exists() for trace in traces):
         raise FolderTaken(f'{out} already holds a run: continue it with --resume, or choose another --output-dir.')
+    if getattr(args, 'seeds', None) or getattr(args, 'folds', 0):  # each in a folder of its own
+        for pattern in ('seed-*', 'fold-*', 'seed-*/fold-*'):
+            for other in out.glob(f'{pattern}/run.json'):
+                raise FolderTaken(f'{other.parent} holds a run of another command: choose another --output-dir.')
 
 
 def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):

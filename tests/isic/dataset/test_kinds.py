@@ -1,4 +1,6 @@
 """Every kind of data that docs/data.md names: found out by itself, divided by group, refused in one sentence."""
+import pickle
+
 import datasets
 import numpy as np
 import pytest
@@ -89,6 +91,10 @@ def test_challenges_as_others_lay_them_out(tmp_path):
     picture(tmp_path / 'c' / 'ISIC2018_Task3_Test_Images' / 'ISIC_1.jpg')
     lines(tmp_path / 'c' / 'ISIC2018_Task3_Test_GroundTruth.csv', ('lesion_id', 'image_id', 'dx'),
           [('H', 'ISIC_1', 'nv')])
+    for name in ('HAM10000_images_part_1', 'HAM10000_images_part_2'):  # both zips unpacked into a folder of their name
+        (tmp_path / 'c' / name).rename(tmp_path / 'x')
+        (tmp_path / 'c' / name).mkdir()
+        (tmp_path / 'x').rename(tmp_path / 'c' / name / name)
     assert [load_data(str(tmp_path / name)).task.name for name in 'abc'] == ['isic2020', 'isic2019', 'ham10000']
 
 
@@ -162,6 +168,7 @@ def test_a_stream_of_other_classes(tmp_path):
     data = load_data(str(tmp_path), wanted, streaming=True)
     assert data.task.labels == ('b', 'a', 'c') and data.groups == 'case'
     train = data.splits['train']
+    pickle.loads(pickle.dumps(train.stream))  # as Python 3.14 sends it to workers
     batches = EpochBatches(label_array(train.table, data.task), 4, task=data.task)
     shown = [(labels, image_id) for _, some, ids in IsicStream(train, batches, eval_transform(16, [0] * 3, [1] * 3))
              for labels, image_id in zip(some, ids)]

@@ -10,10 +10,11 @@ import datasets
 import numpy as np
 import pytest
 import yaml
+from any_data import table
 from PIL import Image
 from test_sources import challenge, edit, picture, truth, write_csv
 
-from timm_arl.isic.dataset import decode, load_splits
+from timm_arl.isic.dataset import decode, load_data, load_splits
 
 
 @pytest.fixture
@@ -161,3 +162,19 @@ def test_check_finds_copies_that_were_turned_and_stored_anew(run, source, tmp_pa
     assert 'train ISIC_0000003  test ISIC_2000004  near_identical' in done.stdout
     assert 'train ISIC_0000005  validation ISIC_1000005  byte_identical' in done.stdout
     assert (tmp_path / 'pairs.csv').read_text().startswith('image_id_a,split_a,image_id_b,split_b')
+
+
+@pytest.mark.slow
+def test_a_table_without_splits_and_with_words_among_the_numbers(run, tmp_path):
+    source = table(tmp_path / 'd', 20, head=('image', 'label', 'age', 'width'), more=lambda k: (
+        ('unknown', '80+', k)[k % 3], f'{k}.5'))  # the width of a lesion in mm, say
+    done = run('prepare', source, tmp_path / 'all', '--columns', 'age_approximate=age', '--workers', 1)
+    assert done.returncode == 0, done.stderr
+    found = [row for split in load_data(str(tmp_path / 'all')).splits.values() for row in split]
+    assert sorted(age for row in found for age in [row['age_approximate']] if age is not None) == [2, 5, 8, 11, 14, 17]
+    assert {row['width'] for row in found} == {40}
+    train = datasets.load_dataset('parquet', data_files=[*map(str, (tmp_path / 'all' / 'data').glob('*'))])['train']
+    (tmp_path / 'train').mkdir()
+    train.to_parquet(tmp_path / 'train' / 'train-00000-of-00001.parquet')
+    done = run('prepare', tmp_path / 'train', tmp_path / 'divided', '--workers', 1)  # train alone is divided too
+    assert done.returncode == 0 and 'train, validation and test divided' in done.stdout, done.stderr

@@ -1,9 +1,11 @@
 """Tables as Excel and other machines write them: read, or refused with the cause and a remedy."""
+import datasets
 import pytest
 from any_data import lines, picture, table
 
 from timm_arl.isic.dataset import DataError, Wanted, load_data
 from timm_arl.isic.dataset.names import column_named, looks_like_groups, with_known_names
+from timm_arl.isic.dataset.tables import typed
 
 
 def ids_of(path):
@@ -82,3 +84,37 @@ def test_names_of_columns():
         ('age_approximate', 'years'), ('MEL', 'm'), ('dx', 'd'))
     assert all(map(looks_like_groups, ('patient', 'ID_case', 'studySubject', 'Lesion No.', 'PATIENT')))
     assert not any(map(looks_like_groups, ('patient_age', 'lesionSize', 'lowercase', 'image', 'lesion_type')))
+
+
+@pytest.mark.parametrize('parquet', [False, True])
+def test_a_named_column_counts_before_one_that_is_spelled_alike(tmp_path, parquet):
+    path = table(tmp_path, 20, head=('image', 'label', 'Split', 'fold', 'Patient ID', 'case'), more=lambda k: (
+        'train', ('train', 'val', 'test')[k // 2 % 3], 'one', f'p{k}'))
+    if parquet:
+        head, *rows = (line.split(',') for line in path.read_text().splitlines())
+        content = dict(zip(head, zip(*rows)), image=[str(tmp_path / row[0]) for row in rows])
+        path = tmp_path / 'all.parquet'
+        datasets.Dataset.from_dict(content).cast_column('image', datasets.Image()).to_parquet(path)
+    data = load_data(str(path), Wanted(columns=(('split', 'fold'), ('patient_id', 'case'))))
+    assert {name: len(split) for name, split in data.splits.items()} == {'train': 8, 'validation': 6, 'test': 6}
+    assert data.groups == 'patient_id' and len({group for split in data.splits.values() for group in split[
+        'patient_id']}) == 20
+
+
+def test_masks_lie_beside_the_table_as_images_do(tmp_path, monkeypatch):
+    for k in range(20):
+        picture(tmp_path / 'd' / 'masks' / f'{k}.png', k)
+    path = table(tmp_path / 'd', 20, head=('image', 'label', 'mask'), more=lambda k: (f'masks/{k}.png' if k else '',))
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    cells = {row['image_id']: row['mask'] for split in load_data(str(path)).splits.values() for row in split}
+    assert cells.pop('0') is None
+    assert {image_id: cell['path'] for image_id, cell in cells.items()} == {
+        str(k): str(tmp_path / 'd' / 'masks' / f'{k}.png') for k in range(1, 20)}
+    (tmp_path / 'd' / 'masks' / '7.png').unlink()
+    with pytest.raises(DataError, match='1 of the 19 masks of .* are missing in .*: masks/7.png'):
+        load_data(str(path))
+
+
+def test_a_column_of_only_one_truth_value():
+    assert typed(['False', 'false', '']) == [0, 0, None] and typed(['TRUE', 'True']) == [1, 1]

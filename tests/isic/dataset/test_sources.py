@@ -181,6 +181,9 @@ def test_every_kind_of_picture_comes_out_as_it_looks():
     grey16 = Image.fromarray((np.arange(2400, dtype=np.uint16) * 27).reshape(40, 60))
     shown = np.asarray(decode(encoded(grey16, 'PNG')))[..., 0]
     assert np.abs(shown - np.asarray(grey16) / 257).max() <= 0.5  # not cut off at 255
+    for values in ([[0, 70000]], [[-5, 300]]):  # would wrap around
+        with pytest.raises(OSError, match='grey values beyond 16 bits'):
+            decode(encoded(Image.fromarray(np.array(values, np.int32)), 'TIFF'))
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side
     assert decode(encoded(image, 'JPEG', exif=exif)).size == (40, 60)

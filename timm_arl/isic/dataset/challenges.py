@@ -75,7 +75,8 @@ def read_challenge(folder: Path) -> Optional[Tuple[Task, Dict[str, datasets.Data
         if images is None:
             raise DataError(f'{folder} has {truth.name} but no {parts[split].images[0]}: unpack the images beside it.')
         about = [file for table in parts[split].about for file in [folder / table] if file.is_file()]
-        folders = [images, *(folder / part for part in SECOND_PARTS if name == 'ham10000')]
+        second = _images(folder, SECOND_PARTS) if name == 'ham10000' else None
+        folders = [images, *([second] if second else [])]
         splits[split] = _split(folders, truth, about, task)
     return task, {WHOLE: splits['train']} if list(splits) == ['train'] else splits
 

@@ -11,6 +11,7 @@ from yaml import YAMLError
 
 from ...download import plain_http
 from ..task import DataError
+from .names import plain
 from .sources import image_files
 from .tables import renamed
 
@@ -95,5 +96,6 @@ def with_names(split: AnySplit, columns: Sequence[Tuple[str, str]], where: str) 
         DataError: A column that is not there.
     """
     names = renamed(list(split.features), columns, where)
-    taken = [name for name in names.values() if name in split.features and name not in names]
+    new = {plain(name) for name in names.values()}
+    taken = [name for name in split.features if plain(name) in new and name not in names]
     return split.remove_columns(taken).rename_columns(names) if names else split

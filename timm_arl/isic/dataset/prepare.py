@@ -3,6 +3,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -11,7 +12,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import datasets
 import pyarrow.parquet
@@ -269,15 +270,29 @@ def _write_shard(
         squashed = image.width == image.height and row.get('aspect_ratio') is not None
         content.append({
             **{column: row.get(column) for column in features},
+            'age_approximate': _number(row.get('age_approximate')),
             **{label: int(row[label]) for label in task.labels},
             'image': _bytes(_resized(image, longest_side, Image.Resampling.BICUBIC), 'JPEG', quality=JPEG_QUALITY),
             'mask': None if mask is None else _bytes(mask, 'PNG'),
-            'width': row.get('width') or image.width, 'height': row.get('height') or image.height,
+            'width': _pixels(row.get('width'), image.width), 'height': _pixels(row.get('height'), image.height),
             'aspect_ratio': row['aspect_ratio'] if squashed else image.width / image.height,
         })
     with replacing(path) as temporary:
         datasets.Dataset.from_list(content, features=features).to_parquet(temporary)
     return len(rows)
+
+
+def _number(cell: Any) -> Optional[float]:
+    """The number in a cell, or None for a word and the like."""
+    try:
+        return float(cell) if math.isfinite(float(cell)) else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _pixels(cell: Any, stored: int) -> int:
+    """The side of an original that a cell tells, or of the picture as it is stored, where that is larger."""
+    return max(int(_number(cell) or 0), stored)
 
 
 def _skipped(target: Path, splits: Dict[str, datasets.Dataset]) -> List[str]:

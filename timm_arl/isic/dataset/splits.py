@@ -1,4 +1,5 @@
 """The splits of any data set, loaded and checked, with what is predicted."""
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -30,7 +31,7 @@ from .groups import (
 from .library import check_rows, load_library, with_names
 from .names import with_known_names
 from .options import Wanted, load_task
-from .sources import read_folder
+from .sources import ids_digest, read_folder
 from .streaming import NO_SHARDS, load_streaming
 from .tables import read_image_table
 
@@ -52,6 +53,7 @@ def load_data(
         same: bool = False,
         alone: bool = False,
         usual_groups: Optional[str] = None,
+        train_ids: Optional[str] = None,
 ) -> Data:
     """Load and check a data set of any kind (docs/data.md lists them), and find out what is predicted.
 
@@ -72,6 +74,8 @@ def load_data(
         same: The data are called as in that run, which counts where its file has no labels.
         alone: Leave out the splits that are not needed, whatever is wrong with them.
         usual_groups: Column of groups of that run, taken where the data have it and the user names none.
+        train_ids: ids_digest of the training images of a run without that file, staged for one. Data without splits
+            are divided by the seed, if that gives these images.
 
     Returns:
         The task and the splits that there are, of train, validation and test.
@@ -112,7 +116,8 @@ def load_data(
         said = dataclasses.replace(task, rest=expected.rest)
     elif expected is not None:
         earlier = None
-    splits, made, how = _arranged(splits, said, groups, wanted, seed, needed, whole, earlier, given, same, data)
+    splits, made, how = _arranged(
+        splits, said, groups, wanted, seed, needed, whole, earlier, given, same, train_ids, data)
     left_out = splits.pop(LEFT_OUT, None)
     if alone:
         splits = {name: split for name, split in splits.items() if name in needed} or splits
@@ -251,6 +256,7 @@ def _arranged(
         earlier: Optional[Path],
         given: bool,
         same: bool,
+        train_ids: Optional[str],
         data: str,
 ) -> Tuple[Dict[str, datasets.Dataset], str, Sequence[str]]:
     """The splits by the user's file or as a run had them, or with those made that are needed; how they were made, or
@@ -267,12 +273,29 @@ def _arranged(
                                 f'images in {", ".join(found)}. Choose another --split, or pass --other-data if they '
                                 f'are other images of the same names.')
             return found, '', [f'Its images are those of the run: they are divided as in {earlier}.']
-    if set(needed) <= splits.keys() and (WHOLE not in splits or len(splits) > 1):
+    if none_given and train_ids and earlier is not None and not earlier.is_file():
+        with contextlib.suppress(DataError):  # too few of a class, for one: then they are not those of the run
+            made, how = _divided(splits, task, groups, seed, data)
+            if ids_digest(made['train']['image_id']) == train_ids:
+                return made, '', [f'Its images are those of the run, and divided as there: {how}.']
+    there = set(needed) <= splits.keys() and (needed or not none_given)  # prepare needs none, and divides what it can
+    if there and (WHOLE not in splits or len(splits) > 1):
         return splits, '', ()
     if whole and len(splits) == 1:
         return {whole: next(iter(splits.values()))}, '', ()
     if not none_given:
         return splits, '', ()
+    return *_divided(splits, task, groups, seed, data), ()
+
+
+def _divided(
+        splits: Dict[str, datasets.Dataset],
+        task: Task,
+        groups: str,
+        seed: int,
+        data: str,
+) -> Tuple[Dict[str, datasets.Dataset], str]:
+    """All images divided, or those of train where there is a test split; and how."""
     source = splits.get(WHOLE, splits.get('train'))
     assert source is not None
     check_labels(source, data, task)
@@ -281,4 +304,4 @@ def _arranged(
     made = {name: source.select([row for row, part in enumerate(parts) if part == name]) for name in shares}
     by = f'by {groups}, ' if groups else ''
     return {**{name: split for name, split in splits.items() if name == 'test'}, **made}, (
-        f'{words_list(list(shares))} divided {by}with seed {seed}'), ()
+        f'{words_list(list(shares))} divided {by}with seed {seed}')

@@ -1,4 +1,5 @@
 """Splits whose training images stay in their Parquet shards until they are needed."""
+from functools import partial
 from typing import Any, Dict, List, Optional
 
 import datasets
@@ -95,7 +96,10 @@ def _labelled(stream: datasets.IterableDataset, task: Task, column: str) -> data
     feature = stream.features[column]
     features = datasets.Features({**stream.features, **{label: datasets.Value('int8') for label in task.labels}})
 
-    def add(rows: Dict[str, List]) -> Dict[str, Any]:
-        table = datasets.Dataset.from_dict({column: rows[column]}, features=datasets.Features({column: feature}))
-        return one_hot(class_numbers(words_of(table, column), task, rows['image_id'], column), task)
+    add = partial(_labels_of, task=task, column=column, feature=feature)
     return stream.map(add, batched=True, batch_size=32, features=features)
+
+
+def _labels_of(rows: Dict[str, List], task: Task, column: str, feature: Any) -> Dict[str, Any]:
+    table = datasets.Dataset.from_dict({column: rows[column]}, features=datasets.Features({column: feature}))
+    return one_hot(class_numbers(words_of(table, column), task, rows['image_id'], column), task)

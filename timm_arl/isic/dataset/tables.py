@@ -16,6 +16,7 @@ from .sources import IMAGE_SUFFIXES, table_text
 __all__ = ['read_image_table', 'read_lines', 'renamed', 'typed', 'unique_ids']
 
 NAMED = 3  # missing files in a message
+NOTHING = ('', 'nan', 'na', 'n/a', 'null')
 
 
 def read_lines(path: Path) -> Tuple[List[str], List[Dict[str, str]], List[int]]:
@@ -100,8 +101,8 @@ def read_image_table(
     shown, rows, numbers = read_lines(path)
     heads = shown
     names = renamed(heads, columns, str(path))
-    taken = set(names.values())
-    rows = [{names.get(head, head): value for head, value in row.items() if head in names or head not in taken}
+    taken = {plain(name) for name in names.values()}
+    rows = [{names.get(head, head): value for head, value in row.items() if head in names or plain(head) not in taken}
             for row in rows]
     heads = list(rows[0])
     given = next((head for head in heads if head.lower() == 'split'), '')  # its column
@@ -118,7 +119,9 @@ def read_image_table(
         ids = unique_ids([[parts[-1], '-'.join(part for part in parts if part != '/')] for parts in paths])
     content: Dict[str, List[Any]] = {'image': [str(file) for file in files], 'image_id': ids}
     for head in heads:
-        if head and head not in (image, name, 'image', 'image_id', given):
+        if head == 'mask':
+            content.update(_masks(path, [row[head] for row in rows], numbers))
+        elif head and head not in (image, name, 'image', 'image_id', given):
             content[head] = typed([row[head] for row in rows], head)
     parts = _by_split(path, [row[given] for row in rows], numbers) if given else {WHOLE: list(range(len(rows)))}
     features = datasets.Dataset.from_dict(content).features
@@ -139,12 +142,20 @@ def _by_split(path: Path, words: Sequence[str], numbers: Sequence[int]) -> Mappi
     return rows
 
 
-def _files(path: Path, names: Sequence[str], numbers: Sequence[int]) -> List[Path]:
-    """The image files of a table whose rows are on these lines."""
+def _masks(path: Path, names: Sequence[str], numbers: Sequence[int]) -> Dict[str, List[Any]]:
+    """The column of masks, whose paths are as those of images, None where there is no mask; none without any."""
+    rows = [row for row, name in enumerate(names) if name.lower() not in NOTHING]
+    files = _files(path, [names[row] for row in rows], [numbers[row] for row in rows], 'mask') if rows else []
+    of_row = {row: str(file) for row, file in zip(rows, files)}
+    return {'mask': [of_row.get(row) for row in range(len(names))]} if rows else {}
+
+
+def _files(path: Path, names: Sequence[str], numbers: Sequence[int], what: str = 'image') -> List[Path]:
+    """The image files of a table whose rows are on these lines, or those of what else it names."""
     folder = path.parent.absolute()
     for name, line in zip(names, numbers):
         if not name:
-            raise DataError(f'{path}, line {line}: there is no image path.')
+            raise DataError(f'{path}, line {line}: there is no {what} path.')
         if PureWindowsPath(name).is_absolute() and not PurePath(name).is_absolute():
             raise DataError(f'{path}, line {line}: {name} is a path of a Windows machine: put the images beside the '
                             f'table, and write their paths relative to its folder.')
@@ -184,7 +195,7 @@ def _files(path: Path, names: Sequence[str], numbers: Sequence[int]) -> List[Pat
         files.append(file)
     if missing:
         named = ', '.join(missing[:NAMED]) + ', ...' * (len(missing) > NAMED)
-        raise DataError(f'{len(missing)} of the {len(names)} images of {path} are missing in {folder}: {named}. Put '
+        raise DataError(f'{len(missing)} of the {len(names)} {what}s of {path} are missing in {folder}: {named}. Put '
                         f'them there, correct the paths, or remove the rows.')
     return files
 
@@ -220,8 +231,8 @@ def typed(values: Sequence[str], name: str = '') -> List[Any]:
         values: As a CSV has them.
         name: Of the column; those of ids stay words.
     """
-    known = [None if value.lower() in ('', 'nan', 'na', 'n/a', 'null') else value for value in values]
-    if any(known) and {value.lower() for value in known if value} == {'true', 'false'}:
+    known = [None if value.lower() in NOTHING else value for value in values]
+    if any(known) and {value.lower() for value in known if value} <= {'true', 'false'}:
         return [None if value is None else int(value.lower() == 'true') for value in known]
     for kind in () if name.lower().endswith('_id') else (int, float):
         try:
