@@ -11,7 +11,8 @@ The statistics of batch norms are measured again on the training images (not tho
 validation split is scored, the test split is not. --half stores the weights in half precision, with one run as well.
 The output folder is like that of a run:
     config.json, model.safetensors   timm.create_model('local-dir:OUT', pretrained=True)
-    metrics.json, predictions_validation.csv, home.json, run.json (and summary.csv, that of a single run)
+    metrics.json, predictions_validation.csv, home.json, run.json
+    splits.csv, summary.csv          where the runs have the one, and of a single run
 It can be evaluated, used for predictions and staged as any other run.
 """
 import json
@@ -51,7 +52,8 @@ from timm_arl.training.options import build_parser as training_parser
 from timm_arl.training.runs import check_output_dir
 
 # data: the training images are compared; content: with or without a test split
-MAY_DIFFER = {'seed', 'seeds', 'data', 'splits', 'content', 'skip_test', 'workers', 'cpu_threads', 'tracker'}
+MAY_DIFFER = {
+    'seed', 'seeds', 'division_seed', 'data', 'splits', 'content', 'skip_test', 'workers', 'cpu_threads', 'tracker'}
 
 
 def build_parser():
@@ -152,7 +154,8 @@ def average_runs(args):
     task = Task.of_network(network, Checkpoint(args.runs[0]).config())
     data_config = resolve_model_data_config(network)
 
-    data = load_data(args.data, wanted_of(saved)._replace(splits=None), saved.seed, expected=task,
+    seed = saved.seed if saved.division_seed is None else saved.division_seed
+    data = load_data(args.data, wanted_of(saved)._replace(splits=None), seed, expected=task,
                      earlier=Path(args.runs[0], 'splits.csv'), given=bool(saved.splits),
                      same=records[0]['arguments']['data'] == args.data)
     data = data._replace(task=task, splits={name: data.splits[name] for name in ('train', 'validation')})

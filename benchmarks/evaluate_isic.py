@@ -83,6 +83,7 @@ from timm_arl.training.evaluations import (
     print_mapping,
     print_replaced,
     replacing_evaluation,
+    seed_of_data,
     training_names,
 )
 from timm_arl.training.examples import report_examples
@@ -213,6 +214,7 @@ def evaluate(args):
     summary = [] if args.alpha_zero else epochs_of(folder, accelerator)
     alphas = [name for name in alphas_of(model) if summary and name in summary[0]]
     saved, bootstrap = images_of_the_run(args, accelerator, checkpoint), args.seed or 0
+    division_seed = seed_of_data(args, saved)
     args.seed = saved.get('seed', 0) if args.seed is None else args.seed
     set_seed(args.seed)
     select = saved.get('select') or 'mean_auc'
@@ -221,8 +223,7 @@ def evaluate(args):
         data_config['input_size'] = (3, args.img_size, args.img_size)
 
     wanted = read_map(args.map, task, args.checkpoint) if args.map else None
-    seed = args.seed if args.data in DEMO_TASKS else saved.get('seed', args.seed)  # of the division
-    data = load_data(args.data, wanted_of(args), seed, needed=(args.split,), whole=args.split,
+    data = load_data(args.data, wanted_of(args), division_seed, needed=(args.split,), whole=args.split,
                      expected=None if args.map else task,
                      earlier=None if args.map or args.other_data else folder / 'splits.csv',
                      given=bool(saved.get('splits')), same=saved.get('data') == args.data, alone=bool(args.map),

@@ -318,7 +318,8 @@ def main():
         if args.data in DEMO_TASKS:
             accelerator.print(f'Data: {args.data}, generated SYNTHETIC images; scores on them say nothing about skin '
                               f'lesions.')
-        data = load_data(args.data, wanted_of(args), args.seed, args.streaming,
+        args.division_seed = args.seed if args.division_seed is None else args.division_seed  # one for all of --seeds
+        data = load_data(args.data, wanted_of(args), args.division_seed, args.streaming,
                          *((('train',), 'train') if args.folds else ()))
         data = data._replace(task=data.task.with_head(args.head), splits={
             name: split for name, split in data.splits.items() if not (args.skip_test and name == 'test')})

@@ -267,7 +267,7 @@ def network_lines(args, out):
             continue
         check_record(args, table_rows[name], record, images_alone=True)
         rows = read_rows(path) if path.exists() else []
-        there = not args.check and (folder / 'metrics.json').exists()
+        there = not args.check and (folder / 'metrics.json').exists() and (folder / 'model.safetensors').exists()
         weights = tensors_sha256(folder / 'model.safetensors') if there else ''
         if there and not (rows and (rows[0].get('images'), rows[0].get('weights')) == (digest, weights)):
             predictor = Predictor(folder)

@@ -382,14 +382,21 @@ def test_values_that_name_a_file_or_an_address_are_refused(served, tmp_path, pat
     """Gradio would copy the one and fetch the other, and so write to the disk."""
     (tmp_path / 'secret.txt').write_text('secret')
     path = path.replace('FILE', str(tmp_path / 'secret.txt'))
-    before = served.errors()
-    for value in ({'path': path, 'meta': {'_type': 'gradio.FileData'}},
-                  {'name': 'a.png', 'data': [{'path': path, 'meta': {'_type': 'gradio.FileData'}}]}):
-        body = json.dumps({'data': [value]}).encode()
-        with urlopen(Request(f'{served.url}/gradio_api/call/look', body, {'Content-Type': 'application/json'})) as call:
+    file, before = {'path': path, 'meta': {'_type': 'gradio.FileData'}}, served.errors()
+
+    def send(name, value):
+        body = json.dumps({'data': [value], 'session_hash': f'files{len(path)}'}).encode()
+        request = Request(f'{served.url}/gradio_api/call/{name}', body, {'Content-Type': 'application/json'})
+        with urlopen(request) as call:
             event = json.load(call)['event_id']
-        with urlopen(f'{served.url}/gradio_api/call/look/{event}', timeout=60) as answer:
-            assert 'event: error' in answer.read().decode()
+        with urlopen(f'{served.url}/gradio_api/call/{name}/{event}', timeout=60) as answer:
+            return answer.read().decode()
+
+    for name, value in (('look', file), ('look', {'name': 'a.png', 'data': [file]})):
+        assert 'event: error' in send(name, value)
+    assert 'event: complete' in send('look', {'example': 'nevus'})  # which gives the session parts of its own
+    for name in ('block', 'scale', 'download'):
+        assert 'event: error' in send(name, file)
     assert [path for path in (served.folder / 'tmp').rglob('*') if not path.is_dir()] == []
     assert len(probabilities_in(ask(served.url, {'example': 'nevus'}))) == 2 and served.errors() == before
 

@@ -106,11 +106,14 @@ def test_resuming_with_other_labels_or_groups_is_refused(tmp_path, call, source,
     assert call('finetune_isic', '--output-dir', out, '--resume').returncode == 0
 
 
-@pytest.mark.parametrize('what', ['an average', 'a staged folder', 'a staged folder of other images'])
+@pytest.mark.parametrize('what', [
+    'an average', 'a staged folder', 'a staged folder of other images', 'one of several seeds', 'a fold'])
 def test_weights_that_were_made_of_a_run_are_not_scored_on_its_training_images(tmp_path, call, source, what):
     out = tmp_path / 'out'
-    done = call('finetune_isic', '--data', source, '--seed', 1, *QUICK, '--output-dir', out)
+    several = {'one of several seeds': ['--seeds', 2], 'a fold': ['--folds', 2]}.get(what, ())
+    done = call('finetune_isic', '--data', source, '--seed', 1, *QUICK, *several, '--output-dir', out)
     assert done.returncode == 0, done.stderr
+    out = out / {'one of several seeds': 'seed-2', 'a fold': 'fold-1'}.get(what, '')
     if what == 'an average':
         done = call('average_runs', '--runs', out, '--half', '--data', source, '--workers', 0, '--output-dir',
                     tmp_path / 'made')
@@ -126,6 +129,9 @@ def test_weights_that_were_made_of_a_run_are_not_scored_on_its_training_images(t
         source = source.parent / 'moved.csv'
     done = call('evaluate_isic', '--data', source, '--checkpoint', tmp_path / 'made', '--output-dir', tmp_path / 'e',
                 '--workers', 0)
+    if what == 'a fold':
+        assert done.returncode == 2 and 'are training images of the run' in done.stderr
+        return
     assert done.returncode == 0, done.stderr
     tested = [row['image_id'] for row in rows(tmp_path / 'e' / 'predictions_test.csv')]
     if what == 'a staged folder of other images':

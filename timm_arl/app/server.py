@@ -5,6 +5,7 @@ import gradio as gr
 from fastapi import FastAPI
 from fastapi.middleware import Middleware
 from fastapi.responses import PlainTextResponse
+from gradio.blocks import Block
 
 from .analysis import MAX_BYTES
 from .page import CSS, THEME
@@ -55,7 +56,7 @@ class OnlyThePage:
         await self.app(scope, receive, send_with_policy)
 
 
-async def _no_file(path: Any) -> str:
+async def _no_file(block: Any, path: Any) -> str:
     raise gr.Error('This page takes no files by name or address.', print_exception=False)
 
 
@@ -67,6 +68,6 @@ def create_app(page: gr.Blocks) -> FastAPI:
     """
     app = FastAPI(middleware=[Middleware(OnlyThePage)], docs_url=None, redoc_url=None, openapi_url=None)
     page.queue(max_size=64)  # of bodies up to LARGEST_BODY
-    for block in page.blocks.values():  # values that name a file: Gradio would copy or fetch it
-        vars(block)['async_move_resource_to_block_cache'] = _no_file
+    for name in ('move_resource_to_block_cache', 'async_move_resource_to_block_cache'):
+        setattr(Block, name, _no_file)  # values that name a file: Gradio would copy or fetch it, also on a new block
     return gr.mount_gradio_app(app, page, path='/', theme=THEME, css=CSS, footer_links=[], show_error=False)

@@ -26,7 +26,7 @@ HOW_TO_READ = (
     'The network sees crops of the image, whose probabilities are averaged. In a class activation map yellow speaks '
     'for the diagnosis and blue against it; grey is 0. It shows what the network used, which need not be medically '
     'relevant: a blob in the centre of the image, which has not seen it, finds outlined lesions better than the '
-    'class activation maps of arl_cnn14.isic2017 do (docs/explain.md).')
+    'class activation maps of ARL-CNN14 did in our measurements (docs/explain.md).')
 NEARLY_FLAT = 0.9  # the effective share above which a mask is called so
 THUMBNAIL = 160  # pixels
 
@@ -85,9 +85,10 @@ def found(analysis: Analysis, predictor: Predictor, measured: Optional[Dict[str,
     points.sort(key=lambda point: point != predictor.point)
     cards = ''.join(_card(label, p, points, analysis, predictor, measured)
                     for label, p in zip(predictor.labels, analysis.probabilities.tolist()))
-    words = ''.join(f'<li><em>{_point_words(point)}</em>: {text}{_elsewhere(point, predictor, measured)}'
+    texts = {**POINTS, **({} if predictor.task.is_challenge else {'official': 'chosen on no images'})}
+    words = ''.join(f'<li><em>{_point_words(point, predictor)}</em>: {text}{_elsewhere(point, predictor, measured)}'
                     f'{" (default)" if point == predictor.point else ""}</li>'
-                    for point in points for start, text in POINTS.items() if point.startswith(start))
+                    for point in points for start, text in texts.items() if point.startswith(start))
     share = (f' Sensitivity and specificity are those on {measured["images"]} {measured["split"]} images of '
              f'{escape(measured["data"])}.' if measured else '')
     exclusive = predictor.task.kind == 'multiclass'
@@ -125,7 +126,7 @@ def _card(
         score = f'<td>{scores[point][0]:.2f}/{scores[point][1]:.2f}</td>' if point in scores else '<td></td>'
         rows.append(
             f'<tr{" class=arl-default" if point == predictor.point else ""}>'
-            f'<th scope="row">{"; ".join(map(_point_words, (point, *others)))}</th>'
+            f'<th scope="row">{"; ".join(_point_words(each, predictor) for each in (point, *others))}</th>'
             f'<td>{predictor.thresholds[point][label]:.3f}</td>'
             f'<td class="arl-{"above" if above else "below"}">{"above" if above else "not above"}</td>'
             f'{score if scores else ""}</tr>')
@@ -140,8 +141,10 @@ def _card(
         f'<tbody>{"".join(rows)}</tbody></table></article>')
 
 
-def _point_words(point: str) -> str:
+def _point_words(point: str, predictor: Predictor) -> str:
     """An operating point as readers call it."""
+    if point == 'official':
+        return predictor.task.usual_point
     kind, _, rest = point.removesuffix(' on validation').partition(' ')
     if kind == 'sensitivity' and rest:
         return f'aimed at a sensitivity of {escape(rest)} (on validation)'

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..files import read_rows
 from ..isic.dataset import label_array
+from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.dataset.groups import read_split_file
 from ..isic.dataset.sources import ids_digest
 from ..isic.metrics import interval_text
@@ -15,7 +16,7 @@ from .runs import check_output_dir
 
 __all__ = [
     'check_free', 'epochs_of', 'is_home', 'print_drift', 'print_mapping', 'print_replaced', 'replacing_evaluation',
-    'training_names']
+    'seed_of_data', 'training_names']
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'evaluation.json', 'report.html', 'report.md', 'curves.png', 'alphas.png',  # .md: of 0.1
@@ -44,6 +45,18 @@ def training_names(folder, image_ids):
         return []
     by_id = read_split_file(folder / 'splits.csv')
     return [image_id for image_id in image_ids if by_id.get(image_id) == 'train']
+
+
+def seed_of_data(args, saved):
+    """Seed by which data without splits are divided, the run's; and of generated images, the run's own or --seed.
+
+    Args:
+        args: Of the program.
+        saved: Arguments of the checkpoint's run.
+    """
+    if args.data in DEMO_TASKS and (args.seed is not None or saved.get('data') != args.data):
+        return args.seed or 0
+    return saved.get('division_seed', saved.get('seed', args.seed or 0))
 
 
 def is_home(data, split, folder, saved, splits, mapped):

@@ -138,8 +138,10 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add('--sync-bn', action='store_true', help='compute batch statistics over all processes (CUDA)')
     add('--tracker', default='tensorboard',
         help='a tracker of Accelerate: tensorboard, wandb, mlflow, ..., or none (default: %(default)s)')
-    # the part of a cross-validation that a run is; digests of its images and labels; sizes not left to the recipe
-    parser.set_defaults(fold=None, train_ids=None, content=None, sizes_given=['img_size', 'start_size'])
+    # the part of a cross-validation that a run is; digests of its images and labels; the seed by which they were
+    # divided; sizes not left to the recipe
+    parser.set_defaults(
+        fold=None, train_ids=None, content=None, division_seed=None, sizes_given=['img_size', 'start_size'])
     return parser
 
 

@@ -53,10 +53,11 @@ def check_no_other_run(args, out):
         return
     if any((out / trace).exists() for trace in traces):
         raise FolderTaken(f'{out} already holds a run: continue it with --resume, or choose another --output-dir.')
-    if getattr(args, 'seeds', None) or getattr(args, 'folds', 0):  # each in a folder of its own
-        for pattern in ('seed-*', 'fold-*', 'seed-*/fold-*'):
-            for other in out.glob(f'{pattern}/run.json'):
-                raise FolderTaken(f'{other.parent} holds a run of another command: choose another --output-dir.')
+    seeds = [f'seed-{seed}' for seed in getattr(args, 'seeds', None) or ()]
+    folds = [f'fold-{k}' for k in range(getattr(args, 'folds', 0) or 0)]
+    for folder in (out / seed / fold for seed in seeds or [''] for fold in folds or ['']):
+        if (folder / 'run.json').exists():
+            raise FolderTaken(f'{folder} holds a run of another command: choose another --output-dir.')
 
 
 def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):

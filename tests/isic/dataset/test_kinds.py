@@ -164,7 +164,7 @@ def test_a_stream_of_other_classes(tmp_path):
                     'case': f'{name}{k // 3}'} for k in range(count)]
         datasets.Dataset.from_list(content, features=features).to_parquet(
             tmp_path / 'data' / f'{name}-00000-of-00001.parquet')
-    wanted = Wanted(columns=(('image', 'img'), ('diagnosis', 'dx')), group='case')
+    wanted = Wanted(columns=(('image', 'IMG'), ('diagnosis', 'Dx')), group='case')  # in another spelling
     data = load_data(str(tmp_path), wanted, streaming=True)
     assert data.task.labels == ('b', 'a', 'c') and data.groups == 'case'
     train = data.splits['train']

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from any_data import table
+from any_data import class_folders, table
 from PIL import Image
 from test_sources import challenge, edit, picture, truth, write_csv
 
@@ -178,3 +178,8 @@ def test_a_table_without_splits_and_with_words_among_the_numbers(run, tmp_path):
     train.to_parquet(tmp_path / 'train' / 'train-00000-of-00001.parquet')
     done = run('prepare', tmp_path / 'train', tmp_path / 'divided', '--workers', 1)  # train alone is divided too
     assert done.returncode == 0 and 'train, validation and test divided' in done.stdout, done.stderr
+
+
+def test_check_takes_the_splits_as_they_are(run, tmp_path):
+    done = run('check', class_folders(tmp_path / 'd', count=2, splits=('train', 'test')))
+    assert done.returncode == 0 and 'divided' not in done.stdout and 'validation' not in done.stdout, done.stdout

@@ -12,6 +12,7 @@ from .data import SPLITS, Data, StreamedSplit
 from .groups import check_groups, find_groups, groups_missed, with_groups, without_entry
 from .library import load_library, undecoded, with_names
 from .options import Wanted
+from .tables import renamed
 
 __all__ = ['load_streaming']
 
@@ -53,7 +54,8 @@ def load_streaming(data: str, wanted: Wanted, known: Optional[Task], usual_group
                 stream = stream.cast_column('image_id', datasets.Value('string'))
             streams[name] = stream
             if name == 'train':  # the images of the others are all needed at once
-                given = {new: old for new, old in wanted.columns}
+                found = renamed(list(source[name].features), wanted.columns, data)
+                given = {new: old for old, new in found.items()}
                 about = [c for c, feature in stream.features.items() if not isinstance(feature, datasets.Image)]
                 try:
                     stream = with_names(load_library(

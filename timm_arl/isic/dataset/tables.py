@@ -119,7 +119,7 @@ def read_image_table(
         ids = unique_ids([[parts[-1], '-'.join(part for part in parts if part != '/')] for parts in paths])
     content: Dict[str, List[Any]] = {'image': [str(file) for file in files], 'image_id': ids}
     for head in heads:
-        if head == 'mask':
+        if plain(head) == 'mask':
             content.update(_masks(path, [row[head] for row in rows], numbers))
         elif head and head not in (image, name, 'image', 'image_id', given):
             content[head] = typed([row[head] for row in rows], head)
@@ -189,13 +189,13 @@ def _files(path: Path, names: Sequence[str], numbers: Sequence[int], what: str =
                 missing.append(name)
             file = found[0] if found else file
         place = os.path.normpath(file)  # a/../b is b
-        if place in first:
+        if place in first and what == 'image':
             raise DataError(f'{path}, line {line}: {name} occurs twice (in line {first[place]} too): remove one.')
         first[place] = line
         files.append(file)
-    if missing:
+    if missing and what == 'image':  # masks are missed where they are used
         named = ', '.join(missing[:NAMED]) + ', ...' * (len(missing) > NAMED)
-        raise DataError(f'{len(missing)} of the {len(names)} {what}s of {path} are missing in {folder}: {named}. Put '
+        raise DataError(f'{len(missing)} of the {len(names)} images of {path} are missing in {folder}: {named}. Put '
                         f'them there, correct the paths, or remove the rows.')
     return files
 
