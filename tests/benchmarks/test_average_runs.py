@@ -25,14 +25,22 @@ def start(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    return tmp_path_factory.mktemp('trained')
+
+
 @pytest.fixture
-def runs(call, few, start, tmp_path):
-    made = [tmp_path / f'seed-{seed}' for seed in (0, 1)]
-    for seed, out in enumerate(made):
-        done = call('finetune_isic', '--data', few, *SMALL, '--init-checkpoint', start, '--epochs', 2, '--keep', 'last',
-                    '--lr', 0.01, '--ema', 0, '--seed', seed, '--skip-test', '--output-dir', out)
-        assert done.returncode == 0, done.stderr
-    return made
+def runs(call, few, start, trained, tmp_path):
+    """Two runs, trained once, in copies for each test."""
+    for seed in (0, 1):
+        out = trained / f'seed-{seed}'
+        if not out.exists():
+            done = call('finetune_isic', '--data', few, *SMALL, '--init-checkpoint', start, '--epochs', 2, '--keep',
+                        'last', '--lr', 0.01, '--ema', 0, '--seed', seed, '--skip-test', '--output-dir', out)
+            assert done.returncode == 0, done.stderr
+        shutil.copytree(out, tmp_path / out.name)
+    return [tmp_path / 'seed-0', tmp_path / 'seed-1']
 
 
 def average(call, few, runs, out, *args):
@@ -148,11 +156,7 @@ def test_bad_input_is_refused(call, few, isic_sample, runs, tmp_path):
         assert re.search(message, refusal([runs[0], other]))
 
 
-def test_networks_from_random_weights_are_refused(call, few, tmp_path):
-    runs = [tmp_path / f'seed-{seed}' for seed in (0, 1)]
-    for seed, out in enumerate(runs):
-        done = call('finetune_isic', '--data', few, *SMALL, '--epochs', 1, '--seed', seed, '--skip-test',
-                    '--output-dir', out)
-        assert done.returncode == 0, done.stderr
+def test_networks_from_random_weights_are_refused(call, few, runs, tmp_path):
+    runs = [copy_of(run, tmp_path / f'random-{k}', init_checkpoint=None) for k, run in enumerate(runs)]
     done = average(call, few, runs, tmp_path / 'out')
     assert done.returncode == 2 and 'started from random weights' in done.stderr

@@ -176,14 +176,14 @@ def test_a_full_disk_leaves_the_epoch_before(unfinished, call):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((network + optimizer) // 2, limits[1]))  # the disk fills up in between
     try:
-        done = call('finetune_isic', '--output-dir', unfinished, '--resume')
+        done = call('finetune_isic', '--output-dir', unfinished, '--resume', '--workers', 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert done.returncode == 2, done.stderr
     assert 'Epoch 4 could not be saved to' in done.stderr and 'epoch 3 is intact' in done.stderr
     assert json.loads((unfinished / 'last' / 'progress.json').read_text()) == progress
     assert not (unfinished / 'last.saving').exists()
-    done = call('finetune_isic', '--output-dir', unfinished, '--resume')
+    done = call('finetune_isic', '--output-dir', unfinished, '--resume', '--workers', 0)
     assert done.returncode == 0 and 'Resuming after epoch 3 of 4' in done.stdout, done.stderr
 
 
@@ -192,7 +192,7 @@ def test_a_damaged_state_is_named_and_the_kept_epoch_stays(unfinished, call):
     def damaged(path, content):
         intact = path.read_bytes()
         path.write_bytes(content(intact))
-        done = call('finetune_isic', '--output-dir', unfinished, '--resume')
+        done = call('finetune_isic', '--output-dir', unfinished, '--resume', '--workers', 0)
         path.write_bytes(intact)
         assert done.returncode == 2 and done.stderr.count('error:') == 1, done.stderr
         assert (unfinished / 'model.safetensors').read_bytes() == kept
@@ -209,7 +209,7 @@ def test_a_damaged_state_is_named_and_the_kept_epoch_stays(unfinished, call):
         error = damaged(last / name, lambda _: other)  # noqa: B023  called at once
         assert f"{last / name} is another network's" in error and remedy in error
     assert 'is damaged' in damaged(unfinished / 'run.json', lambda _: b'{"arguments": 3}')
-    done = call('finetune_isic', '--output-dir', unfinished, '--resume')
+    done = call('finetune_isic', '--output-dir', unfinished, '--resume', '--workers', 0)
     assert done.returncode == 0, done.stderr
 
 
@@ -273,7 +273,7 @@ def test_folds_and_seeds(call, few, tmp_path):
     before = (out / 'fold-0' / 'model.safetensors').stat().st_mtime_ns
     (out / 'metrics.json').unlink()
     (out / 'fold-1' / 'metrics.json').unlink()  # as if killed before its end
-    done = call('finetune_isic', '--resume', '--output-dir', out)
+    done = call('finetune_isic', '--resume', '--output-dir', out, '--workers', 0)
     assert done.returncode == 0, done.stderr
     assert (out / 'fold-0' / 'model.safetensors').stat().st_mtime_ns == before
     assert json.loads((out / 'metrics.json').read_text()) == metrics
@@ -365,5 +365,5 @@ def test_init_checkpoint_and_other_timm_models(call, few, tmp_path):
 def test_a_run_does_not_go_on_with_other_images(unfinished, call, few):
     record = (unfinished / 'run.json').read_text()
     (unfinished / 'run.json').write_text(record.replace(json.dumps(few), '"demo"'))
-    done = call('finetune_isic', '--output-dir', unfinished, '--resume')
+    done = call('finetune_isic', '--output-dir', unfinished, '--resume', '--workers', 0)
     assert done.returncode == 2 and 'had other training images than demo has now' in done.stderr

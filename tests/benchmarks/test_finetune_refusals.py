@@ -2,7 +2,7 @@
 import datasets
 import numpy as np
 import pytest
-from test_finetune_isic import OUTPUTS, SMALL, read_csv, run
+from test_finetune_isic import OUTPUTS, SMALL, read_csv
 
 pytestmark = pytest.mark.usefixtures('threads')
 
@@ -39,12 +39,6 @@ def test_bad_arguments_get_one_sentence_and_leave_nothing(call, few, tmp_path, a
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_an_error_of_the_program_itself_is_one_sentence(repo, tmp_path):
-    done = run(repo, '--data', 'no/such/folder', cwd=tmp_path)
-    assert done.returncode == 2 and 'No folder no/such/folder' in done.stderr and 'Traceback' not in done.stderr
 
 
 @pytest.mark.slow

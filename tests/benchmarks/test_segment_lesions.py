@@ -247,8 +247,6 @@ RANDOM = [*NEW, '--encoder-weights', 'none']
     (['--resume'], '--resume needs --output-dir'),
     ([*NEW, '--encoder-weights', ''], '--encoder-weights is empty'),
     ([*RANDOM, '--data', 'no/such/folder'], 'No folder no/such/folder'),
-    pytest.param(RANDOM, 'demo, split train, has 0 lesion masks (column mask), but at least 2 are needed to learn',
-                 marks=pytest.mark.slow),
     ([*NEW, '--encoder', 'resnet18'], 'resnet18 must be the name of a timm model with the prefix tu-: try tu-resnet18'),
     ([*NEW, '--encoder', 'tu-resnet19'], 'Unknown model resnet19: did you mean'),
     ([*NEW, '--encoder', 'tu-test_vit'], '--encoder tu-test_vit gives no feature maps that DeepLabV3+ can use'),

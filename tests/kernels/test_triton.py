@@ -21,9 +21,9 @@ def python(*args, **environment):
         env={**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': os.pathsep.join(sys.path), **environment})
 
 
-def check(attention, **environment):
+def check(*arguments, **environment):
     result = python(
-        '-m', 'pytest', '-q', '--noconftest', '-p', 'no:cacheprovider', '-k', attention, HERE / 'triton_checks.py',
+        '-m', 'pytest', '-q', '--noconftest', '-p', 'no:cacheprovider', HERE / 'triton_checks.py', *arguments,
         **environment)
     assert result.returncode == 0 and ' passed' in result.stdout, result.stdout + result.stderr
 
@@ -32,7 +32,7 @@ def check(attention, **environment):
 @pytest.mark.slow
 @pytest.mark.parametrize('attention', ATTENTIONS)
 def test_in_the_interpreter(attention):
-    check(attention, TRITON_INTERPRET='1')
+    check('-k', attention, TRITON_INTERPRET='1')
 
 
 @needs_triton
@@ -41,7 +41,7 @@ def test_in_the_interpreter(attention):
 @pytest.mark.timeout(1200)  # hundreds of kernels are compiled
 @pytest.mark.parametrize('attention', ATTENTIONS)
 def test_on_the_gpu(attention):
-    check(attention)
+    check('-k', attention)
 
 
 @needs_triton

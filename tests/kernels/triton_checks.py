@@ -3,6 +3,7 @@
 With TRITON_INTERPRET=1 the kernels run in Python on CPU tensors, else on the GPU. The interpreter cuts float32 off
 where it makes bfloat16 of it (a GPU rounds), so that the last place of a bfloat16 may be wrong by one here.
 """
+import dataclasses
 import itertools
 
 import pytest
@@ -12,6 +13,9 @@ from test_attention import FORMATS
 from timm_arl.attention import ATTENTIONS, MASK_SCALES
 from timm_arl.kernels import Gate, NormState, torch_ops, triton
 
+if triton.INTERPRETED:  # it computes each int32 again in int64 for a check that it makes in debug mode alone
+    from triton.runtime.interpreter import interpreter_builder
+    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
 DEVICE = 'cpu' if triton.INTERPRETED else 'cuda'
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # the stages of a ResNet, odd sizes, columns longer than one tile, single rows; few columns, since the interpreter takes
