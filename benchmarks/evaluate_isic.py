@@ -127,7 +127,8 @@ def build_parser():
         help="crop images that have a mask to the lesion (default: as in the checkpoint's run)")
     add('--batch-size', type=number(int, 1), default=32, help='images per process and step (default: %(default)s)')
     add('--seed', type=number(int, 0, 2 ** 32 - 1),
-        help="seed of random crops and generated images (default: the run's), and of the bootstrap (default: 0)")
+        help="seed of random crops and the run's generated images (default: the run's), and of the bootstrap and other "
+             'generated images (default: 0)')
     add('--workers', type=number(int, 0), default=2, help='data loading processes (default: %(default)s)')
     add('--cpu-threads', type=number(int, 1), help='threads per process')
     add('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="(default: accelerate's configuration)")
@@ -351,8 +352,8 @@ def evaluate(args):
     record = {
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
         'timm': timm.__version__, 'torch': torch.__version__, **how, **({'map': args.map} if args.map else {}),
-        'seed': bootstrap, 'images_seed': args.seed, 'alpha_zero': args.alpha_zero,
-        'tensors_sha256': tensors_sha256(weights)}
+        'seed': bootstrap, 'images_seed': division_seed if args.data in DEMO_TASKS else args.seed,
+        'alpha_zero': args.alpha_zero, 'tensors_sha256': tensors_sha256(weights)}
     if args.report:
         images = loaders[args.split]
         examples = report_examples(

@@ -342,8 +342,7 @@ def main():
         args.content = digest
         if args.folds:
             check_start(args, task)
-        else:
-            check_unseen(args, splits)
+        check_unseen(args, splits)
         check_learnable(args, splits, accelerator, task)
         Student(model, data_config['input_size'][-1], teachers and teachers.width, learns_masks(args, splits['train']))
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():

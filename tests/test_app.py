@@ -2,6 +2,7 @@
 import base64
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -457,6 +458,9 @@ def test_thresholds_and_masks_in_words(tiny):
     words = 'aimed at a sensitivity of 0.9 (on validation)'
     assert melanoma == ["Youden's", 'official', words] and keratosis == [f"Youden's; {words}", 'official']
     assert '(0.82 of melanoma on the test images below)' in views.found(analysis, analyst.predictor, measured)
+    analyst.predictor.task = dataclasses.replace(analyst.predictor.task, name='mine')  # no challenge's
+    found = views.found(analysis, analyst.predictor, None)
+    assert 'official' not in found and '<th scope="row">0.5</th>' in found and 'chosen on no images' in found
     picture = analysis.picture
     for alpha, share, expected in ((-1.5, 0.97, ('lighter is weakened more', 'it prefers almost no position')),
                                    (2., 0.25, ('lighter is strengthened more', 'weight on 25 % of the positions'))):

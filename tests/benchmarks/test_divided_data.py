@@ -49,6 +49,9 @@ def test_an_image_that_was_left_out_gives_no_training_image_away(tmp_path, call,
                     '--output-dir', tmp_path / 'second')
         assert done.returncode == 2 and f'{flag} {out} was trained on ' in done.stderr
         assert f'divide the data as it did, with --splits {out / "splits.csv"}' in done.stderr
+    done = call('finetune_isic', '--data', source, '--skip-bad-images', '--folds', 2, *QUICK, '--teacher', out,
+                '--output-dir', tmp_path / 'second')
+    assert done.returncode == 2 and 'of the train images: start from other weights' in done.stderr
     # another run takes over the division, and keeps it too
     lines(tmp_path / 's.csv', ('image_id', 'split'), [(row['image_id'], row['split']) for row in rows(
         out / 'splits.csv')])
@@ -107,14 +110,23 @@ def test_resuming_with_other_labels_or_groups_is_refused(tmp_path, call, source,
 
 
 @pytest.mark.parametrize('what', [
-    'an average', 'a staged folder', 'a staged folder of other images', 'one of several seeds', 'a fold'])
+    'an average', 'a staged average of an old run', 'a staged folder', 'a staged folder of other images',
+    'one of several seeds', 'a fold'])
 def test_weights_that_were_made_of_a_run_are_not_scored_on_its_training_images(tmp_path, call, source, what):
     out = tmp_path / 'out'
     several = {'one of several seeds': ['--seeds', 2], 'a fold': ['--folds', 2]}.get(what, ())
     done = call('finetune_isic', '--data', source, '--seed', 1, *QUICK, *several, '--output-dir', out)
     assert done.returncode == 0, done.stderr
     out = out / {'one of several seeds': 'seed-2', 'a fold': 'fold-1'}.get(what, '')
-    if what == 'an average':
+    if what == 'a staged average of an old run':
+        record = json.loads((out / 'run.json').read_text())
+        del record['arguments']['division_seed']
+        (out / 'run.json').write_text(json.dumps(record))
+        done = call('average_runs', '--runs', out, '--half', '--data', source, '--workers', 0, '--output-dir',
+                    tmp_path / 'average')
+        assert done.returncode == 0, done.stderr
+        stage(tmp_path / 'average', tmp_path / 'made')
+    elif what == 'an average':
         done = call('average_runs', '--runs', out, '--half', '--data', source, '--workers', 0, '--output-dir',
                     tmp_path / 'made')
         assert done.returncode == 0 and (tmp_path / 'made' / 'splits.csv').read_text() == (

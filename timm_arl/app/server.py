@@ -56,7 +56,7 @@ class OnlyThePage:
         await self.app(scope, receive, send_with_policy)
 
 
-async def _no_file(block: Any, path: Any) -> str:
+def _no_file(block: Any, path: Any) -> Any:
     raise gr.Error('This page takes no files by name or address.', print_exception=False)
 
 

@@ -56,7 +56,8 @@ def seed_of_data(args, saved):
     """
     if args.data in DEMO_TASKS and (args.seed is not None or saved.get('data') != args.data):
         return args.seed or 0
-    return saved.get('division_seed', saved.get('seed', args.seed or 0))
+    seed = saved.get('division_seed')  # which older runs have not recorded
+    return saved.get('seed', args.seed or 0) if seed is None else seed
 
 
 def is_home(data, split, folder, saved, splits, mapped):

@@ -107,11 +107,12 @@ def check_unseen(args: Any, splits: Dict[str, Any]) -> None:
             folder, data = checkpoint.folder, checkpoint.arguments(published=False).get('data')
             if not folder or os.path.realpath(data or '') != os.path.realpath(args.data):  # ids may mean other images
                 continue
-            for name in sorted(splits.keys() - {'train'}):
+            for name in sorted(splits.keys() - {'train'} or splits):  # folds hold out images of train
                 seen = training_names(folder, map(str, splits[name]['image_id']))
                 if seen:
-                    raise RunError(f'{flag} {checkpoint.name} was trained on {len(seen)} of the {name} images: divide '
-                                   f'the data as it did, with --splits {folder / "splits.csv"}.')
+                    raise RunError(f'{flag} {checkpoint.name} was trained on {len(seen)} of the {name} images: ' + (
+                        'start from other weights.' if args.folds else
+                        f'divide the data as it did, with --splits {folder / "splits.csv"}.'))
 
 
 def rows_of_folds(args: Any, data: Data) -> List[Tuple[np.ndarray, np.ndarray]]:

@@ -37,6 +37,7 @@ from .arguments import RunError
 PathLike = Union[str, Path]
 EMA_FILE = 'average.safetensors'
 SAVING = 'last.saving'  # becomes last/
+PARTS = ('seed-[0-9]*/fold-[0-9]*/', 'seed-[0-9]*/', 'fold-[0-9]*/')  # runs of --seeds and --folds
 # may differ on --resume; but each worker that reads a stream has an order of its own
 NOT_OF_THE_RUN = ('output_dir', 'resume', 'workers', 'tracker', 'preview', 'sizes_given')
 
@@ -53,11 +54,10 @@ def check_no_other_run(args, out):
         return
     if any((out / trace).exists() for trace in traces):
         raise FolderTaken(f'{out} already holds a run: continue it with --resume, or choose another --output-dir.')
-    seeds = [f'seed-{seed}' for seed in getattr(args, 'seeds', None) or ()]
-    folds = [f'fold-{k}' for k in range(getattr(args, 'folds', 0) or 0)]
-    for folder in (out / seed / fold for seed in seeds or [''] for fold in folds or ['']):
-        if (folder / 'run.json').exists():
-            raise FolderTaken(f'{folder} holds a run of another command: choose another --output-dir.')
+    if getattr(args, 'seeds', None) or getattr(args, 'folds', 0):  # each in a folder of its own
+        for pattern in PARTS:
+            for other in out.glob(f'{pattern}run.json'):
+                raise FolderTaken(f'{other.parent} holds a run of another command: choose another --output-dir.')
 
 
 def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
@@ -164,8 +164,7 @@ def kept_epoch(summary: List[Dict[str, Any]], keep: str, score: str) -> int:
 
 def discard_start(out):
     """Remove what a run left that failed before its first epoch was finished, so that a corrected command can start."""
-    started = [path.parent for pattern in ('seed-*/fold-*/', 'seed-*/', 'fold-*/', '')
-               for path in out.glob(f'{pattern}run.json')]
+    started = [path.parent for pattern in (*PARTS, '') for path in out.glob(f'{pattern}run.json')]
     if out not in started or any((folder / 'last').exists() for folder in started):
         return
     for folder in started:

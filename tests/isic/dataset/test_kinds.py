@@ -11,6 +11,7 @@ from timm_arl.isic.dataset import DataError, Wanted, label_array, load_data
 from timm_arl.isic.dataset.columns import with_labels
 from timm_arl.isic.dataset.demo import DEMO_TASKS, demo_dataset
 from timm_arl.isic.dataset.options import load_task
+from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.loading import EpochBatches, IsicSplit, IsicStream
 from timm_arl.isic.transforms import eval_transform
 
@@ -146,6 +147,11 @@ def test_validation_is_taken_from_train_where_only_that_is_missing(tmp_path):
     data = load_data(str(class_folders(tmp_path / 'd', splits=('train', 'test'))))
     assert {name: len(split) for name, split in data.splits.items()} == {'test': 20, 'train': 16, 'validation': 4}
     assert data.splits['train'][0]['image_id'].startswith('train-')
+    whole = ids_digest(load_data(str(tmp_path / 'd'), needed=('test',)).splits['train']['image_id'])
+    of_run = dict(whole='test', earlier=tmp_path / 'none', train_ids=whole)  # a fold's, staged
+    assert len(load_data(str(tmp_path / 'd'), needed=('test',), **of_run).splits['test']) == 20
+    with pytest.raises(DataError, match='are training images of the run'):
+        load_data(str(tmp_path / 'd'), needed=('validation',), **of_run)
 
 
 def test_the_rarest_class_is_in_every_split(tmp_path):

@@ -278,8 +278,10 @@ def _arranged(
             made, how = _divided(splits, task, groups, seed, data)
             if ids_digest(made['train']['image_id']) == train_ids:
                 return made, '', [f'Its images are those of the run, and divided as there: {how}.']
-        if len(splits) == 1 and ids_digest(next(iter(splits.values()))['image_id']) == train_ids:
-            raise DataError(f'All images of {data} are training images of the run: choose others, or pass --other-data '
+        source = splits.get(WHOLE, splits.get('train'))
+        assert source is not None
+        if not set(needed) <= splits.keys() - {'train'} and ids_digest(source['image_id']) == train_ids:
+            raise DataError(f'The images of {data} are training images of the run: choose others, or pass --other-data '
                             f'if they are other images of the same names.')
     there = set(needed) <= splits.keys() and (needed or whole or not none_given)  # prepare divides what it can
     if there and (WHOLE not in splits or len(splits) > 1):
