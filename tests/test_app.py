@@ -498,19 +498,12 @@ def test_networks_that_have_less_to_show(tiny, tmp_path):
         assert 'no class activation map' in views.maps({}, analysis, analyst.predictor)
         assert 'how good they are is not known' in views.about(analyst.predictor, analyst.measured, analyst.repo)
         build(analyst)  # as a page
-
-
-def test_of_a_large_picture_only_a_small_copy_is_kept(tiny, tmp_path):
-    """Also where the network cuts pictures itself, and so is given the whole one."""
-    from timm_arl.app.analysis import Analyst
-
-    export_onnx(create_trained(str(tiny)), tmp_path / 'tiny.onnx', 64, settings={'crops': 'center'})
+    # of a large picture a small copy is kept, also where the network cuts pictures itself and so is given the whole one
     add_preprocessing(tmp_path / 'tiny.onnx', tmp_path / 'whole.onnx', probabilities_of, LABELS)
-    analyst = Analyst(str(tmp_path / 'whole.onnx'))
     content = io.BytesIO()
-    draw_lesion('melanoma', np.random.default_rng(0), 2000).save(content, 'PNG')
-    analysis = analyst.look_at_file('a.png', content.getvalue())
-    assert analysis.picture.size == (720, 720) and analysis.crops.shape == (1, 3, 720, 720)
+    Image.new('RGB', (1600, 1200), (200, 150, 130)).save(content, 'PNG')
+    analysis = Analyst(str(tmp_path / 'whole.onnx')).look_at_file('a.png', content.getvalue())
+    assert analysis.picture.size == (720, 540) and analysis.crops.shape == (1, 3, 540, 720)
 
 
 @pytest.mark.parametrize('arguments, sentence', [
