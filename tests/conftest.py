@@ -1,4 +1,5 @@
 import importlib
+import json
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState
 from timm_arl.factory import save_network
 from timm_arl.files import write_json, write_rows
 from timm_arl.hub import stage
+from timm_arl.isic import LABELS
 from timm_arl.isic.metrics import score_split
 from timm_arl.isic.predictions import write_predictions
 from timm_arl.training.accelerator import Bf16Convolutions
@@ -125,6 +127,26 @@ def run(tmp_path_factory):
 @pytest.fixture(scope='session')
 def staged(run, tmp_path_factory):
     return stage(run, tmp_path_factory.mktemp('staged') / 'arl_cnn14.isic2017')
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    """The output folder of a run of a network so small that an answer takes milliseconds."""
+    folder = tmp_path_factory.mktemp('tiny') / 'out'
+    torch.manual_seed(0)
+    model = timm.create_model('arl_cnn14', num_classes=2, channels=[8, 16, 32, 64], alpha_init=2.)
+    torch.nn.init.normal_(model.get_classifier().weight, std=0.3)
+    save_network(model, folder, LABELS, dict(
+        timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)), channels=[8, 16, 32, 64], alpha_init=2.)
+    config = json.loads((folder / 'config.json').read_text())
+    write_json(folder / 'config.json', {**config, 'thresholds': {
+        'official': dict.fromkeys(LABELS, 0.5),
+        'youden on validation': {'melanoma': 0.0001, 'seborrheic_keratosis': 0.9999}}})
+    scores = {'auc': 0.75, 'auc_ci95': [0.7, 0.8], 'positives': 20, 'images': 100, 'mean_probability': 0.45,
+              'sensitivity': 0.31, 'specificity': 0.93, 'operating_points': []}
+    write_json(folder / 'metrics.json', {'test': {
+        'mean_auc': 0.777, 'mean_auc_ci95': [0.711, 0.833], **{label: scores for label in LABELS}}})
+    return folder
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 import base64
 import contextlib
 import csv
-import dataclasses
 import io
 import json
 import os
@@ -21,47 +20,19 @@ from urllib.request import Request, urlopen
 import numpy as np
 import psutil
 import pytest
-import timm
-import torch
-import yaml
 from dicom_files import dataset, save
-from packaging.requirements import Requirement
 from PIL import Image
 from predict_program import hears_ctrl_c
 
 from timm_arl.attention import alphas_of
-from timm_arl.export import export_onnx
-from timm_arl.export.preprocessing import add_preprocessing
 from timm_arl.extras import missing
-from timm_arl.factory import create_trained, save_network
-from timm_arl.files import write_json
-from timm_arl.isic import LABELS, probabilities_of
+from timm_arl.isic import LABELS
 from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.predictor import Predictor, read_picture
 
 if missing('app'):  # asked without importing Gradio, which takes seconds
     pytest.skip(missing('app'), allow_module_level=True)
 pytestmark = pytest.mark.slow
-POINTS = {'official': {'melanoma': 0.5, 'seborrheic_keratosis': 0.5},
-          'youden on validation': {'melanoma': 0.0001, 'seborrheic_keratosis': 0.9999}}
-
-
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-    """The output folder of a run of a network so small that an answer takes milliseconds."""
-    folder = tmp_path_factory.mktemp('tiny') / 'out'
-    torch.manual_seed(0)
-    model = timm.create_model('arl_cnn14', num_classes=2, channels=[8, 16, 32, 64], alpha_init=2.)
-    torch.nn.init.normal_(model.get_classifier().weight, std=0.3)
-    save_network(model, folder, LABELS, dict(
-        timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)), channels=[8, 16, 32, 64], alpha_init=2.)
-    config = json.loads((folder / 'config.json').read_text())
-    write_json(folder / 'config.json', {**config, 'thresholds': POINTS})
-    scores = {'auc': 0.75, 'auc_ci95': [0.7, 0.8], 'positives': 20, 'images': 100, 'mean_probability': 0.45,
-              'sensitivity': 0.31, 'specificity': 0.93, 'operating_points': []}
-    write_json(folder / 'metrics.json', {'test': {
-        'mean_auc': 0.777, 'mean_auc_ci95': [0.711, 0.833], **{label: scores for label in LABELS}}})
-    return folder
 
 
 @contextlib.contextmanager
@@ -430,96 +401,3 @@ def test_the_folder_goes_when_the_page_stops(tiny, repo, tmp_path):
         assert page.process.wait(60) == 0 and 'Traceback' not in page.errors()
         assert page.process.stdout.read() == '\nStopped.\n'
     assert not list((tmp_path / 'tmp').iterdir())
-
-
-def test_the_space_installs_what_the_package_needs(repo):
-    project = (repo / 'pyproject.toml').read_text()
-    core, dicom, app = (re.findall(r'"([^"]+)"', re.search(rf'^{key} = \[(.*?)\]', project, re.M | re.S).group(1))
-                        for key in ('dependencies', 'dicom', 'app'))
-    lines = (repo / 'space' / 'requirements.txt').read_text().splitlines()
-    assert [line for line in lines if not line.startswith('#')] == core + dicom
-    front = yaml.safe_load((repo / 'space' / 'README.md').read_text().split('---\n')[1])
-    assert front['sdk'] == 'gradio' and (repo / 'space' / front['app_file']).is_file()
-    assert Requirement(app[0]).name == 'gradio' and Requirement(app[0]).specifier.contains(front['sdk_version'])
-    assert len(front['short_description']) <= 60  # the Hub's limit
-
-
-def test_thresholds_and_masks_in_words(tiny):
-    from timm_arl.app import views
-    from timm_arl.app.analysis import Analyst
-
-    analyst = Analyst(str(tiny))
-    analysis, aim = analyst.look_at_synthetic('nevus'), 'sensitivity 0.9 on validation'
-    analyst.predictor.thresholds[aim] = {'melanoma': 0.25, 'seborrheic_keratosis': 0.9999}  # Youden's for one label
-    measured = {**analyst.measured, 'melanoma': {**analyst.measured['melanoma'], 'operating_points': [
-        {'name': aim, 'sensitivity': 0.82, 'specificity': 0.52}]}}
-    melanoma, keratosis = (re.findall(r'<th scope="row">(.*?)</th>', card) for card in views.found(
-        analysis, analyst.predictor, measured).split('</article>')[:2])
-    words = 'aimed at a sensitivity of 0.9 (on validation)'
-    assert melanoma == ["Youden's", 'official', words] and keratosis == [f"Youden's; {words}", 'official']
-    assert '(0.82 of melanoma on the test images below)' in views.found(analysis, analyst.predictor, measured)
-    analyst.predictor.task = dataclasses.replace(analyst.predictor.task, name='mine')  # no challenge's
-    found = views.found(analysis, analyst.predictor, None)
-    assert 'official' not in found and '<th scope="row">0.5</th>' in found and 'chosen on no images' in found
-    picture = analysis.picture
-    for alpha, share, expected in ((-1.5, 0.97, ('lighter is weakened more', 'it prefers almost no position')),
-                                   (2., 0.25, ('lighter is strengthened more', 'weight on 25 % of the positions'))):
-        block = analysis.blocks['layer1.0']._replace(alpha=alpha, effective_share=share)
-        html = views.maps({'layer1.0': picture}, analysis._replace(blocks={'layer1.0': block}), analyst.predictor)
-        assert 'Attention mask of layer1.0' in html and all(part in html for part in expected)
-
-
-def test_a_space_without_gradio(repo, tmp_path):
-    (tmp_path / 'sitecustomize.py').write_text("import sys\nsys.modules['gradio'] = None\n")
-    done = subprocess.run([sys.executable, 'space/app.py'], cwd=repo, capture_output=True, text=True, env={
-        **os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{repo}'})
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: gradio is not installed: in a checkout, pip install -e '.[app]'")
-
-
-def test_networks_that_have_less_to_show(tiny, tmp_path):
-    """A plain ResNet has no masks and no alphas; an ONNX file has no maps either."""
-    from timm_arl.app import views
-    from timm_arl.app.analysis import Analyst
-    from timm_arl.app.page import build
-
-    plain = timm.create_model('resnet14', num_classes=2, channels=[8, 16, 32, 64])
-    save_network(plain, tmp_path / 'plain', LABELS, dict(
-        timm.data.resolve_model_data_config(plain), input_size=(3, 64, 64)), channels=[8, 16, 32, 64])
-    export_onnx(create_trained(str(tiny)), tmp_path / 'tiny.onnx', 64)
-    for name, maps in ((tmp_path / 'plain', list(LABELS)), (tmp_path / 'tiny.onnx', [])):
-        analyst = Analyst(str(name))
-        analysis = analyst.look_at_synthetic('nevus')
-        assert not analysis.blocks and analysis.without is None and list(analyst.maps(analysis)) == maps
-        with zipfile.ZipFile(io.BytesIO(analyst.download(analysis, 1.))) as archive:
-            assert {name for name in archive.namelist() if name.startswith('overlays/')} == {
-                f'overlays/{name}.png' for name in ('picture', *maps)}
-            assert 'blocks' not in json.loads(archive.read('result.json'))
-        assert 'no class activation map' in views.maps({}, analysis, analyst.predictor)
-        assert 'how good they are is not known' in views.about(analyst.predictor, analyst.measured, analyst.repo)
-        build(analyst)  # as a page
-    # of a large picture a small copy is kept, also where the network cuts pictures itself and so is given the whole one
-    add_preprocessing(tmp_path / 'tiny.onnx', tmp_path / 'whole.onnx', probabilities_of, LABELS)
-    content = io.BytesIO()
-    Image.new('RGB', (1600, 1200), (200, 150, 130)).save(content, 'PNG')
-    analysis = Analyst(str(tmp_path / 'whole.onnx')).look_at_file('a.png', content.getvalue())
-    assert analysis.picture.size == (720, 540) and analysis.crops.shape == (1, 3, 540, 720)
-
-
-@pytest.mark.parametrize('arguments, sentence', [
-    (['--port', 'TAKEN'], 'Port TAKEN of 127.0.0.1 is taken by another program: choose another with --port.'),
-    (['--model', 'no/such', '--port', '0'], 'No folder no/such'),
-    (['--host', '203.0.113.1', '--port', '0'], '--host 203.0.113.1 --port 0 cannot be used: '),
-    (['--port', '99999'], 'must lie between 0 and 65535, not 99999'),
-    (['--port', 'x'], "invalid int value: 'x'"),
-])
-def test_what_cannot_start_is_a_sentence(call, arguments, sentence):
-    handler = signal.getsignal(signal.SIGTERM)
-    limit = Image.MAX_IMAGE_PIXELS
-    with socket.create_server(('127.0.0.1', 0)) as taken:
-        port = str(taken.getsockname()[1])
-        done = call('timm_arl.app.__main__', *(part.replace('TAKEN', port) for part in arguments))
-    signal.signal(signal.SIGTERM, handler)
-    Image.MAX_IMAGE_PIXELS = limit
-    assert done.returncode == 2 and sentence.replace('TAKEN', port) in done.stderr and not done.stdout
-    assert 'Traceback' not in done.stderr and len(done.stderr.splitlines()[-1:]) == 1

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
+from .dataset.sources import number
 from .intervals import delong_interval, groups_suffice
 from .metrics import operating_point, score_task
 from .task import ISIC2017, OFFICIAL_THRESHOLD, DataError, Task, calibrate, label_words
@@ -126,7 +127,7 @@ def subgroups(columns: Mapping[str, Sequence[Any]]) -> List[Subgroup]:
         unknown = np.array([cell is None or cell == '' or cell != cell for cell in cells], dtype=bool)
         known = {cell for cell, empty in zip(cells, unknown) if not empty}
         if years or (len(known) > 10 and all(isinstance(cell, (int, float)) for cell in known)):
-            numbers = np.array([_number(cell) for cell in cells])
+            numbers = np.array([number(cell) for cell in cells], float)  # None becomes NaN
             unknown = np.isnan(numbers)
             if unknown.all():
                 continue
@@ -198,13 +199,6 @@ def subgroup_table(
             range(len(task.labels)), task.labels, truth[which].T, probabilities[which].T,
             thresholds or [OFFICIAL_THRESHOLD] * len(task.labels))
     ]
-
-
-def _number(cell: Any) -> float:
-    try:
-        return float(cell)
-    except (TypeError, ValueError):  # None, or a word
-        return np.nan
 
 
 def _interval(

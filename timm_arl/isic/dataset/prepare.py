@@ -3,7 +3,6 @@ import argparse
 import hashlib
 import io
 import json
-import math
 import multiprocessing
 import os
 import shlex
@@ -12,7 +11,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 import datasets
 import pyarrow.parquet
@@ -25,7 +24,7 @@ from ..task import ISIC2017, DataError, Task, label_words
 from .data import SPLITS
 from .duplicates import read_pairs
 from .options import add_data_arguments, wanted_of
-from .sources import CHALLENGE_ZIPS, image_files, read_table
+from .sources import CHALLENGE_ZIPS, image_files, number, read_table
 from .splits import load_data
 
 __all__ = ['add_arguments', 'prepare']
@@ -270,7 +269,7 @@ def _write_shard(
         squashed = image.width == image.height and row.get('aspect_ratio') is not None
         content.append({
             **{column: row.get(column) for column in features},
-            'age_approximate': _number(row.get('age_approximate')),
+            'age_approximate': number(row.get('age_approximate')),
             **{label: int(row[label]) for label in task.labels},
             'image': _bytes(_resized(image, longest_side, Image.Resampling.BICUBIC), 'JPEG', quality=JPEG_QUALITY),
             'mask': None if mask is None else _bytes(mask, 'PNG'),
@@ -282,17 +281,9 @@ def _write_shard(
     return len(rows)
 
 
-def _number(cell: Any) -> Optional[float]:
-    """The number in a cell, or None for a word and the like."""
-    try:
-        return float(cell) if math.isfinite(float(cell)) else None
-    except (TypeError, ValueError):
-        return None
-
-
 def _pixels(cell: Any, stored: int) -> int:
     """The side of an original that a cell tells, or of the picture as it is stored, where that is larger."""
-    return max(int(_number(cell) or 0), stored)
+    return max(int(number(cell) or 0), stored)
 
 
 def _skipped(target: Path, splits: Dict[str, datasets.Dataset]) -> List[str]:

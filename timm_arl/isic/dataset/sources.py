@@ -2,16 +2,17 @@
 import csv
 import hashlib
 import io
+import math
 from pathlib import Path
-from typing import Dict, Iterable, Optional, Tuple
+from typing import Any, Dict, Iterable, Optional, Tuple
 
 import datasets
 
 from ..task import DIAGNOSES, LABELS, DataError, label_words
 
 __all__ = [
-    'CHALLENGE_IDS', 'CHALLENGE_ZIPS', 'DataError', 'check_image_id', 'ids_digest', 'image_files', 'read_folder',
-    'read_table', 'table_text',
+    'CHALLENGE_IDS', 'CHALLENGE_ZIPS', 'DataError', 'check_image_id', 'ids_digest', 'image_files', 'number',
+    'read_folder', 'read_table', 'table_text',
 ]
 
 SPLIT_NAMES = {'train': 'Training', 'validation': 'Validation', 'test': 'Test_v2'}
@@ -107,7 +108,7 @@ def _split(
     return datasets.Dataset.from_dict({
         'image': [str(files[image_id]) for image_id in ids], 'image_id': ids,
         **{label: [labels[image_id][k] for image_id in ids] for k, label in enumerate(LABELS)},
-        'age_approximate': [_number(row.get('age_approximate') or row.get('age_approx')) for row in about],
+        'age_approximate': [number(row.get('age_approximate') or row.get('age_approx')) for row in about],
         'sex': [_word(row.get('sex')) for row in about],
         'mask': [str(masks[image_id]) if image_id in masks else None for image_id in ids],
     }, features=FEATURES)
@@ -218,10 +219,11 @@ def _labels_of_diagnoses(path: Path, metadata: Dict[str, Dict[str, str]]) -> Dic
     return labels
 
 
-def _number(text: Optional[str]) -> Optional[float]:
+def number(cell: Any) -> Optional[float]:
+    """The number in a cell of a table; None for an empty one, a word, NaN and the like."""
     try:
-        return float(text) if text else None
-    except ValueError:  # "unknown"
+        return float(cell) if math.isfinite(float(cell)) else None
+    except (TypeError, ValueError):
         return None
 
 

@@ -278,8 +278,7 @@ def _arranged(
             made, how = _divided(splits, task, groups, seed, data)
             if ids_digest(made['train']['image_id']) == train_ids:
                 return made, '', [f'Its images are those of the run, and divided as there: {how}.']
-        source = splits.get(WHOLE, splits.get('train'))
-        assert source is not None
+        source = next(iter(splits.values()))  # all, or train
         if not set(needed) <= splits.keys() - {'train'} and ids_digest(source['image_id']) == train_ids:
             raise DataError(f'The images of {data} are training images of the run: choose others, or pass --other-data '
                             f'if they are other images of the same names.')
@@ -301,8 +300,7 @@ def _divided(
         data: str,
 ) -> Tuple[Dict[str, datasets.Dataset], str]:
     """All images divided, or those of train where there is a test split; and how."""
-    source = splits.get(WHOLE, splits.get('train'))
-    assert source is not None
+    source = next(iter(splits.values()))  # all, or train
     check_labels(source, data, task)
     shares = SHARES if 'test' not in splits else {name: SHARES[name] for name in ('train', 'validation')}
     parts = divide(task.strata(label_array(source, task)), list(source[groups or 'image_id']), task, shares, seed, data)
