@@ -7,7 +7,7 @@ import csv
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, FrozenSet, List, Tuple
 
 from timm_arl.extras import require
 
@@ -97,14 +97,16 @@ def pixels(row: Dict[str, Any]) -> int:
 def bar_chart(rows: List[Dict[str, Any]], path: Path) -> None:
     """Step time of each row relative to the first of its setting, bars grouped by setting, spread as whiskers.
 
-    A panel for each machine.
+    A panel for each machine and environment; its title has the variables that the others do not have.
     """
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    machines: Dict[str, List[Dict[str, Any]]] = {}
+    machines: Dict[Tuple[str, FrozenSet[str]], List[Dict[str, Any]]] = {}
     for row in rows:
-        machines.setdefault(f'{row["device"]}, {row["threads"]} threads', []).append(row)
+        environment = frozenset((row.get('environment') or '').split())
+        machines.setdefault((f'{row["device"]}, {row["threads"]} threads', environment), []).append(row)
+    shared = frozenset.intersection(*(environment for _, environment in machines))
     labels = list(dict.fromkeys(label_of(r) for r in rows))
     groups = [list(dict.fromkeys(setting_of(r) for r in members)) for members in machines.values()]
     widths = [max(4., 1.2 + 1.1 * len(settings) * max(2, len(labels)) / 2) for settings in groups]
@@ -113,7 +115,7 @@ def bar_chart(rows: List[Dict[str, Any]], path: Path) -> None:
         layout='constrained')
     width = 0.8 / len(labels)
     colors = ['#b8bcc4', '#c2452d', '#6a7f9c', '#d99a3d', '#4f9d8b', '#8a6bb1']
-    for axes, (machine, own), settings in zip(panels[0], machines.items(), groups):
+    for axes, ((machine, environment), own), settings in zip(panels[0], machines.items(), groups):
         for i, label in enumerate(labels):
             members = [(settings.index(setting_of(r)), r) for r in own if label_of(r) == label]
             at = [k + (i - (len(labels) - 1) / 2) * width for k, _ in members]
@@ -124,7 +126,7 @@ def bar_chart(rows: List[Dict[str, Any]], path: Path) -> None:
                 axes.text(x, 0.02, f'{height:.2f}', ha='center', va='bottom', fontsize=7)
         axes.axhline(1., color='#444', lw=0.8, ls=':')
         axes.set_xticks(range(len(settings)), [f'{m}, {p}\n{b} x {s} px' for m, p, b, s in settings], fontsize=8)
-        axes.set_title(machine, fontsize=8)
+        axes.set_title('\n'.join([machine, ' '.join(sorted(environment - shared))]).strip(), fontsize=8)
         axes.spines[['top', 'right']].set_visible(False)
     panels[0][0].set_ylabel('time of a step, relative', fontsize=8)
     figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=len(labels),

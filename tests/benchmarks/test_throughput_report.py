@@ -21,12 +21,13 @@ def test_report_of_old_and_new_files(repo, call, tmp_path):
         assert label in done.stdout
     assert 'compile_mode reduce-overhead, channels_last True, tf32 True, cudnn_benchmark False' in done.stdout
     widths = []
-    for machines in (['one'], ['one', 'another']):
-        write_rows(tmp_path / 'machines.csv', [{**row, 'device': machine} for row in new for machine in machines])
+    for machines in ([('one', '')], [('one', ''), ('one', 'ONEDNN_MAX_CPU_ISA=AVX2')]):
+        write_rows(tmp_path / 'machines.csv', [
+            {**row, 'device': device, 'environment': environment} for row in new for device, environment in machines])
         assert call('throughput_report', tmp_path / 'machines.csv', '--chart', tmp_path / 'c.png').returncode == 0
         with Image.open(tmp_path / 'c.png') as picture:
             widths.append(picture.width)
-    assert widths[1] == 2 * widths[0] > 800  # a panel for each machine
+    assert widths[1] == 2 * widths[0] > 800  # a panel for each machine and environment
     requests = [{**row, 'mode': 'latency', 'infer_batch_size': size, 'latency_p50_ms': 1034.5, 'latency_p95_ms': 99,
                  'kernels': 'native' if row['model'] == 'arl_cnn14' else ''}
                 for row in new if row['mode'] == 'infer' for size in (1, 9)]
