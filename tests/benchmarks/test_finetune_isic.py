@@ -327,7 +327,7 @@ def test_a_teacher_is_followed(finished, call, few, tmp_path):
     taught = call('finetune_isic', *args, '--teacher', finished[0], '--distill-weight', 1,
                   '--output-dir', tmp_path / 'taught')
     assert taught.returncode == 0, taught.stderr
-    assert f'{finished[0]}, trained at 64 px: its probabilities and pooled features are learned' in taught.stdout
+    assert f'{finished[0]}, shown images of 64 px: its probabilities and pooled features are learned' in taught.stdout
     alone = call('finetune_isic', *args, '--output-dir', tmp_path / 'alone')
     assert alone.returncode == 0, alone.stderr
     teacher, *students = (

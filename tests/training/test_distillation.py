@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from test_finetune_isic import SMALL, read_csv
+from torch.nn.functional import interpolate
 
 from timm_arl.factory import save_network
 from timm_arl.isic.task import ISIC2017, Task
@@ -50,13 +51,13 @@ NAMES = ['arl_cnn14.isic2017', 'arl_tf_efficientnet_lite0.isic2017']
 
 @pytest.mark.parametrize('weight, feature_weight', [(0.5, 2.), (0., 2.), (0.5, 0.)])
 def test_several_teachers(weight, feature_weight):
-    """The mean of their probabilities, and the features of each; computed again by the networks alone."""
+    """The mean of their probabilities, and the features of each, at their own sizes; computed again by them alone."""
     pixels = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
     def normalized(mean, std):
         return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
-    teachers = Teachers(NAMES, CONFIG, ISIC2017, weight, feature_weight, [64])
+    teachers = Teachers(NAMES, CONFIG, ISIC2017, weight, feature_weight)
     logits, features = torch.tensor([[1., -2.], [0., 3.], [-1., 0.5]]), torch.rand(3, 2048 + 1280)
     found = teachers.loss(torch.tensor(5.), logits, features if teachers.width else None,
                           teachers(normalized(CONFIG['mean'], CONFIG['std'])))
@@ -64,7 +65,9 @@ def test_several_teachers(weight, feature_weight):
     probabilities, pooled = [], []
     for name in NAMES:
         network = timm.create_model(name, pretrained=True).eval()
-        images = normalized(network.pretrained_cfg['mean'], network.pretrained_cfg['std'])
+        images = interpolate(
+            normalized(network.pretrained_cfg['mean'], network.pretrained_cfg['std']),
+            network.pretrained_cfg['input_size'][1:], mode='bilinear')
         with torch.no_grad():
             probabilities.append(network(images).sigmoid())
             vectors = network.forward_head(network.forward_features(images), pre_logits=True)
@@ -94,14 +97,14 @@ def of_tasks(tmp_path_factory):
 def test_the_features_alone_of_a_teacher_with_other_labels(of_tasks):
     folders, _ = of_tasks
     images = torch.rand(2, 3, 64, 64)
-    both, one = (Teachers([folders[name] for name in names], CONFIG, ISIC2017, 0.5, 1., [64])
+    both, one = (Teachers([folders[name] for name in names], CONFIG, ISIC2017, 0.5, 1.)
                  for names in (('other', 'sigmoid'), ('sigmoid',)))
     assert (both.width, one.width) == (512, 256)
     assert torch.equal(both(images)[1], one(images)[1])
     softmax = ISIC2017.with_head('softmax')
-    student = Teachers([folders['softmax']], CONFIG, softmax, 0.5, 1., [64])
+    student = Teachers([folders['softmax']], CONFIG, softmax, 0.5, 1.)
     assert student(images)[1].shape == (2, 3)
-    assert one(images)[1].shape == Teachers([folders['softmax']], CONFIG, ISIC2017, 0.5, 1., [64])(images)[1].shape
+    assert one(images)[1].shape == Teachers([folders['softmax']], CONFIG, ISIC2017, 0.5, 1.)(images)[1].shape
 
 
 @pytest.mark.parametrize('teacher, task, weights, sentence', [
@@ -112,9 +115,4 @@ def test_the_features_alone_of_a_teacher_with_other_labels(of_tasks):
 def test_a_teacher_that_cannot_teach_is_named(of_tasks, teacher, task, weights, sentence):
     folders, tasks = of_tasks
     with pytest.raises(RunError, match=sentence):
-        Teachers([folders['softmax'], folders[teacher]], CONFIG, tasks[task], *weights, [64])
-
-
-def test_a_teacher_must_take_all_sizes_of_the_run():
-    with pytest.raises(RunError, match=r'The teacher arl_cnn14.isic2017 does not take images of 0 px'):
-        Teachers(NAMES[:1], CONFIG, ISIC2017, 0.5, 1., [0, 64])
+        Teachers([folders['softmax'], folders[teacher]], CONFIG, tasks[task], *weights)

@@ -2,7 +2,7 @@
 
 Hinton et al., `Distilling the Knowledge in a Neural Network` - https://arxiv.org/abs/1503.02531
 """
-from typing import Any, Iterable, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,7 @@ from torch.nn.functional import (
     cross_entropy,
     normalize,
 )
+from torchvision.transforms.v2.functional import resize
 
 from ..factory import Checkpoint
 from ..isic.task import Task
@@ -107,20 +108,23 @@ def mask_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 class Teacher(nn.Module):
-    """A frozen network that is shown the student's images."""
+    """A frozen network that is shown the student's images, resized to the side that it was trained on.
+
+    At another size its answers are worse, since all things then look larger or smaller than in training:
+    `Fixing the train-test resolution discrepancy` - https://arxiv.org/abs/1906.06423
+    """
 
     network: Any
     task: Any  # None where its labels are not known
 
-    def __init__(self, name: str, data_config: dict, sides: Iterable[int]) -> None:
+    def __init__(self, name: str, data_config: dict) -> None:
         """
         Args:
             name: Output folder of finetune_isic.py, or a timm name with pretrained weights.
             data_config: The student's; its images are normalised by it.
-            sides: Of the images that it will be shown, in pixels.
 
         Raises:
-            RunError: A network without one pooled vector per image, or that does not take such images.
+            RunError: A network without one pooled vector per image.
             WeightsError: No such network.
         """
         super().__init__()
@@ -137,12 +141,12 @@ class Teacher(nn.Module):
         self.shift: torch.Tensor
         self.register_buffer('scale', std / own_std)
         self.register_buffer('shift', (mean - own_mean) / own_std)
-        for side in sides:
-            self.width = feature_width(self.network, side, f'The teacher {name}')
+        self.width = feature_width(self.network, self.img_size, f'The teacher {name}')
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Pooled features (B, width) and logits of the student's images (B, 3, H, W)."""
+        images = resize(images, [self.img_size, self.img_size])
         return pooled_and_logits(self.network, images * self.scale + self.shift)
 
 
@@ -156,13 +160,12 @@ class Teachers(nn.Module):
             task: Task,
             weight: float,
             feature_weight: float,
-            sides: Iterable[int],
     ) -> None:
         """
         Args:
             names: Of the teachers. Of those whose labels are others, as ImageNet's are, only the features are
                 distilled.
-            data_config, sides: See :class:`Teacher`.
+            data_config: See :class:`Teacher`.
             task: The student's.
             weight: Share of the loss taken by the teachers' probabilities.
             feature_weight: Weight of one minus the cosine similarity of the features.
@@ -173,7 +176,7 @@ class Teachers(nn.Module):
             WeightsError: No such network.
         """
         super().__init__()
-        teachers = [Teacher(name, data_config, sides) for name in names]
+        teachers = [Teacher(name, data_config) for name in names]
         self.teachers: Any = nn.ModuleList(teachers)
         self.task, self.feature_weight = task, feature_weight
         self.same_labels = [teacher.task is not None and teacher.task.labels == task.labels for teacher in teachers]

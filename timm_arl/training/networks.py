@@ -69,8 +69,7 @@ def create_networks(args, accelerator, task: Task = ISIC2017):
         accelerator.print(f'{args.model} cannot start with images of {args.start_size} px, as recipe {args.recipe} '
                           f'does: all epochs have {img_size} px.')
         args.start_size = None
-    sides = dict.fromkeys((min(args.start_size or img_size, img_size), img_size))
-    for side in sides:
+    for side in dict.fromkeys((min(args.start_size or img_size, img_size), img_size)):
         reason = refused(side)
         if reason:
             of = f'{args.model} does not take images of {side} px (--img-size, --start-size): {reason}'
@@ -80,11 +79,12 @@ def create_networks(args, accelerator, task: Task = ISIC2017):
         input_size=(3, img_size, img_size), interpolation='bilinear', crop_pct=CROP_PCT, crop_mode='center')
     teachers = None
     if args.teacher:
-        teachers = Teachers(args.teacher, data_config, task, args.distill_weight, args.distill_features, sides)
+        teachers = Teachers(args.teacher, data_config, task, args.distill_weight, args.distill_features)
         for teacher, same in zip(teachers.teachers, teachers.same_labels):
             learned = ' and '.join(['probabilities'] * bool(teachers.weight and same)
                                    + ['pooled features'] * bool(args.distill_features))
-            accelerator.print(f'Teacher {teacher.name}, trained at {teacher.img_size} px: its {learned} are learned.')
+            accelerator.print(f'Teacher {teacher.name}, shown images of {teacher.img_size} px: its {learned} are '
+                              f'learned.')
     return model, teachers, data_config
 
 
