@@ -198,8 +198,9 @@ def subgroups_of(split, args, task):
     if missing:
         raise RunError(f'--subgroups: {args.data} has no numbers or words in a column {", ".join(missing)}: choose '
                        f'among {", ".join(c for c in columns if c not in ("image_id", *task.labels))}.')
-    wanted = dict.fromkeys(found.values()) or [c for c in ('sex', 'age_approximate') if c in columns]
-    return subgroups({column: list(split[column]) for column in wanted})
+    usual = {column_named(columns, name): name for name in ('sex', 'age_approximate')}
+    wanted = dict.fromkeys(found.values() or filter(None, usual))
+    return subgroups({usual.get(column, column): list(split[column]) for column in wanted})
 
 
 def evaluate(args):

@@ -327,7 +327,7 @@ def main() -> int:
             bar.close()
             print(f'throughput.py: error: {e}', file=sys.stderr)
             return 2
-        results += [dict(row, setting=setting) for row in rows]
+        results = [row for row in results if row not in known] + [dict(row, setting=setting) for row in rows]
         if main_process:
             write_results(path, results)
     if main_process:

@@ -116,7 +116,8 @@ def run(tmp_path_factory):
         for epoch, auc in ((1, .5), (2, .7), (3, .6))])
     write_rows(folder / 'looks.csv', [{'time': 'now', 'checkpoint': '/home/me/out', 'command': 'x ../me/out'}])
     write_json(folder / 'run.json', {
-        'command': 'finetune_isic.py --data /home/me/isic2017', 'commit': 'abcdef123456', 'arguments': {
+        'command': 'finetune_isic.py --data /home/me/isic2017 --output-dir /home/me/lr=0.01/seed=7',
+        'commit': 'abcdef123456', 'arguments': {
             'data': '/home/me/isic2017', 'recipe': 'modern', 'seed': 7, 'keep': 'best', 'train_ids': '0',
             'crops': 'multiscale', 'train_images': 1234},
         'launch': {'processes': 1, 'mixed_precision': 'no', 'device': 'cpu'},

@@ -1,4 +1,5 @@
 """What the page is made of, without a browser: its words, networks with less to show, the Space, what cannot start."""
+import asyncio
 import dataclasses
 import io
 import json
@@ -118,3 +119,68 @@ def test_what_cannot_start_is_a_sentence(call, arguments, sentence):
     Image.MAX_IMAGE_PIXELS = limit
     assert done.returncode == 2 and sentence.replace('TAKEN', port) in done.stderr and not done.stdout
     assert 'Traceback' not in done.stderr and len(done.stderr.splitlines()[-1:]) == 1
+
+
+def test_gradio_keeps_nothing_that_was_shown(tiny):
+    from gradio.state_holder import SessionState
+
+    from timm_arl.app.analysis import Analyst
+    from timm_arl.app.page import build
+    from timm_arl.app.server import create_app
+
+    page = build(Analyst(str(tiny)))
+    create_app(page)
+    session = SessionState(page)
+    before = str(session.config_values)
+    look = next(of for of in page.fns.values() if of.api_name == 'look')
+    answer = asyncio.run(page.process_api(look, [{'example': 'nevus'}], state=session))
+    assert 'data:image' in str(answer['data'])
+    after = str(session.config_values)
+    assert after.count('data:image') == before.count('data:image') and 'arl-p' not in after
+
+
+def test_a_failing_network_is_not_called_a_damaged_file(tiny, monkeypatch):
+    from timm_arl.app.analysis import Analyst, PictureError
+
+    analyst, content = Analyst(str(tiny)), io.BytesIO()
+    Image.new('RGB', (64, 64)).save(content, 'PNG')
+    with pytest.raises(PictureError, match='a.png cannot be '):
+        analyst.look_at_file('a.png', content.getvalue()[:60])
+
+    def fail(tensors):
+        raise RuntimeError('not enough memory')
+
+    monkeypatch.setattr(analyst.predictor, 'probabilities', fail)
+    with pytest.raises(RuntimeError, match='not enough memory'):
+        analyst.look_at_file('a.png', content.getvalue())
+
+
+def test_bodies_are_refused_that_would_fill_the_memory_together():
+    from timm_arl.app.server import LARGEST_BODY, LARGEST_TOGETHER, OnlyThePage
+
+    statuses = []
+
+    async def post(gate, size):
+        async def send(message):
+            statuses.append(message.get('status'))
+
+        await gate({'type': 'http', 'method': 'POST', 'path': '/gradio_api/call/look',
+                    'headers': [(b'content-length', b'%d' % size)]}, None, send)
+
+    async def many():
+        done = asyncio.Event()
+
+        async def app(scope, receive, send):
+            await done.wait()
+
+        gate, count = OnlyThePage(app), LARGEST_TOGETHER // LARGEST_BODY
+        waiting = [asyncio.ensure_future(post(gate, LARGEST_BODY)) for _ in range(count)]
+        await asyncio.sleep(0)
+        await post(gate, LARGEST_BODY)
+        assert statuses == [503, None]  # of the answer's start and its body
+        done.set()
+        await asyncio.gather(*waiting)
+        await post(gate, LARGEST_BODY)
+        assert statuses == [503, None]
+
+    asyncio.run(many())

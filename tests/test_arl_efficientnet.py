@@ -1,4 +1,6 @@
 """EfficientNet-Lite0 with the gate, held against timm's own, the paper's equation and timm's promises."""
+from functools import partial
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -125,3 +127,8 @@ def test_timm_promises():
     assert next(timm.create_model(NAME, device='meta').parameters()).is_meta
     with pytest.raises(ValueError, match="Unknown attention 'softmax2d'"):
         timm.create_model(NAME, attention='softmax2d')
+
+
+def test_another_norm_layer():
+    model = timm.create_model(NAME, norm_layer=partial(torch.nn.BatchNorm2d, eps=0.5), num_classes=2)
+    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.5}

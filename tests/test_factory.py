@@ -365,3 +365,46 @@ def test_a_file_that_must_not_be_read_is_not_called_missing(run, tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 4 and all('ermission denied' in line for line in lines), done.stdout
     assert 'shut' in lines[2] and all('out/model.safetensors' in lines[k] for k in (0, 1, 3))
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.'])
+def test_the_classifier_of_a_wrapped_network_is_loaded(tmp_path, prefix):
+    """As DistributedDataParallel and the compiler name the tensors, which timm takes too."""
+    saved = timm.create_model('arl_cnn14', num_classes=2, channels=[8, 16, 32, 64])
+    safetensors.torch.save_file({prefix + key: t for key, t in saved.state_dict().items()}, tmp_path / 'a.safetensors')
+    given = dict(pretrained=True, channels=[8, 16, 32, 64], pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'a.safetensors')))
+    for classes in {}, dict(num_classes=2):
+        model = timm.create_model('arl_cnn14', **given, **classes)
+        assert torch.equal(model.fc.weight, saved.fc.weight)
+
+
+def test_features_of_a_file_without_a_classifier(tmp_path):
+    saved = timm.create_model('arl_cnn14', num_classes=0, channels=[8, 16, 32, 64]).eval()
+    safetensors.torch.save_file(saved.state_dict(), tmp_path / 'a.safetensors')
+    given = dict(pretrained=True, channels=[8, 16, 32, 64], pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'a.safetensors')))
+    images = torch.rand(1, 3, 64, 64)
+    features = timm.create_model('arl_cnn14', features_only=True, **given).eval()(images)
+    assert torch.equal(features[-1], saved.forward_features(images))
+    with pytest.raises(WeightsError, match='fc.bias'):
+        timm.create_model('arl_cnn14', **given)
+
+
+def test_a_run_is_found_by_a_link_and_not_for_a_folder_that_is_staged_in_it(run, staged, tmp_path):
+    shutil.copytree(run, tmp_path / 'out')
+    shutil.copytree(run, tmp_path / 'out' / 'last' / 'kept')
+    (tmp_path / 'out' / 'last' / 'kept' / 'run.json').unlink()
+    (tmp_path / 'best').symlink_to(tmp_path / 'out' / 'last' / 'kept')
+    assert Checkpoint(str(tmp_path / 'best')).arguments(published=False)['recipe'] == 'modern'
+    shutil.copytree(staged, tmp_path / 'out' / 'other')
+    assert Checkpoint(str(tmp_path / 'out' / 'other')).run_folder() is None
+
+
+@pytest.mark.parametrize('content', ['', '{"arguments": {"train', '[]'])
+def test_a_damaged_record_of_a_run_is_told(run, tmp_path, content):
+    """Crops and more would be the defaults otherwise."""
+    shutil.copytree(run, tmp_path / 'out')
+    (tmp_path / 'out' / 'run.json').write_text(content)
+    with pytest.raises(WeightsError, match='run.json is damaged or cannot be read: restore it'):
+        Checkpoint(str(tmp_path / 'out')).settings()

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 import torch.nn as nn
 from test_arl_cnn import create, image, with_alpha
@@ -70,3 +71,10 @@ def test_onnx(name, tmp_path):
     assert [i.name for i in graph.input] == ['images'] and [o.name for o in graph.output] == ['logits']
     operators = {node.op_type for node in graph.node}
     assert 'BatchNormalization' not in operators
+
+
+def test_folding_a_network_of_one_size_that_has_nothing_to_fold():
+    model = timm.create_model('vit_tiny_patch16_224', depth=1, embed_dim=24).eval()
+    images = torch.rand(1, 3, 224, 224)
+    with torch.inference_mode():
+        assert torch.equal(fold_batch_norm(model)(images), model(images))

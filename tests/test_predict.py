@@ -244,8 +244,9 @@ def test_squashed_copies_are_stretched_back(predict, tmp_path):
         shutil.rmtree(tmp_path / 'out')
     expected, squashed, restored = found.values()
     assert np.abs(restored - expected).max() < 0.5 * np.abs(squashed - expected).max()
-    done = predict(tmp_path / 'copy', '--restore-aspect', 9)
-    assert done.returncode == 2 and 'between 0.2 and 5' in done.stderr
+    for ratio in '9', '3/0', '0/0':
+        done = predict(tmp_path / 'copy', '--restore-aspect', ratio)
+        assert done.returncode == 2 and 'between 0.2 and 5' in done.stderr
 
 
 def test_a_copy_of_a_tall_picture_keeps_the_pixels_that_the_network_needs(tmp_path):

@@ -134,6 +134,14 @@ def test_a_gap_that_a_power_failure_left(tmp_path, form, whole):
     assert content(files) == whole
 
 
+def test_a_header_that_a_power_failure_took(tmp_path):
+    files = begin(tmp_path / 'gap', 'csv')
+    files.rows.write_bytes(b'\0' * 20)
+    with pytest.raises(InputError, match='is missing or empty, and the run cannot go on'):
+        files.join()
+    assert files.rows.read_bytes() == b'\0' * 20
+
+
 def test_parts_are_joined_in_order(tmp_path, form, whole):
     files = begin(tmp_path / 'parts', form)
     for rank in range(3):

@@ -240,3 +240,12 @@ def test_the_core_install_is_enough(tmp_path, shipped, picture):
     expected = shipped.probabilities(shipped.prepare(picture)[0]).tolist()
     assert json.loads(done.stdout) == pytest.approx(expected, abs=1e-6)
     assert done.stderr == ''
+
+
+def test_16_bits_of_grey(shipped):
+    """As read_picture gives them, white is not cut off at 255."""
+    values = np.linspace(0, 65535, 96 * 128).reshape(96, 128).astype(np.uint16)
+    deep, usual = Image.fromarray(values), Image.fromarray((values / 257).round().astype(np.uint8))
+    assert torch.equal(shipped.prepare(deep)[0], shipped.prepare(usual)[0])
+    with pytest.raises(OSError, match='floating-point pixels'):
+        shipped.prepare(Image.fromarray(values.astype(np.float32)))

@@ -174,6 +174,7 @@ def arl_tf_efficientnet_lite0(pretrained: bool = False, **kwargs) -> ARLEfficien
     """EfficientNet-Lite0 with attention residual learning in its nine blocks with an identity shortcut."""
     kwargs.setdefault('bn_eps', BN_EPS_TF_DEFAULT)
     kwargs.setdefault('pad_type', 'same')
+    bn_args = resolve_bn_args(kwargs)
     arch_def = [
         ['ds_r1_k3_s1_e1_c16'],
         ['ir_r2_k3_s2_e6_c24'],
@@ -186,5 +187,5 @@ def arl_tf_efficientnet_lite0(pretrained: bool = False, **kwargs) -> ARLEfficien
     model_args = dict(
         block_args=decode_arch_def(arch_def, fix_first_last=True), num_features=1280, stem_size=32, fix_stem=True,
         round_chs_fn=round_channels, act_layer=resolve_act_layer(kwargs, 'relu6'),
-        norm_layer=kwargs.pop('norm_layer', None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)))
+        norm_layer=kwargs.pop('norm_layer', None) or partial(nn.BatchNorm2d, **bn_args))
     return _create_arl_efficientnet('arl_tf_efficientnet_lite0', pretrained, **dict(model_args, **kwargs))

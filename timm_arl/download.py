@@ -101,6 +101,10 @@ def fetch_weights(
                                remedy=f'unset HF_HUB_OFFLINE, or {LOCAL_FILE}')
         force = True
         say(f'{file} of {repo} in the cache is damaged: downloading it again.')
+    except PermissionError as error:
+        raise WeightsError(
+            **where, cause=f'reading the cached copy is not permitted ({error.filename})',
+            remedy='change the permissions, or set HF_HOME to another folder') from None
     except (LocalEntryNotFoundError, OSError):
         pass
     except HFValidationError as error:

@@ -38,7 +38,7 @@ class GateMap(NamedTuple):
             Channel: the largest n(F) of the channels times their number, 1 is a flat mask (its mean over the channels
             is the same at all positions). Mixed: mean over the channels of the mask that the block applies.
         contribution: Shape (B, h, w), |alpha n(F) x| / (|x + F| + 1e-6) with norms over the channels and n(F) as the
-            block applies it, `mask_scale` included: the gate's share of what the block gives.
+            block applies it, `mask_scale` included: how much the gate changes what the block gives without it.
         alpha: The block's weight.
         effective_share: Shape (B,), exp(entropy of n(F)) / count, 1 for a flat mask and 1 / count for a single peak.
             Spatial, and mixed divided by its sum: over positions, mean over channels. Channel: over channels, mean

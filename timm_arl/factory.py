@@ -252,10 +252,10 @@ class Checkpoint:
             Those of task, thresholds, temperatures, biases, crops, grey_world, lesion_crop and aspect that are known.
 
         Raises:
-            WeightsError: A config.json or results.json that could not be loaded from the Hub.
+            WeightsError: A config.json or results.json that could not be loaded from the Hub, or as arguments.
         """
         config, arguments = self.config(), self.arguments()
-        home = _read_json(self.folder and self.folder / 'home.json')
+        home = _read_record(self.folder and self.folder / 'home.json')
         if any(arguments.get(key) not in (None, value) for key, value in (home.get('shown') or {}).items()):
             home = {}
         home, config = (  # temperatures alone are those of an older version, whose calibration was another
@@ -276,22 +276,35 @@ class Checkpoint:
             published: Whether to look for a results.json too.
 
         Raises:
-            WeightsError: A results.json that could not be loaded from the Hub; a repo without one is no error.
+            WeightsError: A run.json or results.json that is damaged, or could not be loaded from the Hub; a repo
+                without one is no error.
         """
-        if self.path is not None and self.path.exists():
-            path = self.path.absolute()
-            for folder in (path, *path.parents[:3]):
-                saved = _read_json(folder / 'run.json').get('arguments')
-                if isinstance(saved, dict) and 'train_ids' in saved:  # else another program's
-                    return saved
+        folder = self.run_folder()
+        if folder is not None:
+            return _read_record(folder / 'run.json')['arguments']
         try:
-            run = _read_json(self._published('results.json') if published else None).get('run')
+            run = _read_record(self._published('results.json') if published else None).get('run')
         except WeightsError as error:
             if not error.missing:
                 raise
             return {}
         arguments = run.get('arguments') if isinstance(run, dict) else None
         return arguments if isinstance(arguments, dict) else {}
+
+    def run_folder(self) -> Optional[Path]:
+        """Folder with the run.json of finetune_isic.py: that of the weights, or up to three above it; or None.
+
+        Raises:
+            WeightsError: A run.json that is damaged.
+        """
+        for path in dict.fromkeys((self.path.absolute(), self.path.resolve()) if self.path else ()):
+            for folder in (path, *path.parents[:3]):
+                saved = _read_record(folder / 'run.json').get('arguments')
+                if isinstance(saved, dict) and 'train_ids' in saved:  # else another program's
+                    return folder
+                if (folder / 'results.json').is_file():  # a staged folder, whatever it lies in
+                    break
+        return None
 
     def _published(self, file: str) -> Optional[Path]:
         """A file beside the weights; from the Hub, of the commit that the weights are loaded from."""
@@ -308,6 +321,18 @@ def _read_json(path: Optional[Path]) -> Dict[str, Any]:
     except (OSError, ValueError):
         content = None
     return content if isinstance(content, dict) else {}
+
+
+def _read_record(path: Optional[Path]) -> Dict[str, Any]:
+    """Content of a JSON file that tells how a network was trained, empty where there is none.
+
+    Raises:
+        WeightsError: It is damaged or cannot be read: what it says must not be replaced by defaults.
+    """
+    content = _read_json(path)
+    if not content and path is not None and path.is_file():
+        raise WeightsError(f'{path} is damaged or cannot be read: restore it, or remove it if nothing is lost by that.')
+    return content
 
 
 def _near(name: str) -> str:

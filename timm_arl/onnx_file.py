@@ -32,7 +32,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         ExportError: The copy does not compute the same: the layers run in another order.
     """
     model = copy.deepcopy(model).eval()
-    folded = copy.deepcopy(model)
+    folded, count = copy.deepcopy(model), 0
     for parent in folded.modules():
         previous = ''
         for name, module in list(parent.named_children()):
@@ -45,11 +45,13 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
                     and before.out_channels == module.num_features):
                 setattr(holder, key, fuse_conv_bn_eval(before, module))
                 setattr(parent, name, nn.Identity())
+                count += 1
             previous = name
-    weight = next(model.parameters())
-    x = torch.randn(2, _in_channels(model), 64, 64, generator=torch.Generator().manual_seed(0)).to(weight)
-    with torch.inference_mode():
-        _compare(folded(x), model(x), 'the network with folded BatchNorm')
+    if count:
+        weight = next(model.parameters())
+        x = torch.randn(2, _in_channels(model), 64, 64, generator=torch.Generator().manual_seed(0)).to(weight)
+        with torch.inference_mode():
+            _compare(folded(x), model(x), 'the network with folded BatchNorm')
     return folded
 
 
@@ -136,7 +138,7 @@ def export_onnx(
         The path.
 
     Raises:
-        ExportError: The file does not compute what the model computes.
+        ExportError: PyTorch cannot export the model, or the file does not compute what the model computes.
         ImportError: The extra `export` is missing.
     """
     require('export', __name__)
@@ -148,9 +150,13 @@ def export_onnx(
         if isinstance(module, nn.ReLU):
             module.inplace = False  # PyTorch 2.6 cannot export one after a cast that changes nothing
     images = torch.randn(2, *about['input_size'], generator=torch.Generator().manual_seed(0))
-    program: Any = torch.onnx.export(
-        source.to(memory_format=torch.contiguous_format), (images,), dynamo=True, input_names=['images'],
-        output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch', min=1)},), verbose=False)
+    try:
+        program: Any = torch.onnx.export(
+            source.to(memory_format=torch.contiguous_format), (images,), dynamo=True, input_names=['images'],
+            output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch', min=1)},), verbose=False)
+    except Exception as error:  # PyTorch's are of many kinds
+        raise ExportError(f'{type(model).__name__} cannot be exported by PyTorch {torch.__version__}: '
+                          f'{" ".join(str(error).split())[:300] or type(error).__name__}') from error
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.tmp')

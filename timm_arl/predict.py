@@ -18,6 +18,7 @@ Not a medical device: for research only.
 """
 import argparse
 import io
+import math
 import os
 import shlex
 import sys
@@ -108,7 +109,7 @@ def sentence_of(error: Exception) -> str:
 def _ratio(text: str) -> float:
     """A width / height such as 1.5 or 4/3."""
     width, _, height = text.partition('/')
-    ratio = float(width) / float(height or 1)
+    ratio = float(width) / (float(height or 1) or math.inf)
     if not 0.2 <= ratio <= 5:
         raise argparse.ArgumentTypeError(f'must be between 0.2 and 5, not {text}')
     return ratio

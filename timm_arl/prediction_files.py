@@ -122,13 +122,16 @@ class PredictionFiles:
         Raises:
             InputError: The file of the rows is gone.
         """
-        if not self.rows.exists() or self.form == 'csv' and not self.rows.stat().st_size:
-            raise InputError(f'{self.rows} is missing or empty, and the run cannot go on: choose another --output-dir.')
+        gone = f'{self.rows} is missing or empty, and the run cannot go on: choose another --output-dir.'
+        if not self.rows.exists():
+            raise InputError(gone)
         count = 0
         with self.rows.open('rb+') as file:
             size = 0
             for record in self._whole(file):
                 size, count = size + len(record), count + 1
+            if self.form == 'csv' and not count:  # not even its header
+                raise InputError(gone)
             file.truncate(size)
             file.seek(size)
             if self.form == 'csv':

@@ -15,7 +15,7 @@ from .explain import class_activation_map, gate_maps
 from .factory import Checkpoint, tensors_sha256
 from .isic.crops import Box
 from .isic.dicom import is_dicom, read_dicom
-from .isic.images import read_image
+from .isic.images import read_image, to_rgb
 from .isic.task import ISIC2017, OFFICIAL_THRESHOLD, Task, calibrate, label_words
 from .isic.transforms import CROPS, EvalCrops, grey_world, normalisation, seeded
 from .onnx_file import OnnxModel
@@ -226,13 +226,13 @@ class Predictor:
         """What the network looks at, normalised, float32 (N, 3, S, S), and where each crop was cut, in pixels.
 
         Args:
-            picture: Any picture, upright; converted to RGB.
+            picture: Any picture, upright; converted to RGB, 16-bit grey too.
             image_id: As for Cutter.
 
         Raises:
-            OSError: A picture too small or too long for any network.
+            OSError: A picture too small or too long for any network, or as to_rgb.
         """
-        crops, boxes = self.cutter(picture.convert('RGB'), image_id)
+        crops, boxes = self.cutter(to_rgb(picture), image_id)
         return self.normalise(crops), boxes
 
     @torch.inference_mode()
@@ -292,7 +292,7 @@ class Predictor:
             ValueError: A network without class activation maps: an ONNX file, or one with another head.
         """
         tensor, boxes = self.prepare(picture, image_id)
-        shown = picture.convert('RGB')
+        shown = to_rgb(picture).copy()
         shown.thumbnail((LARGEST_MAP, LARGEST_MAP))
         x, y = shown.width / picture.width, shown.height / picture.height
         return self.explain_crops(

@@ -2,13 +2,13 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable, Collection, Dict, List, Optional, Tuple
+from typing import Any, Callable, Collection, Dict, List, Optional, Tuple, Union
 
 import safetensors
 import timm
 import torch
 import torch.nn as nn
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, clean_state_dict, resolve_pretrained_cfg
 
 from .download import LOCAL_FILE, WeightsError, fetch_weights, is_whole, say
 
@@ -71,7 +71,7 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     file = overlay.get('file') if by_config else cfg.file
     if file or cfg.source == 'local-dir':
         path = check_file(Path(file or Path(cfg.file, 'model.safetensors')))
-        classes = _num_classes(path, cfg.classifier) if overlay.get('file') else {}
+        classes = _num_classes(path, cfg.to_dict()) if overlay.get('file') else {}
         return {**kwargs, 'pretrained_cfg_overlay': {**classes, **overlay, **only_file(path)}}
     if not cfg.hf_hub_id:
         raise WeightsError(f'The weights of {variant} are a pickle at {cfg.url}, and only safetensors are opened: '
@@ -109,9 +109,12 @@ def build_with_local_weights(
     Raises:
         WeightsError: As local_weights, or weights that do not fit.
     """
+    features_only = bool(kwargs.get('features_only'))  # timm then drops a classifier, and needs none
+
     def checked(state_dict, model):
         state_dict = filter_fn(state_dict, model)
-        check_loadable(state_dict, model)  # with another number of classes timm would skip what does not fit
+        # with another number of classes timm would skip what does not fit
+        check_loadable(state_dict, model, features_only)
         return state_dict
 
     first_conv = ''
@@ -175,19 +178,23 @@ def check_file(path: Path) -> Path:
     return path
 
 
-def _num_classes(path: Path, classifier: Any) -> Dict[str, int]:
+def _num_classes(path: Path, cfg: Dict[str, Any]) -> Dict[str, int]:
     """Number of classes of a file's classifier, as an overlay; empty where it has none."""
-    with safetensors.safe_open(path, 'pt') as file:
-        weight = f'{classifier}.weight'
-        return {'num_classes': file.get_slice(weight).get_shape()[0]} if weight in file.keys() else {}
+    shapes = [shape for name in classifiers_of(cfg) for shape in [_weight_shape(path, name)] if shape]
+    return {'num_classes': shapes[0][0]} if shapes else {}
 
 
-def _channels(path: str, first_conv: Any) -> int:
+def _channels(path: Union[str, Path], first_conv: Any) -> int:
     """Channels of the images that a file's first convolution takes; 0 where it has none."""
+    shape = _weight_shape(path, first_conv)
+    return shape[1] if len(shape) == 4 else 0
+
+
+def _weight_shape(path: Union[str, Path], layer: Any) -> List[int]:
+    """Shape of a layer's weight in a file, empty where it has none; DDP's and the compiler's prefixes do not count."""
     with safetensors.safe_open(path, 'pt') as file:
-        weight = f'{first_conv}.weight'
-        shape = file.get_slice(weight).get_shape() if weight in file.keys() else []
-        return shape[1] if len(shape) == 4 else 0
+        name = clean_state_dict({key: key for key in file.keys()}).get(f'{layer}.weight')
+        return file.get_slice(name).get_shape() if name else []
 
 
 def classifiers_of(cfg: Dict[str, Any]) -> Tuple[str, ...]:
@@ -196,11 +203,16 @@ def classifiers_of(cfg: Dict[str, Any]) -> Tuple[str, ...]:
     return (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
 
 
-def check_loadable(state_dict: Dict[str, torch.Tensor], model: Any) -> None:
+def check_loadable(state_dict: Dict[str, torch.Tensor], model: Any, features_only: bool = False) -> None:
     """Refuse what timm is about to load into a model, if the tensors do not fit.
 
     A classifier for another number of classes, and a first convolution for another number of channels, may differ:
     timm drops the one and adapts the other.
+
+    Args:
+        state_dict: What is about to be loaded.
+        model: The model.
+        features_only: Whether the classifier is not wanted, so that it may be missing.
 
     Raises:
         WeightsError: As check_fit and check_finite, or weights of another gate.
@@ -208,7 +220,7 @@ def check_loadable(state_dict: Dict[str, torch.Tensor], model: Any) -> None:
     cfg, own = model.pretrained_cfg, model.state_dict()
     what = cfg.get('file') or 'The given state_dict'
     free = {f'{name}.{part}' for name in classifiers_of(cfg) for part in ('weight', 'bias')}
-    may_differ = free if getattr(model, 'num_classes', None) != cfg['num_classes'] else set()
+    may_differ = free if features_only or getattr(model, 'num_classes', None) != cfg['num_classes'] else set()
     first = f'{cfg.get("first_conv")}.weight'
     shapes: List[Tuple[int, ...]] = [tuple(t[first].shape) if first in t else () for t in (state_dict, own)]
     in_channels_alone = shapes[0][:1] + shapes[0][2:] == shapes[1][:1] + shapes[1][2:]

@@ -1,12 +1,15 @@
 """What a run has divided or learned stays apart: when it is scored, scored elsewhere, and resumed."""
 import csv
 import json
+from argparse import Namespace
 
 import pytest
 from any_data import lines, table
 
 from timm_arl.hub import stage
 from timm_arl.isic.dataset import load_splits
+from timm_arl.training.arguments import RunError
+from timm_arl.training.folds import check_unseen
 
 QUICK = ('--model', 'test_resnet', '--epochs', 1, '--batch-size', 8, '--img-size', 64, '--start-size', 64, '--crops',
          'center', '--workers', 0, '--tracker', 'none')
@@ -52,6 +55,15 @@ def test_an_image_that_was_left_out_gives_no_training_image_away(tmp_path, call,
     done = call('finetune_isic', '--data', source, '--skip-bad-images', '--folds', 2, *QUICK, '--teacher', out,
                 '--output-dir', tmp_path / 'second')
     assert done.returncode == 2 and 'of the train images: start from other weights' in done.stderr
+    # folds of data with splits of their own hold out images of train alone
+    for start in out, out / 'last' / 'kept':
+        args = Namespace(init_checkpoint=str(start), teacher=None, pretrained=False, model='arl_cnn14',
+                         data=str(source), folds=2)
+        of_out = {name: {'image_id': [row['image_id'] for row in rows(out / 'splits.csv') if row['split'] == name]}
+                  for name in ('train', 'test')}
+        with pytest.raises(RunError, match=f'was trained on {len(of_out["train"]["image_id"])} of the train images'):
+            check_unseen(args, of_out)
+        check_unseen(args, {'train': of_out['test'], 'test': of_out['train']})
     # another run takes over the division, and keeps it too
     lines(tmp_path / 's.csv', ('image_id', 'split'), [(row['image_id'], row['split']) for row in rows(
         out / 'splits.csv')])

@@ -61,8 +61,10 @@ def test_networks_that_do_not_begin_with_a_convolution_and_that_have_none(tmp_pa
     after = OnnxModel(quantize_onnx(pooled, tmp_path / 'b.onnx', batches(side=32)))
     assert np.abs(after(x) - OnnxModel(pooled)(x)).max() <= 0.05
     bare = export_onnx(Net(nn.AdaptiveAvgPool2d(1)), tmp_path / 'c.onnx', fold=False)
+    (tmp_path / 'd.onnx').write_bytes(b'an earlier file')
     with pytest.raises(ExportError, match='c.onnx cannot be quantised by ONNX Runtime .*: none of its operations'):
         quantize_onnx(bare, tmp_path / 'd.onnx', batches(side=32))
+    assert (tmp_path / 'd.onnx').read_bytes() == b'an earlier file'
     model = onnx.load(bare)
     del model.metadata_props[:]
     onnx.save(model, tmp_path / 'e.onnx')

@@ -64,6 +64,13 @@ def test_test_is_paired_and_antisymmetric():
     assert (auc(truth, second) > auc(truth, first)) == (z > 0)
     assert delong_test(truth, first, first) == (0., 1.)
     assert delong_test(truth, first, first ** 3) == (0., 1.)  # the same ranks
+    # networks that differ in one pair of many have no certain difference
+    truth, scores = np.repeat([1, 0], [400, 500_000]), np.arange(500_400) / 1e6
+    scores[:400] += 0.2
+    swapped = scores.copy()
+    at = np.searchsorted(scores[400:], scores[0]) + 400
+    swapped[0], swapped[at] = scores[at] - 1e-9, scores[0]
+    assert delong_test(truth, scores, swapped)[1] > 0.1
     with pytest.raises(ValueError, match='two images of each class'):
         delong_test(np.array([1, 0, 0]), np.arange(3), np.arange(3))
 

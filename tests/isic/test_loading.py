@@ -245,6 +245,11 @@ def test_a_stream_balances_and_repeats(tmp_path):
     labels = torch.cat([labels for epoch in range(4) for _, labels, _ in stream(data, balanced=True, epoch=epoch)])
     assert len(labels) == 4 * 80
     assert labels.mean(0).tolist() == pytest.approx([1 / 3] * 2, abs=0.06)
+    # copies of an image that go to several readers are changed in ways of their own
+    data = in_shards(tmp_path / 'e', [8])
+    ranks = [stream(data, patches=4, processes=2, rank=rank) for rank in (0, 1)]
+    images = torch.cat([images for shown in ranks for images, _, _ in shown])
+    assert len(images) == len({image.numpy().tobytes() for image in images}) == 32
 
 
 @pytest.mark.slow

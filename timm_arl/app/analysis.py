@@ -152,11 +152,15 @@ class Analyst:
         if len(content) > MAX_BYTES:
             raise PictureError(f'{name} has {len(content) / 1e6:.1f} MB, above the limit of {MAX_BYTES / 1e6:.0f} MB.')
         try:
-            return self._look(name, *self._read(name, content), False)
+            try:
+                picture, size = self._read(name, content)
+            except OSError:
+                raise
+            except Exception as error:  # decoders raise what they like about a damaged file
+                raise PictureError(f'{name} cannot be read ({type(error).__name__}): the file is damaged.') from error
+            return self._look(name, picture, size, False)
         except OSError as error:
             raise PictureError(f'{name} cannot be used: {" ".join(str(error).split())[:300]}.') from error
-        except Exception as error:  # decoders raise what they like about a damaged file
-            raise PictureError(f'{name} cannot be read ({type(error).__name__}): the file is damaged.') from error
 
     def look_at_synthetic(self, diagnosis: str) -> Analysis:
         """Probabilities of a generated picture.

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.middleware import Middleware
 from fastapi.responses import PlainTextResponse
 from gradio.blocks import Block
+from gradio.state_holder import SessionState
 
 from .analysis import MAX_BYTES
 from .page import CSS, THEME
@@ -14,6 +15,7 @@ __all__ = ['create_app']
 
 OPEN = {'app_id', 'call', 'cancel', 'heartbeat', 'info', 'queue', 'reset', 'startup-events'}  # of Gradio's own routes
 LARGEST_BODY = MAX_BYTES * 4 // 3 + 100_000  # base64, and what is around it
+LARGEST_TOGETHER = 16 * LARGEST_BODY  # of requests at the same time
 # whatever a release of Gradio asks for, the browser asks nobody but this machine; Gradio's templates need eval
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 Message = MutableMapping[str, Any]
@@ -27,6 +29,7 @@ class OnlyThePage:
 
     def __init__(self, app: Any) -> None:
         self.app = app
+        self.arriving = 0  # bytes of the bodies that are read
 
     async def __call__(
             self,
@@ -43,21 +46,33 @@ class OnlyThePage:
             parts = scope['path'].strip('/').split('/')
             headers = dict(scope['headers'])
             length = b'' if b'transfer-encoding' in headers else headers.get(b'content-length', b'')
-            refused = ''
+            refused, size = '', int(length) if length.isdigit() else 0
             if parts[0] == 'gradio_api' and (len(parts) < 2 or parts[1] not in OPEN):
                 refused, status = 'This page has no such address.', 404
             elif scope['method'] == 'POST' and not length.isdigit():
                 refused, status = 'Say how long the request is (Content-Length).', 411
-            elif length.isdigit() and int(length) > LARGEST_BODY:
+            elif size > LARGEST_BODY:
                 refused, status = f'The limit is {MAX_BYTES / 1e6:.0f} MB.', 413
+            elif self.arriving + size > LARGEST_TOGETHER:
+                refused, status = 'Too many pictures are being sent: try again in a minute.', 503
             if refused:
                 await PlainTextResponse(refused, status)(scope, receive, send)
                 return
-        await self.app(scope, receive, send_with_policy)
+            self.arriving += size
+            try:
+                await self.app(scope, receive, send_with_policy)
+            finally:
+                self.arriving -= size
+        else:
+            await self.app(scope, receive, send_with_policy)
 
 
 def _no_file(block: Any, path: Any) -> Any:
     raise gr.Error('This page takes no files by name or address.', print_exception=False)
+
+
+def _keep_no_value(session: Any, key: int, value: Any) -> None:
+    """Gradio would keep what every part shows, pictures too, for as long as it knows the session."""
 
 
 def create_app(page: gr.Blocks) -> FastAPI:
@@ -68,6 +83,9 @@ def create_app(page: gr.Blocks) -> FastAPI:
     """
     app = FastAPI(middleware=[Middleware(OnlyThePage)], docs_url=None, redoc_url=None, openapi_url=None)
     page.queue(max_size=64)  # of bodies up to LARGEST_BODY
-    for name in ('move_resource_to_block_cache', 'async_move_resource_to_block_cache'):
-        setattr(Block, name, _no_file)  # values that name a file: Gradio would copy or fetch it, also on a new block
+    for of, name, instead in (
+            # values that name a file: Gradio would copy or fetch it, also on a new block
+            (Block, 'move_resource_to_block_cache', _no_file), (Block, 'async_move_resource_to_block_cache', _no_file),
+            (SessionState, '_update_value_in_config', _keep_no_value)):
+        setattr(of, name, instead)
     return gr.mount_gradio_app(app, page, path='/', theme=THEME, css=CSS, footer_links=[], show_error=False)

@@ -15,6 +15,7 @@ import torch.nn as nn
 from PIL import Image
 
 from ..extras import require
+from ..files import replacing
 from ..isic.crops import MULTISCALE
 from ..isic.transforms import CROP_PCT, EvalCrops, grey_world, normalisation
 from ..onnx_file import ExportError, OnnxModel
@@ -196,10 +197,10 @@ def add_preprocessing(
     whole = compose.merge_models(first, middle, [('before/crops', f'network/{network.input}')])
     whole = compose.merge_models(whole, last, [(middle.graph.output[0].name, 'after/logits')])
     set_metadata(whole, about)
-    onnx.save(whole, target)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, replacing(target) as temporary:
+        onnx.save(whole, temporary)
         onnx.save(first, Path(folder) / 'first.onnx')
-        _check(OnnxModel(Path(folder) / 'first.onnx'), network, OnnxModel(target), probabilities, EvalCrops(
+        _check(OnnxModel(Path(folder) / 'first.onnx'), network, OnnxModel(temporary), probabilities, EvalCrops(
             side, about['crops']), about)
     return Path(target)
 

@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterable, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from ..extras import require
+from ..files import replacing
 from ..onnx_file import ExportError, OnnxModel
 
 __all__ = ['quantize_onnx', 'set_metadata', 'update_metadata']
@@ -53,7 +54,7 @@ def quantize_onnx(
     reader = _Reader(model.input, batches)
     logger = logging.getLogger()
     level = logger.level
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, replacing(target) as temporary:
         levels, prepared = Path(folder) / 'levels.onnx', Path(folder) / 'prepared.onnx'
         try:
             logger.setLevel(logging.ERROR)  # advice on steps that are taken here
@@ -62,18 +63,18 @@ def quantize_onnx(
             onnx.save(network, levels)
             quant_pre_process(levels, prepared, skip_symbolic_shape=True)
             quantize_static(
-                prepared, target, reader, quant_format=QuantFormat.QDQ, per_channel=True,
+                prepared, temporary, reader, quant_format=QuantFormat.QDQ, per_channel=True,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
                 op_types_to_quantize=list(QUANTIZED), nodes_to_exclude=['levels/shift'],
                 extra_options={'CalibMovingAverage': True, 'TensorQuantOverrides': {tensor: [
                     {'rmin': np.float32(span[0]), 'rmax': np.float32(span[1])}]}})
-            written = onnx.load(target)
+            written = onnx.load(temporary)
             if not any(node.op_type == 'QuantizeLinear' for node in written.graph.node):
                 raise ValueError('none of its operations has an 8-bit form')
             set_metadata(written, model.about)
-            onnx.save(written, target)
-            logits = OnnxModel(target)(reader.first)
+            onnx.save(written, temporary)
+            logits = OnnxModel(temporary)(reader.first)
         except OSError:
             raise
         except Exception as error:  # ONNX Runtime's are of many kinds
@@ -81,8 +82,8 @@ def quantize_onnx(
                               f'{" ".join(str(error).split())[:300] or type(error).__name__}') from error
         finally:
             logger.setLevel(level)
-    if not np.isfinite(logits).all():
-        raise ExportError(f'{Path(source).name} in 8 bits gives values that are not finite: export it in float32.')
+        if not np.isfinite(logits).all():
+            raise ExportError(f'{Path(source).name} in 8 bits gives values that are not finite: export it in float32.')
     return Path(target)
 
 

@@ -204,8 +204,12 @@ def _looks(run: Path) -> List[Dict[str, str]]:
 
 def _without_folders(command: str) -> str:
     """A command line without the folders of the disk it ran on: paths become names."""
-    words = (word.rpartition('=') for word in shlex.split(command))
-    return shlex.join(flag + equals + _without_folder(value) for flag, equals, value in words)
+    words = []
+    for word in shlex.split(command):
+        flag, equals, value = word.partition('=')
+        short = _without_folder(word)  # a folder may be called lr=0.01
+        words.append(short if short != word else flag + equals + _without_folder(value))
+    return shlex.join(words)
 
 
 def _without_folder(value: Any) -> Any:

@@ -190,7 +190,8 @@ def card_of_registered(name: str, output: Path) -> Path:
         config, results = read_object(shipped / 'config.json', 'complete'), read_results(shipped)
         digest = sha256_of(shipped / 'model.safetensors')
         for file in ('config.json', 'results.json'):
-            shutil.copyfile(shipped / file, output / file)
+            with replacing(output / file) as temporary:
+                shutil.copyfile(shipped / file, temporary)
     with replacing(output / 'README.md') as temporary:
         temporary.write_text(render_card(name, config, results, digest, name), encoding='utf-8')
     return output / 'README.md'

@@ -74,8 +74,10 @@ def _picture(ds: Any) -> Image.Image:
         pixels = 1 - grey if photometric == 'MONOCHROME1' else grey
     elif photometric == 'PALETTE COLOR':
         pixels = apply_color_lut(pixels, ds) / (2 ** ds.RedPaletteColorLookupTableDescriptor[2] - 1)
+    elif pixels.ndim == 3 and pixels.dtype == np.uint8 and ds.BitsStored == 8:
+        return Image.fromarray(pixels).convert('RGB')
     elif pixels.ndim == 3:
-        pixels = pixels / (2 ** ds.BitsStored - 1)
+        pixels = pixels / np.float32(2 ** ds.BitsStored - 1)
     else:
         raise OSError(f'its colours are {photometric}, which are not read')
     return Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)).convert('RGB')

@@ -104,7 +104,7 @@ class Examples(NamedTuple):
         groups: The most wrong and the most certain of each label.
         differing: Where two networks disagree most; empty without a comparison.
         note: Why overlays are missing, or ''.
-        blocks: For each gate its name, alpha, share of the block's output, and effective share of its mask: means over
+        blocks: For each gate its name, alpha, contribution, and effective share of its mask: means over
             the images shown; empty without gates.
         side: Shortest side in pixels of the stored images that are shown; 0 if none is.
         square_copies: Whether they are square copies that were stretched back to their shape.
@@ -329,7 +329,7 @@ def _curves(training: Training, task: Task) -> List[Tuple[str, Markup]]:
 
 
 def _blocks(examples: Examples) -> Cells:
-    return (['block', 'alpha', "gate's share of the output", 'effective share of the mask'],
+    return (['block', 'alpha', 'contribution of the gate', 'effective share of the mask'],
             [[name, f'{alpha:.3g}', f'{100 * share:.2f} %', f'{effective:.3f}'] for name, alpha, share, effective
              in examples.blocks])
 

@@ -10,7 +10,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 
-__all__ = ['decode', 'decode_mask', 'read_image', 'readings', 'reason_of', 'stored_size', 'unreadable_images']
+__all__ = [
+    'decode', 'decode_mask', 'read_image', 'readings', 'reason_of', 'stored_size', 'to_rgb', 'unreadable_images',
+]
+
+BITS_PER_SAMPLE = 258  # tag of a TIFF
 
 
 def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Image:
@@ -36,15 +40,8 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
             with Image.open(source) as file:
                 if shorter_side:
                     _reduce(file, shorter_side)
-                picture: Image.Image = ImageOps.exif_transpose(file)
-                if picture.mode == 'F':
-                    raise OSError('it has floating-point pixels')
-                if picture.mode.startswith('I'):  # 16 bits of grey, which convert would cut off at 255
-                    values = np.asarray(picture, np.float32)
-                    if values.min() < 0 or values.max() > 65535:
-                        raise OSError('it has grey values beyond 16 bits, whose white is not known')
-                    picture = Image.fromarray((values / 257 if values.max() > 255 else values).round().astype(np.uint8))
-                return picture.convert('RGB')
+                bits = dict(getattr(file, 'tag_v2', {})).get(BITS_PER_SAMPLE, (16,))[0]  # a TIFF may have 12
+                return to_rgb(ImageOps.exif_transpose(file), bits)
     except UnidentifiedImageError as error:
         raise OSError('it is not an image in a format that Pillow knows') from error
     except Image.DecompressionBombError as error:
@@ -52,6 +49,27 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
         raise OSError(f'it has {pixels:.0f} megapixels, above the limit of {limit:.0f}') from error
     except (SyntaxError, ValueError) as error:  # what else Pillow raises beside OSError
         raise OSError(str(error)) from error
+
+
+def to_rgb(picture: Image.Image, bits: int = 16) -> Image.Image:
+    """An RGB picture of 8 bits, of one of any mode.
+
+    Args:
+        picture: With more than 8 bits, grey; where no pixel is above 255, its values are those of 8 bits.
+        bits: Of grey values that are above 255: the largest is white.
+
+    Raises:
+        OSError: Floating-point pixels or grey values beyond 16 bits, whose white is not known.
+    """
+    if picture.mode == 'F':
+        raise OSError('it has floating-point pixels')
+    if picture.mode.startswith('I'):  # grey, which convert would cut off at 255
+        values = np.asarray(picture, np.float32)
+        if values.min() < 0 or values.max() > 65535:
+            raise OSError('it has grey values beyond 16 bits, whose white is not known')
+        white = 2 ** (bits if 8 < bits < 16 and values.max() < 2 ** bits else 16) - 1
+        picture = Image.fromarray((values * 255 / white if values.max() > 255 else values).round().astype(np.uint8))
+    return picture.convert('RGB')
 
 
 def _reduce(picture: Image.Image, shorter_side: int) -> None:

@@ -1,5 +1,4 @@
 """What a DataLoader is given: images as the network is shown them, the batches of an epoch, and streams."""
-import collections
 import contextlib
 import itertools
 import math
@@ -27,6 +26,7 @@ from .transforms import grey_world, lesion_crop, restore_aspect, seeded
 __all__ = ['EpochBatches', 'IsicImages', 'IsicSplit', 'IsicStream']
 
 SHUFFLE_BUFFER = 1000  # images that a stream holds, undecoded, to draw from
+COPY = 'copy of the row'  # column of a stream, whose copies of a row may go to several readers
 MANY_EPOCHS = 10 ** 6  # so that a second pass within an epoch has an order and changes of its own
 
 
@@ -360,7 +360,6 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
         bad: Dict[str, str] = {}  # image_id: reason
         for self.passes in itertools.count():
             self.rows = 0
-            shown: Dict[str, int] = collections.Counter()  # within a pass, no two readers have the same image
             stream.set_epoch(self.epoch + self.passes * MANY_EPOCHS)
             for cells in _rows(stream):
                 image_id = str(cells['image_id'])
@@ -375,8 +374,7 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
                         print(f'Leaving out the train image {image_id}: it cannot be read ({bad[image_id]}).',
                               flush=True)
                     continue
-                occurrence = shown[image_id] + self.passes * MANY_EPOCHS
-                shown[image_id] += 1
+                occurrence = cells[COPY] + self.passes * MANY_EPOCHS
                 any_shown = True
                 labels = torch.tensor([cells[label] for label in self.batches.task.labels], dtype=torch.float32)
                 image, *mask = self.transformed(*prepared, image_id, occurrence)
@@ -388,12 +386,15 @@ class IsicStream(IsicImages, torch.utils.data.IterableDataset):
                                 f'{next(iter(bad.values()))}): fix them, or use fewer processes and --workers 1.')
 
     def _repeat(self, rows: Dict[str, List]) -> Dict[str, List]:
-        """Each row as often as the epoch shows it; fractions are rounded up or down at random."""
+        """Each row as often as the epoch shows it, with the number of the copy; fractions are rounded at random."""
         which: List[int] = []
+        copies: List[int] = []
         labels = np.stack([np.asarray(rows[label]) for label in self.batches.task.labels], 1)
         expectations = self.batches.task.image_weights(labels, self.copies)
         for i, (image_id, expected) in enumerate(zip(rows['image_id'], expectations)):
             entropy = (self.seed, self.epoch, self.passes, zlib.crc32(str(image_id).encode()))
-            which += [i] * (int(expected) + (np.random.default_rng(entropy).random() < expected % 1))
+            count = int(expected) + int(np.random.default_rng(entropy).random() < expected % 1)
+            which += [i] * count
+            copies += range(count)
         self.rows += len(rows['image_id'])
-        return {key: [column[i] for i in which] for key, column in rows.items()}
+        return {**{key: [column[i] for i in which] for key, column in rows.items()}, COPY: copies}

@@ -10,7 +10,7 @@ require('train', __name__)
 import numpy as np
 
 from .calibration import calibrate, expected_calibration_error, fit_calibration
-from .images import decode
+from .images import decode, stored_size
 from .intervals import percentile_interval, resampled_indices
 from .metrics import threshold_for_sensitivity, youden_threshold
 from .task import ISIC2017, DataError, Task
@@ -57,7 +57,7 @@ def image_statistics(images: Any) -> Dict[str, Any]:
 
 
 def _of_image(cell: Dict[str, Any]) -> Tuple[float, ...]:
-    side = min(decode(cell).size)
+    side = min(stored_size(cell))
     picture = decode(cell, SIDE)
     red, green, blue = np.asarray(picture, np.float64).mean((0, 1)) / 255
     return side, 0.299 * red + 0.587 * green + 0.114 * blue, red, green, blue

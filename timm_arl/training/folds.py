@@ -78,18 +78,21 @@ def check_start(args: Any, task: Task = ISIC2017) -> None:
     Raises:
         RunError: --init-checkpoint, --teacher or --pretrained name one that learned from the same data.
     """
-    starts = [('--init-checkpoint', args.init_checkpoint, True),
-              ('--pretrained', args.model if args.pretrained else None, False),
-              *(('--teacher', name, True) for name in args.teacher or ())]
-    for flag, name, paths in starts:
-        if not name:
-            continue
+    for flag, name, paths in _starts(args):
         checkpoint = Checkpoint(name, paths)
         saved = checkpoint.arguments(published=False)
         knows_labels = not saved and tuple(checkpoint.label_names()) in (task.labels, task.classes)
         if knows_labels or saved.get('train_ids') == args.train_ids:
             raise RunError(f'{flag} {name} was trained on images that --folds would hold out, and its scores would be '
                            f'too high: start from other weights.')
+
+
+def _starts(args: Any) -> List[Tuple[str, str, bool]]:
+    """Networks that a run learns from: the flag, the name, and whether it may be a path."""
+    starts = [('--init-checkpoint', args.init_checkpoint, True),
+              ('--pretrained', args.model if args.pretrained else None, False),
+              *(('--teacher', name, True) for name in args.teacher or ())]
+    return [start for start in starts if start[1]]
 
 
 def check_unseen(args: Any, splits: Dict[str, Any]) -> None:
@@ -100,19 +103,20 @@ def check_unseen(args: Any, splits: Dict[str, Any]) -> None:
         splits: Of the data.
 
     Raises:
-        RunError: --init-checkpoint or --teacher name such a network.
+        RunError: --init-checkpoint, --teacher or --pretrained name such a network.
     """
-    for flag, names in (('--init-checkpoint', [args.init_checkpoint]), ('--teacher', args.teacher)):
-        for checkpoint in (Checkpoint(name) for name in names or () if name):
-            folder, data = checkpoint.folder, checkpoint.arguments(published=False).get('data')
-            if not folder or os.path.realpath(data or '') != os.path.realpath(args.data):  # ids may mean other images
-                continue
-            for name in sorted(splits.keys() - {'train'} or splits):  # folds hold out images of train
-                seen = training_names(folder, map(str, splits[name]['image_id']))
-                if seen:
-                    raise RunError(f'{flag} {checkpoint.name} was trained on {len(seen)} of the {name} images: ' + (
-                        'start from other weights.' if args.folds else
-                        f'divide the data as it did, with --splits {folder / "splits.csv"}.'))
+    for flag, name, paths in _starts(args):
+        checkpoint = Checkpoint(name, paths)
+        folder = checkpoint.run_folder() or checkpoint.folder
+        data = checkpoint.arguments(published=False).get('data')
+        if not folder or os.path.realpath(data or '') != os.path.realpath(args.data):  # ids may mean other images
+            continue
+        for split in ['train'] if args.folds else sorted(splits.keys() - {'train'}):  # folds hold out images of train
+            seen = training_names(folder, map(str, splits[split]['image_id']))
+            if seen:
+                raise RunError(f'{flag} {name} was trained on {len(seen)} of the {split} images: ' + (
+                    'start from other weights.' if args.folds else
+                    f'divide the data as it did, with --splits {folder / "splits.csv"}.'))
 
 
 def rows_of_folds(args: Any, data: Data) -> List[Tuple[np.ndarray, np.ndarray]]:

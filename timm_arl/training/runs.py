@@ -86,6 +86,12 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
                 'python': platform.python_version(),
             })
     accelerator.wait_for_everyone()
+    patience = time.monotonic() + 30  # of a network disk that shows new files late
+    while not (out / 'run.json').exists():
+        if time.monotonic() > patience:
+            raise RunError(f'{out} lies on a disk of the first machine alone: choose an --output-dir that all machines '
+                           f'share.')
+        time.sleep(0.5)
     if not args.resume:
         return []
     saved = json.loads((out / 'run.json').read_text())['launch']

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from any_data import class_folders, table
 from PIL import Image
+from small_data import jpeg
 from test_sources import challenge, edit, picture, truth, write_csv
 
 from timm_arl.isic.dataset import decode, load_data, load_splits
@@ -183,3 +184,24 @@ def test_a_table_without_splits_and_with_words_among_the_numbers(run, tmp_path):
 def test_check_takes_the_splits_as_they_are(run, tmp_path):
     done = run('check', class_folders(tmp_path / 'd', count=2, splits=('train', 'test')))
     assert done.returncode == 0 and 'divided' not in done.stdout and 'validation' not in done.stdout, done.stdout
+
+
+def test_an_unknown_aspect_ratio_stays_unknown(run, tmp_path):
+    """A square copy of a picture is taken for 3:2 where its own shape is not known; 1 would show it squashed."""
+    train = datasets.Dataset.from_list([
+        {'image': {'bytes': jpeg((40 * k, 90, 60), (32, 32)), 'path': None}, 'image_id': f'ISIC_{k}',
+         'melanoma': k % 2, 'seborrheic_keratosis': int(k == 2), 'sex': k % 2, 'aspect_ratio': (None, 1.25)[k % 2]}
+        for k in range(4)]).cast_column('image', datasets.Image()).cast_column(
+            'sex', datasets.ClassLabel(names=['female', 'male']))
+    for name in 'validation', 'test':
+        (tmp_path / 'd').mkdir(exist_ok=True)
+        train.to_parquet(tmp_path / 'd' / f'{name}-00000-of-00001.parquet')
+        train = train.map(lambda row: {'image_id': row['image_id'] + 'b'})
+    done = run('prepare', tmp_path / 'd', tmp_path / 'out', '--workers', 1)
+    assert done.returncode == 0, done.stderr
+    found = datasets.load_dataset(str(tmp_path / 'out'), split='test')
+    assert found['aspect_ratio'] == [None, 1.25, None, 1.25]
+    assert found.features['sex'].int2str(found['sex']) == ['female', 'male'] * 2
+    for flag in '--extra-ids', '--drop-duplicates':
+        done = run('prepare', tmp_path / 'd', tmp_path / 'x', flag, tmp_path / 'list.csv')
+        assert done.returncode == 2 and f'{flag} changes the training images, and' in done.stderr

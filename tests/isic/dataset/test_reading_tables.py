@@ -118,3 +118,20 @@ def test_masks_lie_beside_the_table_as_images_do(tmp_path, monkeypatch):
 
 def test_a_column_of_only_one_truth_value():
     assert typed(['False', 'false', '']) == [0, 0, None] and typed(['TRUE', 'True']) == [1, 1]
+
+
+def test_words_that_python_takes_for_numbers():
+    assert typed(['1_23', '12_3', '123']) == ['1_23', '12_3', '123']  # int() takes all of them for 123
+    for name in 'PatientID', 'patient', 'lesion_id', 'ID_case':
+        assert typed(['007', '7'], name) == ['007', '7']
+    assert typed(['007', '7'], 'width') == [7, 7]
+
+
+def test_names_with_dots_and_an_empty_first_row(tmp_path):
+    for k in range(20):
+        picture(tmp_path / f'lesion.{k}.png', k)
+    (tmp_path / 't.csv').write_text('\n;\n' + '\n'.join(
+        ['image;label', *[f'lesion.{k};{("melanoma", "nevus")[k % 2]}' for k in range(20)]]))
+    data = load_data(str(tmp_path / 't.csv'))
+    assert {image_id for split in data.splits.values() for image_id in split['image_id']} == {
+        f'lesion.{k}' for k in range(20)}

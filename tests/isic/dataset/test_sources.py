@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -175,12 +176,23 @@ def encoded(image, fmt, **options):
     return {'bytes': file.getvalue(), 'path': None}
 
 
+def tiff_of_12_bits(values):
+    """One row of grey values, two in three bytes, as cameras of 12 bits store them."""
+    pixels = b''.join((a << 12 | b).to_bytes(3, 'big') for a, b in zip(values[::2], values[1::2]))
+    start = 8 + 2 + 9 * 12 + 4  # of the pixels, behind the header and nine tags
+    tags = {256: len(values), 257: 1, 258: 12, 259: 1, 262: 1, 273: start, 277: 1, 278: 1, 279: len(pixels)}
+    entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack('<2sHIH', b'II', 42, 8, len(tags)) + entries + bytes(4) + pixels
+
+
 def test_every_kind_of_picture_comes_out_as_it_looks():
     image = picture(1)
     assert np.array_equal(decode(encoded(image, 'PNG')), image)
     grey16 = Image.fromarray((np.arange(2400, dtype=np.uint16) * 27).reshape(40, 60))
     shown = np.asarray(decode(encoded(grey16, 'PNG')))[..., 0]
     assert np.abs(shown - np.asarray(grey16) / 257).max() <= 0.5  # not cut off at 255
+    assert np.asarray(decode({'bytes': tiff_of_12_bits([0, 4095, 2048, 1024]), 'path': None}))[0, :, 0].tolist() == [
+        0, 255, 128, 64]
     for values in ([[0, 70000]], [[-5, 300]]):  # would wrap around
         with pytest.raises(OSError, match='grey values beyond 16 bits'):
             decode(encoded(Image.fromarray(np.array(values, np.int32)), 'TIFF'))

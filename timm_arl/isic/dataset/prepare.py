@@ -68,6 +68,9 @@ def prepare(args: argparse.Namespace) -> int:
     task, features = data.task, _features(data.splits, data.task)
     print(data.summary(args.source))
     splits = {name: _select(split, features) for name, split in data.splits.items()}
+    for flag, value in (('--extra-ids', args.extra_ids), ('--drop-duplicates', args.drop_duplicates)):
+        if value and 'train' not in splits:
+            raise DataError(f'{flag} changes the training images, and {args.source} has none: leave it out.')
     if args.extra_ids:
         splits['train'] = datasets.concatenate_datasets([splits['train'], _extra(args, splits, task)])
     dropped: List[str] = []
@@ -162,6 +165,8 @@ def _features(splits: Dict[str, datasets.Dataset], task: Task) -> datasets.Featu
         for column, feature in split.features.items():
             if isinstance(feature, (datasets.Value, datasets.ClassLabel)):
                 features.setdefault(column, feature)
+            if column == 'sex' and isinstance(feature, datasets.ClassLabel):  # as a word it would be its number
+                features['sex'] = feature
     return datasets.Features(features)
 
 
@@ -266,7 +271,7 @@ def _write_shard(
             raise DataError(f'The image of {row["image_id"]}{", or its mask," * bool(row.get("mask"))} cannot be '
                             f'used ({reason_of(error)}): fix it, or leave such images out with '
                             f'--skip-bad-images.') from error
-        squashed = image.width == image.height and row.get('aspect_ratio') is not None
+        squashed = image.width == image.height and 'aspect_ratio' in row  # also where it is not known
         content.append({
             **{column: row.get(column) for column in features},
             'age_approximate': number(row.get('age_approximate')),

@@ -10,7 +10,7 @@ import datasets
 
 from ..task import DataError
 from .groups import SPLIT_NAMES, WHOLE, split_name
-from .names import IMAGE_COLUMNS, column_named, plain
+from .names import IMAGE_COLUMNS, column_named, looks_like_groups, plain
 from .sources import IMAGE_SUFFIXES, table_text
 
 __all__ = ['read_image_table', 'read_lines', 'renamed', 'typed', 'unique_ids']
@@ -29,7 +29,7 @@ def read_lines(path: Path) -> Tuple[List[str], List[Dict[str, str]], List[int]]:
         DataError: It cannot be read, has no row, a column twice, or a row with more values than columns.
     """
     text = table_text(path)
-    head = text.partition('\n')[0]
+    head = next((line for line in text.split('\n') if line.strip(',;\t\r ')), '')
     delimiter = max(',;\t', key=head.count)
     reader = csv.reader(io.StringIO(text, newline=''), skipinitialspace=True, delimiter=delimiter)
     columns: List[str] = []
@@ -115,7 +115,7 @@ def read_image_table(
     if name is not None:
         ids = [row[name] for row in rows]
     else:
-        paths = [PurePath(row[image].replace('\\', '/')).with_suffix('').parts for row in rows]
+        paths = [(*PurePath(row[image].replace('\\', '/')).parts[:-1], file.stem) for row, file in zip(rows, files)]
         ids = unique_ids([[parts[-1], '-'.join(part for part in parts if part != '/')] for parts in paths])
     content: Dict[str, List[Any]] = {'image': [str(file) for file in files], 'image_id': ids}
     for head in heads:
@@ -229,12 +229,13 @@ def typed(values: Sequence[str], name: str = '') -> List[Any]:
 
     Args:
         values: As a CSV has them.
-        name: Of the column; those of ids stay words.
+        name: Of the column; those of ids, patients and lesions stay words.
     """
     known = [None if value.lower() in NOTHING else value for value in values]
     if any(known) and {value.lower() for value in known if value} <= {'true', 'false'}:
         return [None if value is None else int(value.lower() == 'true') for value in known]
-    for kind in () if name.lower().endswith('_id') else (int, float):
+    words = name.lower().endswith('_id') or looks_like_groups(name) or any('_' in value for value in known if value)
+    for kind in () if words else (int, float):  # int('1_2') is 12
         try:
             numbers = [None if value is None else kind(value) for value in known]
         except ValueError:

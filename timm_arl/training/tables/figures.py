@@ -148,7 +148,7 @@ def _cams(predictors: Sequence[Any], names: List[str], rows: List[Tuple], again:
 
 
 def _gates(predictor: Any, name: str, shown: Shown) -> List:
-    """The picture and the masks of its blocks, and below each mask its share of what the block gives."""
+    """The picture and the masks of its blocks, and below each mask its contribution."""
     picture = shown.read()
     crops, boxes = predictor.prepare(picture, shown.name)
     gates = gate_maps(predictor.network, crops)
@@ -158,7 +158,7 @@ def _gates(predictor: Any, name: str, shown: Shown) -> List:
              for block, heat in heats.items()]
     heats = {block: on_picture(gate.contribution, boxes, picture.size) for block, gate in gates.items()}
     top = max(0.1, max(float(np.nanmax(heat)) for heat in heats.values()))
-    shares = [(overlay(picture, heat, "share of the block's output", (0., top)), block)
+    shares = [(overlay(picture, heat, 'contribution', (0., top)), block)
               for block, heat in heats.items()]
     width = min(4, len(masks))
     blank = (Image.new('RGB', picture.size, 'white'), '')

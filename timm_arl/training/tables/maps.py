@@ -23,7 +23,7 @@ MAP_LABELS = {  # columns of a file of map_rows, and what they are
     'hair': 'IoU with itself after hair', 'bubbles': 'IoU with itself after bubbles',
 }
 ARTEFACTS = {'hair': draw_hair, 'bubbles': draw_bubbles}
-MASK_LABELS = ('alpha', 'positions', 'std of F', 'largest mask value', 'effective share', 'share of the output')
+MASK_LABELS = ('alpha', 'positions', 'std of F', 'largest mask value', 'effective share', 'contribution')
 Rows = Dict[str, Dict[int, List[Dict[str, Any]]]]  # by row and seed
 Prepare = Callable[[Image.Image], Tuple[torch.Tensor, List[Sequence[float]]]]
 
@@ -114,7 +114,8 @@ def mask_rows(network: Any, prepare: Prepare, pictures: Iterable[Image.Image]) -
 
     Args:
         network: A network with attention residual learning.
-        prepare: As for map_rows; the first crop is taken, the whole picture where crops are multiscale.
+        prepare: As for map_rows; the first crop is taken, the largest square in the centre where crops are
+            multiscale.
         pictures: Some.
     """
     found: Dict[str, List[Tuple[float, ...]]] = {}
