@@ -130,7 +130,7 @@ class Teacher(nn.Module):
         super().__init__()
         checkpoint = Checkpoint(name)
         self.name = name
-        self.network = checkpoint.network()
+        self.network = checkpoint.network().to(memory_format=torch.channels_last)
         self.task = Task.of_network(self.network, checkpoint.config())
         self.network.eval().requires_grad_(False)
         own = resolve_model_data_config(self.network)
