@@ -1,6 +1,10 @@
 """The output folder of a run."""
+from types import SimpleNamespace
+
 import pytest
 
+from timm_arl.training import runs
+from timm_arl.training.arguments import RunError
 from timm_arl.training.runs import discard_start
 
 
@@ -34,3 +38,14 @@ def test_what_is_not_of_a_run_stays(out, tmp_path):
     assert [path.name for path in out.iterdir()] == ['notes.txt']
     discard_start(tmp_path / 'other')
     assert {path.name for path in (tmp_path / 'other').iterdir()} == {'seed-0', 'tensorboard'}
+
+
+def test_a_folder_that_another_machine_cannot_see(tmp_path, monkeypatch):
+    """The first machine has made it on a disk of its own: known now, and not after the last epoch."""
+    monkeypatch.setattr(runs, 'PATIENCE', 0)
+    second = SimpleNamespace(
+        num_processes=16, mixed_precision='no', gradient_accumulation_steps=1, device=SimpleNamespace(type='cuda'),
+        is_main_process=False, wait_for_everyone=lambda: None)
+    args = SimpleNamespace(resume=False, seeds=None, folds=0)
+    with pytest.raises(RunError, match='choose an --output-dir that all machines share'):
+        runs.prepare_output_dir(args, second, tmp_path / 'out')

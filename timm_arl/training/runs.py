@@ -38,6 +38,7 @@ PathLike = Union[str, Path]
 EMA_FILE = 'average.safetensors'
 SAVING = 'last.saving'  # becomes last/
 PARTS = ('seed-[0-9]*/fold-[0-9]*/', 'seed-[0-9]*/', 'fold-[0-9]*/')  # runs of --seeds and --folds
+PATIENCE = 30  # seconds in which a network disk shows new files to other machines
 # may differ on --resume; but each worker that reads a stream has an order of its own
 NOT_OF_THE_RUN = ('output_dir', 'resume', 'workers', 'tracker', 'preview', 'sizes_given')
 
@@ -86,9 +87,9 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
                 'python': platform.python_version(),
             })
     accelerator.wait_for_everyone()
-    patience = time.monotonic() + 30  # of a network disk that shows new files late
+    start = time.monotonic()
     while not (out / 'run.json').exists():
-        if time.monotonic() > patience:
+        if time.monotonic() > start + PATIENCE:
             raise RunError(f'{out} lies on a disk of the first machine alone: choose an --output-dir that all machines '
                            f'share.')
         time.sleep(0.5)
