@@ -30,7 +30,9 @@ def image(size=64, batch=2, chans=3, seed=1):
 
 
 def create(name='arl_cnn14', seed=0, trained_look=True, **kwargs):
-    """A seeded model whose residual branches are not zero, as they are before training."""
+    """A seeded model whose residual branches are not zero, as they are before training; small ones are narrow too."""
+    if name.startswith(('arl_cnn14', 'arl_cnn26', 'resnet14', 'resnet26')):
+        kwargs.setdefault('channels', [16, 32, 64, 128])
     torch.manual_seed(seed)
     model = timm.create_model(name, **kwargs)
     if trained_look:
@@ -122,7 +124,7 @@ def test_alpha_changes_the_output():
 def test_dropped_block_is_its_shortcut():
     model = create('arl_cnn26', drop_path_rate=0.99999).train()
     block = model.layer4[1]
-    x = image(8, chans=2048)
+    x = image(8, chans=512)
     torch.manual_seed(0)
     block.drop_path.drop_prob = 0.99999
     assert torch.equal(block(x), torch.relu(x))
@@ -210,9 +212,9 @@ def test_reset_classifier_and_pooling():
     model.reset_classifier(7)
     assert model(image()).shape == (2, 7)
     model.reset_classifier(0)
-    assert model(image()).shape == (2, 2048)
+    assert model(image()).shape == (2, 512)
     model.reset_classifier(0, '')
-    assert model(image()).shape == (2, 2048, 2, 2)
+    assert model(image()).shape == (2, 512, 2, 2)
     assert torch.equal(model(image()), model.forward_features(image()))
 
 
@@ -222,7 +224,7 @@ def test_features_only_and_output_stride(name, output_stride):
     features = create(name, features_only=True, output_stride=output_stride)
     reductions = [min(r, output_stride) for r in (2, 4, 8, 16, 32)]
     assert features.feature_info.reduction() == reductions
-    assert features.feature_info.channels() == [64, 256, 512, 1024, 2048]
+    assert features.feature_info.channels() == [64, 64, 128, 256, 512]
     model = create(name, output_stride=output_stride)
     outputs = features(image(96))
     assert [tuple(o.shape) for o in outputs] == [
@@ -233,7 +235,7 @@ def test_features_only_and_output_stride(name, output_stride):
 
 def test_features_only_picks_indices():
     features = create(features_only=True, out_indices=(1, 3))
-    assert [o.shape[1] for o in features(image())] == [256, 1024]
+    assert [o.shape[1] for o in features(image())] == [64, 256]
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -243,7 +245,7 @@ def test_forward_intermediates(name):
     final, intermediates = model.forward_intermediates(image())
     assert torch.equal(final, expected) and torch.equal(intermediates[-1], expected) and len(intermediates) == 5
     only = model.forward_intermediates(image(), indices=[0, 2], intermediates_only=True)
-    assert [o.shape[1] for o in only] == [64, 512]
+    assert [o.shape[1] for o in only] == [64, 128]
     model.set_grad_checkpointing()
     assert torch.equal(model.forward_intermediates(image())[0], expected)
     model.prune_intermediate_layers([2], prune_head=True)
@@ -286,9 +288,8 @@ def test_fx(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', SMALL)
-def test_torch_export_with_dynamic_batch(name):
-    model = with_alpha(create(name, num_classes=2), 2.)
+def test_torch_export_with_dynamic_batch():
+    model = with_alpha(create(num_classes=2), 2.)
     exported = torch.export.export(model, (image(),), dynamic_shapes=({0: torch.export.Dim('batch', min=1)},)).module()
     for batch in (1, 2, 5):
         assert torch.allclose(exported(image(batch=batch)), model(image(batch=batch)), atol=1e-5)
@@ -389,7 +390,7 @@ def test_incomplete_checkpoint_is_refused(resnet50_file, tmp_path, lost):
 
 def test_hub_repo_layout_round_trip(tmp_path):
     model = with_alpha(create(num_classes=2, attention='mixed', mask_scale='mean1'), 0.5)
-    save_network(model, tmp_path, ['a', 'b'])
+    save_network(model, tmp_path, ['a', 'b'], channels=[16, 32, 64, 128])
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(again(image()), model(image()))
     assert again.pretrained_cfg['label_names'] == ['a', 'b']

@@ -43,10 +43,14 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize('mode', ['train', *(
-    pytest.param(mode, marks=pytest.mark.slow) for mode in ('frozen norms', 'frozen modules', 'eval'))])
-@pytest.mark.parametrize('variant', ['plain', 'mixed', 'drop_path', *(
-    pytest.param(name, marks=pytest.mark.slow) for name in sorted(VARIANTS.keys() - {'plain', 'mixed', 'drop_path'}))])
+@pytest.mark.parametrize('variant, mode', [
+    *((variant, 'train') for variant in ('plain', 'mixed', 'drop_path')), *(
+        pytest.param(variant, mode, marks=pytest.mark.slow) for variant, mode in (
+            ('plain', 'frozen norms'), ('plain', 'frozen modules'), ('plain', 'eval'), ('mixed', 'frozen norms'),
+            ('drop_path', 'frozen modules'), ('drop_path', 'eval'), ('se', 'train'), ('se', 'frozen norms'),
+            *((variant, mode) for variant in ('channel', 'avg_down', 'silu', 'cumulative', 'bare')
+              for mode in ('train', 'eval')),
+            ('group_norm', 'train'), ('blur', 'train')))])  # whose other modes take the same paths
 def test_blocks_are_the_plain_ones(variant, mode):
     model = create('arl_cnn26', num_classes=2, channels=[16, 32, 64, 128], trained_look=variant != 'bare',
                    **VARIANTS[variant]).double()
@@ -55,7 +59,7 @@ def test_blocks_are_the_plain_ones(variant, mode):
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-    elif mode == 'frozen modules' and variant != 'bare':  # which has nothing to freeze, and timm's function expects it
+    elif mode == 'frozen modules':
         freeze_batch_norm_2d(model)
     results = []
     for network in (model, without_fusion(model)):
@@ -72,7 +76,7 @@ def test_blocks_are_the_plain_ones(variant, mode):
 
 @pytest.mark.parametrize('attention', ATTENTIONS)
 def test_folded_batch_norm(attention):
-    model = with_alpha(create(num_classes=2, attention=attention), 2.)
+    model = with_alpha(create(num_classes=2, attention=attention, channels=[32, 64, 128, 256]), 2.)
     folded = copy.deepcopy(model)
     for stage in (folded.layer1, folded.layer2, folded.layer3, folded.layer4):
         block = stage[0]
@@ -221,10 +225,11 @@ def saved_bytes(model, x, dtype=None):
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
 @pytest.mark.parametrize('name, plain, attention', [
     *(('arl_cnn14', 'resnet14', attention) for attention in ATTENTIONS),
-    pytest.param('arl_cnn50', 'resnet50', 'spatial', marks=pytest.mark.slow)])
+    ('arl_cnn26', 'resnet26', 'spatial')])
 def test_memory_for_backward(name, plain, dtype, attention, drop_path_rate):
     x = image(96).to(memory_format=torch.channels_last)
-    models = [timm.create_model(n, drop_path_rate=drop_path_rate, **kwargs).to(memory_format=torch.channels_last)
-              for n, kwargs in ((plain, {}), (name, dict(attention=attention)))]
+    kwargs = dict(channels=[32, 64, 128, 256], drop_path_rate=drop_path_rate)
+    models = [timm.create_model(n, **kwargs, **more).to(memory_format=torch.channels_last)
+              for n, more in ((plain, {}), (name, dict(attention=attention)))]
     resnet, arl = (saved_bytes(model.train(), x, dtype) for model in models)
     assert arl <= (1.02 if not drop_path_rate else 1.10) * resnet

@@ -96,7 +96,7 @@ def test_gradients(attention, mask_scale, memory_format):
     for add_shortcut in (True, False):
         assert torch.autograd.gradcheck(
             lambda r, s, a, add=add_shortcut: attention_residual(r, s, a, attention, mask_scale, add),
-            (residual, shortcut, alpha))
+            (residual, shortcut, alpha), fast_mode=True)
 
 
 @pytest.mark.parametrize('shape', SHAPES)

@@ -15,6 +15,8 @@ import timm_arl  # noqa: F401  registers the models
 from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, create_for_task, create_trained, load_weights_file, save_network
 
+NARROW = dict(channels=[8, 16, 32, 64])
+
 
 def save(model, path):
     safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
@@ -43,17 +45,18 @@ def test_no_classifier_takes_any(tmp_path):
 
 
 def test_another_attention_is_refused(tmp_path):
-    save_network(timm.create_model('arl_cnn14_mixed', num_classes=2), tmp_path)
-    assert load_weights_file(timm.create_model('arl_cnn14', num_classes=2, attention='mixed'), tmp_path) == []
+    save_network(timm.create_model('arl_cnn14_mixed', num_classes=2, **NARROW), tmp_path, **NARROW)
+    assert load_weights_file(
+        timm.create_model('arl_cnn14', num_classes=2, attention='mixed', **NARROW), tmp_path) == []
     for kwargs, message in (({}, 'attention mixed, not attention spatial'),
                             (dict(attention='mixed', mask_scale='mean1'), 'mask_scale softmax, not mask_scale mean1')):
         with pytest.raises(WeightsError, match=f'trained with {message}'):
-            load_weights_file(timm.create_model('arl_cnn14', num_classes=2, **kwargs), tmp_path)
+            load_weights_file(timm.create_model('arl_cnn14', num_classes=2, **NARROW, **kwargs), tmp_path)
         for name, overlay in ((f'local-dir:{tmp_path}', {}), (
                 'arl_cnn14', dict(file=str(tmp_path / 'model.safetensors')))):
             with pytest.raises(WeightsError, match=f'trained with {message}'):
                 timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **{
-                    'attention': 'spatial', **kwargs})
+                    'attention': 'spatial', **NARROW, **kwargs})
 
 
 @pytest.mark.parametrize('change', [
@@ -63,14 +66,15 @@ def test_another_attention_is_refused(tmp_path):
     lambda text: text.replace('"model_args": {', '"model_args": {"attention": "sideways",')])
 def test_a_damaged_config_is_refused(tmp_path, change):
     """Nothing is known of the mask then, and every tensor would fit."""
-    save_network(timm.create_model('arl_cnn14_mixed', num_classes=2), tmp_path)
+    save_network(timm.create_model('arl_cnn14_mixed', num_classes=2, **NARROW), tmp_path, **NARROW)
     config = tmp_path / 'config.json'
     text = change(config.read_text())
     assert text != config.read_text()
     config.write_text(text)
-    for load in (lambda: load_weights_file(timm.create_model('arl_cnn14', num_classes=2), tmp_path),
-                 lambda: timm.create_model('arl_cnn14', pretrained=True, num_classes=2, pretrained_cfg_overlay=dict(
-                     file=str(tmp_path / 'model.safetensors')))):
+    for load in (lambda: load_weights_file(timm.create_model('arl_cnn14', num_classes=2, **NARROW), tmp_path),
+                 lambda: timm.create_model(
+                     'arl_cnn14', pretrained=True, num_classes=2, **NARROW,
+                     pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.safetensors')))):
         with pytest.raises(WeightsError, match=r'config.json, which tells the mask of model.safetensors, is damaged'):
             load()
 
@@ -113,13 +117,13 @@ def test_missing_corrupt_and_pickled_files_are_refused(tmp_path):
 
 
 def test_files_by_timms_own_arguments(tmp_path):
-    model = timm.create_model('arl_cnn14', num_classes=2)
+    model = timm.create_model('arl_cnn14', num_classes=2, **NARROW)
     path, other = save(model, tmp_path / 'w.safetensors'), tmp_path / 'other'
     save_for_hf(model, tmp_path / 'w', safe_serialization=True)
-    save_for_hf(timm.create_model('arl_cnn14', num_classes=2), other, safe_serialization=True)
+    save_for_hf(timm.create_model('arl_cnn14', num_classes=2, **NARROW), other, safe_serialization=True)
     for given in (dict(file=str(path)), dict(file=str(path.parent / 'w')), dict(state_dict=model.state_dict())):
         for name in ('arl_cnn14', f'local-dir:{other}'):  # what the caller gives, not what a config.json does
-            found = timm.create_model(name, pretrained=True, num_classes=2,
+            found = timm.create_model(name, pretrained=True, num_classes=2, **NARROW,
                                       pretrained_cfg_overlay=dict(given, num_classes=2))
             assert torch.equal(found.fc.weight, model.fc.weight)
     torch.save(model.state_dict(), tmp_path / 'w.pth')
@@ -221,7 +225,8 @@ def test_a_file_by_timms_overlay_is_loaded_whole(tmp_path, classes, overlay):
 @pytest.mark.parametrize('kwargs', [{}, dict(num_classes=2), dict(num_classes=0), dict(features_only=True),
                                     dict(in_chans=1, num_classes=2)])
 def test_a_file_by_timms_overlay_that_does_not_fit(tmp_path, kwargs):
-    other = save(timm.create_model('resnet26'), tmp_path / 'w.safetensors')
+    other = save(timm.create_model('resnet26', **NARROW), tmp_path / 'w.safetensors')
+    kwargs = {**NARROW, **kwargs}
     with pytest.raises(WeightsError, match=r'w.safetensors does not fit ARLCNN: \d+ tensors are missing') as raised:
         timm.create_model('arl_cnn50', pretrained=True, pretrained_cfg_overlay=dict(file=str(other)), **kwargs)
     assert len(str(raised.value)) < 400 + len(str(other))
@@ -301,7 +306,7 @@ def test_weights_that_are_not_numbers(run, tmp_path, value, word):
     safetensors.torch.save_file(tensors, folder / 'model.safetensors')
     message = f'out.* holds {word} in layer1.0.conv1.weight: choose another checkpoint'
     with pytest.raises(WeightsError, match=message):
-        load_weights_file(timm.create_model('arl_cnn14', num_classes=2), folder)
+        load_weights_file(timm.create_model('arl_cnn14', num_classes=2, **NARROW), folder)
     with pytest.raises(WeightsError, match=message):
         create_trained(str(folder))
     with pytest.raises(WeightsError, match=message):

@@ -34,12 +34,25 @@ for module in pkgutil.walk_packages(timm_arl.__path__, 'timm_arl.', onerror=lamb
             print(module.name, error)
 """
 RUN_EACH = """
-import runpy, sys
-for program in sys.argv[1:]:
-    try:
-        runpy.run_path(program, run_name='__main__')
-    except SystemExit as stopped:
-        print(stopped.code)
+import json, os, runpy, sys, tempfile
+import timm, torch  # once for all
+
+said = []
+for command in json.loads(sys.argv[1]):
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            if command[0] == '-m':  # which is argv[0] while Python looks for the module
+                sys.argv = ['-m', *command[2:]]
+                runpy.run_module(command[1], run_name='__main__', alter_sys=True)
+            else:
+                sys.argv = command
+                runpy.run_path(command[0], run_name='__main__')
+            sys.exit()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.append([status, *((file.seek(0), file.read().decode())[1] for file in (err, out))])
+print(json.dumps(said))
 """
 NOT_IN_THE_CORE = {'accelerate', 'datasets', 'matplotlib', 'scipy', 'sklearn', 'tensorboard', 'onnxruntime', 'gradio'}
 
@@ -94,19 +107,24 @@ def run(python, *args, cwd):
                           capture_output=True)
 
 
-def test_the_wheel_alone_creates_a_trained_network(python, tmp_path):
-    done = run(python, '-c', CREATE, cwd=tmp_path)
+@pytest.fixture(scope='module')
+def imported(python, tmp_path_factory):
+    """What CREATE prints, and then IMPORT_ALL."""
+    done = run(python, '-c', CREATE + IMPORT_ALL, cwd=tmp_path_factory.mktemp('imported'))
     assert done.returncode == 0, done.stderr
-    file, modules, logits = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def test_the_wheel_alone_creates_a_trained_network(python, imported):
+    file, modules, logits = imported[:3]
     assert Path(file).is_relative_to(python.parents[1])
     assert not NOT_IN_THE_CORE & set(json.loads(modules.replace("'", '"')))
     here = subprocess.run([sys.executable, '-c', CREATE], text=True, capture_output=True)
     assert here.stdout.splitlines()[2] == logits, here.stderr
 
 
-def test_each_module_is_imported_or_names_its_extra(python, tmp_path):
-    lines = run(python, '-c', IMPORT_ALL, cwd=tmp_path).stdout.splitlines()
-    said = dict(line.split(' ', 1) for line in lines)
+def test_each_module_is_imported_or_names_its_extra(imported):
+    said = dict(line.split(' ', 1) for line in imported[3:])
     core = ('arl_cnn', 'attention', 'baselines', 'explain', 'export', 'factory', 'isic', 'isic.artefacts', 'isic.crops',
             'isic.images', 'isic.synthetic', 'isic.task', 'isic.transforms', 'kernels', 'overlays', 'predict',
             'predictor', 'pretrained')
@@ -123,12 +141,12 @@ def test_each_program_names_its_extra(python, repo, tmp_path):
     assert len(programs) > 3
     train, export, app = (f'error: {SENTENCE.format(name, extra=extra)}\n'
                           for name, extra in (('accelerate', 'train'), ('onnx', 'export'), ('gradio', 'app')))
-    done = run(python, '-c', RUN_EACH, *programs, cwd=tmp_path)
-    assert (done.stderr, done.stdout) == (train * len(programs), '2\n' * len(programs))
-    for command, sentence in ((['timm_arl.hub', '--help'], train), (
-            ['timm_arl.export', '--model', 'arl_cnn14', '--output', 'm.onnx'], export), (['timm_arl.app'], app)):
-        done = run(python, '-m', *command, cwd=tmp_path)
-        assert (done.returncode, done.stderr, done.stdout) == (2, sentence, ''), command
+    asked = [*(([str(program), '--help'], train) for program in programs), (['-m', 'timm_arl.hub', '--help'], train), (
+        ['-m', 'timm_arl.export', '--model', 'arl_cnn14', '--output', 'm.onnx'], export), (['-m', 'timm_arl.app'], app)]
+    done = run(python, '-c', RUN_EACH, json.dumps([command for command, _ in asked]), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, ''), done.stderr
+    for (command, sentence), said in zip(asked, json.loads(done.stdout), strict=True):
+        assert said == [2, sentence, ''], command
     assert not list(tmp_path.iterdir())
 
 

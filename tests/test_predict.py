@@ -100,25 +100,25 @@ def test_thresholds_and_calibration(predict, photographs, tmp_path):
     assert not np.allclose(values(found('--crops', 'center')[0]), raw, atol=1e-3)
 
 
-def test_json_lines_and_parquet(predict, photographs, tmp_path):
-    done = predict(photographs / 'a', '--format', 'jsonl')
+def test_json_lines_and_parquet(predict, photographs, tiny, tmp_path):
+    done = predict(photographs / 'a', '--model', tiny, '--format', 'jsonl')
     lines = [json.loads(line) for line in (tmp_path / 'out' / 'predictions.jsonl').read_text().splitlines()]
     assert done.returncode == 0 and len(lines) == 3 and isinstance(lines[0]['melanoma_decision'], bool)
     shutil.rmtree(tmp_path / 'out')
-    assert predict(photographs / 'a', '--format', 'parquet').returncode == 0
+    assert predict(photographs / 'a', '--model', tiny, '--format', 'parquet').returncode == 0
     assert pyarrow.parquet.read_table(tmp_path / 'out' / 'predictions.parquet').to_pylist() == lines
-    done = predict(photographs / 'a', '--format', 'parquet', '--resume')
+    done = predict(photographs / 'a', '--model', tiny, '--format', 'parquet', '--resume')
     assert done.returncode == 0 and '3 of 3 images were done before' in done.stdout
     assert sorted(os.listdir(tmp_path / 'out')) == ['predictions.json', 'predictions.parquet']
 
 
-def test_overlays(predict, photographs, tmp_path):
+def test_overlays(predict, photographs, tiny, tmp_path):
     for folder in ('x', 'y'):
         (tmp_path / folder).mkdir()
         shutil.copy(photographs / 'lesion3.jpg', tmp_path / folder / 'æ,1.jpg')
     Image.open(photographs / 'lesion0.png').resize((1800, 1500)).save(tmp_path / 'large.png')
     (tmp_path / 'x' / 'bad.jpg').touch()
-    done = predict('x', 'y', 'large.png', '--overlays')
+    done = predict('x', 'y', 'large.png', '--model', tiny, '--overlays')
     assert done.returncode == 1
     assert sorted(os.listdir(tmp_path / 'out' / 'overlays')) == ['large.png', 'æ,1-2.png', 'æ,1.png']
     for name in ('æ,1.png', 'large.png'):
@@ -182,19 +182,19 @@ def test_odd_images(predict, tmp_path):
     assert turned.size == upright.size[::-1] == (160, 200)
 
 
-def test_odd_names(predict, photographs, tmp_path):
+def test_odd_names(predict, photographs, tiny, tmp_path):
     names = ['a,b.jpg', 'a\nb.jpg', 'c\rd.jpg', '\x1b[2J.jpg', '"q".jpg', 'æ 皮膚.jpg', os.fsdecode(b'\xff.jpg')]
     (tmp_path / 'p').mkdir()
     for name in names:
         shutil.copy(photographs / 'lesion3.jpg', tmp_path / 'p' / name)
-    done = predict('p', '--overlays')
+    done = predict('p', '--model', tiny, '--overlays')
     assert done.returncode == 0, done.stderr
     assert {row['image'] for row in rows(tmp_path / 'out')} == {
         f'p/{name}'.encode(errors='backslashreplace').decode() for name in names}
     assert len(os.listdir(tmp_path / 'out' / 'overlays')) == len(names)
     assert r'p/\x1b[2J.jpg: melanoma' in done.stdout and r'p/c\rd.jpg: melanoma' in done.stdout
     assert not set('\x1b\r') & set(done.stdout + done.stderr)
-    done = predict('p', '--overlays', '--resume')
+    done = predict('p', '--model', tiny, '--overlays', '--resume')
     assert done.returncode == 0 and f'{len(names)} of {len(names)} images were done before' in done.stdout
     done = predict('\x1b[2J.jpg')
     assert done.returncode == 2 and '\x1b' not in done.stderr
@@ -216,17 +216,17 @@ def test_what_a_damaged_file_says_is_one_clean_line(predict, tmp_path):
     assert 'RGB [2J' in rows(tmp_path / 'out')[0]['error']
 
 
-def test_remarks_are_made_once(predict, tmp_path):
+def test_remarks_are_made_once(predict, tiny, tmp_path):
     rng = np.random.default_rng(0)
     for k in range(2):
         draw_lesion('nevus', rng).convert('L').save(tmp_path / f'grey{k}.png')
         draw_lesion('nevus', rng).resize((70, 60)).save(tmp_path / f'small{k}.png')
         Image.new('RGB', (300, 300), (250, 240, 235)).save(tmp_path / f'white{k}.png')
-    done = predict('.')
+    done = predict('.', '--model', tiny)
     assert done.returncode == 0
     lines = done.stderr.splitlines()
     assert len(lines) == 3 and all('note: ' in line and '0.png' in line for line in lines), lines
-    assert 'no colours' in done.stderr and '128 x 128 px' in done.stderr and 'nearly one colour' in done.stderr
+    assert 'no colours' in done.stderr and '64 x 64 px' in done.stderr and 'nearly one colour' in done.stderr
 
 
 def test_squashed_copies_are_stretched_back(predict, tmp_path):
@@ -295,26 +295,27 @@ def test_what_is_refused(predict, photographs, tmp_path):
     assert os.listdir(tmp_path / 'out') == ['predictions.csv']
 
 
-def test_the_predictions_of_another_run_are_kept(predict, photographs, tmp_path):
-    assert predict('a', '--resume', cwd=photographs).returncode == 0  # nothing to go on with: it begins
+def test_the_predictions_of_another_run_are_kept(predict, photographs, tiny, tmp_path):
+    usual = '--model', tiny
+    assert predict('a', '--resume', *usual, cwd=photographs).returncode == 0  # nothing to go on with: it begins
     before = (tmp_path / 'out' / 'predictions.csv').read_bytes()
     for args, words in ((['a'], 'already holds predictions'), (['b'], 'already holds predictions'),
                         (['b', '--resume'], 'images'), (['a', '--resume', '--crops', 'center'], 'crops'),
                         (['a', '--resume', '--overlays'], 'overlays'),
                         (['a', '--resume', '--format', 'jsonl'], 'format'),
                         (['a', '--resume', '--threshold-name', 'official'], 'threshold_name')):
-        done = predict(*args, cwd=photographs)
+        done = predict(*args, *usual, cwd=photographs)
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert (tmp_path / 'out' / 'predictions.csv').read_bytes() == before
-    done = predict('a', '--resume', cwd=photographs)
+    done = predict('a', '--resume', *usual, cwd=photographs)
     assert done.returncode == 0 and '3 of 3 images were done before' in done.stdout
     assert (tmp_path / 'out' / 'predictions.csv').read_bytes() == before
     (tmp_path / 'out' / 'predictions.csv').unlink()
     for _ in range(2):
-        done = predict('a', '--resume', cwd=photographs)
+        done = predict('a', '--resume', *usual, cwd=photographs)
         assert done.returncode == 2 and 'is complete, but its predictions.csv was removed: put it back' in done.stderr
     (tmp_path / 'out' / 'predictions.csv').write_bytes(before)
-    assert predict('a', '--resume', cwd=photographs).returncode == 0
+    assert predict('a', '--resume', *usual, cwd=photographs).returncode == 0
 
 
 def test_an_output_folder_without_a_name(call, photographs, tmp_path):
@@ -349,38 +350,56 @@ def test_onnx(call, photographs, tmp_path):
 
 
 CORE = """
-import sys
-for name in sys.argv.pop(1).split():
+import contextlib, io, json, sys
+missing, *lines = map(json.loads, sys.argv[1:])
+for name in missing:
     sys.modules[name] = None  # not installed
 from timm_arl.predict import main
-sys.exit(main())
+for line in lines:
+    err = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        try:
+            status = main(line)
+        except SystemExit as stopped:
+            status = stopped.code
+    print(json.dumps([status, err.getvalue()]))
 """
+NOT_IN_THE_CORE = ('accelerate', 'datasets', 'gradio', 'jinja2', 'matplotlib', 'onnx', 'onnxruntime', 'onnxscript',
+                   'pandas', 'psutil', 'pyarrow', 'pydicom', 'pytorch_grad_cam', 'scipy', 'sklearn',
+                   'segmentation_models_pytorch', 'tensorboard')
 
 
 @pytest.mark.slow
 def test_the_core_install_is_enough(photographs, tmp_path):
-    from test_predictor import NOT_IN_THE_CORE
-    for args, status in ((['--overlays'], 0), (['--format', 'parquet'], 2), (['--onnx', 'm.onnx'], 2)):
-        (tmp_path / 'm.onnx').touch()
-        command = [sys.executable, '-c', CORE, ' '.join(NOT_IN_THE_CORE), photographs, '--output-dir', 'out', *args]
-        done = subprocess.run(command, capture_output=True, text=True, env=env(), cwd=tmp_path)
-        assert done.returncode == status and 'Traceback' not in done.stderr, done.stderr
-        words = {'--overlays': '', '--format': 'needs pyarrow', '--onnx': "pip install 'timm-arl[export]'"}[args[0]]
-        assert words in done.stderr and bool(words) == bool(done.stderr)
-    assert len(rows(tmp_path / 'out')) == 8
+    (tmp_path / 'm.onnx').touch()
+    lines = [[str(photographs), '--output-dir', 'out', *args] for args in (
+        ['--overlays'], ['--format', 'parquet'], ['--onnx', 'm.onnx'])]
+    done = subprocess.run([sys.executable, '-c', CORE, json.dumps(NOT_IN_THE_CORE), *map(json.dumps, lines)],
+                          capture_output=True, text=True, env=env(), cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == '', done.stderr
+    (status, said), *others = map(json.loads, done.stdout.splitlines())
+    assert (status, said) == (0, '') and len(others) == 2
+    for (status, said), words in zip(others, ('needs pyarrow', "pip install 'timm-arl[export]'")):
+        assert status == 2 and words in said and 'Traceback' not in said, said
+    found, predictor = rows(tmp_path / 'out'), Predictor()
+    assert len(found) == 8
+    for row, p in zip(found, values(found)):  # what they are with everything installed
+        tensor, _ = predictor.prepare(read_picture(row['image']))
+        assert p == pytest.approx(predictor.probabilities(tensor).tolist(), abs=1e-6)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('no_pictures')
 @pytest.mark.parametrize('look', [dict(crops='multiscale', aspect='keep'), dict(
     crops='paper', aspect='squash', grey_world=True)], ids=['keep', 'squash'])
 def test_the_same_as_evaluate_isic(call, isic_sample, tmp_path, look):
     """On real images: as they were, and as squashed copies, which a plain file is taken for what it is."""
     torch.manual_seed(0)
-    model = timm.create_model('arl_cnn14', num_classes=2, zero_init_last=False)
+    model = timm.create_model('arl_cnn14', num_classes=2, channels=[16, 32, 64, 128], zero_init_last=False)
     with torch.no_grad():
         model.train()(torch.randn(8, 3, 64, 64))
     save_network(model.eval(), tmp_path / 'run', LABELS, dict(
-        timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
+        timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)), channels=[16, 32, 64, 128])
     write_json(tmp_path / 'run' / 'run.json', {'arguments': {'train_ids': '0', **look}})
     done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', tmp_path / 'run', '--split', 'validation',
                 '--output-dir', tmp_path / 'r', '--workers', 0)

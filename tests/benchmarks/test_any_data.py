@@ -5,7 +5,7 @@ import io
 import json
 
 import pytest
-from any_data import KINDS, SEVEN, isic2018, lines, make, table
+from any_data import KINDS, SEVEN, class_folders, isic2018, lines, make, table
 
 from timm_arl.export.__main__ import main as export
 from timm_arl.hub.__main__ import main as hub
@@ -31,6 +31,7 @@ def rows(path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('no_pictures')
 @pytest.mark.parametrize('kind', KINDS)
 def test_train_and_score_each_kind(tmp_path, call, kind):
     source, (_, name, labels, groups) = make(kind, tmp_path / 'data'), KINDS[kind]
@@ -52,20 +53,13 @@ def test_train_and_score_each_kind(tmp_path, call, kind):
             metrics['test'][label]['auc'], abs=1e-6)
 
 
-@pytest.fixture(scope='module')
-def seven(tmp_path_factory):
-    """Small shards of ISIC 2018, as prepare writes them, whose columns tell the task."""
-    folder = tmp_path_factory.mktemp('seven')
-    assert dataset(['prepare', str(isic2018(folder / 'originals')), str(folder / 'small'), '--longest-side', '64',
-                    '--workers', '1']) == 0
-    return folder / 'small'
-
-
 @pytest.mark.slow
-def test_seven_classes_to_the_end(tmp_path, call, seven):
-    out, evaluation, staged = tmp_path / 'out', tmp_path / 'evaluation', tmp_path / 'staged'
-    flags = ('--model', 'arl_cnn14', *QUICK[2:])
-    done(call('finetune_isic', '--data', seven, *flags, '--output-dir', out, '--balance', 'weights', '--mixup', .2))
+def test_seven_classes_to_the_end(tmp_path, call):
+    """From small shards of ISIC 2018, as prepare writes them, whose columns tell the task."""
+    out, evaluation, staged, seven = (tmp_path / name for name in ('out', 'evaluation', 'staged', 'small'))
+    assert dataset(['prepare', str(isic2018(tmp_path / 'originals')), str(seven), '--longest-side', '64', '--workers',
+                    '1']) == 0
+    done(call('finetune_isic', '--data', seven, *QUICK, '--output-dir', out, '--balance', 'weights', '--mixup', .2))
     done(call('evaluate_isic', '--data', seven, '--checkpoint', out, '--output-dir', evaluation, '--workers', 0,
               '--report'))
     epochs, record = rows(out / 'summary.csv'), read(out / 'run.json')
@@ -81,7 +75,7 @@ def test_seven_classes_to_the_end(tmp_path, call, seven):
     assert 'MEL, NV, BCC, AKIEC, BKL, DF and VASC' in card and 'one `lesion_id` are in one split' in card
     assert 'melanoma, one of seborrheic' not in card and 'softmax(1)' in card
     code = card[card.index('```python') + 9:].split('```')
-    image = next(seven.parent.rglob('*.jpg'))
+    image = next((tmp_path / 'originals').rglob('*.jpg'))
     program = (code[0] + code[2].removeprefix('python')).replace("'lesion.jpg'", repr(str(image)))
     program = program.replace('local-dir:staged', f'local-dir:{staged}')
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -102,15 +96,7 @@ def test_seven_classes_to_the_end(tmp_path, call, seven):
 
 
 @pytest.mark.slow
-def test_streamed_shards_are_the_same_images(tmp_path, call, seven):
-    outputs = []
-    for name, flags in (('stream', ['--streaming']), ('disk', [])):
-        done(call('finetune_isic', '--data', seven, *QUICK, '--output-dir', tmp_path / name, *flags))
-        outputs.append([row['image_id'] for row in rows(tmp_path / name / 'predictions_test.csv')])
-    assert outputs[0] == outputs[1] and len(outputs[0]) == 21
-
-
-@pytest.mark.slow
+@pytest.mark.usefixtures('no_pictures')
 def test_several_labels_folds_and_a_teacher(tmp_path, call):
     source = table(tmp_path, 40, (0, 1), ('image', 'scar', 'ulcer', 'patient_id'),
                    lambda k: (int(k % 3 == 0), f'p{k // 2 * 2 + (k // 2) % 2}'))
@@ -152,7 +138,8 @@ def test_several_labels_folds_and_a_teacher(tmp_path, call):
     assert refused.returncode == 2 and 'no numbers or words in a column hospital' in refused.stderr
     refused = call('finetune_isic', *flags, '--output-dir', tmp_path / 'x', '--select', 'balanced_accuracy')
     assert refused.returncode == 2 and 'choose mean_auc, auc:scar, auc:ulcer' in refused.stderr
-    refused = call('evaluate_isic', '--data', 'demo-groups', '--checkpoint', teacher, '--output-dir', tmp_path / 'x')
+    refused = call('evaluate_isic', '--data', class_folders(tmp_path / 'photos'), '--checkpoint', teacher,
+                   '--output-dir', tmp_path / 'x')
     assert refused.returncode == 2 and 'knows scar, ulcer' in refused.stderr
 
 

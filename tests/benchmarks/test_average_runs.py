@@ -13,7 +13,7 @@ from test_finetune_isic import SMALL, read_csv
 from timm_arl.factory import create_trained
 from timm_arl.hub import stage
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('threads')]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('threads', 'no_pictures')]
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,7 @@
 """What a run has divided or learned stays apart: when it is scored, scored elsewhere, and resumed."""
 import csv
 import json
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -10,6 +11,8 @@ from timm_arl.hub import stage
 from timm_arl.isic.dataset import load_splits
 from timm_arl.training.arguments import RunError
 from timm_arl.training.folds import check_unseen
+
+pytestmark = pytest.mark.usefixtures('no_pictures')
 
 QUICK = ('--model', 'test_resnet', '--epochs', 1, '--batch-size', 8, '--img-size', 64, '--start-size', 64, '--crops',
          'center', '--workers', 0, '--tracker', 'none')
@@ -23,6 +26,30 @@ def rows(path):
 @pytest.fixture
 def source(tmp_path):
     return table(tmp_path / 'd', 30, head=('image', 'label', 'case'), more=lambda k: (f'p{k // 2 * 2 + k % 2}',))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    return tmp_path_factory.mktemp('trained')
+
+
+@pytest.fixture
+def run(tmp_path, call, source, trained):
+    """Makes a run on the source in out, which is trained by the first test that asks for it, and copied for others."""
+    def make(name, *flags):
+        out, folder = tmp_path / 'out', trained / name
+        if folder.exists():
+            shutil.copytree(folder / 'out', out)
+            record, of = (out / 'run.json').read_text(), (folder / 'of').read_text()
+            (out / 'run.json').write_text(record.replace(of, str(tmp_path)))
+            return out
+        done = call('finetune_isic', '--data', source, *flags, *QUICK, '--output-dir', out)
+        assert done.returncode == 0, done.stderr
+        shutil.copytree(out, folder / 'out')
+        (folder / 'of').write_text(str(tmp_path))
+        return out
+
+    return make
 
 
 def test_an_image_that_was_left_out_gives_no_training_image_away(tmp_path, call, source):
@@ -105,11 +132,9 @@ def test_a_run_s_groups_hold_in_a_renamed_table(tmp_path, call, source):
 
 @pytest.mark.parametrize('old, new', [
     ('12.png,melanoma', '12.png,nevus'), ('nevus', 'mole'), ('melanoma', 'zz'), ('p12', 'p14')])
-def test_resuming_with_other_labels_or_groups_is_refused(tmp_path, call, source, old, new):
-    out, flags = tmp_path / 'out', ('--data', source, '--group-column', 'case')
+def test_resuming_with_other_labels_or_groups_is_refused(tmp_path, call, source, run, old, new):
     lines(tmp_path / 's.csv', ('image_id', 'split'), [(k, ('train', 'validation')[k % 10 > 6]) for k in range(30)])
-    done = call('finetune_isic', *flags, '--splits', tmp_path / 's.csv', *QUICK, '--output-dir', out)
-    assert done.returncode == 0, done.stderr
+    out = run('of groups', '--group-column', 'case', '--splits', tmp_path / 's.csv')
     (out / 'metrics.json').unlink()  # as if it had been killed before the end
     before = (out / 'run.json').read_text()
     content = source.read_text()
@@ -124,11 +149,9 @@ def test_resuming_with_other_labels_or_groups_is_refused(tmp_path, call, source,
 @pytest.mark.parametrize('what', [
     'an average', 'a staged average of an old run', 'a staged folder', 'a staged folder of other images',
     'one of several seeds', 'a fold'])
-def test_weights_that_were_made_of_a_run_are_not_scored_on_its_training_images(tmp_path, call, source, what):
-    out = tmp_path / 'out'
-    several = {'one of several seeds': ['--seeds', 2], 'a fold': ['--folds', 2]}.get(what, ())
-    done = call('finetune_isic', '--data', source, '--seed', 1, *QUICK, *several, '--output-dir', out)
-    assert done.returncode == 0, done.stderr
+def test_weights_that_were_made_of_a_run_are_not_scored_on_its_training_images(tmp_path, call, source, run, what):
+    several = {'one of several seeds': ('--seeds', 2), 'a fold': ('--folds', 2)}.get(what, ())
+    out = run(' '.join(map(str, several)) or 'of a seed', '--seed', 1, *several)
     out = out / {'one of several seeds': 'seed-2', 'a fold': 'fold-1'}.get(what, '')
     if what == 'a staged average of an old run':
         record = json.loads((out / 'run.json').read_text())

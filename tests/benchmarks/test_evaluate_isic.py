@@ -40,14 +40,15 @@ def rows(path):
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp('checkpoint') / 'out'
     torch.manual_seed(0)
-    model = timm.create_model('arl_cnn14', num_classes=len(LABELS), alpha_init=2., zero_init_last=False)
+    model = timm.create_model(
+        'arl_cnn14', num_classes=len(LABELS), channels=[16, 32, 64, 128], alpha_init=2., zero_init_last=False)
     with torch.no_grad():  # statistics of images, or an untrained network answers the same to all of them
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = None
         model.train()(torch.randn(8, 3, 64, 64))
     save_network(model.eval(), folder, LABELS, dict(
-        timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)))
+        timm.data.resolve_model_data_config(model), input_size=(3, 64, 64)), channels=[16, 32, 64, 128])
     names = [name for name, _ in model.named_parameters() if name.endswith('.alpha')]
     columns = ['train_loss', 'validation_loss', *(f'validation_auc_{label}' for label in LABELS),
                'validation_mean_auc', *names]
@@ -177,12 +178,12 @@ def test_alpha_zero_compared_on_the_same_images(evaluated, call, isic_sample, ch
     assert 'by the other network' in page.text and not any('mask' in image['alt'] for image in page.of('img'))
 
     # with every alpha at 0 the network is timm's ResNet, so its file gives the same probabilities
-    resnet = timm.create_model('resnet14', num_classes=len(LABELS))
+    resnet = timm.create_model('resnet14', num_classes=len(LABELS), channels=[16, 32, 64, 128])
     import safetensors.torch
     state = safetensors.torch.load_file(checkpoint / 'model.safetensors')
     resnet.load_state_dict({k: v for k, v in state.items() if not k.endswith('.alpha')})
     save_network(resnet, tmp_path / 'resnet', data_config=dict(
-        timm.data.resolve_model_data_config(resnet), input_size=(3, 64, 64)))
+        timm.data.resolve_model_data_config(resnet), input_size=(3, 64, 64)), channels=[16, 32, 64, 128])
     done = call('evaluate_isic', '--data', isic_sample, '--checkpoint', tmp_path / 'resnet', '--output-dir',
                 tmp_path / 's', '--crops', 'center', '--workers', 0, '--split', 'validation')
     assert done.returncode == 0, done.stderr

@@ -14,6 +14,8 @@ from timm_arl.factory import save_network
 from timm_arl.files import write_json
 from timm_arl.isic.task import LABELS, calibrate
 
+pytestmark = pytest.mark.usefixtures('no_pictures')
+
 STATISTIC = {'mean': 40., 'sd': 4., 'median': 40.}
 BOTH = ('--map', 'melanoma=MEL,mel', 'seborrheic_keratosis=BKL')
 

@@ -8,7 +8,8 @@ from timm_arl.files import read_rows
 def test_input_speed(call, tmp_path):
     Image.new('RGB', (2500, 1900), (200, 150, 120)).save(tmp_path / 'i.jpg')
     done = call('input_speed', '--image', tmp_path / 'i.jpg', '--workers', '1', '--images', '2', '--batch-size', '2',
-                '--steps', '1', '--img-size', '64', '--precision', 'bf16', '--results-file', tmp_path / 'r.csv')
+                '--model', 'test_resnet', '--steps', '1', '--img-size', '64', '--precision', 'bf16', '--results-file',
+                tmp_path / 'r.csv')
     assert done.returncode == 0, done.stderr
     table = read_rows(tmp_path / 'r.csv')
     assert [(r['path'], r['decoded']) for r in table] == [

@@ -1,5 +1,6 @@
 """The command as a user types it: what it writes, what it says, and what it refuses."""
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -16,13 +17,34 @@ from timm_arl.export.__main__ import main
 from timm_arl.export.calibration import Loss
 from timm_arl.export.quantize import update_metadata
 from timm_arl.isic.task import LABELS
+from timm_arl.onnx_file import export_onnx
 from timm_arl.predictor import Predictor
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """A folder of files that the command has exported, and their names by what they are of."""
+    return tmp_path_factory.mktemp('exported'), {}
+
+
+@pytest.fixture(autouse=True)
+def export_once(exported, monkeypatch):
+    """The same weights at the same size are exported once, and copied from then on."""
+    folder, files = exported
+
+    def export(model, path, img_size, fold, weights, settings):
+        key = weights, img_size, fold
+        if key not in files:
+            files[key] = export_onnx(model, folder / f'{len(files)}.onnx', img_size, fold, weights, settings)
+        return shutil.copyfile(files[key], path)
+
+    monkeypatch.setattr('timm_arl.export.__main__.export_onnx', export)
 
 
 @pytest.mark.slow
 def test_command(call, tmp_path):
     model = randomise(with_alpha(create(num_classes=2), 2.))
-    save_for_hf(model, tmp_path / 'run', safe_serialization=True)
+    save_for_hf(model, tmp_path / 'run', safe_serialization=True, model_args={'channels': [16, 32, 64, 128]})
     command = ['timm_arl.export.__main__', '--model', tmp_path / 'run', '--img-size', '64']
     done = call(*command, '--output', tmp_path / 'deep' / 'm.onnx')
     assert done.returncode == 0 and 'm.onnx' in done.stdout, done.stderr
@@ -56,8 +78,8 @@ def test_a_name_with_a_tag_has_its_weights(call, tmp_path):
 
 @pytest.mark.slow
 def test_random_weights_are_called_so(call, tmp_path):
-    done = call('timm_arl.export.__main__', '--model', 'arl_cnn14', '--img-size', 64, '--output', tmp_path / 'm.onnx')
-    assert done.returncode == 0 and 'WARNING: arl_cnn14 has RANDOM WEIGHTS' in done.stdout, done.stderr
+    done = call('timm_arl.export.__main__', '--model', 'test_resnet', '--img-size', 64, '--output', tmp_path / 'm.onnx')
+    assert done.returncode == 0 and 'WARNING: test_resnet has RANDOM WEIGHTS' in done.stdout, done.stderr
     assert weights_of(tmp_path / 'm.onnx') == 'random'
 
 

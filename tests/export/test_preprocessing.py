@@ -6,6 +6,7 @@ from PIL import Image
 from test_arl_cnn import create
 
 from timm_arl.export.preprocessing import CROPS_INSIDE, Preprocessing, Probabilities, add_preprocessing
+from timm_arl.export.quantize import update_metadata
 from timm_arl.isic.task import DIAGNOSES, LABELS, calibrate, probabilities_of
 from timm_arl.isic.transforms import EvalCrops, grey_world, normalisation
 from timm_arl.onnx_file import ExportError, OnnxModel, export_onnx
@@ -47,15 +48,17 @@ def test_probabilities_are_means_and_then_calibrated():
 
 @pytest.mark.slow
 def test_softmax(tmp_path):
-    model = create(num_classes=3)
-    model.pretrained_cfg['label_names'] = DIAGNOSES
+    model = create('test_resnet', num_classes=3)
+    with torch.no_grad():
+        model.fc.weight.mul_(10)  # else it says nearly the same of all pictures
+    model.pretrained_cfg.update(label_names=DIAGNOSES, mean=MEAN, std=STD)
     export_onnx(model, tmp_path / 'm.onnx', 64, settings={'crops': 'center'})
     whole = OnnxModel(add_preprocessing(tmp_path / 'm.onnx', tmp_path / 'w.onnx', probabilities_of, LABELS))
     shown = picture(90, 70)
     with torch.inference_mode():
         expected = model(normalisation(MEAN, STD)(EvalCrops(64, 'center')(shown))).softmax(1)[:, 1:]
     assert np.allclose(whole(np.array(shown)[None]), expected, atol=1e-2)
-    export_onnx(model, tmp_path / 'm.onnx', 64, settings={'crops': 'paper'})
+    update_metadata(tmp_path / 'm.onnx', crops='paper')
     with pytest.raises(ExportError, match='drawn at random'):
         add_preprocessing(tmp_path / 'm.onnx', tmp_path / 'x.onnx', probabilities_of, LABELS)
     assert not (tmp_path / 'x.onnx').exists()

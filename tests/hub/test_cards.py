@@ -277,16 +277,13 @@ def test_thresholds_of_the_run_travel_without_an_evaluation(clinic, tmp_path):
     assert "'mole': 0.3" in (folder / 'README.md').read_text()
 
 
-@pytest.mark.slow
 def test_snippets_run(staged, tmp_path):
     card = (staged / 'README.md').read_text()
     assert "'local-dir:arl_cnn14.isic2017'" in card
     (tmp_path / 'arl_cnn14.isic2017').symlink_to(staged)
-    done = run_snippets(card, tmp_path)
-    assert done.returncode == 0, done.stderr
-    *labels, shapes, cam = done.stdout.splitlines()
+    *labels, shapes, cam = run_snippets_here(card, tmp_path)
     assert [line.partition(':')[0] for line in labels] == ['melanoma', 'seborrheic_keratosis']
-    assert cam == '(5, 1, 64, 64)' and '(5, 2048)' in shapes
+    assert cam == '(5, 1, 64, 64)' and '(5, 256)' in shapes
 
 
 @pytest.mark.parametrize('changes', [dict(crops='center'), dict(crops='multiscale', grey_world=True),
@@ -294,7 +291,7 @@ def test_snippets_run(staged, tmp_path):
 def test_the_snippet_gives_the_probabilities_of_the_results(run, isic_sample, repo, tmp_path, changes):
     copy = changed(run, tmp_path / 'run', **changes)
     weights = safetensors.torch.load_file(copy / 'model.safetensors')
-    weights['fc.weight'] *= 300  # an untrained network says nearly the same of all crops
+    weights['fc.weight'] *= 30  # an untrained network says nearly the same of all crops
     safetensors.torch.save_file(weights, copy / 'model.safetensors')
     card = (publishing.stage(copy, tmp_path / 's') / 'README.md').read_text()
     assert ('by the mean of all crops' in card) == (changes['crops'] != 'center')

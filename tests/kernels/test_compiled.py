@@ -36,12 +36,13 @@ def step(model, function, x, bf16=False):
     return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad), *model.buffers()]
 
 
-@pytest.mark.parametrize('backend, kwargs', [
-    ('aot_eager', {}), ('aot_eager', {'dynamic': True}),
-    pytest.param('inductor', {'mode': 'reduce-overhead'}, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('attention, mask_scale, memory_format, bf16', [
-    ('spatial', 'softmax', torch.channels_last, False), ('spatial', 'mean1', torch.contiguous_format, True),
-    ('channel', 'softmax', torch.channels_last, True), ('mixed', 'mean1', torch.contiguous_format, False)])
+STEPS = [('spatial', 'softmax', torch.channels_last, False), ('spatial', 'mean1', torch.contiguous_format, True),
+         ('channel', 'softmax', torch.channels_last, True), ('mixed', 'mean1', torch.contiguous_format, False)]
+
+
+@pytest.mark.parametrize('attention, mask_scale, memory_format, bf16, backend, kwargs', [
+    *((*case, 'aot_eager', kwargs) for case in STEPS for kwargs in ({}, {'dynamic': True})),
+    *(pytest.param(*case, 'inductor', {'mode': 'reduce-overhead'}, marks=pytest.mark.slow) for case in STEPS[:2])])
 def test_a_training_step_is_that_of_eager_mode(attention, mask_scale, memory_format, bf16, backend, kwargs):
     model = block(attention=attention, mask_scale=mask_scale).to(memory_format=memory_format)
     model.bn3.momentum, model.downsample[-1].eps = 0.3, 0.1
@@ -81,9 +82,9 @@ def test_batches_of_any_size():
         assert torch.allclose(function(image(batch)), model(image(batch)), atol=1e-5)
 
 
-@pytest.mark.parametrize('attention', ['spatial', 'channel', 'mixed'])
+@pytest.mark.parametrize('attention, norms', [
+    ('spatial', 0), ('spatial', 1), ('spatial', 2), ('channel', 2), ('mixed', 2)])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('norms', [0, 1, 2])
 def test_the_operators_do_what_they_declare(attention, memory_format, norms):
     f, x = (image(b)[:2].contiguous(memory_format=memory_format).requires_grad_() for b in (2, 3))
     tensors = [[t.add(0.5).requires_grad_(j < 2) for j, t in enumerate(torch.rand(4, 8))] if i < norms else []

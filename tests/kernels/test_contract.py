@@ -55,7 +55,7 @@ def test_gradcheck(attention, mask_scale, memory_format, relu, norms):
         def tail(residual, shortcut, alpha, *_, add_shortcut=add_shortcut):
             return fused_attention_residual(
                 residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu, norm, shortcut_norm)
-        assert torch.autograd.gradcheck(tail, (*tensors, alpha, *parameters))
+        assert torch.autograd.gradcheck(tail, (*tensors, alpha, *parameters), fast_mode=True)
 
 
 @pytest.mark.parametrize('attention', ATTENTIONS)
@@ -66,7 +66,8 @@ def test_second_derivatives(attention, norms):
     alpha = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
     parameters = [] if norm is None else list(norm.parameters())
     assert torch.autograd.gradgradcheck(
-        lambda r, s, a, *_: fused_attention_residual(r, s, a, attention, norm=norm), (*tensors, alpha, *parameters))
+        lambda r, s, a, *_: fused_attention_residual(r, s, a, attention, norm=norm), (*tensors, alpha, *parameters),
+        fast_mode=True)
 
 
 def test_second_derivatives_of_a_shortcut_that_made_the_residual():

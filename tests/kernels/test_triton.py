@@ -1,4 +1,5 @@
 """The Triton kernels: interpreted everywhere, compiled for GPUs that need not be there, run on one that is."""
+import importlib.util
 import json
 import os
 import subprocess
@@ -30,9 +31,9 @@ def check(*arguments, **environment):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize('attention', ATTENTIONS)
-def test_in_the_interpreter(attention):
-    check('-k', attention, TRITON_INTERPRET='1')
+@pytest.mark.timeout(900)  # each kernel runs in Python
+def test_in_the_interpreter():
+    check(TRITON_INTERPRET='1')
 
 
 @needs_triton
@@ -46,23 +47,25 @@ def test_on_the_gpu(attention):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize('capability', ['80', '90'])
-def test_compiled_kernels_fit_the_registers(capability):
-    result = python(HERE / 'triton_registers.py', capability)
+def test_compiled_kernels_fit_the_registers():
+    result = python(HERE / 'triton_registers.py', '80', '90')
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {k['kernel'] for k in kernels} == {
-        'softmax_forward', 'softmax_backward', 'mixed_sums', 'mixed_forward', 'mixed_backward'}
+    for capability in (80, 90):
+        assert {k['kernel'] for k in kernels if k['capability'] == capability} == {
+            'softmax_forward', 'softmax_backward', 'mixed_sums', 'mixed_forward', 'mixed_backward'}
     # ptxas may spill two registers, rather than use more, for the sake of programs that run at the same time
     assert not [k for k in kernels if k['spilled'] > (0 if k['layout'] == 'torch.channels_last' else 8)]
 
 
-@pytest.mark.slow
-def test_why_it_is_unavailable():
+def test_why_it_is_unavailable(monkeypatch):
     if triton.triton is not None:
         assert triton.unavailable() == (None if torch.cuda.is_available() else 'PyTorch sees no NVIDIA GPU.')
-    code = "import sys; sys.modules['triton'] = None; from timm_arl.kernels import triton; print(triton.unavailable())"
-    assert python('-c', code).stdout == 'Triton is not installed.\n'  # but the module is imported
+    monkeypatch.setitem(sys.modules, 'triton', None)
+    spec = importlib.util.spec_from_file_location('timm_arl.kernels.without_triton', triton.__file__)
+    without = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(without)
+    assert without.unavailable() == 'Triton is not installed.'  # but the module is imported
 
 
 def test_a_processor_is_not_its_business():

@@ -1,13 +1,16 @@
-"""python triton_registers.py CAPABILITY: what the Triton kernels need of a GPU, which need not be there.
+"""python triton_registers.py CAPABILITY...: what the Triton kernels need of a GPU, which need not be there.
 
-Calls the kernels as fused_attention_residual does, with a compiler for the GPU of that capability (80, 90) and with
-nothing to launch on. Prints a line of JSON for each kernel that would have been launched.
+Calls the kernels as fused_attention_residual does, with a compiler for the GPU of each capability (80, 90) and with
+nothing to launch on: all cases for the first, every third for the others. Prints a line of JSON for each kernel that
+would have been launched.
 """
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +40,7 @@ def cases():
         yield (4, 37, 28, 28), torch.float32, last, Gate(attention, 'mean1', add_shortcut=False), True
 
 
-def main(capability):
+def main(capabilities):
     label, seen, run = None, set(), JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
@@ -55,18 +58,20 @@ def main(capability):
         return kernel
 
     JITFunction.run = compile_only
-    triton.runtime.driver.set_active(SimpleNamespace(
-        get_current_target=lambda: GPUTarget('cuda', capability, 32), get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0))
-    for shape, dtype, layout, gate, training in cases():
-        label = {'shape': shape, 'dtype': str(dtype), 'layout': str(layout), 'gate': gate[:2]}
-        f, x, grad = (torch.empty(shape, dtype=dtype, memory_format=layout) for _ in range(3))
-        norm = NormState(*torch.ones(4, shape[1]), training, 1e-5)
-        y, *kept = gate_forward(f, x, torch.ones(1), gate, False)
-        for shortcut_norm in (norm, None) if shape[1] == 256 else (None,):  # as a stage's first block has it
-            gate_backward(
-                grad, y if gate.relu else None, f, x, torch.ones(1), norm, shortcut_norm, gate, *kept)
+    for device, capability in enumerate(capabilities):  # Triton keeps kernels by the number of the device
+        triton.runtime.driver.set_active(SimpleNamespace(
+            get_current_target=partial(GPUTarget, 'cuda', capability, 32), get_current_device=partial(int, device),
+            get_current_stream=lambda device: 0))
+        for shape, dtype, layout, gate, training in islice(cases(), 0, None, 3 if device else 1):
+            label = {'capability': capability, 'shape': shape, 'dtype': str(dtype), 'layout': str(layout),
+                     'gate': gate[:2]}
+            f, x, grad = (torch.empty(shape, dtype=dtype, memory_format=layout) for _ in range(3))
+            norm = NormState(*torch.ones(4, shape[1]), training, 1e-5)
+            y, *kept = gate_forward(f, x, torch.ones(1), gate, False)
+            for shortcut_norm in (norm, None) if shape[1] == 256 else (None,):  # as a stage's first block has it
+                gate_backward(
+                    grad, y if gate.relu else None, f, x, torch.ones(1), norm, shortcut_norm, gate, *kept)
 
 
 if __name__ == '__main__':
-    main(int(sys.argv[1]))
+    main([int(capability) for capability in sys.argv[1:]])

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures('threads')
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('no_pictures')
 def test_masks_are_learned_beside_the_diagnoses(call, few, tmp_path):
     args = ['--data', few, *SMALL, '--model', 'resnet14', '--mask-weight', 1, '--mixed-precision', 'bf16',
             '--batch-size', 8, '--epochs', 6, '--ema', 0, '--mixup', 0.2, '--output-dir', tmp_path / 'out']

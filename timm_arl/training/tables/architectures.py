@@ -28,11 +28,11 @@ def table1_lines(args: Any) -> Tuple[List[Dict[str, str]], Dict[str, str]]:
     for name in tqdm(SYSTEMS, desc='table1', leave=False):
         model = timm.create_model(name, num_classes=2).eval()
         x = torch.zeros(1, 3, SIDE, SIDE)
-        with torch.inference_mode():
-            shapes = [tuple(each.shape[1:]) for each in model.forward_intermediates(x, intermediates_only=True)]
-            with FlopCounterMode(display=False) as counter:
-                model(x)
-        about[name] = 'outputs of the stages: ' + ', '.join(f'{c} x {h} x {w}' for c, h, w in shapes)
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            features, stages = model.forward_intermediates(x)
+            model.forward_head(features)
+        about[name] = 'outputs of the stages: ' + ', '.join(
+            f'{c} x {h} x {w}' for c, h, w in (stage.shape[1:] for stage in stages))
         figures = {'parameters (millions)': sum(p.numel() for p in model.parameters()) / 1e6,
                    'MACs (billions)': counter.get_total_flops() / 2e9}
         for label, value in figures.items():
