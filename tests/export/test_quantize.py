@@ -22,7 +22,7 @@ def batches(count=8, side=64):
 
 @pytest.mark.slow
 def test_8_bits(tmp_path, caplog):
-    model = create('arl_cnn14_mixed', num_classes=2, channels=[64, 128, 256, 512])  # of the limits below
+    model = create('arl_cnn14_mixed', num_classes=2, channels=[64, 128, 256, 512])  # narrow: a convolution less
     model = randomise(with_alpha(model, 1.))
     source = export_onnx(model, tmp_path / 'f.onnx', 64, weights='mine', settings={'crops': 'center'})
     target = quantize_onnx(source, tmp_path / 'q.onnx', batches())
