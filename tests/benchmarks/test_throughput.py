@@ -193,8 +193,8 @@ def test_resume(harness, call, monkeypatch, tmp_path):
         asked.append(specs[0])
         return [dict.fromkeys(harness.COLUMNS, 1) | {
             'model': s['model'], 'backend': s['backend'], 'mode': s['mode'], 'precision': s['precision'],
-            'device': '', 'versions': '', 'commit': '', 'compile': True, 'compile_mode': s['compile_mode'],
-            'kernels': None}
+            'device': '', 'environment': '', 'versions': '', 'commit': '', 'compile': True,
+            'compile_mode': s['compile_mode'], 'kernels': None}
             for s in specs]
 
     monkeypatch.setattr(harness, 'measure', measure)
