@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -121,6 +122,12 @@ def test_what_cannot_start_is_a_sentence(call, arguments, sentence):
     assert 'Traceback' not in done.stderr and len(done.stderr.splitlines()[-1:]) == 1
 
 
+def result_of(coroutine):
+    """By a loop in a thread of its own: the browser of other tests keeps one running in this thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
 def test_gradio_keeps_nothing_that_was_shown(tiny):
     from gradio.state_holder import SessionState
 
@@ -133,7 +140,7 @@ def test_gradio_keeps_nothing_that_was_shown(tiny):
     session = SessionState(page)
     before = str(session.config_values)
     look = next(of for of in page.fns.values() if of.api_name == 'look')
-    answer = asyncio.run(page.process_api(look, [{'example': 'nevus'}], state=session))
+    answer = result_of(page.process_api(look, [{'example': 'nevus'}], state=session))
     assert 'data:image' in str(answer['data'])
     after = str(session.config_values)
     assert after.count('data:image') == before.count('data:image') and 'arl-p' not in after
@@ -183,4 +190,4 @@ def test_bodies_are_refused_that_would_fill_the_memory_together():
         await post(gate, LARGEST_BODY)
         assert statuses == [503, None]
 
-    asyncio.run(many())
+    result_of(many())
