@@ -40,7 +40,7 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
             with Image.open(source) as file:
                 if shorter_side:
                     _reduce(file, shorter_side)
-                bits = dict(getattr(file, 'tag_v2', {})).get(BITS_PER_SAMPLE, (16,))[0]  # a TIFF may have 12
+                bits = getattr(file, 'tag_v2', {}).get(BITS_PER_SAMPLE, (16,))[0]  # a TIFF may have 12
                 return to_rgb(ImageOps.exif_transpose(file), bits)
     except UnidentifiedImageError as error:
         raise OSError('it is not an image in a format that Pillow knows') from error
