@@ -107,24 +107,25 @@ def weights(tmp_path_factory):
     return path, json.dumps(config).encode(), sum(p.double().sum().item() for p in model.parameters())
 
 
+def saved(name, folder, **kwargs):
+    """A file of random weights, and their sum."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs)
+    path = folder / 'model.safetensors'
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path, sum(p.double().sum().item() for p in model.parameters())
+
+
 @pytest.fixture(scope='module')
 def large(tmp_path_factory):
     """Weights of 32 MB: huggingface_hub resumes a download after a chunk of 10 MB alone."""
-    torch.manual_seed(0)
-    model = timm.create_model('arl_cnn14', num_classes=2)
-    path = tmp_path_factory.mktemp('large') / 'model.safetensors'
-    safetensors.torch.save_file(model.state_dict(), path)
-    return path, sum(p.double().sum().item() for p in model.parameters())
+    return saved('arl_cnn14', tmp_path_factory.mktemp('large'), num_classes=2)
 
 
 @pytest.fixture(scope='module')
 def vit_tiny(tmp_path_factory):
     """Weights of a model of timm's own, for which timm has a format of others too (custom_load)."""
-    torch.manual_seed(0)
-    model = timm.create_model('vit_tiny_patch16_224', num_classes=21843)
-    path = tmp_path_factory.mktemp('vit') / 'model.safetensors'
-    safetensors.torch.save_file(model.state_dict(), path)
-    return path, sum(p.double().sum().item() for p in model.parameters())
+    return saved('vit_tiny_patch16_224', tmp_path_factory.mktemp('vit'), num_classes=21843)
 
 
 @pytest.fixture(scope='module')

@@ -180,8 +180,8 @@ def check_file(path: Path) -> Path:
 
 def _num_classes(path: Path, cfg: Dict[str, Any]) -> Dict[str, int]:
     """Number of classes of a file's classifier, as an overlay; empty where it has none."""
-    shapes = [shape for name in classifiers_of(cfg) for shape in [_weight_shape(path, name)] if shape]
-    return {'num_classes': shapes[0][0]} if shapes else {}
+    shapes = (_weight_shape(path, name) for name in classifiers_of(cfg))
+    return next(({'num_classes': shape[0]} for shape in shapes if shape), {})
 
 
 def _channels(path: Union[str, Path], first_conv: Any) -> int:
