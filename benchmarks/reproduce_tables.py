@@ -39,6 +39,7 @@ from timm_arl.factory import tensors_sha256
 from timm_arl.files import make_folder, read_rows, replacing, write_json, write_rows
 from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
 from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES, ids_digest
+from timm_arl.isic.images import stored_size
 from timm_arl.isic.task import ISIC2017, label_words
 from timm_arl.isic.transforms import restore_aspect
 from timm_arl.kernels import backend
@@ -163,6 +164,11 @@ def make_run(args, out, row, seed, lock):
     name = f'{row.name}-seed{seed}'
     folder, kept = out / 'runs' / name, out / 'predictions' / name
     trained = out / 'runs' / f'{row.alpha_zero_of}-seed{seed}' if row.alpha_zero_of else folder
+    begun = folder.with_name(f'{name}.json')  # the command that records a run may not be the one that began it
+    how = {'settings': settings(args, row), 'origin': origin(args, row)}
+    if not begun.exists() or not any((folder / file).exists() for file in ('run.json', 'metrics.json')):
+        write_json(begun, how)
+    check_record(args, row, begun)
     if not (folder / 'metrics.json').exists():
         status, why, data = lesion_masks(args, out) if row.lesion_crop else (0, '', args.data)
         if status:
@@ -183,7 +189,7 @@ def make_run(args, out, row, seed, lock):
         raise RunError(f'The run in {trained} has other training images than {args.data}: give another --output-dir.')
     precision = launch['mixed_precision']
     write_json(kept.with_name(f'{name}.json'), {
-        'row': row.name, 'seed': seed, 'settings': settings(args, row), 'origin': origin(args, row),
+        'row': row.name, 'seed': seed, **how,
         'columns': {
             'image_size': arguments['img_size'], 'epochs': arguments['epochs'],
             'precision': 'fp32' if precision == 'no' else precision, 'commit': commit,
@@ -209,19 +215,22 @@ def drop_stale(out, row, seed):
 def make_runs(args, out):
     """Make the runs that are missing, seed by seed, so that a stopped table has all its rows, with fewer seeds.
 
-    Returns whether a run failed for another reason than its input.
+    Returns whether a run failed after it had begun.
     """
     chosen = [row for row in TABLES[args.table] if row.model and (not args.row or row.name in args.row)
               and (not args.model or row.model in args.model)]
-    failed, refused = False, set()
+    failed, refused = False, {}
     jobs = [(row, seed) for seed in args.seeds for row in chosen]
     first = int(os.environ.get('RANK', 0)) * len(jobs) // int(os.environ.get('WORLD_SIZE', 1))
     for k, (row, seed) in enumerate(jobs[first:] + jobs[:first]):
+        name = f'{row.name}-seed{seed}'
+        reason = out / 'runs' / f'{name}.reason'
         if row.name in refused:  # as with another seed
+            reason.write_text(refused[row.name], encoding='utf-8')
             continue
         print(f'--- {args.table}, run {k + 1} of {len(jobs)}: {row.name}, seed {seed}', flush=True)
-        with locked(out / 'runs' / f'{row.name}-seed{seed}.lock') as lock:
-            record, reason = out / 'predictions' / f'{row.name}-seed{seed}.json', out / 'runs' / f'{row.name}.reason'
+        with locked(out / 'runs' / f'{name}.lock') as lock:
+            record = out / 'predictions' / f'{name}.json'
             if lock is None:
                 print('Another process makes it.', flush=True)
                 continue
@@ -235,13 +244,14 @@ def make_runs(args, out):
             status, why = make_run(args, out, row, seed, lock)
             if status in (130, -signal.SIGINT):
                 raise KeyboardInterrupt
-            if status == 2:  # bad input, weights out of reach for one
-                refused.add(row.name)
-            failed = failed or status not in (0, 2)
             if status:
                 reason.write_text(why, encoding='utf-8')
             else:
                 reason.unlink(missing_ok=True)
+            if status == 2 and not (row.alpha_zero_of or (out / 'runs' / name / 'run.json').exists()):
+                refused[row.name] = why  # before it began: weights out of reach, for one
+            elif status:
+                failed = True
         write_scores(args, out)
     return failed
 
@@ -313,6 +323,10 @@ def figures(args, out):
     for name, predictor in zip(args.model, predictors):
         if predictor.network is None:
             raise RunError(f'{name} is an ONNX file, which has no maps: name the checkpoint that it was made from.')
+    first, second = (predictor.labels for predictor in predictors)
+    if first != second:
+        raise RunError(f'{args.model[0]} has the labels {", ".join(first)}, and {args.model[1]} has '
+                       f'{", ".join(second)}: name two networks of the same labels.')
     if args.images:
         paths = sorted(path for path in Path(args.images).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
         images = [Shown(path.stem, partial(read_picture, path)) for path in paths]
@@ -333,11 +347,13 @@ def figures(args, out):
 def load_data(args):
     """The splits, what tells them from others, and what a reader must know of them."""
     args.splits = load_splits(args.data)
-    args.digest = ids_digest(f'{image_id} {labels}' for name in ('train', 'test') for image_id, labels in zip(
-        args.splits[name]['image_id'], label_array(args.splits[name]).tolist()))
-    width, height = decode(args.splits['test'][0]['image']).size
+    used = [args.splits[name] for name in ('train', 'test')]
+    args.digest = ids_digest(f'{image_id} {labels}' for split in used for image_id, labels in zip(
+        split['image_id'], label_array(split).tolist()))
+    sizes = sorted({stored_size(cell) for split in used for cell in split.select_columns('image')['image']})
+    args.stored = ' to '.join(f'{width} x {height}' for width, height in dict.fromkeys((sizes[0], sizes[-1]))) + ' px'
     name = 'the demo set, SYNTHETIC' if args.data == 'demo' else Path(args.data).name
-    args.about_images = f'{name}, stored at {width} x {height} px'
+    args.about_images = f'{name}, stored at {args.stored}'
 
 
 def main():
@@ -348,6 +364,9 @@ def main():
         check_output_dir(out)
         if args.data:
             load_data(args)  # a fault in it is told before the work
+        path = out / f'{args.table}.csv'
+        if args.check and not path.is_file():
+            raise RunError(f'--check: there is no {path}: make the table first, without --check.')
         make_folder(out)
         failed = False
         if args.table == 'figures':
@@ -360,14 +379,11 @@ def main():
         elif args.table in ('masks', 'maps'):
             lines, about = network_lines(args, out)
         else:
-            for name in ('predictions', 'runs'):
+            for name in ('predictions', 'runs') * (not args.check):
                 make_folder(out / name)
             failed = False if args.check else make_runs(args, out)
             lines, about = table_lines(args, out)
-        path = out / f'{args.table}.csv'
         if args.check:
-            if not path.is_file():
-                raise RunError(f'--check: there is no {path}: make the table first, without --check.')
             wrong = differences(path, lines, about, args.about_images)
             print('\n'.join(wrong) or f'{path}: all {len(lines)} lines are as computed again.')
             sys.exit(bool(wrong))

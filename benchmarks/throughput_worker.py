@@ -111,6 +111,7 @@ def make_step(spec: Dict[str, Any], accelerator: Accelerator) -> Tuple[Callable[
     latency = spec['mode'] == 'latency'
     x = torch.randn(size, device='cpu' if latency else accelerator.device).contiguous(memory_format=memory_format)
     model = timm.create_model(spec['model']).to(memory_format=memory_format)
+    classes = model.num_classes
     model.train(spec['mode'] == 'train')
     if spec['backend'] != 'eager':
         model = fold_batch_norm(model)
@@ -137,7 +138,7 @@ def make_step(spec: Dict[str, Any], accelerator: Accelerator) -> Tuple[Callable[
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     model, optimizer = accelerator.prepare(model, optimizer)
     loss_fn = nn.CrossEntropyLoss()
-    target = torch.randint(1000, size[:1], device=accelerator.device)
+    target = torch.randint(classes, size[:1], device=accelerator.device)
 
     def train():
         optimizer.zero_grad()
@@ -279,4 +280,6 @@ def cpu_name() -> str:
 
 
 if __name__ == '__main__':
+    sys.stdout = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # libraries in C print past sys.stdout: ONEDNN_VERBOSE=1, for one
     main()

@@ -347,6 +347,9 @@ def test_onnx(call, photographs, tmp_path):
     done = call('timm_arl.predict', photographs, '--output-dir', tmp_path / 'x', '--onnx', tmp_path / 'm.onnx',
                 '--overlays')
     assert done.returncode == 2 and 'gives no maps' in done.stderr
+    done = call('timm_arl.predict', photographs, '--output-dir', tmp_path / 'x', '--onnx', tmp_path / 'm.onnx',
+                '--device', 'cuda')
+    assert done.returncode == 2 and '--device cuda: an ONNX file runs on the CPU' in done.stderr
 
 
 CORE = """

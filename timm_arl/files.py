@@ -8,9 +8,14 @@ import subprocess
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = [
-    'git_commit', 'make_folder', 'read_rows', 'recover_folder', 'replacing', 'replacing_folder', 'swap_folder',
-    'write_json', 'write_rows',
+    'alone_in', 'git_commit', 'make_folder', 'read_rows', 'recover_folder', 'replacing', 'replacing_folder',
+    'swap_folder', 'write_json', 'write_rows',
 ]
 
 PathLike = Union[str, Path]
@@ -58,6 +63,24 @@ def read_rows(path: PathLike) -> List[Dict[str, str]]:
             return list(csv.DictReader(file))
     except csv.Error as error:
         raise ValueError(str(error)) from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: PathLike) -> Iterator[None]:
+    """Wait until no other process is here with the same folder, so that what one reads and writes again is not lost.
+
+    Nothing is waited for on Windows, and on a file system without locks.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def make_folder(path: PathLike) -> Path:

@@ -140,6 +140,8 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
         torch.set_num_threads(args.cpu_threads)
     if args.onnx and not args.onnx.lower().endswith('.onnx'):
         raise InputError(f'--onnx {args.onnx}: the name of an ONNX file ends in .onnx.')
+    if args.onnx and args.device not in (None, 'cpu'):
+        raise InputError(f'--device {args.device}: an ONNX file runs on the CPU: leave --device out.')
     try:
         return Predictor(args.onnx or args.model, 'cpu' if args.onnx else device or 'cpu', args.crops, args.seed,
                          args.cpu_threads or 0)

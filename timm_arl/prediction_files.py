@@ -22,7 +22,7 @@ __all__ = ['FORMATS', 'MOST_PROBABLE', 'PredictionFiles', 'RowWriter']
 FORMATS = ('csv', 'jsonl', 'parquet')
 MOST_PROBABLE = 'most_probable'  # column of networks whose labels exclude each other
 SYNC_SECONDS = 1.  # what a power failure may cost; a killed process costs nothing that was written
-CHUNK = 1000  # rows that are held when files are joined or converted
+CHUNK = 1000  # rows that are held when a file is converted
 
 
 class PredictionFiles:
@@ -111,7 +111,7 @@ class PredictionFiles:
         """Record a new run, and begin its rows."""
         write_json(self.record_file, record)
         with replacing(self.rows) as temporary:
-            temporary.write_bytes(_csv_line(self.columns) if self.form == 'csv' else b'')
+            temporary.write_bytes(self.header())
 
     def join(self) -> int:
         """Cut off what is torn, and add the parts as far as no row is missing between them.
@@ -190,6 +190,10 @@ class PredictionFiles:
             return RowWriter(self.rows, self)
         make_folder(self.parts)
         return RowWriter(self._part(rank, processes, first), self)
+
+    def header(self) -> bytes:
+        """What the file of rows begins with."""
+        return _csv_line(self.columns) if self.form == 'csv' else b''
 
     def encode(self, row: Dict[str, Any]) -> bytes:
         """A row as bytes.

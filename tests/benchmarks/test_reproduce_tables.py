@@ -3,6 +3,7 @@ import csv
 import fcntl
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import timm
 import torch
 from PIL import Image
 
-from timm_arl.factory import tensors_sha256
+from timm_arl.factory import save_network, tensors_sha256
 from timm_arl.files import write_json
 from timm_arl.kernels import backend
 from timm_arl.training.tables.rows import TABLES
@@ -107,6 +108,11 @@ def test_finished_runs_are_not_made_again(call, made):
     assert before == {path: path.stat().st_mtime_ns for path in (out / 'predictions').iterdir()}
     other = call('reproduce_tables', *args, '--row', 'arl_cnn14', '--img-size', 96)
     assert other.returncode == 2 and 'another --output-dir' in other.stderr
+    shutil.move(out / 'predictions', out / 'moved')  # the run is finished, and is recorded by another command
+    other = call('reproduce_tables', *args, '--row', 'arl_cnn14', '--epochs', 2)
+    assert other.returncode == 2 and 'arl_cnn14-seed0.json was made with other flags' in other.stderr
+    shutil.rmtree(out / 'predictions')
+    shutil.move(out / 'moved', out / 'predictions')
 
 
 def test_predictions_of_other_images_are_refused(call, made, few, tmp_path):
@@ -222,9 +228,30 @@ def test_figures_of_two_checkpoints_and_a_folder(call, made, tmp_path):
     for path in (tmp_path / 'f').iterdir():
         with Image.open(path) as drawn:
             assert drawn.width > 600 and len(drawn.convert('L').getcolors()) > 50
+    one = timm.create_model('arl_cnn14', num_classes=1, channels=[8, 16, 32, 64])
+    save_network(one, tmp_path / 'scar', ['scar'], channels=[8, 16, 32, 64])
+    done = call('reproduce_tables', 'figures', '--images', tmp_path / 'images', '--model', tmp_path / 'scar',
+                'arl_cnn14.isic2017', '--output-dir', tmp_path / 'g')
+    assert done.returncode == 2 and 'scar has the labels scar, and arl_cnn14.isic2017 has melanoma' in done.stderr
     (tmp_path / 'none').mkdir()
     done = call('reproduce_tables', 'figures', '--images', tmp_path / 'none', *models, '--output-dir', tmp_path / 'f')
     assert done.returncode == 2 and 'no image' in done.stderr
+
+
+def test_a_run_that_fails_after_it_has_begun_does_not_stand_for_its_row(call, few, made, tmp_path):
+    """Its seed has the reason, the others are tried, and the program ends with 1."""
+    out = shutil.copytree(made[0], tmp_path / 'o')
+    for name in ('arl_cnn14', 'arl_cnn14_alpha_zero'):
+        for ending in ('csv', 'json'):
+            (out / 'predictions' / f'{name}-seed0.{ending}').unlink()
+    (out / 'runs' / 'arl_cnn14-seed0' / 'metrics.json').unlink()
+    (out / 'runs' / 'arl_cnn14-seed0' / 'last').mkdir()
+    (out / 'runs' / 'arl_cnn14-seed0' / 'last' / 'progress.json').write_text('{')  # damaged
+    done = call('reproduce_tables', 'table5', '--data', few, '--output-dir', out, *TINY, '--seeds', 0, 1, '--row',
+                'arl_cnn14')
+    assert done.returncode == 1, done.stderr
+    row = next(row for row in read(out / 'table5.csv') if row['row'] == 'arl_cnn14')
+    assert row['seeds'] == '1' and row['note'].startswith('seed 0: ') and 'not run' not in row['note']
 
 
 @pytest.mark.parametrize('args, says', [
@@ -236,12 +263,14 @@ def test_figures_of_two_checkpoints_and_a_folder(call, made, tmp_path):
     (['table3', '--data', 'demo', '--output-dir', 'o', '--weights', 'resnet50=missing'], 'no file missing'),
     (['table3', '--data', 'nowhere', '--output-dir', 'o'], 'nowhere'),
     (['table7', '--output-dir', 'o', '--check'], 'make the table first'),
+    (['table3', '--data', 'demo', '--output-dir', 'o', '--check'], 'make the table first'),
     (['figures', '--data', 'demo', '--output-dir', 'o', '--model', 'arl_cnn14'], '--model A B'),
     (['maps', '--data', 'demo', '--output-dir', 'o'], 'make one first'),
 ])
 def test_bad_input_is_one_sentence(call, tmp_path, args, says):
     done = call('reproduce_tables', *args, cwd=tmp_path)
     assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
+    assert '--check' not in args or not any(tmp_path.iterdir())
 
 
 def test_architectures(call, tmp_path):

@@ -173,7 +173,8 @@ def test_a_request_that_does_not_fit_is_not_made_smaller(harness, monkeypatch):
 
 
 @pytest.mark.slow
-def test_latency(call, tmp_path):
+def test_latency(call, tmp_path, monkeypatch):
+    monkeypatch.setenv('ONEDNN_VERBOSE', '1')  # which prints to stdout, past Python
     done = call('throughput', '--models', 'arl_cnn14', '--mode', 'latency', '--img-size', '32', '--batch-size', '1',
                 '--repetitions', '2', '--restarts', '1', '--warmup', '0', '--seconds', '0',
                 '--results-file', tmp_path / 'r.csv')

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import timm
 import torch
+from any_data import class_folders, table
 from PIL import Image
 from test_arl_cnn import create, image, with_alpha
 from test_onnx_file import randomise
@@ -14,8 +15,10 @@ from timm.models import save_for_hf
 
 from timm_arl.export import OnnxModel
 from timm_arl.export.__main__ import main
-from timm_arl.export.calibration import Loss
+from timm_arl.export.calibration import CalibrationImages, Loss
 from timm_arl.export.quantize import update_metadata
+from timm_arl.files import write_json
+from timm_arl.isic.dataset import load_data
 from timm_arl.isic.task import LABELS
 from timm_arl.onnx_file import export_onnx
 from timm_arl.predictor import Predictor
@@ -130,6 +133,30 @@ def test_8_bits_of_a_folder(call, photographs, tmp_path):
     assert 'no AUC was compared' in done.stdout and '34 images of the calibration' in done.stdout
     update_metadata(tmp_path / 'm.onnx', int8={'worse': 'melanoma 0.9000 to 0.8000'})
     assert 'melanoma 0.9000 to 0.8000' in Predictor(tmp_path / 'm.onnx').remarks[0]
+
+
+ABOUT = {'input_size': [3, 64, 64], 'mean': [0.5] * 3, 'std': [0.5] * 3, 'label_names': ['MEL', 'NV']}
+
+
+def test_ranges_are_of_the_training_images_of_the_run(tmp_path):
+    """Which has divided the data by a seed of its own."""
+    data = str(table(tmp_path / 'data', 60, ('MEL', 'NV')))
+    splits = load_data(data, seed=5).splits
+    run = tmp_path / 'run'
+    run.mkdir()
+    write_json(run / 'run.json', {'arguments': {
+        'data': data, 'seed': 5, 'division_seed': None, 'task': None, 'labels': None, 'columns': None, 'splits': None,
+        'group_column': None}})
+    found = CalibrationImages(data, ABOUT, run=run)
+    assert found.validation.image_ids == list(splits['validation']['image_id'])
+    assert CalibrationImages(data, ABOUT).validation.image_ids != found.validation.image_ids
+
+
+@pytest.mark.parametrize('labels, labelled', [(['MEL', 'NV'], True), (['melanoma', 'seborrheic_keratosis'], False)])
+def test_folders_of_classes_are_labels_where_the_network_has_them(tmp_path, labels, labelled):
+    data = class_folders(tmp_path, 40)
+    found = CalibrationImages(str(data), {**ABOUT, 'label_names': labels})
+    assert (found.validation is not None) == labelled
 
 
 def test_which_aucs_are_worse():

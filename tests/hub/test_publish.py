@@ -17,7 +17,7 @@ from loopback_hub import Hub
 from timm_arl import hub as publishing
 from timm_arl.download import WeightsError, sha256_of
 from timm_arl.factory import tensors_sha256
-from timm_arl.files import write_json
+from timm_arl.files import write_json, write_rows
 from timm_arl.isic.dataset.sources import CHALLENGE_IDS
 
 # several commands in a process of its own, since huggingface_hub reads the environment when it is imported
@@ -209,6 +209,14 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
     (other / 'predictions_test.csv').write_text(text.replace(',0.9', ',0.1'))
     done = call('timm_arl.hub.__main__', 'stage', run, tmp_path / 's', '--evaluation', other)
     assert done.returncode == 2 and 'has other predictions on test than the run' in done.stderr
+    shutil.copy(run / 'predictions_test.csv', other)
+    scores = json.loads((run / 'metrics.json').read_text())
+    for files in ({'metrics.json': {**scores, 'test': {**scores['test'], 'external': {}}}},
+                  {'metrics.json': scores, 'looks.csv': [{'time': 'now', 'other_data': 'clinic.csv'}]}):
+        for name, content in files.items():
+            (write_json if name.endswith('.json') else write_rows)(other / name, content)
+        done = call('timm_arl.hub.__main__', 'stage', run, tmp_path / 's', '--evaluation', other)
+        assert done.returncode == 2 and f'{other} is an evaluation on other data than those of' in done.stderr
     for args, message in ((('stage', 'arl_cnn14.isic2018', 's'), 'no weights of that name in this package (it has arl'),
                           (('stage', run, 's', '--tag', 'my tag/x'), "'my tag/x' cannot be a tag"),
                           (('stage', run, 's', '--tag', ''), "'' cannot be a tag"),

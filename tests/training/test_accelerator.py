@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 
 from timm_arl.training.accelerator import Bf16Convolutions, create_accelerator
@@ -30,6 +31,13 @@ def test_half_precision_needs_an_accelerator(args):
         pytest.skip('has an accelerator')
     args.mixed_precision = 'fp16'
     with pytest.raises(RunError, match='fp16 does not work on a CPU: choose bf16 or no'):
+        create_accelerator(args)
+
+
+@pytest.mark.parametrize('kind', ['DEEPSPEED', 'FSDP', 'MEGATRON_LM'])
+def test_parallelism_that_divides_the_network_is_refused(args, monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, 'distributed_type', DistributedType(kind))
+    with pytest.raises(RunError, match=f'configured for {kind}, .* choose plain data parallelism'):
         create_accelerator(args)
 
 

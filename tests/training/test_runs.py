@@ -1,8 +1,11 @@
 """The output folder of a run."""
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+from timm_arl.files import read_rows
 from timm_arl.training import runs
 from timm_arl.training.arguments import RunError
 from timm_arl.training.runs import discard_start
@@ -38,6 +41,17 @@ def test_what_is_not_of_a_run_stays(out, tmp_path):
     assert [path.name for path in out.iterdir()] == ['notes.txt']
     discard_start(tmp_path / 'other')
     assert {path.name for path in (tmp_path / 'other').iterdir()} == {'seed-0', 'tensorboard'}
+
+
+def test_no_look_is_lost_where_two_evaluations_end_together(tmp_path):
+    program = ('import sys; from timm_arl.training.runs import record_look\n'
+               'for _ in range(20): record_look(sys.argv[1], sys.argv[2], {"mean_auc": 0.5}, *sys.argv[3:])')
+    both = [subprocess.Popen([sys.executable, '-c', program, str(tmp_path), *of])
+            for of in (['first'], ['second', 'other'])]
+    assert [process.wait(120) for process in both] == [0, 0]
+    looks = read_rows(tmp_path / 'looks.csv')
+    assert sorted(look['checkpoint'] for look in looks) == ['first'] * 20 + ['second'] * 20
+    assert [path.name for path in tmp_path.iterdir()] == ['looks.csv']
 
 
 def test_a_folder_that_another_machine_cannot_see(tmp_path, monkeypatch):

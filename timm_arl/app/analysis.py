@@ -2,7 +2,6 @@
 import base64
 import binascii
 import contextlib
-import csv
 import io
 import json
 import threading
@@ -27,6 +26,7 @@ from ..isic.images import decode
 from ..isic.synthetic import draw_lesion
 from ..isic.task import label_words
 from ..pictures import REMARKS, remark_on
+from ..prediction_files import MOST_PROBABLE, PredictionFiles
 from ..predictor import Predictor
 
 __all__ = [
@@ -252,14 +252,13 @@ class Analyst:
             analysis: Of a picture.
             factor: Of the alphas; result.json tells what they change.
         """
-        predictor, buffer, table = self.predictor, io.BytesIO(), io.StringIO()
+        predictor, buffer = self.predictor, io.BytesIO()
         labels, values = predictor.labels, analysis.probabilities.double().tolist()
-        decisions = predictor.decide(analysis.probabilities)
-        writer = csv.writer(table, lineterminator='\n')
-        called = {'most_probable': predictor.most_probable(analysis.probabilities)}
-        called = called if predictor.task.kind == 'multiclass' else {}
-        writer.writerow(['image', *labels, *called, *(f'{label}_decision' for label in labels), 'error'])
-        writer.writerow([analysis.name, *values, *called.values(), *map(int, decisions.values()), ''])
+        table = PredictionFiles(Path(), 'csv', labels, predictor.task.kind == 'multiclass')
+        row = table.encode({
+            'image': analysis.name, **dict(zip(labels, values)),
+            MOST_PROBABLE: predictor.most_probable(analysis.probabilities),
+            **dict(zip(table.decisions, predictor.decide(analysis.probabilities).values()))})
         result: Dict[str, Any] = {
             'image': analysis.name, 'synthetic': analysis.synthetic, 'size': analysis.size, 'remark': analysis.remark,
             'not_for': NOT_FOR,
@@ -283,7 +282,7 @@ class Analyst:
                 f'{value:g}': dict(zip(labels, self.at(analysis, value).double().tolist()))
                 for value in sorted({0., 1., factor})}
         with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr('predictions.csv', table.getvalue())
+            archive.writestr('predictions.csv', table.header() + row)
             archive.writestr('result.json', json.dumps(result, indent=2))
             for name, picture in {'picture': analysis.picture, **self.maps(analysis, *analysis.blocks)}.items():
                 file = io.BytesIO()

@@ -76,7 +76,7 @@ def render_card(
         data_text=('generated, **synthetic** images: its scores say nothing about skin' if synthetic else 'ISIC 2017'
                    if official else f'`{data_set.get("name")}`' + (
                        ', which is not the whole training set of ISIC 2017' if task.name == ISIC2017.name else
-                       f' ({task.title})' * (task.name in TASKS))),
+                       f' (labels of {task.title})' * (task.name in TASKS))), official=official,
         crops=arguments.get('crops', 'center'), grey_world=arguments.get('grey_world'),
         lesion_crop=arguments.get('lesion_crop'), squash=arguments.get('aspect') == 'squash',
         has_points=len(thresholds) > 1,

@@ -17,7 +17,7 @@ from ..files import read_rows
 from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.dataset.sources import CHALLENGE_IDS, ids_digest
 from ..isic.selection import selection_column
-from ..isic.task import TASKS, Task
+from ..isic.task import Task
 from ..pretrained import OWN_WEIGHTS
 
 __all__ = ['UNKNOWN_LICENSE', 'HubError', 'brief', 'evaluated', 'read_object', 'results_of']
@@ -63,7 +63,7 @@ def results_of(
     versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
     if license is not None and not re.fullmatch('[a-z0-9][a-z0-9.-]*', license):
         raise HubError(f'{license!r} is no licence as the Hub abbreviates it: apache-2.0 and cc-by-nc-4.0 are two.')
-    known = {*TASKS, *DEMO_TASKS} & {task.name, record['arguments']['data']}
+    known = 'train' in official or record['arguments']['data'] in DEMO_TASKS
     usual = config['pretrained_cfg'].get('license', 'apache-2.0') if known else UNKNOWN_LICENSE
     config['pretrained_cfg'].update(tag=tag, license=license or usual)
     config.update(
@@ -90,6 +90,9 @@ def evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path, task: Task) 
         raise HubError(f'{evaluation} is an evaluation with every alpha at 0: pass it by --alpha-zero, and one of the '
                        f'network as it was trained by --evaluation.')
     richer = read_object(evaluation / 'metrics.json', what)
+    looks = read_rows(evaluation / 'looks.csv') if (evaluation / 'looks.csv').is_file() else []
+    if any('external' in scores for scores in richer.values()) or any(look.get('other_data') for look in looks):
+        raise HubError(f'{evaluation} is an evaluation on other data than those of {run}: pass one on its own.')
     for split, scores in richer.items():
         probabilities = _predictions(evaluation / f'predictions_{split}.csv', task)
         if split in metrics:

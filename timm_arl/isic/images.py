@@ -14,7 +14,8 @@ __all__ = [
     'decode', 'decode_mask', 'read_image', 'readings', 'reason_of', 'stored_size', 'to_rgb', 'unreadable_images',
 ]
 
-BITS_PER_SAMPLE = 258  # tag of a TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
+WHITE_IS_ZERO = 0  # value of PHOTOMETRIC, which Pillow applies to 8 bits alone
 
 
 def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Image:
@@ -40,23 +41,35 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
             with Image.open(source) as file:
                 if shorter_side:
                     _reduce(file, shorter_side)
-                bits = getattr(file, 'tag_v2', {}).get(BITS_PER_SAMPLE, (16,))[0]  # a TIFF may have 12
-                return to_rgb(ImageOps.exif_transpose(file), bits)
+                tags = getattr(file, 'tag_v2', {})
+                bits = tags.get(BITS_PER_SAMPLE, (16,))[0]  # a TIFF may have 12
+                return to_rgb(_upright(file), bits, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
     except UnidentifiedImageError as error:
         raise OSError('it is not an image in a format that Pillow knows') from error
+    except OSError:
+        raise
     except Image.DecompressionBombError as error:
         pixels, limit = (int(number) / 1e6 for number in re.findall(r'\d+', str(error))[:2])
         raise OSError(f'it has {pixels:.0f} megapixels, above the limit of {limit:.0f}') from error
-    except (SyntaxError, ValueError) as error:  # what else Pillow raises beside OSError
+    except Exception as error:  # Pillow raises almost anything for a damaged file
         raise OSError(str(error)) from error
 
 
-def to_rgb(picture: Image.Image, bits: int = 16) -> Image.Image:
+def _upright(file: Image.Image) -> Image.Image:
+    try:
+        file.getexif()
+    except Exception:  # a damaged block of metadata; the pixels may be fine
+        return file
+    return ImageOps.exif_transpose(file)
+
+
+def to_rgb(picture: Image.Image, bits: int = 16, white_is_zero: bool = False) -> Image.Image:
     """An RGB picture of 8 bits, of one of any mode.
 
     Args:
         picture: With more than 8 bits, grey; where no pixel is above 255, its values are those of 8 bits.
         bits: Of grey values that are above 255: the largest is white.
+        white_is_zero: Whether 0 is white, where the mode does not say so.
 
     Raises:
         OSError: Floating-point pixels or grey values beyond 16 bits, whose white is not known.
@@ -68,7 +81,9 @@ def to_rgb(picture: Image.Image, bits: int = 16) -> Image.Image:
         if values.min() < 0 or values.max() > 65535:
             raise OSError('it has grey values beyond 16 bits, whose white is not known')
         white = 2 ** (bits if 8 < bits < 16 and values.max() < 2 ** bits else 16) - 1
-        picture = Image.fromarray((values * 255 / white if values.max() > 255 else values).round().astype(np.uint8))
+        white = white if values.max() > 255 or white_is_zero else 255
+        values = white - values if white_is_zero else values
+        picture = Image.fromarray((values * 255 / white).round().astype(np.uint8))
     return picture.convert('RGB')
 
 
@@ -103,9 +118,12 @@ def decode_mask(mask: Dict, size: Tuple[int, int]) -> Image.Image:
         size: Width and height of the image it belongs to, decoded.
 
     Raises:
-        OSError: As decode, or a mask that is turned by 90 degrees against its image.
+        OSError: As decode, a mask that is turned by 90 degrees against its image, or one of 0 and 1.
     """
     picture = decode(mask).convert('L')
+    largest = picture.getextrema()[1]
+    if 0 < largest < 128:
+        raise OSError(f'the largest value of its mask is {largest}, but a lesion is white, 255')
     if (picture.width - picture.height) * (size[0] - size[1]) < 0:
         raise OSError(f'its mask has {picture.width} x {picture.height} px, the image {size[0]} x {size[1]}')
     return picture

@@ -11,7 +11,7 @@ import numpy as np
 
 from .calibration import calibrate, expected_calibration_error, fit_calibration
 from .images import decode, stored_size
-from .intervals import percentile_interval, resampled_indices
+from .intervals import percentile_interval, resampled_times
 from .metrics import threshold_for_sensitivity, youden_threshold
 from .task import ISIC2017, DataError, Task
 
@@ -166,11 +166,10 @@ def calibration_drift(
         images, positives, and, as_given and calibrated, expected (positives), ratio (expected to observed, with
         ratio_ci95; None without a positive), ece and brier; calibrated is None where it is not known.
     """
+    times = resampled_times(len(truth), seed=seed, groups=groups)
+
     def of(p: np.ndarray) -> Dict[str, Any]:
-        _, which = np.unique(np.arange(len(truth)) if groups is None else np.asarray(groups), return_inverse=True)
-        expected, observed = (np.bincount(which, values) for values in (p, truth))
-        index = resampled_indices(len(expected), seed=seed)
-        tops, bottoms = expected[index].sum(1), observed[index].sum(1)
+        tops, bottoms = times @ p, times @ np.asarray(truth, np.float64)
         ratios = np.where(bottoms > 0, tops / np.maximum(bottoms, 1), np.nan)
         some = bool(truth.sum())
         return {'expected': float(p.sum()), 'ratio': float(p.sum() / truth.sum()) if some else None,

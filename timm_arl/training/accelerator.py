@@ -78,6 +78,10 @@ def create_accelerator(args):
     if accelerator.num_processes != int(os.environ.get('WORLD_SIZE', 1)):
         raise RunError(f'{os.environ["WORLD_SIZE"]} processes were launched, but Accelerate sees '
                        f'{accelerator.num_processes}: launch with --multi_gpu, or with torchrun.')
+    kind = accelerator.distributed_type.value
+    if kind != 'NO' and not kind.startswith('MULTI_'):
+        raise RunError(f'Accelerate is configured for {kind}, which this program does not support: choose plain data '
+                       f'parallelism (accelerate config), or pass --config_file to accelerate launch.')
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':  # Accelerate would use float32
         raise RunError('Mixed precision fp16 does not work on a CPU: choose bf16 or no.')
     if accelerator.mixed_precision == 'bf16' and accelerator.device.type == 'cpu' and Bf16Convolutions.needed():

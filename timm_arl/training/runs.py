@@ -23,6 +23,7 @@ from .. import __version__
 from ..download import WeightsError
 from ..factory import load_weights_file
 from ..files import (
+    alone_in,
     git_commit,
     make_folder,
     read_rows,
@@ -237,14 +238,14 @@ def record_look(folder: PathLike, checkpoint: PathLike, scores: Dict[str, Any], 
         other_data: Data that are not those of the checkpoint's run: their images are not its test split.
     """
     path = Path(folder, 'looks.csv')
-    rows: List[Dict[str, Any]] = []
-    if path.exists():
-        rows = [{key: value for key, value in row.items() if key} for row in read_rows(path)]
-    rows.append({
+    look = {
         'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'checkpoint': str(checkpoint), 'mean_auc': scores['mean_auc'],
         'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]) or '',
-        **({'other_data': other_data} if other_data else {})})
-    write_rows(path, rows, list(dict.fromkeys(key for row in rows for key in row)))
+        **({'other_data': other_data} if other_data else {})}
+    with alone_in(folder):
+        earlier = read_rows(path) if path.exists() else []
+        rows = [*({key: value for key, value in row.items() if key} for row in earlier), look]
+        write_rows(path, rows, list(dict.fromkeys(key for row in rows for key in row)))
 
 
 def check_output_dir(out):

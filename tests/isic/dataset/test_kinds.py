@@ -1,5 +1,6 @@
 """Every kind of data that docs/data.md names: found out by itself, divided by group, refused in one sentence."""
 import pickle
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -189,6 +190,20 @@ def edited(path, old, new):
     return str(path)
 
 
+def added(data, name, content=''):
+    """The folder with one more file."""
+    file = Path(data, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content)
+    return str(data)
+
+
+def without_truth(data):
+    for file in Path(data).glob('*.csv'):
+        file.unlink()
+    return str(data)
+
+
 def moved(folder):
     isic2018(folder)
     next((folder / 'ISIC2018_Task3_Test_Input').glob('*.jpg')).unlink()
@@ -246,6 +261,15 @@ def with_split(folder, words):
      'trian is beside the splits but is none'),
     (lambda f: str(class_folders(f, splits=('train', 'training', 'test'))), Wanted(),
      'two folders for the split train'),
+    (lambda f: added(class_folders(f), 'mine.csv', ',label'), Wanted(),
+     'has 2 folders of images and a table: pass --data .*mine.csv if the table tells the labels, or move it away'),
+    (lambda f: added(class_folders(f), 'MEL/labels.tsv'), Wanted(), 'pass --data .*labels.tsv'),
+    (lambda f: added(class_folders(f), 'stray.jpg'), Wanted(), 'stray.jpg would be left out: move it into the folder'),
+    (lambda f: added(class_folders(f), 'SCC/p1/1.jpg'), Wanted(), '1.jpg would be left out: move it into the folder'),
+    (lambda f: added(class_folders(f), 'NV/9.HEIC'), Wanted(), '9.HEIC would be left out: convert it to one of .jpg'),
+    (lambda f: added(class_folders(f, splits=('train',)), 'val/1.jpg'), Wanted(), '1.jpg would be left out'),
+    (lambda f: without_truth(isic2019(f)), Wanted(),
+     'has ISIC_2019_Training_Input, but none of ISIC_2019_Training_GroundTruth.csv: put the ground truth'),
     (lambda f: str(table(f)), Wanted(task='isic2018', labels=('MEL',)), '--task names the labels'),
     (moved, Wanted(), 'do not fit: there is no image for ISIC_.* .1 such of 21 rows and 20 images'),
     (lambda f: edited(isic2018(f) / 'ISIC2018_Task3_Test_GroundTruth/ISIC2018_Task3_Test_GroundTruth.csv',
@@ -258,6 +282,40 @@ def test_bad_data_are_refused_in_one_sentence(tmp_path, build, wanted, message):
     assert '\n' not in str(raised.value)
 
 
+def test_a_task_of_the_user_has_the_column_that_it_names(tmp_path):
+    """Histology is not the clinical diagnosis."""
+    path = table(tmp_path, head=('image', 'diagnosis', 'Histology'), classes=('nevus', 'nevus', 'melanoma'),
+                 more=lambda k: (('melanoma', 'nevus')[k % 2],))
+    (tmp_path / 't.yaml').write_text('kind: multiclass\ncolumn: histology\nlabels: [nevus, melanoma]\n')
+    data = load_data(str(path), Wanted(task=str(tmp_path / 't.yaml')))
+    assert sum(label_array(split, data.task).sum(0) for split in data.splits.values()).tolist() == [20, 20]
+    edited(path, 'Histology', 'notes')
+    with pytest.raises(DataError, match='has no column histology .it has image, diagnosis, notes'):
+        load_data(str(path), Wanted(task=str(tmp_path / 't.yaml')))
+
+
+def test_codes_stay_as_they_are_written(tmp_path):
+    assert load_data(str(table(tmp_path, classes=('01', '02', '10')))).task.labels == ('01', '02', '10')
+
+
+def test_words_of_0_and_1_are_numbers(tmp_path):
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.Value('string')})
+    rows = [{'image': {'bytes': jpeg((k, 80, 60)), 'path': f'{k}.jpg'}, 'label': str(k % 2)} for k in range(30)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / 'all.parquet')
+    data = load_data(str(tmp_path / 'all.parquet'))
+    assert data.task.labels == ('label',)
+    assert sum(label_array(split, data.task).sum() for split in data.splits.values()) == 15
+
+
+def test_tables_of_one_data_set_may_write_numbers_in_two_ways(tmp_path):
+    isic2018(tmp_path)
+    edited(tmp_path / 'ISIC2018_Task3_Test_GroundTruth/ISIC2018_Task3_Test_GroundTruth.csv', '.0', '')
+    ids = {name: list(split['image_id']) for name, split in load_data(str(tmp_path)).splits.items()}
+    lines(tmp_path / 's.csv', ('image_id', 'split'), [(i, name) for name, each in ids.items() for i in each])
+    data = load_data(str(tmp_path), Wanted(splits=str(tmp_path / 's.csv')))
+    assert {name: list(split['image_id']) for name, split in data.splits.items()} == ids
+
+
 def test_groups_may_be_divided_if_the_user_says_so(tmp_path):
     assert not load_data(with_split(tmp_path, ('train', 'val', 'test')), Wanted(group='none')).groups
 
@@ -267,7 +325,8 @@ def test_groups_may_be_divided_if_the_user_says_so(tmp_path):
     ('kind: multiclass\nlabels: [a, b]\ncolour: red', 'unknown key colour'),
     ('kind: multiclass\nlabels: [a, a]', 'names a label twice'), ('kind: multiclass\nlabels: a', 'labels a list'),
     ('kind: other\nlabels: [a, b]', 'multilabel or multiclass'), ('kind: multiclass\nlabels: [a, b]\naim: f1',
-     'aim must'),
+     'aim must'), ('kind: multiclass\nlabels:\n  - a: [A]\n  - b: [B]', 'labels a list, or labels with the words'),
+    ('kind: multiclass\nlabels: [a, b]\nexclusive: [x]', 'exclusive must be true or false'),
 ])
 def test_bad_tasks_are_refused(tmp_path, content, message):
     (tmp_path / 't.yaml').write_text(content)

@@ -1,13 +1,17 @@
-"""A copy of a data set with other masks."""
+"""Lesion masks: as they are read, prepared, and given to a copy of a data set."""
+import io
+
 import datasets
 import numpy as np
+import pytest
 from PIL import Image
 from small_data import WITH_ASPECT, jpeg, rows, write
 from test_sources import challenge
 
 from timm_arl.isic.dataset import load_splits
+from timm_arl.isic.dataset.__main__ import main
 from timm_arl.isic.dataset.masks import write_with_masks
-from timm_arl.isic.images import decode
+from timm_arl.isic.images import decode, decode_mask
 from timm_arl.isic.loading import IsicSplit
 
 
@@ -55,3 +59,26 @@ def test_lesions_are_cut_out_of_squashed_copies_and_an_empty_mask_leaves_the_ima
     assert np.allclose(cut, (45, 45), atol=2)  # 30 px, and a margin of a quarter at each end
     assert images.picture(1).size == (150, 100) and images.picture(2).size == (50, 100)
     assert {path.name for path in tmp_path.iterdir()} == {'d', 'copy'}
+
+
+def test_masks_of_0_and_1_are_not_taken_for_empty_ones():
+    """As programs write them that number what they outline: a lesion would be nearly black."""
+    def cell(values):
+        file = io.BytesIO()
+        Image.fromarray(np.array(values, np.uint8)).save(file, 'PNG')
+        return {'bytes': file.getvalue(), 'path': None}
+    with pytest.raises(OSError, match='the largest value of its mask is 1, but a lesion is white, 255'):
+        decode_mask(cell([[0, 1], [0, 0]]), (2, 2))
+    assert decode_mask(cell([[0, 0], [0, 0]]), (2, 2)).getbbox() is None
+    assert decode_mask(cell([[0, 255], [0, 90]]), (2, 2)).getpixel((1, 0)) == 255
+
+
+def test_prepared_masks_have_the_edge_of_the_given_ones(tmp_path):
+    """Dithering scatters pixels around a soft edge."""
+    source = challenge(tmp_path / 'isic', count=5)
+    ramp = np.clip(np.linspace(-200, 455, 60), 0, 255)[None].repeat(40, 0).astype(np.uint8)
+    for file in (source / 'ISIC-2017_Training_Part1_GroundTruth').iterdir():
+        Image.fromarray(ramp).save(file)
+    assert main(['prepare', str(source), str(tmp_path / 'out'), '--workers', '1']) == 0
+    masks = [decode(cell).convert('L') for cell in load_splits(str(tmp_path / 'out'))['train']['mask'] if cell]
+    assert masks and all(np.array_equal(np.asarray(made) > 127, ramp > 127) for made in masks)

@@ -8,6 +8,7 @@ from functools import partial
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import yaml
 from any_data import class_folders, table
@@ -69,9 +70,15 @@ def test_killed_and_run_again(run, tmp_path):
     edit(truth(source), lambda t: t + ''.join(f'ISIC_0{i:06d},0.0,0.0\n' for i in range(3, 1000)))
     target = tmp_path / 'parquet'
     command = [sys.executable, '-m', 'timm_arl.isic.dataset', 'prepare', str(source), str(target), '--workers', '2']
+    deadline = time.time() + 60
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not (workers := psutil.Process(process.pid).children()) and time.time() < deadline:
+            time.sleep(0.01)
+        workers[0].kill()  # as the system does where the memory is full
+        errors = process.stderr.read()
+    assert process.returncode == 2 and 'with fewer --workers than 2' in errors and 'Traceback' not in errors, errors
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
     while not list(target.glob('data/train-*.parquet')) and time.time() < deadline:
         time.sleep(0.01)
     process.kill()
@@ -143,6 +150,9 @@ def test_faults(run, source, tmp_path):
     assert done.returncode == 2 and 'was not made by this command' in done.stderr
     done = run('prepare', tmp_path / 'nowhere', tmp_path / 'n')
     assert done.returncode == 2 and 'No folder' in done.stderr and not (tmp_path / 'n').exists()
+    (tmp_path / 'out' / 'prepare.json').write_text('{')
+    done = run('prepare', source, tmp_path / 'out')
+    assert done.returncode == 2 and f'prepare.json is damaged: remove {tmp_path / "out"}' in done.stderr
 
 
 def test_check_finds_copies_that_were_turned_and_stored_anew(run, source, tmp_path):

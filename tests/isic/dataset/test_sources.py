@@ -97,15 +97,17 @@ def test_the_challenges_labels_count_before_a_diagnosis(tmp_path):
     assert label_array(load_splits(str(folder))['train'])[:, 0].tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize('place', ['{}.jpg', 'images/{}.jpg', 'of {}/photo.jpg'])
 @pytest.mark.parametrize('table', ['metadata.csv', 'metadata.jsonl'])
-def test_an_image_folder_of_the_datasets_library(tmp_path, table):
-    """Whose metadata.csv is not that of the archive's client: its rows name files."""
+def test_an_image_folder_of_the_datasets_library(tmp_path, table, place):
+    """Whose metadata.csv is not that of the archive's client: its rows name files, whose folders are no classes."""
     for number, name in enumerate(WORDS):
-        (tmp_path / name).mkdir()
         content = []
         for i in range(4):
-            picture(i).save(tmp_path / name / f'{i}.jpg')
-            content.append({'file_name': f'{i}.jpg', 'image_id': f'I{number}{i}', 'melanoma': int(i == 1),
+            file = tmp_path / name / place.format(i)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture(i).save(file)
+            content.append({'file_name': place.format(i), 'image_id': f'I{number}{i}', 'melanoma': int(i == 1),
                             'seborrheic_keratosis': int(i == 2)})
         if table.endswith('csv'):
             write_csv(tmp_path / name / table, content)
@@ -185,6 +187,7 @@ def tiff_of_12_bits(values):
     return struct.pack('<2sHIH', b'II', 42, 8, len(tags)) + entries + bytes(4) + pixels
 
 
+@pytest.mark.filterwarnings('ignore:Metadata Warning')
 def test_every_kind_of_picture_comes_out_as_it_looks():
     image = picture(1)
     assert np.array_equal(decode(encoded(image, 'PNG')), image)
@@ -193,6 +196,17 @@ def test_every_kind_of_picture_comes_out_as_it_looks():
     assert np.abs(shown - np.asarray(grey16) / 257).max() <= 0.5  # not cut off at 255
     assert np.asarray(decode({'bytes': tiff_of_12_bits([0, 4095, 2048, 1024]), 'path': None}))[0, :, 0].tolist() == [
         0, 255, 128, 64]
+    negative = encoded(grey16, 'TIFF', tiffinfo={262: 0})  # 0 is white
+    assert np.abs(255 - np.asarray(decode(negative))[..., 0] - np.asarray(grey16) / 257).max() <= 0.5
+    for fmt in ('PNG', 'WEBP'):  # a damaged block of metadata
+        assert decode(encoded(image, fmt, exif=b'Exif\0\0II*\0')).size == image.size
+    damaged = encoded(image, 'TIFF', tiffinfo={305: 'x'})
+    for k in range(8, len(damaged['bytes'])):  # Pillow raises TypeError and others for some of them
+        try:
+            decode({'bytes': damaged['bytes'][:k] + bytes([damaged['bytes'][k] ^ 12]) + damaged['bytes'][k + 1:],
+                    'path': None})
+        except OSError:
+            pass
     for values in ([[0, 70000]], [[-5, 300]]):  # would wrap around
         with pytest.raises(OSError, match='grey values beyond 16 bits'):
             decode(encoded(Image.fromarray(np.array(values, np.int32)), 'TIFF'))

@@ -1,11 +1,16 @@
 """The figures of the paper's tables: against scikit-learn, SciPy and the paper's own arithmetic."""
+import datasets
 import numpy as np
 import pytest
 import timm
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
 import timm_arl  # noqa: F401  registers the models
+from timm_arl.files import write_json
+from timm_arl.isic.predictions import write_predictions
 from timm_arl.isic.task import LABELS
+from timm_arl.training.arguments import RunError
+from timm_arl.training.tables.lines import table_lines
 from timm_arl.training.tables.pages import cell, differences, markdown_page, write_table
 from timm_arl.training.tables.rows import TABLES, TITLES, pairs_of, printed_figures
 from timm_arl.training.tables.scores import Scores, labels_of
@@ -86,6 +91,64 @@ def test_printed_figures_of_the_papers_headline():
 
 class Arguments:
     data, output_dir, seeds = None, 'O', [0, 1, 2]
+    table, digest, stored, files = 'table3', 'd', '256 x 256 px', {}
+    epochs, img_size, mixed_precision = None, None, 'no'
+
+
+@pytest.fixture
+def runs(truth, tmp_path):
+    """Predictions of two rows, as their runs keep them, and what the program knows of the data."""
+    ids = [f'ISIC_{k}' for k in range(len(truth))]
+    for folder in ('predictions', 'runs'):
+        (tmp_path / folder).mkdir()
+    for row in ('arl_cnn14', 'resnet14'):
+        for seed in (0, 1):
+            path = tmp_path / 'predictions' / f'{row}-seed{seed}.csv'
+            write_predictions(path, ids, predictions(truth, seed))
+            write_json(path.with_suffix('.json'), {
+                'settings': ['--mixed-precision=no'], 'origin': {'data': 'd', 'images': '256 x 256 px', 'weights': ''},
+                'columns': dict(image_size=96, epochs=20, precision='fp32', commit='abc', kernels='')})
+    args = Arguments()
+    args.splits = {'test': datasets.Dataset.from_dict({
+        'image_id': ids, **{label: truth[:, k].tolist() for k, label in enumerate(LABELS)}})}
+    return args, tmp_path
+
+
+def change(path, before, after):
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+
+
+def test_seeds_that_are_missing_have_each_their_reason(runs):
+    args, out = runs
+    for seed, why in ((0, 'no network'), (1, 'no network'), (2, 'the loss is nan')):
+        (out / 'runs' / f'seresnet14-seed{seed}.reason').write_text(why)
+    (out / 'runs' / 'arl_cnn14-seed2.reason').write_text('no space left')
+    notes = {line['row']: line['note'] for line in table_lines(args, out)[0]}
+    assert notes['seresnet14'] == 'seed 0, 1: no network; seed 2: the loss is nan'
+    assert notes['arl_cnn14'] == 'seed 2: no space left'
+    assert notes['resnet14'] == 'seed 2: not run: --row resnet14 makes it'
+
+
+@pytest.mark.parametrize('before, after, says', [
+    ('256 x 256 px', '512 x 512 px', 'images of 512 x 512 px, and those of None have 256 x 256 px'),
+    ('"weights": ""', '"weights": "hub"', 'was made with other origin than'),
+    ('--mixed-precision=no', '--mixed-precision=bf16', 'was made with other settings than'),
+])
+def test_a_seed_that_was_made_otherwise_is_not_averaged(runs, before, after, says):
+    args, out = runs
+    change(out / 'predictions' / 'arl_cnn14-seed1.json', before, after)
+    with pytest.raises(RunError, match=says):
+        table_lines(args, out)
+
+
+def test_rows_of_different_budgets_are_not_subtracted(runs):
+    args, out = runs
+    for seed in (0, 1):
+        change(out / 'predictions' / f'arl_cnn14-seed{seed}.json', '"epochs": 20', '"epochs": 40')
+    with pytest.raises(RunError, match='arl_cnn14 and resnet14 cannot be compared: their epochs is 40 and 20'):
+        table_lines(args, out)
 
 
 def test_t_test_of_the_paper_is_corrected(truth):
@@ -149,6 +212,15 @@ def test_page_shows_every_figure_and_reason(table, tmp_path):
     page = (tmp_path / f'{table}.md').read_text()
     assert '0.600 [0.500, 0.700] (printed 0.5)' in page
     assert 'one network' in page and 'b: no weights' in page and 'python x' in page
+
+
+def test_page_says_what_its_intervals_are_over():
+    several = cell('a', 'pointing game', None, (0.6, 0.5, 0.7), images=72, seeds='0 1 2')
+    one = cell('b', 'pointing game', None, (0.6, 0.5, 0.7), images=72, seeds='0')
+    assert 'with 95 % intervals over images and seeds (bootstrap);' in markdown_page('maps', [several], {}, 'some data')
+    for table in ('maps', 'table3'):
+        page = markdown_page(table, [several, one], {}, 'some data')
+        assert 'with 95 % intervals over images and seeds (bootstrap, of images alone for one seed);' in page
 
 
 def test_page_of_crops_tells_how_good_the_masks_are(tmp_path):

@@ -67,6 +67,7 @@ def read_challenge(folder: Path) -> Optional[Tuple[Task, Dict[str, datasets.Data
         if any(images for images, _ in found.values()):
             kinds.append((name, found))
     if not kinds:
+        _check_truth(folder)
         return None
     # the Dataverse has a test set of 2018 beside HAM10000
     name, found = max(kinds, key=lambda kind: 'train' in kind[1])
@@ -79,6 +80,17 @@ def read_challenge(folder: Path) -> Optional[Tuple[Task, Dict[str, datasets.Data
         folders = [images, *([second] if second else [])]
         splits[split] = _split(folders, truth, about, task)
     return task, {WHOLE: splits['train']} if list(splits) == ['train'] else splits
+
+
+def _check_truth(folder: Path) -> None:
+    """Refuse images of a challenge without any ground truth: the names of their folders are no diagnoses."""
+    for name, parts in CHALLENGES.items():
+        for part in parts.values():
+            called = TASKS[name].title.split()[0].lower()  # which 'train' is not
+            place = _first(folder, [place for place in part.images if called in place.lower()])
+            if place:
+                raise DataError(f'{folder} has {place.name}, but none of {", ".join(part.truth)}: put the ground truth '
+                                f'beside it.')
 
 
 def _images(folder: Path, places: Iterable[str]) -> Optional[Path]:

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from ..task import TASKS, DataError, Task
-from .names import CLASS_COLUMNS, plain
+from .names import CLASS_COLUMNS, column_named, plain
 from .options import Wanted
 
 __all__ = ['find_task', 'with_ids', 'with_labels', 'words_of']
@@ -60,7 +60,9 @@ def find_task(
     if task is not None:
         if not task.column and set(task.labels) <= set(columns):
             return task, ''
-        column = task.column if task.column in columns else _class_column(first, data, task)
+        column = column_named(columns, task.column) if task.column else ''
+        if not column and (not task.column or task.name in TASKS):  # a file of the user's names its column
+            column = _class_column(first, data, task)
         if column or task.column:
             if not column:
                 raise DataError(_lacks(data, [task.column], shown))
@@ -142,7 +144,8 @@ def with_labels(
     Args:
         split: It.
         task: What is predicted.
-        column: The one that names the class of each image; '' where the columns of 0 and 1 are there.
+        column: The one that names the class of each image; '' where the columns of 0 and 1 are there, as numbers or
+            words.
         where: What messages call the split.
         called: What they call the column; '': as it is.
 
@@ -150,6 +153,9 @@ def with_labels(
         DataError: An image without a class, or of one that is no label.
     """
     if not column:
+        for label in task.labels:  # '0' and '1' are numbers too
+            if split.features[label].dtype == 'string' and set(split[label]) <= {'0', '1'}:
+                split = split.cast_column(label, datasets.Value('int8'))
         return split
     ids = [str(image_id) for image_id in split['image_id']]
     numbers = class_numbers(words_of(split, column), task, ids, f'{where}: {called or column}')

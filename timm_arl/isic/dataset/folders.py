@@ -12,6 +12,7 @@ from .tables import unique_ids
 __all__ = ['check_has_labels', 'read_class_folders']
 
 TABLES = ('.csv', '.tsv', '.xlsx', '.xls')
+NOT_READ = ('.heic', '.heif', '.avif', '.gif', '.jfif', '.jp2', '.dcm', '.dicom')  # pictures all the same
 BESIDE = ('', '.txt', '.md', '.pdf', '.ini', '.db')  # which say nothing of the kind of data
 
 
@@ -22,8 +23,11 @@ def read_class_folders(folder: Path) -> Optional[Dict[str, datasets.Dataset]]:
     twice) and diagnosis, the name of its folder.
 
     Raises:
-        DataError: A folder beside those of the splits that is none, or images that lie beside folders of classes.
+        DataError: A folder beside those of the splits that is none, a table beside folders of classes without splits,
+            or a picture that is in no folder of a class, or that is not read.
     """
+    if any(map(is_metadata, folder.rglob('metadata.*'))):  # of the datasets library
+        return None
     inside = {part: _classes(part) for part in _folders(folder)}
     by_split = {part: split_name(part.name) for part, classes in inside.items() if classes}
     if any(by_split.values()):
@@ -40,6 +44,11 @@ def read_class_folders(folder: Path) -> Optional[Dict[str, datasets.Dataset]]:
         classes = [part for part in _folders(folder) if _has_images(part)]
         if len(classes) < 2 or any(split_name(part.name) for part in classes):
             return None
+        tables = [file for part in (folder, *classes) for file in sorted(part.iterdir())
+                  if file.suffix.lower() in TABLES and not file.name.startswith('.')]
+        if tables:
+            raise DataError(f'{folder} has {len(classes)} folders of images and a table: pass --data {tables[0]} if '
+                            f'the table tells the labels, or move it away if the names of the folders do.')
         parts = {WHOLE: classes}
     rows: List[Tuple[str, str, Path]] = []
     for name, classes in parts.items():
@@ -48,6 +57,13 @@ def read_class_folders(folder: Path) -> Optional[Dict[str, datasets.Dataset]]:
             if deeper:
                 raise DataError(f'{each} holds a folder of images, {deeper[0].name}: move them into {each}.')
             rows += [(name, each.name, file) for file in image_files(each).values()]
+    used = {file for _, _, file in rows}
+    for file in sorted(folder.rglob('*')):
+        if file.suffix.lower() in (*IMAGE_SUFFIXES, *NOT_READ) and file not in used and not any(
+                part.startswith('.') for part in file.relative_to(folder).parts):
+            raise DataError(f'{file} would be left out: ' + (
+                f'convert it to one of {", ".join(IMAGE_SUFFIXES)}' if file.suffix.lower() in NOT_READ else
+                'move it into the folder of its class') + f', or move it out of {folder}.')
     ids = unique_ids([(file.stem, f'{label}-{file.stem}', f'{name}-{label}-{file.stem}') for name, label, file in rows])
     splits = {}
     for name in parts:
@@ -67,7 +83,7 @@ def check_has_labels(folder: Path) -> None:
     """
     files = [file for file in sorted(folder.rglob('*')) if file.is_file() and not file.name.startswith('.')]
     endings = {file.suffix.lower() for file in files} - set(BESIDE)
-    if not files or not endings <= {*TABLES, *IMAGE_SUFFIXES} or any(file.stem == 'metadata' for file in files):
+    if not files or not endings <= {*TABLES, *IMAGE_SUFFIXES} or any(map(is_metadata, files)):
         return
     tables = [str(file) for file in files if file.suffix.lower() in TABLES]
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
@@ -77,6 +93,16 @@ def check_has_labels(folder: Path) -> None:
     if images:
         raise DataError(f'{folder} has {len(images)} images, and nothing that tells their labels: pass a CSV of their '
                         f'paths and labels, or put them in a folder for each class.')
+
+
+def is_metadata(file: Path) -> bool:
+    """Whether it is a table by which the datasets library tells the labels of the images in a folder."""
+    if file.name == 'metadata.parquet':
+        return True
+    if file.name not in ('metadata.csv', 'metadata.jsonl'):
+        return False
+    with file.open(encoding='utf-8', errors='replace') as lines:
+        return 'file_name' in lines.readline()
 
 
 def _folders(folder: Path) -> List[Path]:

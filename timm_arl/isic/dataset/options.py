@@ -91,13 +91,14 @@ def load_task(name: str) -> Task:
     if unknown:
         raise DataError(f'The task {name} has the unknown key {unknown[0]}: choose {", ".join(KEYS)}.')
     labels = content.pop('labels')
-    words: Dict[str, Any] = labels if isinstance(labels, dict) else dict.fromkeys(labels, ())
-    if isinstance(labels, list) and len(words) < len(labels):
-        raise DataError(f'The task {name} names a label twice: give each once.')
-    exclusive = content.pop('exclusive', 'false').lower()
-    if exclusive not in ('true', 'false') or not isinstance(labels, (dict, list)):
+    exclusive = str(content.pop('exclusive', 'false')).lower()
+    listed = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if exclusive not in ('true', 'false') or not (listed or isinstance(labels, dict)):
         raise DataError(f'The task {name}: exclusive must be true or false, and labels a list, or labels with the '
                         f'words that mean them.')
+    words: Dict[str, Any] = labels if isinstance(labels, dict) else dict.fromkeys(labels, ())
+    if len(words) < len(labels):
+        raise DataError(f'The task {name} names a label twice: give each once.')
     aliases = [(word, label) for label, others in words.items() for word in ([others] if isinstance(others, str) else
                                                                              others or ())]
     if content.get('aim', 'mean_auc') not in ('mean_auc', 'balanced_accuracy'):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -105,13 +106,16 @@ def prepare(args: argparse.Namespace) -> int:
     total = sum(len(range(start, min(start + SHARD, len(split)))) for _, split, start in open_jobs)
     with (ProcessPoolExecutor(args.workers, initializer=_end_with_parent) as pool,
           tqdm(total=total, unit='image') as bar):
-        futures = {
-            pool.submit(_write_shard, path, split.select(range(start, min(start + SHARD, len(split)))),
-                        args.longest_side, args.skip_bad_images, features, task): path
-            for path, split, start in open_jobs}
         try:
+            futures = [
+                pool.submit(_write_shard, path, split.select(range(start, min(start + SHARD, len(split)))),
+                            args.longest_side, args.skip_bad_images, features, task)
+                for path, split, start in open_jobs]
             for future in as_completed(futures):
                 bar.update(future.result())
+        except BrokenProcessPool as error:
+            raise DataError(f'A process was killed, which mostly means that the memory is full: run the same command '
+                            f'again with fewer --workers than {args.workers}; finished shards are kept.') from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -223,7 +227,11 @@ def _twins(path: str, splits: Dict[str, datasets.Dataset]) -> List[str]:
 def _check_target(target: Path, plan: Dict[str, Any]) -> None:
     record = target / 'prepare.json'
     if record.is_file():
-        saved = json.loads(record.read_text())
+        try:
+            saved = json.loads(record.read_text(encoding='utf-8'))
+            assert isinstance(saved, dict)
+        except (ValueError, AssertionError):
+            raise DataError(f'{record} is damaged: remove {target}, and run the same command again.') from None
         changed = ['table of ids, labels, age and sex' if key == 'table' else key for key in plan
                    if saved.get(key) != plan[key] and not (key == 'skip_bad_images' and plan[key])]
         if changed:
@@ -264,7 +272,8 @@ def _write_shard(
                 raise OSError(f'it has {image.width} x {image.height} px, which is no photograph')
             mask = row.get('mask')
             if mask is not None:
-                mask = _resized(decode_mask(mask, image.size).convert('1'), longest_side, Image.Resampling.NEAREST)
+                mask = decode_mask(mask, image.size).convert('1', dither=Image.Dither.NONE)
+                mask = _resized(mask, longest_side, Image.Resampling.NEAREST)
         except OSError as error:
             if skip_bad_images:
                 continue

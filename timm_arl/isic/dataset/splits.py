@@ -3,7 +3,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import datasets
 
@@ -213,7 +213,7 @@ def _as_in_file(
     """The images divided as a file tells, or None where it is a run's and of other images."""
     labels: Dict[str, str] = {}
     by_id = read_split_file(file, labels)
-    everything = datasets.concatenate_datasets(list(splits.values()))
+    everything = datasets.concatenate_datasets(_of_equal_types(list(splits.values())))
     ids = [str(image_id) for image_id in everything['image_id']]
     known = [image_id for image_id in ids if image_id in by_id]
     new, gone = set(ids) - by_id.keys(), by_id.keys() - set(ids)
@@ -243,6 +243,19 @@ def _as_in_file(
                                 f'of these data?')
     return {name: everything.select(rows) for name in (*SPLITS, LEFT_OUT)
             for rows in [[row for row, image_id in enumerate(ids) if by_id[image_id] == name]] if rows}
+
+
+def _of_equal_types(splits: Sequence[datasets.Dataset]) -> List[datasets.Dataset]:
+    """Splits whose columns of numbers have one type, where a table of one has 55 and that of another 55.0."""
+    kinds: Dict[str, Set[str]] = {}
+    for split in splits:
+        for column, feature in split.features.items():
+            if isinstance(feature, datasets.Value):
+                kinds.setdefault(column, set()).add(feature.dtype)
+    differ = {column: datasets.Value('string' if 'string' in found else 'float64')
+              for column, found in kinds.items() if len(found) > 1}
+    return [split.cast(datasets.Features({**split.features, **{
+        column: kind for column, kind in differ.items() if column in split.features}})) for split in splits]
 
 
 def _arranged(

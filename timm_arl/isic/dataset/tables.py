@@ -3,6 +3,7 @@ import csv
 import io
 import math
 import os
+import re
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
@@ -10,12 +11,13 @@ import datasets
 
 from ..task import DataError
 from .groups import SPLIT_NAMES, WHOLE, split_name
-from .names import IMAGE_COLUMNS, column_named, looks_like_groups, plain
+from .names import CLASS_COLUMNS, IMAGE_COLUMNS, column_named, looks_like_groups, plain
 from .sources import IMAGE_SUFFIXES, table_text
 
 __all__ = ['read_image_table', 'read_lines', 'renamed', 'typed', 'unique_ids']
 
 NAMED = 3  # missing files in a message
+CODE = re.compile(r'0\d')  # as a class, 007 is no number
 NOTHING = ('', 'nan', 'na', 'n/a', 'null')
 
 
@@ -234,7 +236,8 @@ def typed(values: Sequence[str], name: str = '') -> List[Any]:
     known = [None if value.lower() in NOTHING else value for value in values]
     if any(known) and {value.lower() for value in known if value} <= {'true', 'false'}:
         return [None if value is None else int(value.lower() == 'true') for value in known]
-    words = name.lower().endswith('_id') or looks_like_groups(name) or any('_' in value for value in known if value)
+    words = (name.lower().endswith('_id') or looks_like_groups(name) or any('_' in value for value in known if value)
+             or (plain(name) in CLASS_COLUMNS and any(CODE.match(value) for value in known if value)))
     for kind in () if words else (int, float):  # int('1_2') is 12
         try:
             numbers = [None if value is None else kind(value) for value in known]

@@ -16,7 +16,7 @@ from ...files import read_rows, replacing
 from ...isic.artefacts import draw_bubbles, draw_hair
 from ...isic.images import reason_of
 from ...isic.plots import alpha_plot
-from ...isic.task import LABELS, label_words
+from ...isic.task import label_words
 
 __all__ = ['FIGURES', 'Shown', 'draw_figures']
 
@@ -55,7 +55,7 @@ def draw_figures(
 
     Args:
         out: Folder.
-        predictors: Two trained networks, of timm_arl.predictor.
+        predictors: Two trained networks of the same labels, of timm_arl.predictor.
         images: What is shown, at least one.
         count: Images in a figure.
         progress: Wraps the iteration over the images. One that cannot be read is named on stderr and left out.
@@ -126,22 +126,24 @@ def _cams(predictors: Sequence[Any], names: List[str], rows: List[Tuple], again:
         again: Whether the picture was changed, and probabilities are computed again.
     """
     heats, answers = [], []
+    labels = predictors[0].labels
     for shown, picture, _, of in rows:
-        label = int(of.mean(0).argmax())
+        label = labels[int(of.mean(0).argmax())]
         maps, found = [], []
         for predictor in predictors:
             crops, boxes = predictor.prepare(picture, shown.name)
-            maps.append(on_picture(class_activation_map(predictor.network, crops)[:, label], boxes, picture.size))
+            output = predictor.task.outputs.index(label)
+            maps.append(on_picture(class_activation_map(predictor.network, crops)[:, output], boxes, picture.size))
             found.append(predictor.probabilities(crops))
         heats.append(maps)
         answers.append(torch.stack(found) if again else of)
     tops = [max(float(np.nanmax(np.abs(maps[k]))) for maps in heats) for k in range(len(predictors))]
     tiles = []
     for (shown, picture, caption, of), maps, answer in zip(rows, heats, answers):
-        name_of_label = label_words(LABELS[int(of.mean(0).argmax())])
+        name_of_label = label_words(labels[int(of.mean(0).argmax())])
         tiles.append((picture, f'{caption}{", " * bool(shown.label)}{shown.label}'))
         for name, heat, top, p in zip(names, maps, tops, answer):  # one scale for each network, 0 in the middle
-            text = ', '.join(f'{label_words(each)} {value:.2f}' for each, value in zip(LABELS, p.tolist()))
+            text = ', '.join(f'{label_words(each)} {value:.2f}' for each, value in zip(labels, p.tolist()))
             legend = f'Evidence for {name_of_label}, logit: yellow for, blue against'
             tiles.append((overlay(picture, heat, legend, (-top, top)), f'{name}: {text}'))
     return tiles

@@ -36,7 +36,7 @@ def settings(args: Any, row: Row) -> List[str]:
 
 def origin(args: Any, row: Row) -> Dict[str, str]:
     """Which images and weights a run is of."""
-    return {'data': args.digest, 'weights': row.weights and (
+    return {'data': args.digest, 'images': args.stored, 'weights': row.weights and (
         sha256_of(Path(args.files[row.weights])) if row.weights in args.files else 'hub')}
 
 
@@ -50,6 +50,9 @@ def check_record(args: Any, row: Row, path: Path, images_alone: bool = False) ->
     if made['data'] != asked['data']:
         raise RunError(f'{path} was made with other images than those of {args.data}: give the same --data, or another '
                        f'--output-dir.')
+    if made.get('images') != asked['images']:
+        raise RunError(f'{path} was made with images of {made.get("images", "an unknown size")}, and those of '
+                       f'{args.data} have {asked["images"]}: give the same --data, or another --output-dir.')
     for what, of, wanted in (('weights', made['weights'], asked['weights']),
                              ('flags', read_record(path, 'settings'), settings(args, row))):
         if of != wanted and not images_alone:
@@ -80,6 +83,7 @@ def read_scores(args: Any, out: Path, table: str) -> Tuple[Dict[str, Scores], Di
             continue
         for path in paths.values():
             check_record(args, row, path.with_suffix('.json'), images_alone=True)
+        _check_alike(*(path.with_suffix('.json') for path in paths.values()))
         scores[row.name] = Scores(truth, {seed: read_predictions(path, ids) for seed, path in paths.items()})
         made = [read_record(path.with_suffix('.json'), 'columns') for path in paths.values()]
         columns[row.name] = {
@@ -89,8 +93,26 @@ def read_scores(args: Any, out: Path, table: str) -> Tuple[Dict[str, Scores], Di
     return scores, columns
 
 
-def reason_of(out: Path, name: str) -> str:
-    path = out / 'runs' / f'{name}.reason'
+def _check_alike(first: Path, *others: Path) -> None:
+    """Refuse a row whose seeds were made in different ways: their mean would be of nothing that was run."""
+    for key in ('settings', 'origin'):
+        for other in others:
+            if read_record(other, key) != read_record(first, key):
+                raise RunError(f'{other} was made with other {key} than {first}, {read_record(other, key)} and not '
+                               f'{read_record(first, key)}: remove {other.with_suffix(".*")} to make it again.')
+
+
+def _check_budgets(first: str, second: str, columns: Dict[str, Dict[str, Any]]) -> None:
+    """Refuse to subtract rows that were trained by different budgets."""
+    for key in ('image_size', 'epochs', 'precision'):
+        one, two = columns[first][key], columns[second][key]
+        if one != two:
+            raise RunError(f'{first} and {second} cannot be compared: their {key.replace("_", " ")} is {one} and '
+                           f'{two}. Make both with the same flags, in another --output-dir.')
+
+
+def reason_of(out: Path, name: str, seed: int) -> str:
+    path = out / 'runs' / f'{name}-seed{seed}.reason'
     return path.read_text(encoding='utf-8') if path.is_file() else ''
 
 
@@ -102,9 +124,13 @@ def table_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str, s
     for row in TABLES[args.table]:
         note = row.about
         if row.model:
-            missing = [seed for seed in args.seeds if row.name not in scores or seed not in scores[row.name].seeds]
-            why = reason_of(out, row.name) or reason_of(out, row.alpha_zero_of) or f'not run: --row {row.name} makes it'
-            note = f'seed {", ".join(map(str, missing))}: {why}' if missing else ''
+            missing: Dict[str, List[int]] = {}
+            for seed in args.seeds:
+                if row.name not in scores or seed not in scores[row.name].seeds:
+                    why = (reason_of(out, row.name, seed) or reason_of(out, row.alpha_zero_of, seed)
+                           or f'not run: --row {row.name} makes it')
+                    missing.setdefault(why, []).append(seed)
+            note = '; '.join(f'seed {", ".join(map(str, seeds))}: {why}' for why, seeds in missing.items())
         for label in labels_of(args.table):
             figure = scores[row.name].figure(label) if row.name in scores else None
             lines.append(cell(row.name, label, printed.get((row.name, label)), figure, note,
@@ -116,6 +142,8 @@ def table_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str, s
                   for key in ('dice', 'iou')]
     for first, second in pairs_of(args.table):
         apart = scores[first] - scores[second] if first in scores and second in scores else None
+        if apart:
+            _check_budgets(first, second, columns)
         how = {**columns[first], 'seeds': ' '.join(map(str, apart.seeds)), 'command': ''} if apart else {}
         for label in labels_of(args.table):
             both = [printed[name, label] for name in (first, second) if (name, label) in printed]

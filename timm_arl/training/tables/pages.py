@@ -128,20 +128,23 @@ def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str]
     pairs = [name for name in by_row if ' - ' in name and any(map(_text, by_row[name].values()))]
     measured = [line for line in lines if line['measured']]
     parts = [f'# {TITLES[table]}']
+    alone = any(line['ci_low'] and line['seeds'].isdigit() for line in measured)
+    over = f'with 95 % intervals over images and seeds (bootstrap{", of images alone for one seed" * alone})'
     if table in SCORED and measured:
         parts.append(
             f'Measured on the {_common(measured, "images")} test images of {images}, by networks that see '
             f'{_common(measured, "image_size")} px: AUC'
             + ', and accuracy, sensitivity and specificity at the threshold 0.5' * any('accuracy' in k for k in labels)
-            + f'. Means of the seeds {_common(measured, "seeds")}, with 95 % intervals over images and seeds '
-            f'(bootstrap); {_common(measured, "epochs")} epochs, precision {_common(measured, "precision")}, gate by '
-            f'{_common(measured, "kernels")} kernels, commit {_common(measured, "commit")}. Figures of the paper are '
-            f'as printed; its images are larger and its training is longer.')
+            + f'. Means of the seeds {_common(measured, "seeds")}, {over}; {_common(measured, "epochs")} epochs, '
+            f'precision {_common(measured, "precision")}, gate by {_common(measured, "kernels")} kernels, commit '
+            f'{_common(measured, "commit")}. Figures of the paper are as printed; its images are larger and its '
+            f'training is longer.')
     elif images and _common(measured, 'seeds'):
         split, how = (('test', '95 % intervals of the paired t-test over the seeds') if table == 'table7' else
                       ('validation', 'Means of the seeds'))
+        with_intervals = f', {over}' * (table == 'maps')
         parts.append(f'Measured on the {split} images of {images}, by networks that see '
-                     f'{_common(measured, "image_size")} px. {how} {_common(measured, "seeds")}; '
+                     f'{_common(measured, "image_size")} px. {how} {_common(measured, "seeds")}{with_intervals}; '
                      f'{_common(measured, "epochs")} epochs, precision {_common(measured, "precision")}, commit '
                      f'{_common(measured, "commit")}.')
     if masks:

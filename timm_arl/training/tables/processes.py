@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import IO, Iterator, Optional, Sequence, Tuple
 
+import torch
+
 __all__ = ['locked', 'run_program']
 
 # what a launcher tells its processes, which the runs must not take for themselves
@@ -40,7 +42,8 @@ def run_program(program: Path, arguments: Sequence[str], lock: IO) -> Tuple[int,
     """
     environment = {name: value for name, value in os.environ.items()
                    if name not in LAUNCHER and not name.startswith(('TORCHELASTIC_', 'ACCELERATE_', 'ROLE_'))}
-    devices = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
+    given = os.environ.get('CUDA_VISIBLE_DEVICES')  # without it, a process sees all that there are
+    devices = list(map(str, range(torch.cuda.device_count()))) if given is None else given.split(',')
     if 'LOCAL_RANK' in os.environ and len(devices) > 1:  # each process of a launcher has a GPU of its own
         environment['CUDA_VISIBLE_DEVICES'] = devices[int(os.environ['LOCAL_RANK']) % len(devices)]
     print(f'$ python benchmarks/{shlex.join([program.name, *arguments])}', flush=True)
