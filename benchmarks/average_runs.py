@@ -42,12 +42,12 @@ from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.intervals import unit_of
 from timm_arl.isic.metrics import auc_table, score_split
 from timm_arl.isic.predictions import write_predictions
-from timm_arl.isic.selection import selection_column
+from timm_arl.isic.selection import kept_row
 from timm_arl.isic.shift import HOME_FILE, home_record
 from timm_arl.isic.task import Task
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
-from timm_arl.training.images import check_images, image_loader, predict
+from timm_arl.training.images import check_images, image_loader, predict, shown_as
 from timm_arl.training.options import build_parser as training_parser
 from timm_arl.training.runs import check_output_dir
 
@@ -108,13 +108,6 @@ def read_runs(folders):
     return records
 
 
-def kept_row(folder, record):
-    """The row of a run's summary.csv that its network is of."""
-    arguments, rows = record['arguments'], read_rows(Path(folder, 'summary.csv'))
-    column = selection_column(arguments['select'] or 'mean_auc')
-    return rows[-1] if arguments['keep'] == 'last' else max(rows, key=lambda row: float(row[column]))
-
-
 def average(networks):
     """The mean of the tensors of networks, in the first of them; counts are those of the first."""
     states = [network.state_dict() for network in networks]
@@ -141,7 +134,8 @@ def average_runs(args):
     if out.exists():
         raise RunError(f'{out} exists already: choose another --output-dir.')
     records = read_runs(args.runs)
-    kept = [kept_row(folder, record) for folder, record in zip(args.runs, records)]
+    kept = [kept_row(read_rows(Path(folder, 'summary.csv')), record['arguments']['keep'], record['arguments']['select'])
+            for folder, record in zip(args.runs, records)]
     saved = Namespace(**{**records[0]['arguments'], 'data': args.data, 'workers': args.workers, 'tracker': 'none',
                          'cpu_threads': args.cpu_threads, 'mixed_precision': args.mixed_precision, 'epochs': 1,
                          'start_size': None, 'output_dir': args.output_dir, 'skip_test': True})
@@ -193,8 +187,7 @@ def average_runs(args):
         write_predictions(new / 'predictions_validation.csv', loaders['validation'].dataset.image_ids, probabilities,
                           task, groups)
         write_json(new / HOME_FILE, home_record(
-            data.splits['validation'], truth, probabilities, task, {'img_size': data_config['input_size'][-1], **{
-                key: getattr(saved, key) for key in ('crops', 'aspect', 'grey_world', 'lesion_crop')}}, groups,
+            data.splits['validation'], truth, probabilities, task, shown_as(saved, data_config), groups,
             label_array(data.splits['train'], task)))
         write_json(new / 'run.json', {
             **records[0], 'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]),

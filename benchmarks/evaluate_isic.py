@@ -48,7 +48,7 @@ from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, tensors_sha256
 from timm_arl.files import git_commit, make_folder, write_json
-from timm_arl.isic.calibration import calibration_scores, fit_calibration, subgroup_table, subgroups
+from timm_arl.isic.calibration import calibration_scores, subgroup_table, subgroups
 from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of
 from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.demo import DEMO_TASKS
@@ -58,18 +58,11 @@ from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
 from timm_arl.isic.intervals import unit_of
 from timm_arl.isic.mapping import map_labels, read_map
-from timm_arl.isic.metrics import (
-    auc_table,
-    compare,
-    interval_text,
-    score_split,
-    threshold_for_sensitivity,
-    youden_threshold,
-)
+from timm_arl.isic.metrics import auc_table, compare, interval_text, score_split
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
 from timm_arl.isic.predictions import read_predictions, write_predictions
 from timm_arl.isic.report import test_of_aucs
-from timm_arl.isic.shift import HOME_FILE, calibration_drift, home_of, home_record, image_statistics
+from timm_arl.isic.shift import HOME_FILE, calibration_drift, chosen, home_of, home_record, image_statistics
 from timm_arl.isic.shift_page import External
 from timm_arl.isic.task import Task, label_words
 from timm_arl.isic.transforms import CROPS, EvalCrops
@@ -87,7 +80,7 @@ from timm_arl.training.evaluations import (
     training_names,
 )
 from timm_arl.training.examples import report_examples
-from timm_arl.training.images import check_images, has_masks, image_loader, note_squares, predict
+from timm_arl.training.images import check_images, has_masks, image_loader, note_squares, predict, shown_as
 from timm_arl.training.runs import record_look
 
 
@@ -290,21 +283,17 @@ def evaluate(args):
     if not accelerator.is_main_process:
         return
 
-    # Chosen on validation
-    validation = (list(zip(*(each['validation'].T for each in (truth, probabilities))))
-                  if 'validation' in truth and not mapped else [])
-    choosers = {'youden': youden_threshold, 'sensitivity 0.9': threshold_for_sensitivity} if validation else {}
-    points = {f'{name} on validation': [chooser(t, p) for t, p in validation] for name, chooser in choosers.items()}
-    if validation and training_labels is None:
-        print(f'{args.data} does not have the training images of {args.checkpoint}: calibration is for the mix of its '
-              f'validation images.')
-    shares = [None] * len(task.labels) if training_labels is None else training_labels.mean(0).tolist()
-    calibrations = [fit_calibration(t, p, share) for (t, p), share in zip(validation, shares)] or [None] * len(shares)
-    if mapped:  # chosen at home
-        points = {name.replace(' on ', ' on home '): [values[label] for label in scored.labels]
-                  for name, values in home.get('thresholds', {}).items()}
-        calibrations = [(home['temperatures'][label], home['biases'][label])
-                        if label in home.get('temperatures', {}) else None for label in scored.labels]
+    # Chosen on validation, or at home
+    choice = home
+    if 'validation' in truth and not mapped:
+        choice = chosen(truth['validation'], probabilities['validation'], task, training_labels)
+        if training_labels is None:
+            print(f'{args.data} does not have the training images of {args.checkpoint}: calibration is for the mix of '
+                  f'its validation images.')
+    points = {name.replace(' on ', ' on home ') if mapped else name: [values[label] for label in scored.labels]
+              for name, values in choice.get('thresholds', {}).items()}
+    calibrations = [(choice['temperatures'][label], choice['biases'][label])
+                    if label in choice.get('temperatures', {}) else None for label in scored.labels]
 
     metrics = {}
     for name in splits:
@@ -313,8 +302,7 @@ def evaluate(args):
             groups=groups[name], unit=unit_of(data.groups))
         for label, t, p, calibration in zip(scored.labels, truth[name].T, probabilities[name].T, calibrations):
             scores[label]['calibration'] = calibration_scores(t, p, calibration)
-        scores['subgroups'] = subgroup_table(
-            truth[name], probabilities[name], task=scored, others=parts[name], groups=groups[name])
+        scores['subgroups'] = subgroup_table(truth[name], probabilities[name], parts[name], scored, groups[name])
     external = None
     if mapped:
         drift = {label: calibration_drift(t, p, calibration, groups[args.split], bootstrap)
@@ -342,8 +330,7 @@ def evaluate(args):
         elif (folder / 'run.json').is_file():
             print(f'{folder} cannot be written to: this look at the {args.split} split is recorded in {out} alone.')
 
-    how = {'img_size': data_config['input_size'][-1], **{
-        name: getattr(args, name) for name in ('crops', 'aspect', 'grey_world', 'lesion_crop')}}
+    how = shown_as(args, data_config)
     if same_data and 'validation' in splits and not (args.alpha_zero or args.drop_duplicates) and (
             folder / 'run.json').is_file() and os.access(folder, os.W_OK) and not (folder / HOME_FILE).exists():
         write_json(folder / HOME_FILE, home_record(

@@ -66,6 +66,7 @@ from timm_arl.training.images import (
     learns_masks,
     note_squares,
     predict,
+    shown_as,
 )
 from timm_arl.training.networks import create_networks, parameter_groups
 from timm_arl.training.options import build_parser, parse_args
@@ -284,8 +285,7 @@ def train(args, accelerator, data, out, networks=None):
                               loaders[name].dataset.groups)
         if accelerator.is_main_process and name == 'validation':
             write_json(out / HOME_FILE, home_record(
-                splits[name], truth[name].numpy(), probabilities, task, {'img_size': img_size, **{
-                    key: getattr(args, key) for key in ('crops', 'aspect', 'grey_world', 'lesion_crop')}},
+                splits[name], truth[name].numpy(), probabilities, task, shown_as(args, data_config),
                 loaders[name].dataset.groups, truth['train'].numpy()))
     if accelerator.is_main_process:
         write_json(out / 'metrics.json', metrics)

@@ -162,6 +162,9 @@ def make_weights(args):
                   f'{validation_score(best):.3f} of the best run. Chosen: {chosen}', flush=True)
         step('average_runs.py', network, [
             '--runs', *map(str, runs if chosen == average else [best]), '--half', '--data', args.data], lock)
+        record = json.loads((network / 'run.json').read_text(encoding='utf-8'))
+        write_json(network / 'run.json', {**record, 'candidates': {  # which validation has compared
+            run.name: validation_score(run) for run in (*runs, *[average] * (len(runs) > 1))}})
         look = ['--data', args.data, '--checkpoint', str(network), '--split', 'test']
         step('evaluate_isic.py', evaluation, [*look, '--report'], lock)
         step('evaluate_isic.py', alpha_zero, [

@@ -64,8 +64,8 @@ def test_calibration_of_labels_that_are_told_apart():
 def test_groups():
     truth = np.array([[1, 0], [0, 1], [1, 0], [0, 0], [0, 0]])
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.2], [0.1, 0.7], [0.6, 0.1]])
-    rows = subgroup_table(
-        truth, probabilities, ['male', 'Male', None, 'female', 'female'], [29, 30, 70, float('nan'), None])
+    rows = subgroup_table(truth, probabilities, subgroups({
+        'sex': ['male', 'Male', None, 'female', 'female'], 'age_approximate': [29, 30, 70, float('nan'), None]}))
     table = {(r['group'], r['label']): r for r in rows}
     assert {g for g, _ in table} == {'sex male', 'sex female', 'sex unknown', 'age 0 to 29', 'age 30 to 49',
                                      'age 70 and above', 'age unknown'}
@@ -73,25 +73,29 @@ def test_groups():
     assert table['sex female', 'melanoma']['auc'] is None and table['sex female', 'melanoma']['specificity'] == 0.5
     assert table['age 70 and above', 'melanoma']['sensitivity'] == 0
     assert sum(table[g, 'melanoma']['images'] for g, label in table if g.startswith('age') and label == 'melanoma') == 5
-    perfect, _ = subgroup_table(truth[[0, 2, 3, 3]], probabilities[[0, 0, 3, 3]], ['female'] * 4)
+    everything = [('all', np.ones(10, bool))]
+    perfect, _ = subgroup_table(truth[[0, 3] * 5], probabilities[[0, 3] * 5], everything)
     assert perfect['auc'] == 1 and perfect['auc_ci95'] is None  # DeLong's has no width there
-    assert subgroup_table(truth, probabilities, [None] * 5, [None] * 5) == []
+    for positives, known in ((4, False), (5, True)):  # from fewer, DeLong's interval is far too narrow
+        t, p = np.arange(10)[:, None] < [positives, 5], np.random.default_rng(0).random((10, 2))
+        assert (subgroup_table(t.astype(int), p, everything)[0]['auc_ci95'] is not None) == known
+    assert subgroups({'sex': [None] * 5, 'age_approximate': [None] * 5}) == []
     assert table['sex female', 'melanoma']['auc_ci95'] is None
-    coded = subgroup_table(truth, probabilities, [0, 1, 1, 0, None], ['unknown', '31', 'n/a', 30, None])
-    assert {r['group'] for r in coded} == {'sex 0', 'sex 1', 'sex unknown', 'age 30 to 49', 'age unknown'}
+    coded = subgroups({'sex': [0, 1, 1, 0, None], 'age_approximate': ['unknown', '31', 'n/a', 30, None]})
+    assert {name for name, _ in coded} == {'sex 0', 'sex 1', 'sex unknown', 'age 30 to 49', 'age unknown'}
 
 
 def test_groups_have_the_interval_of_the_whole_where_they_are_the_whole():
     rng = np.random.default_rng(0)
     truth, probabilities = rng.integers(0, 2, (200, 2)), rng.random((200, 2))
-    row, _ = subgroup_table(truth, probabilities, ['female'] * 200)
+    row, _ = subgroup_table(truth, probabilities, [('all', np.ones(200, bool))])
     assert row['auc_ci95'] == pytest.approx(delong_interval(truth[:, 0], probabilities[:, 0]))
 
 
 def test_groups_of_exclusive_classes_call_the_most_probable_one():
     task = Task('mine', ('a', 'b', 'c'), 'multiclass')
     truth, probabilities = np.eye(3)[[0, 0, 1, 2]], np.array([[.4, .3, .3], [.3, .4, .3], [.2, .45, .35], [.3, .3, .4]])
-    rows = subgroup_table(truth, probabilities, ['male'] * 4, task=task)
+    rows = subgroup_table(truth, probabilities, [('all', np.ones(4, bool))], task)
     assert [(row['label'], row['sensitivity'], row['threshold']) for row in rows] == [
         ('a', .5, None), ('b', 1., None), ('c', 1., None)]
     assert [row['specificity'] for row in rows] == pytest.approx([1, 2 / 3, 1])
@@ -110,8 +114,8 @@ def test_groups_of_any_column():
     assert sum(parts[name].sum() for name in bands) == 100
     assert all(24 <= parts[name].sum() <= 26 for name in bands[:-1])  # quartiles
     assert 'mole true' in parts and 'age 0 to 29' in parts and not any(name.startswith('nothing') for name in parts)
-    row = subgroup_table(np.ones((100, 1)), np.ones((100, 1)), others=[('mole true', parts['mole true'])],
-                         task=TASKS['isic2020'])[0]
+    of_moles = [('mole true', parts['mole true'])]
+    row, = subgroup_table(np.ones((100, 1)), np.ones((100, 1)), of_moles, TASKS['isic2020'])
     assert (row['group'], row['label'], row['images'], row['positives']) == ('mole true', 'malignant', 50, 50)
     with pytest.raises(DataError, match='column image_id has 51 different entries'):
         subgroups({'image_id': [f'{k}' for k in range(51)]})

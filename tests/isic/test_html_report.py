@@ -7,7 +7,7 @@ from pages import Page
 from PIL import Image
 from sklearn.metrics import auc as area_under
 
-from timm_arl.isic.calibration import expected_calibration_error, subgroup_table
+from timm_arl.isic.calibration import expected_calibration_error, subgroup_table, subgroups
 from timm_arl.isic.html_report import Comparison, Example, Examples, Group, Shown, Training, html_report
 from timm_arl.isic.metrics import compare, interval_text, score_split
 from timm_arl.isic.report import groups_table
@@ -40,7 +40,8 @@ def evaluation(images=60, positives=0.3, seed=0):
         scores[label]['calibration'] = {
             'ece': expected_calibration_error(t, p), 'temperature': 1.5, 'bias': -0.5, 'ece_calibrated': 0.0671,
             'mean_calibrated': 0.25}
-    scores['subgroups'] = subgroup_table(truth, probabilities, ['male', 'female'] * (images // 2))
+    scores['subgroups'] = subgroup_table(
+        truth, probabilities, subgroups({'sex': ['male', 'female'] * (images // 2)}))
     return truth, probabilities, scores
 
 
@@ -197,7 +198,7 @@ def test_few_groups_are_counted_and_have_no_interval(no_charts):
     for label in task.labels:
         scores[label]['calibration'] = {'ece': 0.1, 'temperature': None, 'bias': None, 'ece_calibrated': None,
                                         'mean_calibrated': None}
-    scores['subgroups'] = subgroup_table(truth, p, ['male'] * 50, task=task, groups=groups)
+    scores['subgroups'] = subgroup_table(truth, p, subgroups({'sex': ['male'] * 50}), task, groups)
     record = {'timm_arl': '1', 'img_size': 64, 'crops': 'center', 'aspect': 'keep', 'seed': 0, 'alpha_zero': False}
     page = Page(html_report('OUT', 'mine.csv', 'test', {'test': scores}, {'test': truth}, {'test': p}, record,
                             Training([], [], False), examples(), None, task, {'test': groups}))

@@ -124,8 +124,8 @@ def test_images_of_one_lesion_are_no_new_evidence():
     for label in LABELS:
         assert pair[label]['difference_ci95'] == expected[label]['difference_ci95']
         assert pair[label]['p_value'] == pytest.approx(expected[label]['p_value'])
-    rows = [subgroup_table(truth[again], first[again], ['male'] * 270, groups=lesions),
-            subgroup_table(truth, first, ['male'] * 90)]
+    rows = [subgroup_table(truth[again], first[again], [('all', np.ones(270, bool))], groups=lesions),
+            subgroup_table(truth, first, [('all', np.ones(90, bool))])]
     assert rows[0][0]['auc_ci95'] == pytest.approx(rows[1][0]['auc_ci95'])
 
 
@@ -157,7 +157,7 @@ def test_no_interval_from_fewer_than_five_groups():
         assert found['seborrheic_keratosis']['auc_ci95'] is not None
         pair = compare(both, p, p[::-1], groups=lesions)['melanoma']
         assert (pair['difference_ci95'] is not None) == (pair['p_value'] is not None) == known
-        row = subgroup_table(both, p, ['male'] * 60, groups=lesions)[0]
+        row = subgroup_table(both, p, [('all', np.ones(60, bool))], groups=lesions)[0]
         assert (row['auc_ci95'] is not None) == known
     assert 'positive_groups' not in score_split(both, p)['melanoma']
 

@@ -118,7 +118,9 @@ def _split(name: str, results: Dict[str, Any], task: Task) -> Dict[str, Any]:
     tasks = {label: scores[label] for label in task.labels}
     chosen = any(own.get('operating_points') for own in tasks.values())
     kept = 'the epoch that was kept' if results['run']['arguments']['keep'] == 'best' else ''
-    by_validation = ', '.join(filter(None, [kept, 'thresholds and calibration' * chosen]))
+    candidates = results['run'].get('candidates', {})  # of make_weights.py
+    among = f'this network among {len(candidates)}' if len(candidates) > 1 else ''
+    by_validation = ', '.join(filter(None, [among, kept, 'thresholds and calibration' * chosen]))
     alpha_zero = results.get('alpha_zero', {}).get(name)
     groups = [row for row in scores.get('subgroups', ()) if row['auc'] is not None]
     return {
@@ -189,6 +191,8 @@ def _training(results: Dict[str, Any]) -> str:
         ('epochs', f'{results["epochs"]}; epoch {" and ".join(epochs)} was kept, ' + (
             f'the best by {selection_words(arguments.get("select") or "mean_auc")} on validation'
             if arguments['keep'] == 'best' else 'the last')),
+        *([('chosen among', ', '.join(f'{name} {score:.3f}' for name, score in run['candidates'].items())
+            + ', mean AUC on validation')] if len(run.get('candidates', ())) > 1 else []),
         *([('averaged', 'the weights of the runs' + (
             ', with statistics of batch norms measured again' if run.get('statistics_measured') else ''))]
           if len(averaged) > 1 else []),

@@ -16,7 +16,7 @@ from ..factory import Checkpoint, tensors_sha256
 from ..files import read_rows
 from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.dataset.sources import CHALLENGE_IDS, ids_digest
-from ..isic.selection import selection_column
+from ..isic.selection import kept_row
 from ..isic.task import Task
 from ..pretrained import OWN_WEIGHTS
 
@@ -51,9 +51,7 @@ def results_of(
             record['arguments']['epochs'], averaged[0]['epoch'], any(each['learned_masks'] for each in averaged))
     else:
         summary = read_rows(run / 'summary.csv')
-        column = selection_column(record['arguments'].get('select') or 'mean_auc')
-        kept = (max(summary, key=lambda row: float(row[column])) if record['arguments']['keep'] == 'best' else
-                summary[-1])
+        kept = kept_row(summary, record['arguments']['keep'], record['arguments'].get('select'))
         epochs, kept_epoch, learned_masks = len(summary), int(kept['epoch']), 'train_mask_loss' in kept
     record['command'] = _without_folders(record['command'])
     record['arguments'] = {key: _without_folder(value) for key, value in record['arguments'].items()}

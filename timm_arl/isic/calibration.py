@@ -160,45 +160,33 @@ def subgroups(columns: Mapping[str, Sequence[Any]]) -> List[Subgroup]:
 def subgroup_table(
         truth: np.ndarray,
         probabilities: np.ndarray,
-        sex: Optional[Sequence[Optional[str]]] = None,
-        age: Optional[Sequence[Optional[float]]] = None,
-        thresholds: Optional[Sequence[float]] = None,
+        parts: Sequence[Subgroup],
         task: Task = ISIC2017,
-        others: Sequence[Subgroup] = (),
         groups: Optional[Sequence[str]] = None,
 ) -> List[Dict[str, Any]]:
-    """Scores by sex, age band and other groups of images; patients of unknown sex or age are groups too.
+    """Scores at the official threshold of 0.5 by sex, age band and other groups of images.
 
     Args:
         truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.
         probabilities: Shape (N, labels).
-        sex: N words or codes, or None for unknown.
-        age: N ages in years; None, or anything that is not a number, for unknown.
-        thresholds: Operating point of each label; None: the official 0.5.
+        parts: Of subgroups.
         task: Whose labels they are.
-        others: More groups, of subgroups.
         groups: N names of patients or lesions, whose images are not independent; None: all images are.
 
     Returns:
         A row for each group and label: group, label, score_task's scores, and auc_ci95 by DeLong or, with groups,
-        Obuchowski (None with fewer than two images, or LEAST_GROUPS patients or lesions, of a class, and for an AUC of
-        0 or 1, where the interval has no width). In a multiclass task, where few probabilities exceed a threshold, the
+        Obuchowski (None with fewer than LEAST_GROUPS images, or patients or lesions, of a class, and for an AUC of 0
+        or 1, where the interval has no width). In a multiclass task, where few probabilities exceed a threshold, the
         most probable label is called, and threshold is None.
-        An empty list where neither sex nor age of any patient is known, nor another group.
     """
-    known = {'sex': sex, 'age_approximate': age}
-    parts = [*subgroups({column: cells for column, cells in known.items() if cells is not None}), *others]
     names: Any = None if groups is None else np.asarray(groups)
     called = np.eye(len(task.labels))[probabilities.argmax(1)] if task.kind == 'multiclass' else None
     return [
-        {'group': name, 'label': label, **score_task(t, p, threshold),
+        {'group': name, 'label': label, **score_task(t, p, OFFICIAL_THRESHOLD),
          **({} if called is None else {**operating_point(t, called[which, k], OFFICIAL_THRESHOLD), 'threshold': None}),
          'auc_ci95': _interval(t, p, None if names is None else names[which])}
         for name, which in parts
-        for k, label, t, p, threshold in zip(
-            range(len(task.labels)), task.labels, truth[which].T, probabilities[which].T,
-            thresholds or [OFFICIAL_THRESHOLD] * len(task.labels))
-    ]
+        for k, (label, t, p) in enumerate(zip(task.labels, truth[which].T, probabilities[which].T))]
 
 
 def _interval(
@@ -206,10 +194,7 @@ def _interval(
         probabilities: np.ndarray,
         groups: Optional[Sequence[Any]],
 ) -> Optional[Tuple[float, float]]:
-    if not groups_suffice(truth, groups):
+    if not groups_suffice(truth, np.arange(len(truth)) if groups is None else groups):
         return None
-    try:
-        low, high = delong_interval(truth, probabilities, groups=groups)
-    except ValueError:  # too few images of a class
-        return None
+    low, high = delong_interval(truth, probabilities, groups=groups)
     return (low, high) if high - low > 1e-9 else None

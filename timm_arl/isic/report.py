@@ -82,11 +82,10 @@ def test_of_aucs(grouped: bool) -> str:
 def group_intervals(scores: Dict[str, Any], task: Task = ISIC2017) -> str:
     """How to read groups_cells, in two sentences."""
     over = scores.get('intervals_over')
-    alike, few = ('', '') if over is None else (
-        f', for images that are alike within {over}', f', or with fewer than {LEAST_GROUPS} {over} with or without it')
+    alike = '' if over is None else f', for images that are alike within {over}'
     at = f'at {OFFICIAL_THRESHOLD}' if task.kind == 'multilabel' else 'those of calling the most probable class'
-    return (f'Intervals are {test_of_aucs(over is not None)}{alike}; there is none at an AUC of 0 or 1{few}. '
-            f'Sensitivity and specificity are {at}.')
+    return (f'Intervals are {test_of_aucs(over is not None)}{alike}; there is none at an AUC of 0 or 1, or with fewer '
+            f'than {LEAST_GROUPS} {over or "images"} with or without it. Sensitivity and specificity are {at}.')
 
 
 def few_images(scores: Dict[str, Any], task: Task = ISIC2017) -> List[str]:

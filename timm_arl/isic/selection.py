@@ -1,7 +1,9 @@
 """Which score chooses the epoch that a run keeps: mean_auc, balanced_accuracy, or auc:LABEL."""
+from typing import Mapping, Optional, Sequence
+
 from .task import DataError, Task, label_words
 
-__all__ = ['check_selection', 'selection_column', 'selection_words']
+__all__ = ['check_selection', 'kept_row', 'selection_column', 'selection_words']
 
 
 def check_selection(select: str, task: Task) -> str:
@@ -21,6 +23,12 @@ def check_selection(select: str, task: Task) -> str:
 def selection_column(select: str) -> str:
     """The column of summary.csv that has the score."""
     return 'validation_' + select.replace('auc:', 'auc_', 1)
+
+
+def kept_row(summary: Sequence[Mapping[str, str]], keep: str, select: Optional[str]) -> Mapping[str, str]:
+    """The row of summary.csv whose network was kept: the last one, or the first of the best."""
+    column = selection_column(select or 'mean_auc')
+    return summary[-1] if keep == 'last' else max(summary, key=lambda row: float(row[column]))
 
 
 def selection_words(select: str) -> str:

@@ -20,7 +20,7 @@ from ..isic.transforms import EvalCrops, eval_transform, normalisation, train_tr
 
 __all__ = [
     'CropLoader', 'check_images', 'check_learnable', 'epoch_sides', 'has_masks', 'image_loader', 'learns_masks',
-    'note_squares', 'predict',
+    'note_squares', 'predict', 'shown_as',
 ]
 
 SQUARES = 16  # images that are looked at for their shape
@@ -224,6 +224,12 @@ class _Crops(IsicSplit):
         """Keep the crops of an image, if those of all images fit."""
         if self.kept or crops.nbytes * len(self) <= psutil.virtual_memory().available * MEMORY_SHARE:
             self.kept[self.image_ids[row]] = crops.clone()  # not in memory that is shared with a worker
+
+
+def shown_as(args, data_config) -> Dict[str, Any]:
+    """How images were shown to a network when its thresholds were chosen, as home.json keeps it."""
+    return {'img_size': data_config['input_size'][-1],
+            **{name: getattr(args, name) for name in ('crops', 'aspect', 'grey_world', 'lesion_crop')}}
 
 
 def _look(args) -> Dict[str, Any]:
