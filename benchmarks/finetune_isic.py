@@ -344,6 +344,7 @@ def main():
             check_start(args, task)
         check_unseen(args, splits)
         check_learnable(args, splits, accelerator, task)
+        # refuses a network that cannot learn what it is to learn
         Student(model, data_config['input_size'][-1], teachers and teachers.width, learns_masks(args, splits['train']))
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))

@@ -29,7 +29,6 @@ of all processes, times those of the first.
 """
 import argparse
 import contextlib
-import csv
 import itertools
 import json
 import os
@@ -46,7 +45,7 @@ require('train', __name__)
 from throughput_report import bar_chart, columns_of, growth_table, markdown_table
 from tqdm import tqdm
 
-from timm_arl.files import replacing, write_json
+from timm_arl.files import replacing, write_json, write_rows
 
 COLUMNS = [
     'model', 'mode', 'infer_samples_per_sec', 'infer_step_time', 'infer_batch_size', 'infer_img_size', 'infer_gmacs',
@@ -281,10 +280,7 @@ def earlier_rows(path: Path, compared: Set[str]) -> List[Dict[str, Any]]:
 
 def write_results(path: Path, rows: List[Dict[str, Any]]) -> None:
     write_json(path.with_suffix('.json'), {'command': [Path(sys.argv[0]).name, *sys.argv[1:]], 'rows': rows})
-    with replacing(path) as temporary, open(temporary, 'w', newline='') as f:
-        writer = csv.DictWriter(f, COLUMNS, extrasaction='ignore')
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, [{column: row.get(column) for column in COLUMNS} for row in rows], COLUMNS)
     with replacing(path.with_suffix('.md')) as temporary:
         temporary.write_text(markdown_table(rows) + growth_table(rows))
     bar_chart(rows, path.with_suffix('.png'))

@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from .extras import require
+from .files import make_folder, replacing
 
 __all__ = ['ExportError', 'OnnxModel', 'export_onnx', 'fold_batch_norm', 'metadata_of']
 
@@ -158,15 +159,11 @@ def export_onnx(
         raise ExportError(f'{type(model).__name__} cannot be exported by PyTorch {torch.__version__}: '
                           f'{" ".join(str(error).split())[:300] or type(error).__name__}') from error
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
+    make_folder(path.parent)
+    with replacing(path) as temporary:
         program.save(temporary, external_data=False)
         network = OnnxModel(temporary)
         for batch in (images, images[:1], torch.cat([images, images[:1]])):
             with torch.inference_mode():
                 _compare(torch.from_numpy(network(batch.numpy())), model(batch), f'{path.name} on ONNX Runtime')
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

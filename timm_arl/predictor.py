@@ -151,9 +151,10 @@ class Predictor:
                                f'or use a file that was exported without --with-preprocessing.')
         self.cutter = Cutter(self.img_size, self.crops, bool(saved.get('grey_world')), seed, self._whole)
         self.normalise = nn.Identity() if self._whole else normalisation(config['mean'], config['std'])
-        self.thresholds = _per_label(saved.get('thresholds'), self.labels)
-        self.temperatures, self.biases = (
-            _per_label({'': saved.get(name)}, self.labels).get('', {}) for name in ('temperatures', 'biases'))
+        points: Any = saved.get('thresholds')
+        self.thresholds = {name: values for name in (points if isinstance(points, dict) else ())
+                           for values in [_numbers(points[name], self.labels)] if values}
+        self.temperatures, self.biases = (_numbers(saved.get(name), self.labels) for name in ('temperatures', 'biases'))
         if not self.biases:  # an ONNX file of an older version, whose calibration was another
             self.temperatures = {}
         self.thresholds.setdefault('official', dict.fromkeys(self.labels, OFFICIAL_THRESHOLD))
@@ -340,8 +341,7 @@ class Predictor:
         return pictures
 
 
-def _per_label(points: Any, labels: Sequence[str]) -> Dict[str, Dict[str, float]]:
-    """Of a config.json, by name: what has a number for each label."""
-    return {name: {label: float(values[label]) for label in labels}
-            for name, values in (points if isinstance(points, dict) else {}).items()
-            if isinstance(values, dict) and all(isinstance(values.get(label), (int, float)) for label in labels)}
+def _numbers(values: Any, labels: Sequence[str]) -> Dict[str, float]:
+    """The number of each label that a config.json has; empty where it lacks one."""
+    good = isinstance(values, dict) and all(isinstance(values.get(label), (int, float)) for label in labels)
+    return {label: float(values[label]) for label in labels} if good else {}

@@ -121,7 +121,7 @@ def decode_mask(mask: Dict, size: Tuple[int, int]) -> Image.Image:
         OSError: As decode, a mask that is turned by 90 degrees against its image, or one of 0 and 1.
     """
     picture = decode(mask).convert('L')
-    largest = picture.getextrema()[1]
+    largest = int(np.asarray(picture).max())
     if 0 < largest < 128:
         raise OSError(f'the largest value of its mask is {largest}, but a lesion is white, 255')
     if (picture.width - picture.height) * (size[0] - size[1]) < 0:

@@ -73,9 +73,9 @@ def unit_of(column: str) -> str:
     return {'': 'images', 'patient': 'patients', 'lesion': 'lesions'}.get(name, f'groups of {column}')
 
 
-def percentile_interval(distribution: np.ndarray, level: float = 0.95) -> Tuple[float, float]:
-    """The central part of a bootstrap distribution, NaNs left out."""
-    low, high = np.nanpercentile(distribution, [50 * (1 - level), 50 * (1 + level)])
+def percentile_interval(distribution: np.ndarray) -> Tuple[float, float]:
+    """The central 95 % of a bootstrap distribution, NaNs left out."""
+    low, high = np.nanpercentile(distribution, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -139,19 +139,17 @@ def delong_covariance(
 def delong_interval(
         truth: np.ndarray,
         probabilities: np.ndarray,
-        level: float = 0.95,
         groups: Optional[Sequence[Any]] = None,
 ) -> Tuple[float, float]:
-    """Interval of one AUC from DeLong's variance, cut at 0 and 1.
+    """95 % interval of one AUC from DeLong's variance, cut at 0 and 1.
 
     Args:
         truth: 0 or 1, shape (N,).
         probabilities: Shape (N,).
-        level: Share of repetitions that the interval should cover.
         groups: Of delong_covariance.
     """
     value, variance = delong_covariance(truth, np.asarray(probabilities)[None], groups)
-    half = norm.ppf(0.5 + level / 2) * np.sqrt(variance[0, 0])
+    half = norm.ppf(0.975) * np.sqrt(variance[0, 0])
     return max(float(value[0] - half), 0.), min(float(value[0] + half), 1.)
 
 

@@ -95,7 +95,7 @@ def report_examples(
         task: Of the network, its head included.
         scored: That of the images, where they have some of its labels alone.
     """
-    network, task = task, scored or task
+    head, task = task, scored or task
     truth = images.labels.numpy()
     chosen = [  # label, whether it compares two networks, title, text, rows
         each for label, t, p in zip(task.labels, truth.T, probabilities.T) for each in (
@@ -110,7 +110,7 @@ def report_examples(
                        'Images whose two probabilities are furthest apart. The maps are those of this network.',
                        most_different(p, q)))
     rows = list(dict.fromkeys(row for *_, some in chosen for row in some))
-    looks = {row: _look(model, images, row, crops, normalise, network) for row in rows}
+    looks = {row: _look(model, images, row, crops, normalise, head) for row in rows}
     blocks = _blocks([look.gates for look in looks.values()])
     share, block = max(((share, name) for name, _, share, _ in blocks), default=(0., ''))
     alpha = dict(each[:2] for each in blocks).get(block, 0.)
