@@ -6,9 +6,9 @@
     python benchmarks/reproduce_tables.py table3 --data path/to/isic2017 --output-dir tables --check
 
 A table is a set of rows, a row is a run of finetune_isic.py for each seed, or of evaluate_isic.py. All rows of a table
-have the same budget, the recipe "tables", which was fixed before any test score was seen. A table that was stopped, at
-any moment, goes on when the same command is given again. Several processes, started by hand or by `accelerate launch`,
-share the runs between them. The output folder receives
+have the same budget, the recipe "tables", which was fixed before any test score of its runs was seen. A table that was
+stopped, at any moment, goes on when the same command is given again. Several processes, started by hand or by
+`accelerate launch`, share the runs between them. The output folder receives
     tableN.csv, tableN.md    figures with 95 % intervals over images and seeds, and paired differences; a figure that
                              was not measured is an empty cell with the reason
     predictions/             ROW-seedS.csv, the test predictions of each run, from which --check computes every figure
