@@ -107,7 +107,7 @@ def test_networks_that_have_less_to_show(tiny, tmp_path):
     (['--port', 'TAKEN'], 'Port TAKEN of 127.0.0.1 is taken by another program: choose another with --port.'),
     (['--model', 'no/such', '--port', '0'], 'No folder no/such'),
     (['--host', '203.0.113.1', '--port', '0'], '--host 203.0.113.1 --port 0 cannot be used: '),
-    (['--port', '99999'], 'must lie between 0 and 65535, not 99999'),
+    (['--port', '99999'], 'must be between 0 and 65535, not 99999'),
     (['--port', 'x'], "invalid int value: 'x'"),
 ])
 def test_what_cannot_start_is_a_sentence(call, arguments, sentence):

@@ -36,6 +36,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from . import __version__
+from .arguments import not_empty, number, program_parser
 from .download import WeightsError
 from .files import make_folder, replacing
 from .image_list import InputError, OwnImages, write_image_list
@@ -50,18 +51,14 @@ __all__ = ['main']
 
 
 def build_parser() -> argparse.ArgumentParser:
-    description, epilog = (__doc__ or '\n\n').split('\n\n', 1)
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_arl.predict', usage='%(prog)s IMAGE... --output-dir O [options] (--help lists them)',
-        description=description, epilog=epilog, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser(__doc__, 'IMAGE... --output-dir O', prog='python -m timm_arl.predict')
     add = parser.add_argument
     add('images', metavar='IMAGE', nargs='+', help='file, folder, quoted pattern, or - for a list on standard input')
-    add('--output-dir', type=_not_empty, metavar='O', required=True, help='folder for all that is written')
+    add('--output-dir', type=not_empty, metavar='O', required=True, help='folder for all that is written')
     network = parser.add_mutually_exclusive_group()
-    network.add_argument('--model', type=_not_empty, metavar='NAME|DIR', default=DEFAULT_MODEL,
+    network.add_argument('--model', type=not_empty, metavar='NAME|DIR', default=DEFAULT_MODEL,
                          help='weights by name, or output folder of a training run (default: %(default)s)')
-    network.add_argument('--onnx', type=_not_empty, metavar='FILE',
+    network.add_argument('--onnx', type=not_empty, metavar='FILE',
                          help='file of python -m timm_arl.export, by ONNX Runtime')
     add('--overlays', action='store_true', help='also a picture for each image: class activation maps laid over it')
     add('--format', choices=FORMATS, default='csv', help='of the predictions (default: %(default)s)')
@@ -70,33 +67,18 @@ def build_parser() -> argparse.ArgumentParser:
     add('--restore-aspect', type=_ratio, metavar='W/H',
         help='stretch pictures that are exactly square to this width / height, that of their originals: 1.5 or 4/3, '
              'for copies that were squashed')
-    add('--threshold-name', type=_not_empty, metavar='NAME',
+    add('--threshold-name', type=not_empty, metavar='NAME',
         help="thresholds of the decisions, by the beginning of their name: youden, sensitivity, official (default: "
              "Youden's where validation chose one, else the official 0.5)")
     add('--calibrated', action='store_true',
         help="calibrated probabilities, for the prevalence of the training images; decisions stay the same")
     add('--resume', action='store_true', help='go on with a run that was interrupted')
-    add('--batch-size', type=_at_least(1), default=16, metavar='N', help='images at a time (default: %(default)s)')
-    add('--workers', type=_at_least(0), default=2, metavar='N', help='processes that read images (default: 2)')
-    add('--cpu-threads', type=_at_least(1), metavar='N', help='threads of the network on a CPU (default: all cores)')
-    add('--device', type=_not_empty, help='cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)')
-    add('--seed', type=_at_least(0), default=0, metavar='N', help='of random crops (default: 0)')
+    add('--batch-size', type=number(int, 1), default=16, metavar='N', help='images at a time (default: %(default)s)')
+    add('--workers', type=number(int, 0), default=2, metavar='N', help='processes that read images (default: 2)')
+    add('--cpu-threads', type=number(int, 1), metavar='N', help='threads of the network on a CPU (default: all cores)')
+    add('--device', type=not_empty, help='cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)')
+    add('--seed', type=number(int, 0), default=0, metavar='N', help='of random crops (default: 0)')
     return parser
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f'must be at least {low}, not {text}')
-        return int(text)
-    parse.__name__ = 'int'  # what argparse calls it
-    return parse
-
-
-def _not_empty(text: str) -> str:
-    if not text:  # as of a variable that the shell does not know
-        raise argparse.ArgumentTypeError('must not be empty')
-    return text
 
 
 def sentence_of(error: Exception) -> str:

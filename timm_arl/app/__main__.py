@@ -20,6 +20,7 @@ from typing import Optional, Sequence
 
 from PIL import Image
 
+from ..arguments import number, program_parser
 from ..download import WeightsError
 from ..predictor import DEFAULT_MODEL
 from .analysis import MAX_PIXELS, Analyst
@@ -34,26 +35,14 @@ class StartError(Exception):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    description, epilog = (__doc__ or '\n\n').split('\n\n', 1)
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_arl.app', description=description, epilog=epilog, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser(__doc__, prog='python -m timm_arl.app')
     parser.add_argument('--model', metavar='NAME|DIR', default=DEFAULT_MODEL,
                         help='weights by name, or output folder of a training run (default: %(default)s)')
-    parser.add_argument('--port', type=_port, metavar='P',
+    parser.add_argument('--port', type=number(int, 0, 65535), metavar='P',
                         help=f'0 for any free one (default: the first free one from {FIRST_PORT})')
     parser.add_argument('--host', metavar='H', default='127.0.0.1',
                         help='address to listen on; others than the default let other machines in')
     return parser
-
-
-def _port(text: str) -> int:
-    if not 0 <= int(text) < 65536:
-        raise argparse.ArgumentTypeError(f'must lie between 0 and 65535, not {text}')
-    return int(text)
-
-
-_port.__name__ = 'int'  # what argparse calls it
 
 
 def listen(host: str, port: Optional[int]) -> socket.socket:

@@ -27,6 +27,7 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 
+from ..arguments import number, program_parser
 from ..download import WeightsError
 from ..extras import require
 from ..factory import Checkpoint, create_for_task
@@ -39,15 +40,12 @@ from .quantize import quantize_onnx, update_metadata
 
 
 def build_parser() -> argparse.ArgumentParser:
-    usage, epilog = (__doc__ or '\n\n').split('\n\n', 1)
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_arl.export', description=usage, epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser(__doc__, prog='python -m timm_arl.export')
     add = parser.add_argument
     add('--model', required=True, metavar='NAME|DIR', help='a timm model, or the output folder of a training run')
     add('--pretrained', action='store_true',
         help='load the default weights of a NAME; those of a DIR or a NAME.TAG are always loaded')
-    add('--img-size', type=int, metavar='PX', help="side of the images (default: the model's own)")
+    add('--img-size', type=number(int, 32), metavar='PX', help="side of the images (default: the model's own)")
     add('--fold', action=argparse.BooleanOptionalAction, default=True,
         help='fold BatchNorm into the convolutions (default: yes)')
     add('--with-preprocessing', action='store_true',
@@ -55,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--int8', action='store_true', help='convolutions and sums in 8 bits; needs --calibration')
     add('--calibration', metavar='DIR',
         help='of --int8: a folder of pictures, or a data set as for finetune_isic.py --data')
-    add('--calibration-images', type=int, default=USUAL, metavar='N',
+    add('--calibration-images', type=number(int, FEWEST), default=USUAL, metavar='N',
         help=f'images to find ranges from, at least {FEWEST} (default: %(default)s)')
     add('--output', required=True, metavar='FILE.onnx', help='file to write')
     return parser
@@ -64,8 +62,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.img_size is not None and args.img_size < 32:
-        parser.error(f'--img-size must be at least 32, not {args.img_size}.')
     if Path(args.output).is_dir():
         parser.error(f'--output {args.output} is a folder: name a file in it.')
     if args.int8 and not args.calibration:
@@ -73,8 +69,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                      f'network will see, or the data set of its training.')
     if args.calibration and not args.int8:
         parser.error('--calibration is for --int8: add it, or leave out --calibration.')
-    if args.calibration_images < FEWEST:
-        parser.error(f'--calibration-images must be at least {FEWEST}, not {args.calibration_images}.')
     require('export', __name__)  # before weights are downloaded
     try:
         return export(args)

@@ -11,7 +11,6 @@ A folder (./FOLDER) can stand for a repo; verify also takes user/model@REVISION.
 HF_TOKEN. HF_ENDPOINT names another Hub, TIMM_ARL_HUB the user or organisation to push to without --to. The staged
 README.md is sent as it is, but with the name of the repo or folder in its call of timm.create_model.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Optional, Sequence
 
 from safetensors import SafetensorError
 
+from ..arguments import program_parser
 from ..download import WeightsError
 from .publish import push, staged_files, usual_repo, verify
 from .results import UNKNOWN_LICENSE, HubError
@@ -26,10 +26,7 @@ from .staging import card, card_of_registered, stage
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    usage, epilog = (__doc__ or '\n\n').split('\n\n', 1)
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_arl.hub', description=usage, epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser(__doc__, prog='python -m timm_arl.hub')
     commands = parser.add_subparsers(dest='command', required=True)
     sub = commands.add_parser('stage', help='build a model repo from a finished run, or from shipped weights')
     sub.add_argument('run', metavar='OUT|NAME.TAG', help='output folder, or weights that come with this package')
@@ -39,8 +36,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                      help='output folder of evaluate_isic.py --alpha-zero --compare R/predictions_test.csv')
     sub.add_argument('--tag', help='tag of the weights (default: isic2017 for the images of the challenge, demo for '
                                    'synthetic ones, else the name of the data)')
-    sub.add_argument('--license', help='of the weights, as the Hub abbreviates it (default: apache-2.0 for the data '
-                                       'sets that this package knows, else unknown)')
+    sub.add_argument('--license', help='of the weights, as the Hub abbreviates it (default: apache-2.0 for the images '
+                                       'of ISIC 2017 and of the demo, else unknown)')
     sub.add_argument('--overwrite', action='store_true', help='replace a README.md in STAGED that was edited')
     sub.add_argument('--note', default='', help='what the card says about the images ("copies at 256 px", for example)')
     sub = commands.add_parser('card', help='write the README.md of a staged folder, or of registered weights')

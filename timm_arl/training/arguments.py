@@ -1,42 +1,16 @@
 """Command-line values that are checked, and the error that a program ends with."""
 import argparse
 import json
-import math
 
 from timm.utils import ParseKwargs
+
+from ..arguments import number, program_parser
+
+__all__ = ['ModelKwargs', 'RunError', 'check_not_empty', 'number', 'program_parser']
 
 
 class RunError(RuntimeError):
     """A run that cannot start or go on; the message says why and what to do."""
-
-
-def program_parser(doc: str, usage: str, **kwargs) -> argparse.ArgumentParser:
-    """A parser whose help is the docstring of a program, with abbreviations refused.
-
-    Args:
-        doc: The docstring; its first paragraph stands above the flags, the rest below.
-        usage: What follows the name of the program.
-        **kwargs: Of ArgumentParser.
-    """
-    description, epilog = doc.split('\n\n', 1)
-    return argparse.ArgumentParser(
-        usage=f'%(prog)s {usage} [options] (--help lists them)', description=description, epilog=epilog,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-
-def number(kind, low, high=math.inf):
-    """A type for argparse: a finite int or float from low to high, both included."""
-    def parse(text):
-        value = kind(text)
-        if value in (math.inf, -math.inf) or value != value:
-            raise argparse.ArgumentTypeError(f'{text} is not a finite number')
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f'must be at least {low}, not {text}' if high == math.inf else
-                f'must be between {low} and {high}, not {text}')
-        return value
-    parse.__name__ = kind.__name__  # what argparse calls it
-    return parse
 
 
 class ModelKwargs(ParseKwargs):
