@@ -47,11 +47,23 @@ def test_figures_of_the_card_are_those_of_the_results(staged):
              for r in front_matter(card)['model-index'][0]['results'] for m in r['metrics']}
     assert found == {(split, 'AUC, ' + label.replace('_', ' ')): results['metrics'][split][label]['auc']
                      for split in results['metrics'] for label in ('melanoma', 'seborrheic_keratosis')}
-    assert front_matter(card)['library_name'] == 'timm' and front_matter(card)['license'] == 'apache-2.0'
+    assert front_matter(card)['library_name'] == 'timm' and front_matter(card)['license'] == 'unknown'
     for part in ('Not a medical device', 'finetune_isic.py --data isic2017', 'abcdef123456', 'looked at once',
                  'Known leakage', sha256_of(staged / 'model.safetensors'), '| seed | 7 |', '0.125'):
         assert part in card, part
     assert '\n\n\n' not in card and '/me' not in card + (staged / 'results.json').read_text()
+
+
+def test_only_the_images_of_the_challenge_have_its_licence_and_population(run, tmp_path):
+    """Not those of a clinic that has the same two labels."""
+    copy = shutil.copytree(run, tmp_path / 'run')
+    for train_ids, official in (('0', False), (CHALLENGE_IDS['train'], True)):
+        record = json.loads((copy / 'run.json').read_text())
+        write_json(copy / 'run.json', {**record, 'arguments': {**record['arguments'], 'train_ids': train_ids}})
+        card = (publishing.stage(copy, tmp_path / str(official)) / 'README.md').read_text()
+        assert (front_matter(card)['license'] == 'apache-2.0') == official
+        assert ('come from a few clinics' in card) == official
+        assert ('which is not the whole training set of ISIC 2017' in card) != official
 
 
 def test_what_an_evaluation_adds(run, tmp_path):
