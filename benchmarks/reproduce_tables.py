@@ -362,11 +362,11 @@ def main():
         args = parse_args(parser)
         out = Path(args.output_dir)
         check_output_dir(out)
-        if args.data:
-            load_data(args)  # a fault in it is told before the work
         path = out / f'{args.table}.csv'
         if args.check and not path.is_file():
             raise RunError(f'--check: there is no {path}: make the table first, without --check.')
+        if args.data:
+            load_data(args)  # a fault in it is told before the work
         make_folder(out)
         failed = False
         if args.table == 'figures':

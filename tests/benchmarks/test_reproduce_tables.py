@@ -18,6 +18,7 @@ from PIL import Image
 
 from timm_arl.factory import save_network, tensors_sha256
 from timm_arl.files import write_json
+from timm_arl.isic.task import Task
 from timm_arl.kernels import backend
 from timm_arl.training.tables.rows import TABLES
 
@@ -229,7 +230,7 @@ def test_figures_of_two_checkpoints_and_a_folder(call, made, tmp_path):
         with Image.open(path) as drawn:
             assert drawn.width > 600 and len(drawn.convert('L').getcolors()) > 50
     one = timm.create_model('arl_cnn14', num_classes=1, channels=[8, 16, 32, 64])
-    save_network(one, tmp_path / 'scar', ['scar'], channels=[8, 16, 32, 64])
+    save_network(one, tmp_path / 'scar', ['scar'], task=Task('mine', ('scar',)).config(), channels=[8, 16, 32, 64])
     done = call('reproduce_tables', 'figures', '--images', tmp_path / 'images', '--model', tmp_path / 'scar',
                 'arl_cnn14.isic2017', '--output-dir', tmp_path / 'g')
     assert done.returncode == 2 and 'scar has the labels scar, and arl_cnn14.isic2017 has melanoma' in done.stderr
