@@ -16,7 +16,7 @@ and scored once on the test split. The output folder receives
     predictions_validation.csv, predictions_test.csv
     home.json                        what validation chose, and statistics of its images, for other clinics' data
     splits.csv                       if the data had no splits: those that were made, or came by --splits
-    run.json                         command, arguments, versions, commit
+    run.json                         command, arguments, versions, commit, processor
     looks.csv                        one row for each time that the test split was scored
     last/                            the state that --resume continues from
 """

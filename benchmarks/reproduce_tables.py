@@ -17,6 +17,7 @@ stopped, at any moment, goes on when the same command is given again. Several pr
 `masks` and `maps` measure the networks in runs/: how flat the masks of their gates are, and whether their class
 activation maps lie on the lesion and stay there when hair or bubbles are drawn on the picture.
 """
+import json
 import os
 import shlex
 import shutil
@@ -185,6 +186,7 @@ def make_run(args, out, row, seed, lock):
             return status, why
     arguments, launch, commit, versions = (
         read_record(trained / 'run.json', key) for key in ('arguments', 'launch', 'commit', 'versions'))
+    processor = json.loads((trained / 'run.json').read_text(encoding='utf-8')).get('processor', launch['device'])
     if arguments['train_ids'] != ids_digest(args.splits['train']['image_id']):
         raise RunError(f'The run in {trained} has other training images than {args.data}: give another --output-dir.')
     precision = launch['mixed_precision']
@@ -194,7 +196,7 @@ def make_run(args, out, row, seed, lock):
             'image_size': arguments['img_size'], 'epochs': arguments['epochs'],
             'precision': 'fp32' if precision == 'no' else precision, 'commit': commit,
             'kernels': kernels_of(row, launch['device'])},
-        'device': launch['device'], 'versions': versions})
+        'processor': processor, 'versions': versions})
     with replacing(kept.with_name(f'{name}.csv')) as temporary:
         shutil.copyfile(folder / 'predictions_test.csv', temporary)
     shutil.rmtree(folder / 'last', ignore_errors=True)  # nothing is left to resume

@@ -6,7 +6,6 @@ of stdout the reply as JSON.
 import contextlib
 import json
 import os
-import platform
 import re
 import sys
 import tempfile
@@ -27,10 +26,9 @@ from timm_arl import kernels
 from timm_arl.attention import alphas_of
 from timm_arl.export import OnnxModel, export_onnx, fold_batch_norm, quantize_onnx
 from timm_arl.files import git_commit
+from timm_arl.machine import processor_name
 
 ONNX = 'onnx', 'int8'  # backends of ONNX Runtime, which has an allocator of its own
-CPUINFO = '/proc/cpuinfo'
-BF16 = {'avx512_bf16': 'AVX512-BF16', 'amx_bf16': 'AMX'}  # by its flags
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -241,7 +239,7 @@ def serve(spec: Dict[str, Any], reply: Callable[[Dict[str, Any]], None]) -> None
     cuda = accelerator.device.type == 'cuda'
     reply(dict(
         facts, kernels=gate, steps=times, threads=torch.get_num_threads(), processes=accelerator.num_processes,
-        device=torch.cuda.get_device_name() if cuda else cpu_name(),
+        device=processor_name(accelerator.device),
         tf32=spec['tf32'] if cuda else None, cudnn_benchmark=spec['cudnn_benchmark'] if cuda else None,
         versions=f'timm_arl {timm_arl.__version__}, timm {timm.__version__}, torch {torch.__version__}, '
                  f'accelerate {accelerate.__version__}',
@@ -266,17 +264,6 @@ def main() -> None:
         except Exception as e:  # whatever it is, the process that waits for an answer has to be told
             reply({'error': f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}',
                    'out_of_memory': out_of_memory(e)})
-
-
-def cpu_name() -> str:
-    """The processor and what of it PyTorch uses, such as 'AMD EPYC (2 cores, AVX2)', with its bf16 instructions."""
-    name, abilities = platform.processor() or platform.machine(), [torch.backends.cpu.get_cpu_capability()]
-    with contextlib.suppress(OSError), open(CPUINFO) as f:
-        about = f.read()
-        name = next(iter(re.findall(r'^model name\s*: (.*)$', about, re.MULTILINE)), name)
-        if abilities == ['AVX512']:  # and not told to use less
-            abilities += [word for flag, word in BF16.items() if re.search(rf'\b{flag}\b', about)]
-    return f'{name} ({os.cpu_count()} cores, {", ".join(abilities)})'
 
 
 if __name__ == '__main__':

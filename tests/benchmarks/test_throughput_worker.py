@@ -9,7 +9,7 @@ import torch.nn as nn
 from test_throughput import SPEC
 from timm.models import register_model
 
-from timm_arl import kernels
+from timm_arl import kernels, machine
 
 pytestmark = pytest.mark.usefixtures('benchmarks')
 
@@ -138,11 +138,10 @@ def test_steps_of_a_repetition(compile):
     ('AVX512', 'fpu avx2', 'AVX512)'), ('AVX2', None, 'AVX2)')])
 def test_name_of_the_processor(monkeypatch, tmp_path, capability, flags, described):
     """Its bf16 instructions decide what the gate costs."""
-    import throughput_worker
     (tmp_path / 'cpuinfo').write_text(f'processor : 0\nmodel name\t: A Processor @ 2 GHz\nflags\t\t: {flags}\n')
     found = tmp_path / ('cpuinfo' if flags else 'none')
-    monkeypatch.setattr(throughput_worker, 'CPUINFO', found)
+    monkeypatch.setattr(machine, 'CPUINFO', found)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
-    name = throughput_worker.cpu_name()
+    name = machine.processor_name(torch.device('cpu'))
     assert name.startswith('A Processor @ 2 GHz (') == bool(flags)
     assert name.endswith(f' cores, {described}')

@@ -186,7 +186,8 @@ def _training(results: Dict[str, Any]) -> str:
         ('crops', f'{arguments.get("crops")}; their probabilities are averaged'),
         ('commit', run.get('commit') or 'unknown'),
         ('versions', ', '.join(f'{key} {value}' for key, value in run['versions'].items())),
-        ('device', f'{run["launch"]["processes"]} process(es), {run["launch"]["device"]}, mixed precision '
+        ('device', f'{run["launch"]["processes"]} process(es), '
+                   f'{run.get("processor") or run["launch"]["device"]}, mixed precision '
                    f'{run["launch"]["mixed_precision"]}'),
         ('epochs', f'{results["epochs"]}; epoch {" and ".join(epochs)} was kept, ' + (
             f'the best by {selection_words(arguments.get("select") or "mean_auc")} on validation'

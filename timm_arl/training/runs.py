@@ -33,6 +33,7 @@ from ..files import (
     write_json,
     write_rows,
 )
+from ..machine import processor_name
 from .arguments import RunError
 
 PathLike = Union[str, Path]
@@ -83,6 +84,7 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
                               if k not in NOT_OF_THE_RUN or (k == 'workers' and args.streaming)},
                 'launch': launch,
                 'commit': git_commit(sys.argv[0]),
+                'processor': processor_name(accelerator.device),
                 'versions': {'timm_arl': __version__, **{
                     m.__name__: m.__version__ for m in (timm, torch, accelerate, datasets)}},
                 'python': platform.python_version(),
