@@ -51,7 +51,7 @@ from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.intervals import unit_of
 from timm_arl.isic.metrics import auc, auc_table, score_split
 from timm_arl.isic.predictions import write_predictions
-from timm_arl.isic.selection import check_selection, selection_column, selection_words
+from timm_arl.isic.selection import check_selection, kept_epoch, selection_column, selection_words
 from timm_arl.isic.shift import HOME_FILE, home_record
 from timm_arl.isic.task import balancing_weights, label_words
 from timm_arl.training.accelerator import create_accelerator
@@ -76,7 +76,6 @@ from timm_arl.training.runs import (
     check_no_other_run,
     check_output_dir,
     discard_start,
-    kept_epoch,
     load_progress,
     prepare_output_dir,
     record_look,

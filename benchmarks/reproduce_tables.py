@@ -40,7 +40,6 @@ from timm_arl.factory import tensors_sha256
 from timm_arl.files import make_folder, read_rows, replacing, write_json, write_rows
 from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
 from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES, ids_digest
-from timm_arl.isic.images import stored_size
 from timm_arl.isic.task import ISIC2017, label_words
 from timm_arl.isic.transforms import restore_aspect
 from timm_arl.kernels import backend
@@ -50,11 +49,14 @@ from timm_arl.training.runs import check_output_dir
 from timm_arl.training.tables.architectures import table1_lines
 from timm_arl.training.tables.figures import FIGURES, Shown, draw_figures
 from timm_arl.training.tables.lines import (
+    check_flags,
     check_record,
     origin,
     read_record,
     read_scores,
+    recorded_sizes,
     settings,
+    stored_sizes,
     table_lines,
 )
 from timm_arl.training.tables.maps import GAUSSIAN, gaussian_rows, map_lines, map_rows, mask_lines, mask_rows
@@ -221,6 +223,9 @@ def make_runs(args, out):
     """
     chosen = [row for row in TABLES[args.table] if row.model and (not args.row or row.name in args.row)
               and (not args.model or row.model in args.model)]
+    for row in TABLES[args.table]:  # what could not be compared with them is not made
+        for record in sorted((out / 'predictions').glob(f'{row.name}-seed*.json')):
+            check_flags(args, row, record)
     failed, refused = False, {}
     jobs = [(row, seed) for seed in args.seeds for row in chosen]
     first = int(os.environ.get('RANK', 0)) * len(jobs) // int(os.environ.get('WORLD_SIZE', 1))
@@ -228,7 +233,8 @@ def make_runs(args, out):
         name = f'{row.name}-seed{seed}'
         reason = out / 'runs' / f'{name}.reason'
         if row.name in refused:  # as with another seed
-            reason.write_text(refused[row.name], encoding='utf-8')
+            if not (out / 'predictions' / f'{name}.csv').exists():
+                reason.write_text(refused[row.name], encoding='utf-8')
             continue
         print(f'--- {args.table}, run {k + 1} of {len(jobs)}: {row.name}, seed {seed}', flush=True)
         with locked(out / 'runs' / f'{name}.lock') as lock:
@@ -352,8 +358,7 @@ def load_data(args):
     used = [args.splits[name] for name in ('train', 'test')]
     args.digest = ids_digest(f'{image_id} {labels}' for split in used for image_id, labels in zip(
         split['image_id'], label_array(split).tolist()))
-    sizes = sorted({stored_size(cell) for split in used for cell in split.select_columns('image')['image']})
-    args.stored = ' to '.join(f'{width} x {height}' for width, height in dict.fromkeys((sizes[0], sizes[-1]))) + ' px'
+    args.stored = recorded_sizes(args) or stored_sizes(used)
     name = 'the demo set, SYNTHETIC' if args.data == 'demo' else Path(args.data).name
     args.about_images = f'{name}, stored at {args.stored}'
 

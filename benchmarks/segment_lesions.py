@@ -52,6 +52,7 @@ from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.intervals import percentile_interval, resampled_indices
 from timm_arl.isic.loading import EpochBatches, IsicSplit
 from timm_arl.isic.metrics import interval_text
+from timm_arl.isic.selection import kept_epoch
 from timm_arl.isic.transforms import EVAL_GAP, Transform, normalisation, train_transform
 from timm_arl.pretrained import check_file, check_fit
 from timm_arl.training.accelerator import create_accelerator
@@ -63,7 +64,6 @@ from timm_arl.training.runs import (
     check_no_other_run,
     check_output_dir,
     discard_start,
-    kept_epoch,
     load_progress,
     prepare_output_dir,
     save_progress,

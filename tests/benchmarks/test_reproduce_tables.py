@@ -107,8 +107,10 @@ def test_finished_runs_are_not_made_again(call, made):
     done = call('reproduce_tables', *args, '--row', 'arl_cnn14')
     assert done.returncode == 0 and 'finetune_isic' not in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (out / 'predictions').iterdir()}
-    other = call('reproduce_tables', *args, '--row', 'arl_cnn14', '--img-size', 96)
-    assert other.returncode == 2 and 'another --output-dir' in other.stderr
+    for row in ('arl_cnn14', 'arl_cnn14_channel'):  # of which the second has no run: it is not begun
+        other = call('reproduce_tables', *args, '--row', row, '--img-size', 96)
+        assert other.returncode == 2 and 'another --output-dir, or remove' in other.stderr
+        assert 'finetune_isic' not in other.stdout
     shutil.move(out / 'predictions', out / 'moved')  # the run is finished, and is recorded by another command
     other = call('reproduce_tables', *args, '--row', 'arl_cnn14', '--epochs', 2)
     assert other.returncode == 2 and 'arl_cnn14-seed0.json was made with other flags' in other.stderr
@@ -130,6 +132,21 @@ def test_predictions_of_other_images_are_refused(call, made, few, tmp_path):
     done = call('reproduce_tables', 'table5', '--data', tmp_path / 'other', *args[3:], '--row', 'arl_cnn14')
     assert done.returncode == 2 and 'other images than' in done.stderr, done.stderr
     assert (out / 'table5.csv').read_text() == before
+
+
+def test_check_needs_the_labels_alone(call, made, few, tmp_path):
+    """Readers have the images in another size than those of the committed predictions."""
+    out, args, _ = made
+    small = tmp_path / Path(few).name
+    small.mkdir()
+    for path in Path(few).glob('*.parquet'):
+        split = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / 'cache'))
+        split.map(lambda row: {'image': row['image'].resize((80, 60))}).to_parquet(small / path.name)
+    other = ['table5', '--data', small, *args[3:]]
+    done = call('reproduce_tables', *other, '--check')
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = call('reproduce_tables', *other, '--row', 'arl_cnn14')
+    assert done.returncode == 2 and 'those of' in done.stderr and 'have 80 x 60 px' in done.stderr
 
 
 def test_damaged_record_is_named(call, made):

@@ -17,9 +17,11 @@ from timm_arl.export import OnnxModel
 from timm_arl.export.__main__ import main
 from timm_arl.export.calibration import CalibrationImages, Loss
 from timm_arl.export.quantize import update_metadata
+from timm_arl.factory import Checkpoint
 from timm_arl.files import write_json
 from timm_arl.isic.dataset import load_data
-from timm_arl.isic.task import LABELS
+from timm_arl.isic.dataset.sources import ids_digest
+from timm_arl.isic.task import LABELS, Task
 from timm_arl.onnx_file import export_onnx
 from timm_arl.predictor import Predictor
 
@@ -146,17 +148,20 @@ def test_ranges_are_of_the_training_images_of_the_run(tmp_path):
     run.mkdir()
     write_json(run / 'run.json', {'arguments': {
         'data': data, 'seed': 5, 'division_seed': None, 'task': None, 'labels': None, 'columns': None, 'splits': None,
-        'group_column': None}})
-    found = CalibrationImages(data, ABOUT, run=run)
+        'group_column': None, 'train_ids': ids_digest(splits['train']['image_id'])}})
+    found = CalibrationImages(data, ABOUT, checkpoint=Checkpoint(str(run)))
     assert found.validation.image_ids == list(splits['validation']['image_id'])
     assert CalibrationImages(data, ABOUT).validation.image_ids != found.validation.image_ids
 
 
-@pytest.mark.parametrize('labels, labelled', [(['MEL', 'NV'], True), (['melanoma', 'seborrheic_keratosis'], False)])
-def test_folders_of_classes_are_labels_where_the_network_has_them(tmp_path, labels, labelled):
+@pytest.mark.parametrize('labels, labelled, says', [
+    (['MEL', 'NV'], True, 'train images'), (['melanoma', 'seborrheic_keratosis'], False, 'images of'),
+    (['MEL', 'NV', 'BCC'], False, 'taken as pictures without labels: ')])
+def test_folders_of_classes_are_labels_where_the_network_has_them(tmp_path, labels, labelled, says):
     data = class_folders(tmp_path, 40)
-    found = CalibrationImages(str(data), {**ABOUT, 'label_names': labels})
-    assert (found.validation is not None) == labelled
+    about = {**ABOUT, 'label_names': labels, 'task': Task('t', tuple(labels), 'multiclass').config()}
+    found = CalibrationImages(str(data), about)
+    assert (found.validation is not None) == labelled and says in found.what
 
 
 def test_which_aucs_are_worse():

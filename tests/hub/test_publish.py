@@ -217,6 +217,10 @@ def test_what_cannot_be_staged(run, staged, call, tmp_path):
             (write_json if name.endswith('.json') else write_rows)(other / name, content)
         done = call('timm_arl.hub.__main__', 'stage', run, tmp_path / 's', '--evaluation', other)
         assert done.returncode == 2 and f'{other} is an evaluation on other data than those of' in done.stderr
+    write_rows(other / 'looks.csv', [{'time': 'then', 'other_data': 'clinic.csv'}, {'time': 'now', 'other_data': ''}])
+    done = call('timm_arl.hub.__main__', 'stage', run, tmp_path / 'again', '--evaluation', other)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / 'again')
     for args, message in ((('stage', 'arl_cnn14.isic2018', 's'), 'no weights of that name in this package (it has arl'),
                           (('stage', run, 's', '--tag', 'my tag/x'), "'my tag/x' cannot be a tag"),
                           (('stage', run, 's', '--tag', ''), "'' cannot be a tag"),

@@ -94,7 +94,7 @@ def export(args: argparse.Namespace) -> int:
     images = loss = None
     if args.int8:  # before the rest, which takes longer
         images = CalibrationImages(args.calibration, metadata_of(model, args.img_size, weights, settings),
-                                   args.calibration_images, checkpoint.folder if checkpoint else None)
+                                   args.calibration_images, checkpoint)
         print(f'calibrating on {images.what}', flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(model, Path(folder) / 'float.onnx', args.img_size, args.fold, weights, settings)

@@ -1,5 +1,4 @@
 """Images for 8 bits: those from which ranges are found, and those on which the loss is measured."""
-import json
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 from huggingface_hub.utils import tqdm  # of the core: it comes with timm
 
+from ..factory import Checkpoint
 from ..image_list import OwnImages, write_image_list
 from ..isic.images import readings
 from ..isic.task import Task
@@ -21,7 +21,7 @@ __all__ = ['FEWEST', 'TOLERANCE', 'USUAL', 'CalibrationImages', 'Loss', 'measure
 
 FEWEST, USUAL = 32, 100  # images to calibrate on
 TOLERANCE = 0.003  # by which an AUC may fall
-TABLES = ('.parquet', '.csv', '.tsv', '.tab', '.jsonl', '.arrow', '.xlsx')  # which a folder of pictures has none of
+TABLES = ('.parquet', '.csv', '.tsv', '.tab', '.jsonl', '.arrow')  # which a folder of pictures has none of
 
 
 class CalibrationImages:
@@ -39,14 +39,14 @@ class CalibrationImages:
             source: str,
             about: Dict[str, Any],
             count: int = USUAL,
-            run: Optional[Path] = None,
+            checkpoint: Optional[Checkpoint] = None,
     ) -> None:
         """
         Args:
             source: Folder of pictures, or a data set as `--data` of the programs takes it: its train images.
             about: Metadata of the network's file.
             count: Images to calibrate on, spread evenly over those that there are.
-            run: Output folder of the run that trained the network, whose division of the data counts.
+            checkpoint: Where the network is from: the division of its run counts, where the data are those.
 
         Raises:
             ExportError: Fewer than FEWEST images that can be read.
@@ -56,17 +56,28 @@ class CalibrationImages:
         self.normalise = normalisation(about['mean'], about['std'])
         self.validation: Any = None
         side, crops = about['input_size'][-1], about.get('crops', USUAL_CROPS)
-        if Path(source).is_dir() and not _has_labels(Path(source), about.get('label_names') or ()):
+        inside = list(Path(source).rglob('*')) if Path(source).is_dir() else []
+        alone = bool(inside) and not any(
+            path.suffix.lower() in TABLES or path.name == 'HAM10000_metadata' for path in inside)
+        folders = {path.name for path in inside if path.is_dir()}
+        train, problem = None, ''
+        if not alone or len(folders & set(about.get('label_names') or ())) > 1:  # folders of classes
+            try:
+                train, self.validation = _splits(source, EvalCrops(side, crops), about, checkpoint)
+            except (ImportError, ValueError) as error:
+                if not alone:
+                    raise
+                problem = f', taken as pictures without labels: {error}'
+        if train is None:
             kind, (read, total) = '', _pictures(source, Cutter(side, crops, bool(about.get('grey_world'))))
         else:
-            train, self.validation = _splits(source, EvalCrops(side, crops), about, run)
             kind, read, total = 'train ', lambda row: train[row][0], len(train)
         rows = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
         found = tqdm(readings(read, rows), desc='reading images', total=len(rows), leave=False, disable=None)
         self.crops: List[torch.Tensor] = [cut for _, cut, reason in found if not reason]
         left_out = len(rows) - len(self.crops)
         self.what = f'{len(self.crops)} {kind}images of {source}'
-        self.what += f' ({left_out} more cannot be read)' if left_out else ''
+        self.what += (f' ({left_out} more cannot be read)' if left_out else '') + problem
         if len(self.crops) < FEWEST:
             raise ExportError(f'--calibration: {self.what} are too few: at least {FEWEST} are needed, and {USUAL} are '
                               f'better.')
@@ -75,13 +86,6 @@ class CalibrationImages:
         """Normalised crops of one image after another."""
         for crops in tqdm(self.crops, desc='calibrating', leave=False, disable=None):
             yield self.normalise(crops).numpy()
-
-
-def _has_labels(folder: Path, labels: Sequence[str]) -> bool:
-    """Whether a folder is a data set: with tables, or with folders that are called as the labels of the network."""
-    inside = list(folder.rglob('*'))
-    tables = any(path.suffix.lower() in TABLES or path.name == 'HAM10000_metadata' for path in inside)
-    return tables or len({path.name for path in inside if path.is_dir()} & set(labels)) > 1
 
 
 def _pictures(source: str, cutter: Cutter) -> Tuple[Callable[[int], torch.Tensor], int]:
@@ -100,20 +104,23 @@ def _pictures(source: str, cutter: Cutter) -> Tuple[Callable[[int], torch.Tensor
     return read, len(listed)
 
 
-def _splits(source: str, cut: EvalCrops, about: Dict[str, Any], run: Optional[Path]) -> List[Any]:
+def _splits(source: str, cut: EvalCrops, about: Dict[str, Any], checkpoint: Optional[Checkpoint]) -> List[Any]:
     """The train and the validation images of a data set, cut as evaluate_isic.py cuts them."""
     from ..isic.dataset import DataError, Wanted, load_data, wanted_of  # these need the extra `train`
     from ..isic.loading import IsicSplit
 
     names = about.get('label_names') or ()
     task = Task.of_config(about, len(names)) if names else None
-    record = run / 'run.json' if run else None
-    saved = json.loads(record.read_text(encoding='utf-8'))['arguments'] if record and record.is_file() else {}
-    same, seed = saved.get('data') == source, saved.get('division_seed')
+    saved = checkpoint.arguments() if checkpoint else {}
+    run = checkpoint and (checkpoint.run_folder() or checkpoint.folder)
+    same, seed, wanted = saved.get('data') == source, saved.get('division_seed'), Wanted()
+    if same:
+        of_run = {**dict.fromkeys(('task', 'labels', 'columns', 'group_column')), **saved, 'splits': None}
+        wanted = wanted_of(SimpleNamespace(**of_run))
     data = load_data(
-        source, wanted_of(SimpleNamespace(**saved))._replace(splits=None) if same else Wanted(),
-        saved.get('seed', 0) if seed is None else seed, expected=task, earlier=run / 'splits.csv' if run else None,
-        given=bool(saved.get('splits')), same=same, train_ids=saved.get('train_ids'))
+        source, wanted, saved.get('seed', 0) if seed is None else seed, expected=task,
+        earlier=run / 'splits.csv' if run else None, given=bool(saved.get('splits')), same=same,
+        usual_groups=saved.get('group_column'), train_ids=saved.get('train_ids'))
     if task is not None and data.task.labels != task.labels:
         raise DataError(f'{source} has the labels {", ".join(data.task.labels)}, but the network has '
                         f'{", ".join(task.labels)}: name a folder of pictures, or data with these.')

@@ -28,7 +28,8 @@ from .staging import card, card_of_registered, stage
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = program_parser(__doc__, prog='python -m timm_arl.hub')
     commands = parser.add_subparsers(dest='command', required=True)
-    sub = commands.add_parser('stage', help='build a model repo from a finished run, or from shipped weights')
+    sub = commands.add_parser(
+        'stage', allow_abbrev=False, help='build a model repo from a finished run, or from shipped weights')
     sub.add_argument('run', metavar='OUT|NAME.TAG', help='output folder, or weights that come with this package')
     sub.add_argument('target', metavar='STAGED', type=Path)
     sub.add_argument('--evaluation', metavar='R', type=Path, help='output folder of evaluate_isic.py on that run')
@@ -40,16 +41,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                                        'of ISIC 2017 and of the demo, else unknown)')
     sub.add_argument('--overwrite', action='store_true', help='replace a README.md in STAGED that was edited')
     sub.add_argument('--note', default='', help='what the card says about the images ("copies at 256 px", for example)')
-    sub = commands.add_parser('card', help='write the README.md of a staged folder, or of registered weights')
+    sub = commands.add_parser(
+        'card', allow_abbrev=False, help='write the README.md of a staged folder, or of registered weights')
     sub.add_argument('what', metavar='STAGED|NAME.TAG')
     sub.add_argument('--output', metavar='DIR', type=Path, help='for NAME.TAG: folder for its README.md')
-    sub = commands.add_parser('push', help='send staged folders to the Hub or another folder')
+    sub = commands.add_parser('push', allow_abbrev=False, help='send staged folders to the Hub or another folder')
     sub.add_argument('folders', metavar='STAGED', type=Path, nargs='+')
     sub.add_argument('--to', metavar='REPO|./DIR', help='(default: NAME.TAG of each, under TIMM_ARL_HUB)')
     sub.add_argument('--yes', action='store_true', help='send; without it, list what would be sent')
     sub.add_argument('--private', action='store_true', help='make a new repo private')
     sub.add_argument('--tag', help='tag what is sent (v1: the tag that this package loads)')
-    sub = commands.add_parser('verify', help='fetch published weights into an empty cache and compare')
+    sub = commands.add_parser(
+        'verify', allow_abbrev=False, help='fetch published weights into an empty cache and compare')
     sub.add_argument('source', metavar='REPO|./DIR')
     sub.add_argument('--against', metavar='STAGED', type=Path, required=True)
     args = parser.parse_args(argv)

@@ -89,7 +89,7 @@ def evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path, task: Task) 
                        f'network as it was trained by --evaluation.')
     richer = read_object(evaluation / 'metrics.json', what)
     looks = read_rows(evaluation / 'looks.csv') if (evaluation / 'looks.csv').is_file() else []
-    if any('external' in scores for scores in richer.values()) or any(look.get('other_data') for look in looks):
+    if any('external' in scores for scores in richer.values()) or any(look.get('other_data') for look in looks[-1:]):
         raise HubError(f'{evaluation} is an evaluation on other data than those of {run}: pass one on its own.')
     for split, scores in richer.items():
         probabilities = _predictions(evaluation / f'predictions_{split}.csv', task)

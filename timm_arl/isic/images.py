@@ -46,7 +46,7 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
                 return to_rgb(_upright(file), bits, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
     except UnidentifiedImageError as error:
         raise OSError('it is not an image in a format that Pillow knows') from error
-    except OSError:
+    except (MemoryError, OSError):
         raise
     except Image.DecompressionBombError as error:
         pixels, limit = (int(number) / 1e6 for number in re.findall(r'\d+', str(error))[:2])
@@ -56,6 +56,7 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
 
 
 def _upright(file: Image.Image) -> Image.Image:
+    file.load()  # what is wrong with the pixels is told
     try:
         file.getexif()
     except Exception:  # a damaged block of metadata; the pixels may be fine
@@ -122,8 +123,8 @@ def decode_mask(mask: Dict, size: Tuple[int, int]) -> Image.Image:
     """
     picture = decode(mask).convert('L')
     largest = int(np.asarray(picture).max())
-    if 0 < largest < 128:
-        raise OSError(f'the largest value of its mask is {largest}, but a lesion is white, 255')
+    if 0 < largest < 8:
+        raise OSError(f'the largest value of its mask is {largest}, but a lesion is white, 255: multiply masks by 255')
     if (picture.width - picture.height) * (size[0] - size[1]) < 0:
         raise OSError(f'its mask has {picture.width} x {picture.height} px, the image {size[0]} x {size[1]}')
     return picture

@@ -1,9 +1,9 @@
 """Which score chooses the epoch that a run keeps: mean_auc, balanced_accuracy, or auc:LABEL."""
-from typing import Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 from .task import DataError, Task, label_words
 
-__all__ = ['check_selection', 'kept_row', 'selection_column', 'selection_words']
+__all__ = ['check_selection', 'kept_epoch', 'kept_row', 'selection_column', 'selection_words']
 
 
 def check_selection(select: str, task: Task) -> str:
@@ -25,10 +25,14 @@ def selection_column(select: str) -> str:
     return 'validation_' + select.replace('auc:', 'auc_', 1)
 
 
+def kept_epoch(summary: Sequence[Mapping[str, Any]], keep: str, column: str) -> int:
+    """Row of the epoch that is kept: 'best', the highest by a column (the first of equals), or 'last'."""
+    return len(summary) - 1 if keep == 'last' else max(range(len(summary)), key=lambda k: float(summary[k][column]))
+
+
 def kept_row(summary: Sequence[Mapping[str, str]], keep: str, select: Optional[str]) -> Mapping[str, str]:
-    """The row of summary.csv whose network was kept: the last one, or the first of the best."""
-    column = selection_column(select or 'mean_auc')
-    return summary[-1] if keep == 'last' else max(summary, key=lambda row: float(row[column]))
+    """The row of summary.csv whose network was kept."""
+    return summary[kept_epoch(summary, keep, selection_column(select or 'mean_auc'))]
 
 
 def selection_words(select: str) -> str:

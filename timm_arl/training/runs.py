@@ -10,7 +10,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, Union
 
 import accelerate
 import datasets
@@ -163,13 +163,6 @@ def load_progress(accelerator, network, averaged, out):
 def _cannot_resume(out, path, what):
     return (f'{path} {what}, so the run cannot go on: restore it, or start another run from the kept epoch, with '
             f'--init-checkpoint {out} and another --output-dir.')
-
-
-def kept_epoch(summary: List[Dict[str, Any]], keep: str, score: str) -> int:
-    """Row of the epoch that is kept: 'best', the highest by a column (the first of equals), or 'last'."""
-    if keep == 'last':
-        return len(summary) - 1
-    return max(range(len(summary)), key=lambda row: summary[row][score])
 
 
 def discard_start(out):

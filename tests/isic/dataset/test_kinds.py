@@ -261,12 +261,12 @@ def with_split(folder, words):
      'trian is beside the splits but is none'),
     (lambda f: str(class_folders(f, splits=('train', 'training', 'test'))), Wanted(),
      'two folders for the split train'),
-    (lambda f: added(class_folders(f), 'mine.csv', ',label'), Wanted(),
+    (lambda f: added(class_folders(f), 'mine.csv', 'img_id,age,diagnostic'), Wanted(),
      'has 2 folders of images and a table: pass --data .*mine.csv if the table tells the labels, or move it away'),
-    (lambda f: added(class_folders(f), 'MEL/labels.tsv'), Wanted(), 'pass --data .*labels.tsv'),
-    (lambda f: added(class_folders(f), 'stray.jpg'), Wanted(), 'stray.jpg would be left out: move it into the folder'),
-    (lambda f: added(class_folders(f), 'SCC/p1/1.jpg'), Wanted(), '1.jpg would be left out: move it into the folder'),
-    (lambda f: added(class_folders(f), 'NV/9.HEIC'), Wanted(), '9.HEIC would be left out: convert it to one of .jpg'),
+    (lambda f: added(class_folders(f), 'MEL/labels.tsv', 'image\tlabel'), Wanted(), 'pass --data .*labels.tsv'),
+    (lambda f: added(class_folders(f), 'stray.jpg'), Wanted(), 'left out .1 such pictures.: move it into'),
+    (lambda f: added(class_folders(f), 'SCC/p1/1.jpg'), Wanted(), 'p1.1.jpg would be left out .1 such'),
+    (lambda f: added(class_folders(f), 'NV/9.HEIC'), Wanted(), '9.HEIC would be .*: convert it to one of'),
     (lambda f: added(class_folders(f, splits=('train',)), 'val/1.jpg'), Wanted(), '1.jpg would be left out'),
     (lambda f: without_truth(isic2019(f)), Wanted(),
      'has ISIC_2019_Training_Input, but none of ISIC_2019_Training_GroundTruth.csv: put the ground truth'),
@@ -294,6 +294,15 @@ def test_a_task_of_the_user_has_the_column_that_it_names(tmp_path):
         load_data(str(path), Wanted(task=str(tmp_path / 't.yaml')))
 
 
+def test_what_may_lie_beside_folders_of_classes(tmp_path):
+    data = class_folders(tmp_path)
+    for name, content in (('duplicates.csv', 'image_id_a,image_id_b\n'), ('splits.csv', 'image_id,split,diagnosis\n'),
+                          ('MEL/metadata.csv', 'isic_id,attribution\n'), ('MEL/0_superpixels.png', ''),
+                          ('notes.txt', ''), ('.hidden.png', '')):
+        added(data, name, content)
+    assert sum(map(len, load_data(str(data)).splits.values())) == 20
+
+
 def test_codes_stay_as_they_are_written(tmp_path):
     assert load_data(str(table(tmp_path, classes=('01', '02', '10')))).task.labels == ('01', '02', '10')
 
@@ -305,6 +314,10 @@ def test_words_of_0_and_1_are_numbers(tmp_path):
     data = load_data(str(tmp_path / 'all.parquet'))
     assert data.task.labels == ('label',)
     assert sum(label_array(split, data.task).sum() for split in data.splits.values()) == 15
+    rows = [{'image': row['image'], 'a': row['label'], 'b': str(1 - int(row['label']))} for row in rows]
+    features = datasets.Features({'image': datasets.Image(), **dict.fromkeys('ab', datasets.Value('string'))})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / 'both.parquet')
+    assert load_data(str(tmp_path / 'both.parquet'), Wanted(labels=('a', 'b'))).task.kind == 'multiclass'
 
 
 def test_tables_of_one_data_set_may_write_numbers_in_two_ways(tmp_path):

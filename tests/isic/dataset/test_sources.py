@@ -118,8 +118,10 @@ def test_an_image_folder_of_the_datasets_library(tmp_path, table, place):
         name: [f'I{n}{i}' for i in range(4)] for n, name in enumerate(WORDS)}
     assert label_array(splits['train']).tolist() == [[0, 0], [1, 0], [0, 1], [0, 0]]
     assert decode(splits['test'][0]['image']).size == (60, 40)
-    picture(0).save(tmp_path / 'train' / 'alone.jpg')
-    with pytest.raises(DataError, match=r'no row of metadata for alone.jpg \(1 such images\)'):
+    alone = tmp_path / 'train' / place.format('alone')
+    alone.parent.mkdir(exist_ok=True)
+    picture(0).save(alone)
+    with pytest.raises(DataError, match=rf'no row of metadata for {place.format("alone")} \(1 such images\)'):
         load_splits(str(tmp_path))
 
 
@@ -200,6 +202,11 @@ def test_every_kind_of_picture_comes_out_as_it_looks():
     assert np.abs(255 - np.asarray(decode(negative))[..., 0] - np.asarray(grey16) / 257).max() <= 0.5
     for fmt in ('PNG', 'WEBP'):  # a damaged block of metadata
         assert decode(encoded(image, fmt, exif=b'Exif\0\0II*\0')).size == image.size
+    png = bytearray(encoded(image, 'PNG')['bytes'])
+    for k in range(100, len(png) - 40, 7):
+        png[k] ^= 255
+    with pytest.raises(OSError):  # and not half of the picture
+        decode({'bytes': bytes(png), 'path': None})
     damaged = encoded(image, 'TIFF', tiffinfo={305: 'x'})
     for k in range(8, len(damaged['bytes'])):  # Pillow raises TypeError and others for some of them
         try:

@@ -10,7 +10,7 @@ from .names import ABOUT
 from .sources import image_files
 from .tables import read_lines, typed
 
-__all__ = ['read_challenge']
+__all__ = ['check_truth', 'read_challenge']
 
 
 class _Part(NamedTuple):
@@ -67,7 +67,6 @@ def read_challenge(folder: Path) -> Optional[Tuple[Task, Dict[str, datasets.Data
         if any(images for images, _ in found.values()):
             kinds.append((name, found))
     if not kinds:
-        _check_truth(folder)
         return None
     # the Dataverse has a test set of 2018 beside HAM10000
     name, found = max(kinds, key=lambda kind: 'train' in kind[1])
@@ -82,8 +81,12 @@ def read_challenge(folder: Path) -> Optional[Tuple[Task, Dict[str, datasets.Data
     return task, {WHOLE: splits['train']} if list(splits) == ['train'] else splits
 
 
-def _check_truth(folder: Path) -> None:
-    """Refuse images of a challenge without any ground truth: the names of their folders are no diagnoses."""
+def check_truth(folder: Path) -> None:
+    """Refuse images of a challenge without any ground truth: the names of their folders are no diagnoses.
+
+    Raises:
+        DataError: Such a folder.
+    """
     for name, parts in CHALLENGES.items():
         for part in parts.values():
             called = TASKS[name].title.split()[0].lower()  # which 'train' is not

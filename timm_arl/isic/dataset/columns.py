@@ -129,7 +129,7 @@ def _class_column(split: datasets.Dataset, data: str, task: Optional[Task] = Non
 
 
 def _ones(split: datasets.Dataset, labels: Sequence[str]) -> np.ndarray:
-    return sum(np.array([value == 1 for value in split[label]], int) for label in labels)  # type: ignore[return-value]
+    return sum(np.array([value in (1, '1') for value in split[label]], int) for label in labels)  # type: ignore[return-value]
 
 
 def with_labels(
@@ -154,7 +154,7 @@ def with_labels(
     """
     if not column:
         for label in task.labels:  # '0' and '1' are numbers too
-            if split.features[label].dtype == 'string' and set(split[label]) <= {'0', '1'}:
+            if getattr(split.features[label], 'dtype', '') == 'string' and set(split[label]) <= {'0', '1'}:
                 split = split.cast_column(label, datasets.Value('int8'))
         return split
     ids = [str(image_id) for image_id in split['image_id']]

@@ -1,4 +1,5 @@
 """Folders of images that are named by their class, with or without a folder for each split above them."""
+import re
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
@@ -6,6 +7,7 @@ import datasets
 
 from ..task import DataError
 from .groups import WHOLE, split_name
+from .names import CLASS_COLUMNS, IMAGE_COLUMNS, plain
 from .sources import IMAGE_SUFFIXES, image_files
 from .tables import unique_ids
 
@@ -44,11 +46,11 @@ def read_class_folders(folder: Path) -> Optional[Dict[str, datasets.Dataset]]:
         classes = [part for part in _folders(folder) if _has_images(part)]
         if len(classes) < 2 or any(split_name(part.name) for part in classes):
             return None
-        tables = [file for part in (folder, *classes) for file in sorted(part.iterdir())
-                  if file.suffix.lower() in TABLES and not file.name.startswith('.')]
-        if tables:
-            raise DataError(f'{folder} has {len(classes)} folders of images and a table: pass --data {tables[0]} if '
-                            f'the table tells the labels, or move it away if the names of the folders do.')
+        files = [file for part in (folder, *classes) for file in sorted(part.iterdir())]
+        table = next(filter(_names_classes, files), None)
+        if table:
+            raise DataError(f'{folder} has {len(classes)} folders of images and a table: pass --data {table} if the '
+                            f'table tells the labels, or move it away if the names of the folders do.')
         parts = {WHOLE: classes}
     rows: List[Tuple[str, str, Path]] = []
     for name, classes in parts.items():
@@ -58,12 +60,14 @@ def read_class_folders(folder: Path) -> Optional[Dict[str, datasets.Dataset]]:
                 raise DataError(f'{each} holds a folder of images, {deeper[0].name}: move them into {each}.')
             rows += [(name, each.name, file) for file in image_files(each).values()]
     used = {file for _, _, file in rows}
-    for file in sorted(folder.rglob('*')):
-        if file.suffix.lower() in (*IMAGE_SUFFIXES, *NOT_READ) and file not in used and not any(
-                part.startswith('.') for part in file.relative_to(folder).parts):
-            raise DataError(f'{file} would be left out: ' + (
-                f'convert it to one of {", ".join(IMAGE_SUFFIXES)}' if file.suffix.lower() in NOT_READ else
-                'move it into the folder of its class') + f', or move it out of {folder}.')
+    unused = [file for file in sorted(folder.rglob('*'))
+              if file.suffix.lower() in (*IMAGE_SUFFIXES, *NOT_READ) and file not in used
+              and not file.stem.endswith('_superpixels')
+              and not any(part.startswith('.') for part in file.relative_to(folder).parts)]
+    if unused:
+        raise DataError(f'{unused[0]} would be left out ({len(unused)} such pictures): ' + (
+            f'convert it to one of {", ".join(IMAGE_SUFFIXES)}' if unused[0].suffix.lower() in NOT_READ else
+            'move it into the folder of its class') + f', or out of {folder}.')
     ids = unique_ids([(file.stem, f'{label}-{file.stem}', f'{name}-{label}-{file.stem}') for name, label, file in rows])
     splits = {}
     for name in parts:
@@ -93,6 +97,15 @@ def check_has_labels(folder: Path) -> None:
     if images:
         raise DataError(f'{folder} has {len(images)} images, and nothing that tells their labels: pass a CSV of their '
                         f'paths and labels, or put them in a folder for each class.')
+
+
+def _names_classes(file: Path) -> bool:
+    """Whether it is a table of images and their classes."""
+    if file.suffix.lower() not in ('.csv', '.tsv') or file.name.startswith('.') or file.name == 'splits.csv':
+        return False
+    with file.open(encoding='utf-8-sig', errors='replace') as lines:
+        columns = {plain(word) for word in re.split('[,;\t]', lines.readline())}
+    return all(columns & set(map(plain, names)) for names in (IMAGE_COLUMNS, CLASS_COLUMNS))
 
 
 def is_metadata(file: Path) -> bool:

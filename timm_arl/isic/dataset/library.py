@@ -12,7 +12,7 @@ from yaml import YAMLError
 from ...download import plain_http
 from ..task import DataError
 from .names import plain
-from .sources import image_files
+from .sources import IMAGE_SUFFIXES
 from .tables import renamed
 
 __all__ = ['check_rows', 'load_library', 'undecoded', 'with_names']
@@ -68,9 +68,11 @@ def check_rows(folder: Path, split: datasets.Dataset) -> None:
     """Refuse images without a row in the metadata of their folder, which the datasets library leaves out silently."""
     if not any((folder / f'metadata.{ending}').is_file() for ending in ('csv', 'jsonl')):
         return
-    cells = undecoded(split, 'image', str(folder))['image'] if 'image' in split.column_names else []
-    loaded = {Path(cell['path']).name for cell in cells if cell and cell['path']}
-    alone = sorted(path.name for path in image_files(folder).values() if path.name not in loaded)
+    columns = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]  # masks too
+    loaded = {os.path.realpath(cell['path']) for column in columns
+              for cell in undecoded(split, column, str(folder))[column] if cell and cell['path']}
+    alone = [str(path.relative_to(folder)) for path in sorted(folder.rglob('*')) if os.path.realpath(path) not in loaded
+             and path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith('_superpixels')]
     if alone:
         raise DataError(f'{folder}: there is no row of metadata for {alone[0]} ({len(alone)} such images): add it, or '
                         f'take the image out.')

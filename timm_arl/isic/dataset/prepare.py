@@ -229,8 +229,9 @@ def _check_target(target: Path, plan: Dict[str, Any]) -> None:
     if record.is_file():
         try:
             saved = json.loads(record.read_text(encoding='utf-8'))
-            assert isinstance(saved, dict)
-        except (ValueError, AssertionError):
+            if not isinstance(saved, dict):
+                raise ValueError
+        except ValueError:
             raise DataError(f'{record} is damaged: remove {target}, and run the same command again.') from None
         changed = ['table of ids, labels, age and sex' if key == 'table' else key for key in plan
                    if saved.get(key) != plan[key] and not (key == 'skip_bad_images' and plan[key])]

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Uni
 import datasets
 
 from ..task import ISIC2017, DataError, Task, words_list
-from .challenges import read_challenge
+from .challenges import check_truth, read_challenge
 from .checks import check_labels, check_learned, check_splits, check_usable
 from .columns import find_task, with_ids, with_labels
 from .data import SPLITS, Data, StreamedSplit, label_array
@@ -36,6 +36,8 @@ from .streaming import NO_SHARDS, load_streaming
 from .tables import read_image_table
 
 __all__ = ['SPLITS', 'Data', 'StreamedSplit', 'check_splits', 'check_usable', 'label_array', 'load_data', 'load_splits']
+
+NUMBERS = ('bool', *(f'{kind}{bits}' for kind in ('int', 'uint', 'float') for bits in (8, 16, 32, 64)))
 
 TABLES = ('.csv', '.tsv', '.xlsx', '.xlsm', '.xls', '.ods')  # the last are refused in their words
 
@@ -189,7 +191,12 @@ def _read_files(folder: Path) -> Tuple[Optional[Task], Optional[Mapping[str, dat
     if source is not None:
         return ISIC2017, source
     challenge = read_challenge(folder)
-    return challenge or (None, read_class_folders(folder))
+    if challenge is not None:
+        return challenge
+    classes = read_class_folders(folder)
+    if classes is not None:
+        check_truth(folder)
+    return None, classes
 
 
 def _prepared(data: str) -> Dict[str, Any]:
@@ -246,14 +253,14 @@ def _as_in_file(
 
 
 def _of_equal_types(splits: Sequence[datasets.Dataset]) -> List[datasets.Dataset]:
-    """Splits whose columns of numbers have one type, where a table of one has 55 and that of another 55.0."""
+    """Splits whose columns have one type, where a table of one has 55 and that of another 55.0, or words."""
     kinds: Dict[str, Set[str]] = {}
     for split in splits:
         for column, feature in split.features.items():
-            if isinstance(feature, datasets.Value):
+            if isinstance(feature, datasets.Value) and feature.dtype != 'null':  # which fits to all
                 kinds.setdefault(column, set()).add(feature.dtype)
     differ = {column: datasets.Value('string' if 'string' in found else 'float64')
-              for column, found in kinds.items() if len(found) > 1}
+              for column, found in kinds.items() if len(found) > 1 and found <= {'string', *NUMBERS}}
     return [split.cast(datasets.Features({**split.features, **{
         column: kind for column, kind in differ.items() if column in split.features}})) for split in splits]
 

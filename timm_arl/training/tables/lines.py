@@ -2,17 +2,23 @@
 import json
 import shlex
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
+
+from PIL import Image
 
 from ...download import sha256_of
-from ...isic.dataset import label_array
+from ...isic.dataset import DataError, label_array
+from ...isic.images import stored_size
 from ...isic.predictions import read_predictions
 from ..arguments import RunError
 from .pages import cell
 from .rows import MASKS, TABLES, Row, pairs_of, printed_figures
 from .scores import Scores, labels_of
 
-__all__ = ['budget_flags', 'check_record', 'origin', 'read_record', 'read_scores', 'settings', 'table_lines']
+__all__ = [
+    'budget_flags', 'check_flags', 'check_record', 'origin', 'read_record', 'read_scores', 'recorded_sizes', 'settings',
+    'stored_sizes', 'table_lines',
+]
 
 
 def budget_flags(args: Any) -> List[str]:
@@ -50,14 +56,50 @@ def check_record(args: Any, row: Row, path: Path, images_alone: bool = False) ->
     if made['data'] != asked['data']:
         raise RunError(f'{path} was made with other images than those of {args.data}: give the same --data, or another '
                        f'--output-dir.')
-    if made.get('images') != asked['images']:
-        raise RunError(f'{path} was made with images of {made.get("images", "an unknown size")}, and those of '
-                       f'{args.data} have {asked["images"]}: give the same --data, or another --output-dir.')
-    for what, of, wanted in (('weights', made['weights'], asked['weights']),
-                             ('flags', read_record(path, 'settings'), settings(args, row))):
-        if of != wanted and not images_alone:
-            raise RunError(f'{path} was made with other {what}, {of} and not {wanted}: give the same, or another '
-                           f'--output-dir.')
+    if made.get('images', asked['images']) != asked['images']:  # the first records had none
+        raise RunError(f'{path} was made with images of {made["images"]}, and those of {args.data} have '
+                       f'{asked["images"]}: give the same --data, or another --output-dir.')
+    if images_alone:
+        return
+    if made['weights'] != asked['weights']:
+        raise RunError(f'{path} was made with other weights, {made["weights"]} and not {asked["weights"]}: give the '
+                       f'same, or another --output-dir.')
+    check_flags(args, row, path)
+
+
+def check_flags(args: Any, row: Row, path: Path) -> None:
+    """Refuse flags other than those that a run was made with.
+
+    Raises:
+        RunError: They are others, or the record is missing or damaged.
+    """
+    of, wanted = read_record(path, 'settings'), settings(args, row)
+    if of != wanted:
+        run = path.parent.parent / 'runs' / path.stem
+        raise RunError(f'{path} was made with other flags, {of} and not {wanted}: give the same, or another '
+                       f'--output-dir, or remove {path.with_suffix(".*")} and {run}.')
+
+
+def recorded_sizes(args: Any) -> str:
+    """For --check, which needs labels alone: the sizes of the images that the predictions were made from; else ''."""
+    records = sorted(Path(args.output_dir, 'predictions').glob('*-seed*.json')) if args.check else []
+    return next((read_record(path, 'origin').get('images', '') for path in records), '')
+
+
+def stored_sizes(splits: Sequence[Any]) -> str:
+    """The smallest and the largest size of the stored images, in words.
+
+    Raises:
+        DataError: An image that cannot be read.
+    """
+    sizes = set()
+    for split in splits:
+        for image_id, image in zip(split['image_id'], split.select_columns('image')['image']):
+            try:
+                sizes.add(stored_size(image))
+            except (OSError, Image.DecompressionBombError) as error:
+                raise DataError(f'The image of {image_id} cannot be read ({error}): fix it.') from error
+    return ' to '.join(f'{width} x {height}' for width, height in dict.fromkeys((min(sizes), max(sizes)))) + ' px'
 
 
 def row_command(args: Any, row: Row) -> str:
