@@ -56,8 +56,8 @@ class CalibrationImages:
         self.normalise = normalisation(about['mean'], about['std'])
         self.validation: Any = None
         side, crops = about['input_size'][-1], about.get('crops', USUAL_CROPS)
-        inside = list(Path(source).rglob('*')) if Path(source).is_dir() else []
-        alone = bool(inside) and not any(
+        inside = list(Path(source).rglob('*'))
+        alone = Path(source).is_dir() and not any(
             path.suffix.lower() in TABLES or path.name == 'HAM10000_metadata' for path in inside)
         folders = {path.name for path in inside if path.is_dir()}
         train, problem = None, ''
