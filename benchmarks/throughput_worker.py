@@ -109,7 +109,6 @@ def make_step(spec: Dict[str, Any], accelerator: Accelerator) -> Tuple[Callable[
     latency = spec['mode'] == 'latency'
     x = torch.randn(size, device='cpu' if latency else accelerator.device).contiguous(memory_format=memory_format)
     model = timm.create_model(spec['model']).to(memory_format=memory_format)
-    classes = model.num_classes
     model.train(spec['mode'] == 'train')
     if spec['backend'] != 'eager':
         model = fold_batch_norm(model)
@@ -131,12 +130,12 @@ def make_step(spec: Dict[str, Any], accelerator: Accelerator) -> Tuple[Callable[
             with torch.inference_mode():  # latency: from the host's memory and back to it
                 return model(x.to(accelerator.device)).cpu() if latency else model(x)
         return infer, [model]
+    target = torch.randint(model.num_classes, size[:1], device=accelerator.device)
     if spec['compile']:
         model = torch.compile(model, mode=spec['compile_mode'])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     model, optimizer = accelerator.prepare(model, optimizer)
     loss_fn = nn.CrossEntropyLoss()
-    target = torch.randint(classes, size[:1], device=accelerator.device)
 
     def train():
         optimizer.zero_grad()

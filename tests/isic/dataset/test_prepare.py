@@ -71,11 +71,17 @@ def test_killed_and_run_again(run, tmp_path):
     target = tmp_path / 'parquet'
     command = [sys.executable, '-m', 'timm_arl.isic.dataset', 'prepare', str(source), str(target), '--workers', '2']
     deadline = time.time() + 60
+    slow = source / 'ISIC-2017_Training_Data' / 'ISIC_0000005.jpg'
+    slow.unlink()
+    os.mkfifo(slow)  # whoever reads it waits
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while not (workers := psutil.Process(process.pid).children()) and time.time() < deadline:
-            time.sleep(0.01)
-        workers[0].kill()  # as the system does where the memory is full
+            time.sleep(0.001)
+        for worker in workers:  # as the system does where the memory is full
+            worker.kill()
         errors = process.stderr.read()
+    slow.unlink()
+    picture(5, (250, 200)).save(slow)
     assert process.returncode == 2 and 'with fewer --workers than 2' in errors and 'Traceback' not in errors, errors
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
