@@ -1,6 +1,8 @@
 """`python -m timm_arl.isic.dataset`, run as its users run it: prepare and check."""
+import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -75,13 +77,15 @@ def test_killed_and_run_again(run, tmp_path):
     slow.unlink()
     os.mkfifo(slow)  # whoever reads it waits
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while not (workers := psutil.Process(process.pid).children()) and time.time() < deadline:
-            time.sleep(0.001)
-        for worker in workers:  # as the system does where the memory is full
-            worker.kill()
+        while not list(target.glob('data/*.parquet')) and time.time() < deadline:  # of the worker that does not wait
+            time.sleep(0.01)
+        for worker in psutil.Process(process.pid).children():  # as the system does where the memory is full
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
         errors = process.stderr.read()
     slow.unlink()
     picture(5, (250, 200)).save(slow)
+    shutil.rmtree(target)
     assert process.returncode == 2 and 'with fewer --workers than 2' in errors and 'Traceback' not in errors, errors
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
