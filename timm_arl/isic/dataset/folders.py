@@ -28,7 +28,7 @@ def read_class_folders(folder: Path) -> Optional[Dict[str, datasets.Dataset]]:
         DataError: A folder beside those of the splits that is none, a table beside folders of classes without splits,
             or a picture that is in no folder of a class, or that is not read.
     """
-    if any(map(is_metadata, folder.rglob('metadata.*'))):  # of the datasets library
+    if any(map(_is_metadata, folder.rglob('metadata.*'))):  # of the datasets library
         return None
     inside = {part: _classes(part) for part in _folders(folder)}
     by_split = {part: split_name(part.name) for part, classes in inside.items() if classes}
@@ -87,7 +87,7 @@ def check_has_labels(folder: Path) -> None:
     """
     files = [file for file in sorted(folder.rglob('*')) if file.is_file() and not file.name.startswith('.')]
     endings = {file.suffix.lower() for file in files} - set(BESIDE)
-    if not files or not endings <= {*TABLES, *IMAGE_SUFFIXES} or any(map(is_metadata, files)):
+    if not files or not endings <= {*TABLES, *IMAGE_SUFFIXES} or any(map(_is_metadata, files)):
         return
     tables = [str(file) for file in files if file.suffix.lower() in TABLES]
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
@@ -108,7 +108,7 @@ def _names_classes(file: Path) -> bool:
     return all(columns & set(map(plain, names)) for names in (IMAGE_COLUMNS, CLASS_COLUMNS))
 
 
-def is_metadata(file: Path) -> bool:
+def _is_metadata(file: Path) -> bool:
     """Whether it is a table by which the datasets library tells the labels of the images in a folder."""
     if file.name == 'metadata.parquet':
         return True
