@@ -52,7 +52,7 @@ from timm_arl.isic.calibration import calibration_scores, subgroup_table, subgro
 from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of
 from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.demo import DEMO_TASKS
-from timm_arl.isic.dataset.duplicates import read_pairs
+from timm_arl.isic.dataset.duplicates import twins_of_training
 from timm_arl.isic.dataset.names import column_named
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
@@ -175,9 +175,7 @@ def load_network(args, checkpoint):
 
 def without_duplicates(splits, args):
     """The splits without the images that are twins of training images, by a list of pairs."""
-    pairs = read_pairs(args.drop_duplicates)
-    train = set(splits['train']['image_id'])
-    twins = {a for pair in pairs for a, b in (pair, pair[::-1]) if b in train and a not in train}
+    twins = twins_of_training(splits, args.drop_duplicates)
     return {name: split if name == 'train' else split.select(
         [row for row, image_id in enumerate(split['image_id']) if image_id not in twins])
         for name, split in splits.items()}

@@ -4,6 +4,7 @@
     python benchmarks/reproduce_tables.py table3 --data path/to/isic2017 --output-dir tables --seeds 0 1 2
     python benchmarks/reproduce_tables.py table3 --data path/to/isic2017 --output-dir tables --row arl_cnn14
     python benchmarks/reproduce_tables.py table3 --data path/to/isic2017 --output-dir tables --check
+    python benchmarks/reproduce_tables.py table3 --data path/to/isic2017 --output-dir tables --drop-duplicates TWINS.csv
 
 A table is a set of rows, a row is a run of finetune_isic.py for each seed, or of evaluate_isic.py. All rows of a table
 have the same budget, the recipe "tables", which was fixed before any test score of its runs was seen. A table that was
@@ -14,12 +15,12 @@ stopped, at any moment, goes on when the same command is given again. Several pr
     predictions/             ROW-seedS.csv, the test predictions of each run, from which --check computes every figure
                              again; ROW-seedS.json, how they were made
     runs/                    the runs themselves
+    tableN_without_duplicates.csv, .md   with --drop-duplicates: the same runs, scored on fewer images
 `masks` and `maps` measure the networks in runs/: how flat the masks of their gates are, and whether their class
 activation maps lie on the lesion and stay there when hair or bubbles are drawn on the picture.
 """
 import json
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -34,14 +35,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
 from timm_arl.factory import tensors_sha256
-from timm_arl.files import make_folder, read_rows, replacing, write_json, write_rows
-from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
+from timm_arl.files import make_folder, replacing, write_json
+from timm_arl.isic.dataset import DataError, label_array, load_splits
+from timm_arl.isic.dataset.duplicates import twins_of_training
 from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES, ids_digest
 from timm_arl.isic.task import ISIC2017, label_words
-from timm_arl.isic.transforms import restore_aspect
 from timm_arl.kernels import backend
 from timm_arl.predictor import Predictor, read_picture
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
@@ -59,10 +59,10 @@ from timm_arl.training.tables.lines import (
     stored_sizes,
     table_lines,
 )
-from timm_arl.training.tables.maps import GAUSSIAN, gaussian_rows, map_lines, map_rows, mask_lines, mask_rows
-from timm_arl.training.tables.pages import differences, write_table
+from timm_arl.training.tables.networks import network_lines, picture_of
+from timm_arl.training.tables.pages import WITHOUT_DUPLICATES, differences, write_table
 from timm_arl.training.tables.processes import locked, run_program
-from timm_arl.training.tables.rows import MASKS, PLAIN, TABLES, TITLES, pairs_of
+from timm_arl.training.tables.rows import MASKS, PLAIN, TABLES, TITLES
 from timm_arl.training.tables.t_test import table7_lines
 
 PROGRAMS = Path(__file__).resolve().parent
@@ -85,6 +85,8 @@ def build_parser():
     add('--weights', nargs='+', default=[], metavar='NAME=FILE',
         help=f'ImageNet weights of a network as a .safetensors file, such as {PLAIN}=FILE (default: from the Hub)')
     add('--check', action='store_true', help='run nothing: compute every figure again and compare it with the table')
+    add('--drop-duplicates', metavar='LIST.csv', help='run nothing: score the finished runs without the test images '
+        'that are twins of training images, by this list of pairs')
     add('--epochs', type=number(int, 1), help='another budget than that of the recipe, for all rows')
     add('--img-size', type=number(int, 64), help='the same for the side of the images that the networks see')
     add('--mixed-precision', choices=['no', 'fp16', 'bf16'], default='no', help='of all runs (default: %(default)s)')
@@ -109,8 +111,10 @@ def parse_args(parser):
             if name not in known and args.table != 'figures':
                 raise RunError(f'--{flag} {name} is not in {args.table}'
                                + (f': choose {", ".join(dict.fromkeys(known))}.' if known else '.'))
+    if args.drop_duplicates and args.table not in TABLES:
+        raise RunError(f'--drop-duplicates is for the tables of test scores, {", ".join(TABLES)}: leave it out.')
     args.seeds = sorted(args.seeds)
-    args.files, args.about_images = {}, ''
+    args.files, args.about_images, args.left_out = {}, '', set()
     for pair in args.weights:
         name, equals, file = pair.partition('=')
         if not equals:
@@ -264,65 +268,17 @@ def make_runs(args, out):
     return failed
 
 
+def page_of(args):
+    """The name of the table's files."""
+    return args.table + WITHOUT_DUPLICATES * bool(args.drop_duplicates)
+
+
 def write_scores(args, out):
     """Write the table from the predictions that are there; one process at a time, so that the last sees them all."""
     with locked(out / 'runs' / 'tables.lock', wait=True):
         lines, about = table_lines(args, out)
-        write_table(out, args.table, lines, about, args.about_images)
+        write_table(out, page_of(args), lines, about, args.about_images)
     return lines
-
-
-def network_lines(args, out):
-    """Lines of masks.csv or maps.csv: the trained networks of the other tables, on the validation images."""
-    split = args.splits['validation']
-    digest = ids_digest(split['image_id'])
-    table_rows = {row.name: row for table in ('table3', 'table5') for row in TABLES[table] if not row.alpha_zero_of}
-    found, columns = {}, {}
-    for name, seed in [(name, seed) for name in table_rows for seed in args.seeds]:
-        folder, path = out / 'runs' / f'{name}-seed{seed}', out / args.table / f'{name}-seed{seed}.csv'
-        record = out / 'predictions' / f'{name}-seed{seed}.json'
-        if not record.exists():
-            continue
-        check_record(args, table_rows[name], record, images_alone=True)
-        rows = read_rows(path) if path.exists() else []
-        there = not args.check and (folder / 'metrics.json').exists() and (folder / 'model.safetensors').exists()
-        weights = tensors_sha256(folder / 'model.safetensors') if there else ''
-        if there and not (rows and (rows[0].get('images'), rows[0].get('weights')) == (digest, weights)):
-            predictor = Predictor(folder)
-            if args.table == 'masks' and not alphas_of(predictor.network):
-                continue
-            progress = partial(tqdm, desc=f'{args.table}, {name}, seed {seed}', leave=False)
-            network, prepare = predictor.network, predictor.prepare
-            rows = (map_rows(network, prepare, split, progress) if args.table == 'maps' else
-                    mask_rows(network, prepare, (picture_of(split, k) for k in progress(range(len(split))))))
-            write_rows(make_folder(path.parent) / path.name, [
-                {**row, 'images': digest, 'weights': weights} for row in rows])
-            rows = read_rows(path)
-        if rows and rows[0].get('images') != digest:
-            raise RunError(f'{path} is of other validation images than {args.data}: remove it, and run the same '
-                           f'command without --check.')
-        if rows:
-            found.setdefault(name, {})[seed] = rows
-            columns[name] = read_record(record, 'columns')
-    if not found:
-        raise RunError(f'No trained network of table3 or table5{" with gates" * (args.table == "masks")} is in '
-                       f'{out / "runs"}: make one first, with table3 --row arl_cnn14.')
-    command = 'python benchmarks/reproduce_tables.py ' + shlex.join([
-        args.table, '--data', str(args.data), '--output-dir', args.output_dir, '--seeds', *map(str, args.seeds)])
-
-    def how(name):
-        return {'seeds': ' '.join(map(str, found[name])), 'command': command, **columns.get(name, {})}
-
-    about = {name: row.about for name, row in table_rows.items()}
-    if args.table == 'masks':
-        return mask_lines(found, how), about
-    pairs = [*pairs_of('table3'), *((name, GAUSSIAN) for name in found)]
-    found[GAUSSIAN] = dict.fromkeys(args.seeds, gaussian_rows(split))
-    return map_lines(found, pairs, how), {**about, GAUSSIAN: 'a map that has not seen the picture'}
-
-
-def picture_of(split, row):
-    return restore_aspect(decode(split[row]['image']), split[row].get('aspect_ratio', 1.))
 
 
 def figures(args, out):
@@ -361,6 +317,10 @@ def load_data(args):
     args.stored = recorded_sizes(args) or stored_sizes(used)
     name = 'the demo set, SYNTHETIC' if args.data == 'demo' else Path(args.data).name
     args.about_images = f'{name}, stored at {args.stored}'
+    if args.drop_duplicates:
+        args.left_out = twins_of_training(args.splits, args.drop_duplicates) & set(args.splits['test']['image_id'])
+        args.about_images += (f', without the {len(args.left_out)} that have a twin among the training images '
+                              f'({Path(args.drop_duplicates).name})')
 
 
 def main():
@@ -369,7 +329,7 @@ def main():
         args = parse_args(parser)
         out = Path(args.output_dir)
         check_output_dir(out)
-        path = out / f'{args.table}.csv'
+        path = out / f'{page_of(args)}.csv'
         if args.check and not path.is_file():
             raise RunError(f'--check: there is no {path}: make the table first, without --check.')
         if args.data:
@@ -388,8 +348,11 @@ def main():
         else:
             for name in ('predictions', 'runs') * (not args.check):
                 make_folder(out / name)
-            failed = False if args.check else make_runs(args, out)
+            failed = False if args.check or args.drop_duplicates else make_runs(args, out)
             lines, about = table_lines(args, out)
+            if args.drop_duplicates and not any(line['measured'] for line in lines):
+                raise RunError(f'No run of {args.table} is finished in {out}: make the table first, without '
+                               f'--drop-duplicates.')
         if args.check:
             wrong = differences(path, lines, about, args.about_images)
             print('\n'.join(wrong) or f'{path}: all {len(lines)} lines are as computed again.')
@@ -397,10 +360,10 @@ def main():
         if args.table in TABLES:
             lines = write_scores(args, out)
         else:
-            write_table(out, args.table, lines, about, args.about_images)
+            write_table(out, page_of(args), lines, about, args.about_images)
         print(path.with_suffix('.md').read_text(encoding='utf-8'))
         empty = len({line['row'] for line in lines if not line['measured'] and ' - ' not in line['row']})
-        print(f'In {out}: {args.table}.csv, {args.table}.md'
+        print(f'In {out}: {path.name}, {path.stem}.md'
               + f'; {empty} rows have no figures of ours, for the reasons above' * bool(empty))
         sys.exit(failed)
     except (RunError, DataError, WeightsError, OSError, ValueError) as error:

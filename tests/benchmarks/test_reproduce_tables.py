@@ -149,6 +149,27 @@ def test_check_needs_the_labels_alone(call, made, few, tmp_path):
     assert done.returncode == 2 and 'those of' in done.stderr and 'have 80 x 60 px' in done.stderr
 
 
+def test_score_without_twins_of_training_images(call, made, few, tmp_path):
+    """It stands beside the table of all images, which stays, and runs nothing."""
+    out, args, _ = made
+    ids = {name: datasets.Dataset.from_parquet(
+        [str(path) for path in Path(few).glob(f'{name}*.parquet')], cache_dir=str(tmp_path / 'cache'))['image_id']
+        for name in ('train', 'validation', 'test')}
+    twins = tmp_path / 'twins.csv'
+    pairs = [('train', 0, 'test', 0), ('test', 1, 'train', 1), ('test', 2, 'test', 3), ('validation', 0, 'test', 4)]
+    twins.write_text('image_id_a,image_id_b\n' + ''.join(f'{ids[a][k]},{ids[b][j]}\n' for a, k, b, j in pairs))
+    before = (out / 'table5.csv').read_bytes()
+    done = call('reproduce_tables', *args, '--drop-duplicates', twins)
+    assert done.returncode == 0 and 'finetune_isic' not in done.stdout, done.stderr
+    assert (out / 'table5.csv').read_bytes() == before
+    rows = read(out / 'table5_without_duplicates.csv')
+    assert {row['images'] for row in rows if row['measured']} == {str(len(ids['test']) - 2)}
+    page = (out / 'table5_without_duplicates.md').read_text()
+    assert 'without the 2 that have a twin among the training images (twins.csv)' in page
+    assert page.startswith((out / 'table5.md').read_text().splitlines()[0])
+    assert call('reproduce_tables', *args, '--drop-duplicates', twins, '--check').returncode == 0
+
+
 def test_damaged_record_is_named(call, made):
     out, args, _ = made
     record = out / 'predictions' / 'arl_cnn14-seed0.json'
@@ -284,8 +305,13 @@ def test_a_run_that_fails_after_it_has_begun_does_not_stand_for_its_row(call, fe
     (['table3', '--data', 'demo', '--output-dir', 'o', '--check'], 'make the table first'),
     (['figures', '--data', 'demo', '--output-dir', 'o', '--model', 'arl_cnn14'], '--model A B'),
     (['maps', '--data', 'demo', '--output-dir', 'o'], 'make one first'),
+    (['maps', '--data', 'demo', '--output-dir', 'o', '--drop-duplicates', 'no.csv'], 'for the tables of test scores'),
+    (['table3', '--data', 'demo', '--output-dir', 'o', '--drop-duplicates', 'no.csv'], 'no.csv cannot be read'),
+    (['table3', '--data', 'demo', '--output-dir', 'o', '--drop-duplicates', 'twins.csv'], 'No run of table3 is finish'),
 ])
 def test_bad_input_is_one_sentence(call, tmp_path, args, says):
+    if 'twins.csv' in args:
+        (tmp_path / 'twins.csv').write_text('image_id_a,image_id_b\n')
     done = call('reproduce_tables', *args, cwd=tmp_path)
     assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
     assert '--check' not in args or not any(tmp_path.iterdir())

@@ -91,6 +91,7 @@ def test_printed_figures_of_the_papers_headline():
 
 class Arguments:
     data, output_dir, seeds = None, 'O', [0, 1, 2]
+    drop_duplicates, left_out = None, set()
     table, digest, stored, files = 'table3', 'd', '256 x 256 px', {}
     epochs, img_size, mixed_precision = None, None, 'no'
 
@@ -149,6 +150,25 @@ def test_rows_of_different_budgets_are_not_subtracted(runs):
         change(out / 'predictions' / f'arl_cnn14-seed{seed}.json', '"epochs": 20', '"epochs": 40')
     with pytest.raises(RunError, match='arl_cnn14 and resnet14 cannot be compared: their epochs is 40 and 20'):
         table_lines(args, out)
+
+
+def test_images_with_a_twin_are_left_out_of_every_figure(runs, truth):
+    """An AUC of the images that are left, computed here by its definition."""
+    args, out = runs
+    whole = {(line['row'], line['label']): line for line in table_lines(args, out)[0]}
+    args.left_out, args.drop_duplicates = {'ISIC_0', 'ISIC_3', 'not of test'}, 'twins.csv'
+    lines = {(line['row'], line['label']): line for line in table_lines(args, out)[0]}
+    left = [k for k in range(len(truth)) if k not in (0, 3)]
+    values = []
+    for seed in (0, 1):
+        scores, found = predictions(truth, seed)[left, 0], truth[left, 0]
+        pairs = scores[found == 1][:, None] - scores[found == 0][None]
+        values.append(((pairs > 0) + (pairs == 0) / 2).mean())
+    line = lines['arl_cnn14', 'melanoma']
+    assert line['measured'] == f'{np.mean(values):.4f}' != whole['arl_cnn14', 'melanoma']['measured']
+    assert line['images'] == lines['arl_cnn14 - resnet14', 'mean']['images'] == str(len(left))
+    assert line['command'].endswith('--seeds 0 1 2 --drop-duplicates twins.csv')
+    assert (line['ci_low'], line['ci_high']) != tuple(whole['arl_cnn14', 'melanoma'][k] for k in ('ci_low', 'ci_high'))
 
 
 def test_t_test_of_the_paper_is_corrected(truth):

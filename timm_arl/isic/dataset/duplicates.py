@@ -2,7 +2,7 @@
 import argparse
 import hashlib
 from pathlib import Path
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, List, Set, Tuple, Union
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +13,7 @@ from ..task import DataError
 from .options import add_data_arguments, wanted_of
 from .splits import load_data
 
-__all__ = ['add_arguments', 'check', 'find_duplicates', 'read_pairs']
+__all__ = ['add_arguments', 'check', 'find_duplicates', 'read_pairs', 'twins_of_training']
 
 SIDE = 32  # px of the copies that are compared
 COLUMNS = ('image_id_a', 'split_a', 'image_id_b', 'split_b', 'kind', 'correlation')
@@ -101,6 +101,20 @@ def read_pairs(path: Union[str, Path]) -> List[Tuple[str, str]]:
         why = error.strerror if isinstance(error, OSError) else f'{"no column " * isinstance(error, KeyError)}{error}'
         raise DataError(
             f'{path} cannot be read as a list of pairs (columns image_id_a, image_id_b): {why}.') from error
+
+
+def twins_of_training(splits: Dict[str, Any], path: Union[str, Path]) -> Set[str]:
+    """The ids of the images outside of train that have a twin in it.
+
+    Args:
+        splits: By name, with the column image_id; train among them.
+        path: As for read_pairs.
+
+    Raises:
+        DataError: As read_pairs does.
+    """
+    train = set(splits['train']['image_id'])
+    return {a for pair in read_pairs(path) for a, b in (pair, pair[::-1]) if b in train and a not in train}
 
 
 def _unit(pictures: np.ndarray) -> np.ndarray:

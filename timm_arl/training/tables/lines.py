@@ -103,7 +103,11 @@ def stored_sizes(splits: Sequence[Any]) -> str:
 
 
 def row_command(args: Any, row: Row) -> str:
-    """The command that makes one row."""
+    """The command that makes one row, or scores those that are made."""
+    if args.drop_duplicates:
+        return 'python benchmarks/reproduce_tables.py ' + shlex.join([
+            args.table, '--data', str(args.data), '--output-dir', args.output_dir, '--seeds', *map(str, args.seeds),
+            '--drop-duplicates', args.drop_duplicates])
     weights = [f'{row.weights}={args.files[row.weights]}'] if row.weights in args.files else []
     return 'python benchmarks/reproduce_tables.py ' + shlex.join([
         args.table, '--data', str(args.data), '--output-dir', args.output_dir, '--seeds', *map(str, args.seeds),
@@ -115,7 +119,9 @@ def row_command(args: Any, row: Row) -> str:
 def read_scores(args: Any, out: Path, table: str) -> Tuple[Dict[str, Scores], Dict[str, Dict[str, Any]]]:
     """Scores of the rows whose predictions are there, and the columns that tell how they were made."""
     test = args.splits['test']
-    truth, ids = label_array(test), list(test['image_id'])
+    ids = list(test['image_id'])
+    kept = [k for k, image_id in enumerate(ids) if image_id not in args.left_out]
+    truth = label_array(test)[kept]
     scores: Dict[str, Scores] = {}
     columns: Dict[str, Dict[str, Any]] = {}
     for row in TABLES[table]:
@@ -126,10 +132,11 @@ def read_scores(args: Any, out: Path, table: str) -> Tuple[Dict[str, Scores], Di
         for path in paths.values():
             check_record(args, row, path.with_suffix('.json'), images_alone=True)
         _check_alike(*(path.with_suffix('.json') for path in paths.values()))
-        scores[row.name] = Scores(truth, {seed: read_predictions(path, ids) for seed, path in paths.items()})
+        scores[row.name] = Scores(truth, {
+            seed: read_predictions(path, ids)[kept] for seed, path in paths.items()})
         made = [read_record(path.with_suffix('.json'), 'columns') for path in paths.values()]
         columns[row.name] = {
-            'seeds': ' '.join(map(str, paths)), 'images': len(ids), 'command': row_command(args, row),
+            'seeds': ' '.join(map(str, paths)), 'images': len(kept), 'command': row_command(args, row),
             **{key: ' '.join(dict.fromkeys(str(each[key]) for each in made))
                for key in made[0]}}
     return scores, columns

@@ -9,10 +9,11 @@ from ...isic.task import LABELS, label_words
 from .rows import MASKS, TITLES
 from .rows import TABLES as SCORED
 
-__all__ = ['COLUMNS', 'cell', 'differences', 'markdown_page', 'write_table']
+__all__ = ['COLUMNS', 'WITHOUT_DUPLICATES', 'cell', 'differences', 'markdown_page', 'write_table']
 
 COLUMNS = ('row', 'label', 'printed', 'measured', 'ci_low', 'ci_high', 'seeds', 'images', 'image_size', 'epochs',
            'precision', 'kernels', 'commit', 'command', 'note')
+WITHOUT_DUPLICATES = '_without_duplicates'  # ends the names of tables of fewer test images
 SETTINGS = ('images', 'image_size', 'epochs', 'precision', 'kernels', 'commit')
 
 
@@ -88,7 +89,7 @@ def write_table(
 
     Args:
         out: Folder.
-        table: Name.
+        table: Name of its files.
         lines: Of cell().
         about: What each row is, by its name.
         images: What a reader must know of the images, '' where none were measured on.
@@ -118,6 +119,7 @@ def _common(lines: Iterable[Dict[str, str]], column: str) -> str:
 
 def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str], images: str) -> str:
     """The table as Markdown: figures, paired differences, what is missing and why, and the commands."""
+    table = table.removesuffix(WITHOUT_DUPLICATES)
     by_row: Dict[str, Dict[str, Dict[str, str]]] = {}
     for line in lines:
         by_row.setdefault(line['row'], {})[line['label']] = line

@@ -1,0 +1,80 @@
+"""Masks and maps of the trained networks of the other tables, on the validation images."""
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from ...attention import alphas_of
+from ...factory import tensors_sha256
+from ...files import make_folder, read_rows, write_rows
+from ...isic.dataset import decode
+from ...isic.dataset.sources import ids_digest
+from ...isic.transforms import restore_aspect
+from ...predictor import Predictor
+from ..arguments import RunError
+from .lines import check_record, read_record
+from .maps import GAUSSIAN, gaussian_rows, map_lines, map_rows, mask_lines, mask_rows
+from .rows import TABLES, pairs_of
+
+__all__ = ['network_lines', 'picture_of']
+
+
+def network_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str, str]]:
+    """The lines of masks.csv or maps.csv, and what each row is; networks are measured that were not, or are others now.
+
+    Raises:
+        RunError: There is no trained network, or a file is of other images.
+    """
+    split = args.splits['validation']
+    digest = ids_digest(split['image_id'])
+    table_rows = {row.name: row for table in ('table3', 'table5') for row in TABLES[table] if not row.alpha_zero_of}
+    found, columns = {}, {}
+    for name, seed in [(name, seed) for name in table_rows for seed in args.seeds]:
+        folder, path = out / 'runs' / f'{name}-seed{seed}', out / args.table / f'{name}-seed{seed}.csv'
+        record = out / 'predictions' / f'{name}-seed{seed}.json'
+        if not record.exists():
+            continue
+        check_record(args, table_rows[name], record, images_alone=True)
+        rows = read_rows(path) if path.exists() else []
+        there = not args.check and (folder / 'metrics.json').exists() and (folder / 'model.safetensors').exists()
+        weights = tensors_sha256(folder / 'model.safetensors') if there else ''
+        if there and not (rows and (rows[0].get('images'), rows[0].get('weights')) == (digest, weights)):
+            predictor = Predictor(folder)
+            if args.table == 'masks' and not alphas_of(predictor.network):
+                continue
+            progress = partial(tqdm, desc=f'{args.table}, {name}, seed {seed}', leave=False)
+            network, prepare = predictor.network, predictor.prepare
+            rows = (map_rows(network, prepare, split, progress) if args.table == 'maps' else
+                    mask_rows(network, prepare, (picture_of(split, k) for k in progress(range(len(split))))))
+            write_rows(make_folder(path.parent) / path.name, [
+                {**row, 'images': digest, 'weights': weights} for row in rows])
+            rows = read_rows(path)
+        if rows and rows[0].get('images') != digest:
+            raise RunError(f'{path} is of other validation images than {args.data}: remove it, and run the same '
+                           f'command without --check.')
+        if rows:
+            found.setdefault(name, {})[seed] = rows
+            columns[name] = read_record(record, 'columns')
+    if not found:
+        raise RunError(f'No trained network of table3 or table5{" with gates" * (args.table == "masks")} is in '
+                       f'{out / "runs"}: make one first, with table3 --row arl_cnn14.')
+    command = 'python benchmarks/reproduce_tables.py ' + shlex.join([
+        args.table, '--data', str(args.data), '--output-dir', args.output_dir, '--seeds', *map(str, args.seeds)])
+
+    def how(name):
+        return {'seeds': ' '.join(map(str, found[name])), 'command': command, **columns.get(name, {})}
+
+    about = {name: row.about for name, row in table_rows.items()}
+    if args.table == 'masks':
+        return mask_lines(found, how), about
+    pairs = [*pairs_of('table3'), *((name, GAUSSIAN) for name in found)]
+    found[GAUSSIAN] = dict.fromkeys(args.seeds, gaussian_rows(split))
+    return map_lines(found, pairs, how), {**about, GAUSSIAN: 'a map that has not seen the picture'}
+
+
+def picture_of(split: Any, row: int) -> Image.Image:
+    """The picture of an image, in its own shape."""
+    return restore_aspect(decode(split[row]['image']), split[row].get('aspect_ratio', 1.))
