@@ -50,9 +50,10 @@ from timm_arl.factory import Checkpoint, tensors_sha256
 from timm_arl.files import git_commit, make_folder, write_json
 from timm_arl.isic.calibration import calibration_scores, subgroup_table, subgroups
 from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of
+from timm_arl.isic.dataset.columns import words_of
 from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.demo import DEMO_TASKS
-from timm_arl.isic.dataset.duplicates import twins_of_training
+from timm_arl.isic.dataset.duplicates import without_twins
 from timm_arl.isic.dataset.names import column_named
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
@@ -136,12 +137,15 @@ def images_of_the_run(args, accelerator, checkpoint):
     Returns:
         The arguments of that run, and thresholds that the weights come with; empty where they are not known.
     """
+    unknown = []
     try:
-        saved = {**checkpoint.settings(), **checkpoint.arguments()}
+        saved = checkpoint.settings(unknown)
+        saved.update({} if unknown else checkpoint.arguments())
     except WeightsError as error:
+        saved, unknown = {}, [error]
+    for error in unknown:
         accelerator.print(f'How the training images of {args.checkpoint} were prepared is not known: no {error.file}, '
                           f'{error.cause}.')
-        saved = {}
     usual = {'crops': 'multiscale', 'aspect': 'keep', 'grey_world': False, 'lesion_crop': False}
     for name, value in usual.items():
         if getattr(args, name) is None:
@@ -173,14 +177,6 @@ def load_network(args, checkpoint):
     return model.to(memory_format=torch.channels_last).eval(), task
 
 
-def without_duplicates(splits, args):
-    """The splits without the images that are twins of training images, by a list of pairs."""
-    twins = twins_of_training(splits, args.drop_duplicates)
-    return {name: split if name == 'train' else split.select(
-        [row for row, image_id in enumerate(split['image_id']) if image_id not in twins])
-        for name, split in splits.items()}
-
-
 def subgroups_of(split, args, task):
     """The groups of images that get scores of their own."""
     columns = [c for c, kind in split.features.items() if isinstance(kind, (datasets.Value, datasets.ClassLabel))]
@@ -191,7 +187,8 @@ def subgroups_of(split, args, task):
                        f'among {", ".join(c for c in columns if c not in ("image_id", *task.labels))}.')
     usual = {column_named(columns, name): name for name in ('sex', 'age_approximate')}
     wanted = dict.fromkeys(found.values() or filter(None, usual))
-    return subgroups({usual.get(column, column): list(split[column]) for column in wanted})
+    return subgroups({usual.get(column, column): words_of(split, column) if isinstance(
+        split.features[column], datasets.ClassLabel) else list(split[column]) for column in wanted})
 
 
 def evaluate(args):
@@ -252,7 +249,9 @@ def evaluate(args):
     if args.drop_duplicates:
         if 'train' not in splits:
             raise RunError(f'--drop-duplicates: {args.data} has no split train to compare with, leave it out.')
-        splits = without_duplicates(splits, args)
+        splits, left_out = without_twins(splits, args.drop_duplicates)
+        accelerator.print('Left out, since they have a twin in train: ' + ', '.join(
+            f'{count} {name} images' for name, count in left_out.items()) + '.')
         check_usable(splits, f'{args.data} without duplicates', task)
     splits = {name: splits[name] for name in dict.fromkeys(('validation', args.split)) if name in splits}
     if 'validation' not in splits and not mapped:
@@ -339,7 +338,8 @@ def evaluate(args):
         'command': shlex.join(sys.argv), 'commit': git_commit(__file__) or '', 'timm_arl': timm_arl.__version__,
         'timm': timm.__version__, 'torch': torch.__version__, **how, **({'map': args.map} if args.map else {}),
         'seed': bootstrap, 'images_seed': division_seed if args.data in DEMO_TASKS else args.seed,
-        'alpha_zero': args.alpha_zero, 'tensors_sha256': tensors_sha256(weights)}
+        'alpha_zero': args.alpha_zero, **({'duplicates_left_out': left_out} if args.drop_duplicates else {}),
+        'tensors_sha256': tensors_sha256(weights)}
     if args.report:
         images = loaders[args.split]
         examples = report_examples(
@@ -369,7 +369,7 @@ def evaluate(args):
         if alphas:
             alpha_plot(new / 'alphas.png', summary, alphas, folder.name)
         if args.report:
-            (new / 'report.html').write_text(page, encoding='utf-8')
+            (new / 'report.html').write_text(page, encoding='utf-8', errors='backslashreplace')
         written = sorted(path.name for path in new.iterdir())
     print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics, scored))
     if mapped:

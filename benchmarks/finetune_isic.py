@@ -32,6 +32,7 @@ require('train', __name__)
 import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -46,6 +47,7 @@ from timm_arl.isic.classes import balanced_accuracy
 from timm_arl.isic.dataset import DataError, load_data, wanted_of
 from timm_arl.isic.dataset.data import content_digest
 from timm_arl.isic.dataset.demo import DEMO_TASKS
+from timm_arl.isic.dataset.duplicates import pairs_among
 from timm_arl.isic.dataset.groups import write_split_file
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.intervals import unit_of
@@ -134,7 +136,7 @@ def train(args, accelerator, data, out, networks=None):
     optimizer = create_optimizer_v2(parameter_groups(model, args, lr), opt=args.optimizer, lr=lr, weight_decay=0.,
                                     **({} if args.optimizer == 'adamw' else dict(momentum=args.momentum)))
     if args.sync_bn:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # torch's own would drop the activations of timm's BatchNormAct2d
     model, optimizer = accelerator.prepare(model, optimizer)
     network = accelerator.unwrap_model(model, keep_torch_compile=False)
     network = network.model if student else network
@@ -347,9 +349,12 @@ def main():
         Student(model, data_config['input_size'][-1], teachers and teachers.width, learns_masks(args, splits['train']))
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))
-            accelerator.print(f'The pairs of {args.duplicates} stay in the same fold.')
         if args.folds:
             rows_of_folds(args, data)  # a fault in them is told before the work
+            if args.duplicates:
+                pairs = pairs_among(args.duplicates, splits['train']['image_id'])
+                accelerator.print(f'{len(pairs)} pairs of {args.duplicates} are among the training images, and stay in '
+                                  f'the same fold.')
         check_images(splits, args, accelerator, None if args.folds else data_config, task)
         note_squares(splits, args, accelerator)
         name = f'{args.model}-{Path(args.data).name}-{time.strftime("%Y%m%d-%H%M%S")}'

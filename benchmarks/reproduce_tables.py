@@ -119,6 +119,9 @@ def parse_args(parser):
         name, equals, file = pair.partition('=')
         if not equals:
             raise RunError(f'--weights {pair} is not NAME=FILE, such as {PLAIN}=FILE.')
+        known = dict.fromkeys(row.weights for rows in TABLES.values() for row in rows if row.weights)
+        if name not in known:
+            raise RunError(f'--weights {pair}: no row starts from weights of {name}: choose {", ".join(known)}.')
         if not Path(file).is_file():
             raise RunError(f'--weights {pair}: there is no file {file}.')
         args.files[name] = file
@@ -159,11 +162,11 @@ def training_flags(args, row, seed, data):
             *['--lesion-crop'] * row.lesion_crop, '--seed', str(seed), '--tracker', 'none', *machine_flags(args)]
 
 
-def kernels_of(row, device):
-    """Which kernels the gates of a row use; '' without gates."""
+def kernels_of(row, used):
+    """Which kernels the gates of a row use, of those that its run used; '' without gates."""
     if any(flag.startswith('mask_temperature=') for flag in row.flags):
         return 'torch'  # a gate with a temperature has no others
-    return backend(torch.ones(1, 1, 1, 1, device=device)) if row.model.startswith('arl_') else ''
+    return used if row.model.startswith('arl_') else ''
 
 
 def make_run(args, out, row, seed, lock):
@@ -192,7 +195,9 @@ def make_run(args, out, row, seed, lock):
             return status, why
     arguments, launch, commit, versions = (
         read_record(trained / 'run.json', key) for key in ('arguments', 'launch', 'commit', 'versions'))
-    processor = json.loads((trained / 'run.json').read_text(encoding='utf-8')).get('processor', launch['device'])
+    content = json.loads((trained / 'run.json').read_text(encoding='utf-8'))  # the first runs had less in it
+    processor = content.get('processor', launch['device'])
+    used = content.get('kernels') or backend(torch.ones(1, 1, 1, 1))
     if arguments['train_ids'] != ids_digest(args.splits['train']['image_id']):
         raise RunError(f'The run in {trained} has other training images than {args.data}: give another --output-dir.')
     precision = launch['mixed_precision']
@@ -201,7 +206,7 @@ def make_run(args, out, row, seed, lock):
         'columns': {
             'image_size': arguments['img_size'], 'epochs': arguments['epochs'],
             'precision': 'fp32' if precision == 'no' else precision, 'commit': commit,
-            'kernels': kernels_of(row, launch['device'])},
+            'kernels': kernels_of(row, used)},
         'processor': processor, 'versions': versions})
     with replacing(kept.with_name(f'{name}.csv')) as temporary:
         shutil.copyfile(folder / 'predictions_test.csv', temporary)

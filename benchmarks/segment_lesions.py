@@ -336,8 +336,9 @@ def train(args, accelerator, splits, out, network, data_config):
             f"predicted by DeepLabV3+ on {args.encoder}; those of train are the data set's own. On validation: "
             f'{scores_text(metrics["validation"])}.\n\nMade by `{shlex.join(["python", *sys.argv])}`. The licence is '
             f'that of the source.'))
-        if Path(args.data, 'duplicates.csv').is_file():  # which finetune_isic.py --folds looks for
-            shutil.copy(Path(args.data, 'duplicates.csv'), out / 'data')
+        for name in ('duplicates.csv', 'prepare.json'):  # for --folds; the task and the groups
+            if Path(args.data, name).is_file():
+                shutil.copy(Path(args.data, name), out / 'data')
         write_json(out / 'metrics.json', metrics)
     kept = summary[kept_epoch(summary, args.keep, 'validation_dice')]
     choice = f'the best of {len(summary)} by validation Dice' if args.keep == 'best' else 'the last'

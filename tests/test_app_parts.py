@@ -74,6 +74,17 @@ def test_a_space_without_gradio(repo, tmp_path):
     assert done.stderr.startswith("error: gradio is not installed: in a checkout, pip install -e '.[app]'")
 
 
+def test_figures_of_a_downloaded_folder_are_escaped(tiny):
+    """A results.json may hold anything, and the page runs scripts."""
+    from timm_arl.app import views
+    from timm_arl.app.analysis import Analyst
+
+    predictor, script = Analyst(str(tiny)).predictor, '<img src=x onerror=alert(1)>'
+    measured = {'split': 'test', 'data': script, 'images': script, 'mean_auc': 0.5, **{
+        label: {'auc': 0.5, 'positives': script} for label in predictor.labels}}
+    assert '<img' not in views.about(predictor, measured, None)
+
+
 def test_networks_that_have_less_to_show(tiny, tmp_path):
     """A plain ResNet has no masks and no alphas; an ONNX file has no maps either."""
     from timm_arl.app import views

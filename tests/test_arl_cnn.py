@@ -283,6 +283,7 @@ def test_fx(name):
     assert torch.equal(traced(image(96, batch=1)), model(image(96, batch=1)))
     nodes = create_feature_extractor(model, {'layer2': 'stage'})
     assert torch.equal(nodes(image())['stage'], model.forward_intermediates(image(), indices=[2])[1][0])
+    assert torch.allclose(torch.jit.script(nodes)(image())['stage'], nodes(image())['stage'], atol=1e-6)
     in_half = copy.deepcopy(model).bfloat16()
     assert torch.fx.symbolic_trace(in_half)(image().bfloat16()).dtype == torch.bfloat16
 

@@ -112,6 +112,7 @@ def test_timm_promises():
     expected = model(IMAGES)
     traced = create_feature_extractor(model, ['classifier'])  # by FX, with timm's leaves
     assert torch.equal(traced(IMAGES)['classifier'], expected)
+    assert torch.allclose(torch.jit.script(traced)(IMAGES)['classifier'], expected, atol=1e-4)
     assert torch.allclose(torch.jit.script(model)(IMAGES), expected, atol=1e-6)
     assert torch.allclose(torch.export.export(model, (IMAGES,)).module()(IMAGES), expected, atol=1e-5)
     features = model.forward_features(IMAGES)

@@ -1,6 +1,7 @@
 """Maps mean what they say: CAM against the logit, gates against the equations in float64, and what makes maps move."""
 import copy
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -245,6 +246,25 @@ def test_gate_maps_are_the_equations(name, kwargs, mask_scale):
             assert given.dtype == torch.float32
             np.testing.assert_allclose(given, value, rtol=5e-3, atol=1e-5 * np.abs(value).max(), err_msg=key)
         assert found.alpha == pytest.approx(block.alpha.item())
+
+
+def test_threads_that_share_a_network_see_their_own_images():
+    """As those of a web server: one asks for masks while the other predicts."""
+    model, batches = create('arl_cnn14'), [torch.randn(k + 1, 3, 64, 64) for k in range(3)]
+    with torch.no_grad():
+        expected, alone = [gate_maps(model, images) for images in batches], model(batches[0])
+
+    def ask(k):
+        with torch.no_grad():
+            return [gate_maps(model, batches[k]) if k else model(batches[0]) for _ in range(8)]
+
+    with ThreadPoolExecutor(3) as pool:
+        plain, *maps = pool.map(ask, range(3))
+    assert all(torch.equal(logits, alone) for logits in plain)
+    for k, found in enumerate(maps, 1):
+        for one in found:
+            assert list(one) == list(expected[k])
+            assert all(torch.equal(one[name].mask, expected[k][name].mask) for name in one)
 
 
 def test_a_fresh_block_is_flat_and_alpha_zero_adds_nothing():

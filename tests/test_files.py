@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from timm_arl.files import git_commit, replacing, write_json
+from timm_arl.files import git_commit, read_rows, replacing, write_json, write_rows
 from timm_arl.isic.predictions import write_predictions
 
 
@@ -18,6 +18,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         temporary.write_text('half')
         raise RuntimeError
     assert json.loads(path.read_text()) == {'a': 1} and [p.name for p in tmp_path.iterdir()] == ['metrics.json']
+
+
+def test_names_that_are_not_utf8_do_not_keep_a_table_from_being_written(tmp_path):
+    """A look at the test split is recorded with its command, at the end of a run of hours."""
+    write_rows(tmp_path / 'looks.csv', [{'command': b'--output-dir caf\xe9'.decode(errors='surrogateescape')}])
+    assert read_rows(tmp_path / 'looks.csv') == [{'command': '--output-dir caf\\udce9'}]
 
 
 def test_predictions_give_float32_back(tmp_path):

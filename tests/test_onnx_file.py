@@ -1,4 +1,5 @@
 """What is exported computes what the model computes, on ONNX Runtime."""
+import copy
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import torch.nn as nn
 from test_arl_cnn import create, image, with_alpha
 
-from timm_arl.onnx_file import ExportError, OnnxModel, _in_channels, export_onnx, fold_batch_norm
+from timm_arl.onnx_file import ExportError, OnnxModel, export_onnx, fold_batch_norm, metadata_of
 
 
 def randomise(model):
@@ -21,7 +22,8 @@ def randomise(model):
         for t in (norm.weight.data, norm.bias.data):
             t.copy_(torch.rand(t.shape, generator=generator) * 0.5 + 0.5)
     with torch.no_grad():
-        model.train()(torch.randn(8, _in_channels(model), 64, 64, generator=generator))
+        channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+        model.train()(torch.randn(8, channels, 64, 64, generator=generator))
     return model.eval()
 
 
@@ -49,6 +51,18 @@ def test_folding_a_network_of_another_order_is_refused():
     nn.init.constant_(crossed[1].bias, -1.)
     with pytest.raises(ExportError, match='differs from the model'):
         fold_batch_norm(crossed)
+
+
+def test_folding_learns_nothing_from_the_images_that_it_is_tried_on():
+    model = create('arl_cnn14', num_classes=2).train()
+    before = copy.deepcopy(model.state_dict())
+    fold_batch_norm(model)
+    metadata_of(model)
+    assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_stem_that_turns_space_into_channels():
+    assert metadata_of(timm.create_model('tresnet_m'))['input_size'] == [3, 224, 224]
 
 
 @pytest.mark.parametrize('name', ['arl_cnn26', 'arl_cnn14_channel', 'arl_cnn14_mixed'])

@@ -282,6 +282,7 @@ def test_what_is_refused(predict, photographs, tmp_path):
     refused('No file none.onnx', '.', '--onnx', 'none.onnx')
     refused("has 'official', 'youden on validation'|'youden on validation'", '.', '--threshold-name', 'best')
     refused('--device vulkan9 cannot be used', '.', '--device', 'vulkan9')
+    refused('--device meta computes nothing', '.', '--device', 'meta')
     refused('must be at least 1', '.', '--batch-size', '0')
     refused('not allowed with', '.', '--onnx', 'a.onnx', '--model', 'arl_cnn14.isic2017')
     (tmp_path / 'out').mkdir()
@@ -293,6 +294,26 @@ def test_what_is_refused(predict, photographs, tmp_path):
         refused('predictions.csv is not from a run', '.', *resume)
     assert (tmp_path / 'out' / 'predictions.csv').read_text() == 'precious'
     assert os.listdir(tmp_path / 'out') == ['predictions.csv']
+
+
+@pytest.mark.parametrize('variables, words', [
+    ({'TIMM_ARL_KERNELS': 'foo'}, "TIMM_ARL_KERNELS is 'foo': set it to auto, torch"),
+    ({'TIMM_ARL_KERNELS': 'triton', 'CUDA_VISIBLE_DEVICES': ''}, 'TIMM_ARL_KERNELS asks for triton'),
+    ({'WORLD_SIZE': '2', 'RANK': '0'}, 'The 2 processes .WORLD_SIZE. cannot be joined: .* Start them with torchrun')])
+def test_what_the_environment_says_wrong_is_not_an_unreadable_image(
+        predict, photographs, tiny, tmp_path, monkeypatch, variables, words):
+    """Status 1 means that the run is complete."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = predict('.', '--model', tiny, cwd=photographs)
+    assert done.returncode == 2 and re.search(words, done.stderr) and 'Traceback' not in done.stderr, done.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_an_empty_rank_is_none(predict, photographs, tiny, monkeypatch):
+    monkeypatch.setenv('RANK', '')
+    monkeypatch.setenv('WORLD_SIZE', '')
+    assert predict('.', '--model', tiny, cwd=photographs).returncode in (0, 1)
 
 
 def test_the_predictions_of_another_run_are_kept(predict, photographs, tiny, tmp_path):

@@ -1,6 +1,7 @@
 """Rows on the disk: whole, in order, each once, whatever killed the process that wrote them."""
 import contextlib
 import csv
+import errno
 import json
 import multiprocessing
 import os
@@ -213,6 +214,17 @@ def test_one_run_at_a_time(tmp_path):
     assert said == 'held'
     last.kill()
     last.wait()
+
+
+@pytest.mark.parametrize('number, refused', [(errno.EAGAIN, True), (errno.EACCES, True), (errno.ENOSYS, False),
+                                             (errno.ENOLCK, False), (errno.EOPNOTSUPP, False)])
+def test_a_disk_without_locks_is_not_another_run(tmp_path, monkeypatch, number, refused):
+    """Some network disks have none; locks are simulated here, since this disk has them."""
+    def lockf(*args):
+        raise OSError(number, 'as such disks say it')
+    monkeypatch.setattr('timm_arl.prediction_files.fcntl.lockf', lockf)
+    with pytest.raises(InputError, match='Another run is writing') if refused else contextlib.nullcontext():
+        PredictionFiles(tmp_path, 'csv', ()).lock()
 
 
 def take_turns(folder):

@@ -60,6 +60,47 @@ def test_a_stranger_who_has_the_name_injects_nothing(tmp_path):
         assert process.returncode == 0
 
 
+@pytest.mark.slow
+def test_a_stranger_who_has_the_name_does_not_say_what_they_mean(tmp_path):
+    """The genuine weights, with a config.json that calls melanoma something else and has other thresholds."""
+    folder, repo = shipped_weights(NAME), f'timm-arl/{NAME}'
+    config = json.loads((folder / 'config.json').read_text())
+    config['label_names'] = config['pretrained_cfg']['label_names'] = ['benign', 'melanoma']
+    config['thresholds'] = {'youden on validation': {'melanoma': 0.999, 'seborrheic_keratosis': 0.999}}
+    with Hub({repo: {'model.safetensors': folder / 'model.safetensors', 'config.json': json.dumps(config).encode(),
+                     'results.json': b'{"run": {"arguments": {"crops": "center"}}}'}}) as hub:
+        script = (
+            'import timm, timm_arl\n'
+            'from timm_arl.predictor import Predictor\n'
+            f'p = Predictor("hf-hub:{repo}")\n'
+            'print(p.labels, p.crops, p.thresholds["youden on validation"]["melanoma"] < 0.5)\n'
+            'try:\n'
+            f'    timm.create_model("hf-hub:{repo}", pretrained=True)\n'
+            'except timm_arl.WeightsError as error:\n'
+            '    print(error.cause)\n')
+        done = subprocess.run([sys.executable, '-c', script], env={**os.environ, **hub.env(tmp_path)},
+                              capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines()[-2:] == [
+        "('melanoma', 'seborrheic_keratosis') multiscale True",
+        'its label_names is not that of the weights that have this name'], done.stderr
+
+
+@pytest.mark.slow
+def test_thresholds_do_not_need_a_record_of_the_evaluation(tmp_path):
+    """timm caches config.json and the weights; offline, results.json is then out of reach."""
+    files = {name: shipped_weights(NAME) / name for name in ('config.json', 'model.safetensors')}
+    with Hub({'row/arl': files}) as hub:
+        load = 'import timm, timm_arl; timm.create_model("hf-hub:row/arl", pretrained=True)'
+        env = {**os.environ, **hub.env(tmp_path)}
+        subprocess.run([sys.executable, '-c', load], env=env, check=True, timeout=200)
+        ask = ('from timm_arl.predictor import Predictor; p = Predictor("hf-hub:row/arl"); '
+               'print(len(p.thresholds), bool(p.temperatures), *p.remarks)')
+        done = subprocess.run([sys.executable, '-c', ask], env={**env, 'HF_HUB_OFFLINE': '1'}, capture_output=True,
+                              text=True, timeout=200)
+    assert done.stdout.startswith('3 True How hf-hub:row/arl was evaluated is not known'), done.stdout + done.stderr
+    assert 'no thresholds' not in done.stdout
+
+
 @OWN
 def test_labels_and_preprocessing_travel_with_them(isic_sample, name):
     model = timm.create_model(name, pretrained=True).eval()

@@ -16,14 +16,14 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch.nn.modules import module as nn_module
 
-from .attention import attention_residual, can_fuse, check_gate, folds_norms, fused_attention_residual
+from .attention import can_fuse, check_gate, folds_norms, fused_attention_residual, gated_sum
 from .kernels import compiled
 from .pretrained import HUB, build_with_local_weights
 
 __all__ = ['ARLBottleneck', 'ARLCNN', 'GatedBlock']  # register_model adds each entry point to this
 
 
-torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs: in eval mode they match eager mode bit for bit
+torch.fx.wrap('gated_sum')  # a leaf of FX graphs: in eval mode they match eager mode bit for bit
 
 
 class GatedBlock:
@@ -121,11 +121,11 @@ class ARLBottleneck(GatedBlock, Bottleneck):
                     shortcut = layer(shortcut)
 
         add_shortcut = self.drop_path is None
-        if torch.jit.is_scripting():  # which takes no norms as arguments
-            x = attention_residual(
+        if torch.jit.is_scripting() or (norm is None and shortcut_norm is None):
+            x = gated_sum(
                 x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut,
-                self.mask_temperature, self.log_temperature)
-        else:
+                relu, inplace, self.mask_temperature, self.log_temperature)
+        else:  # scripted code takes no norms as arguments
             x = fused_attention_residual(
                 x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut,
                 relu, norm, shortcut_norm, inplace, self.mask_temperature, self.log_temperature)

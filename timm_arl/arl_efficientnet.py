@@ -26,12 +26,12 @@ from timm.models._efficientnet_builder import (
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 
 from .arl_cnn import GatedBlock, checkpoint_filter_fn
-from .attention import attention_residual, check_gate, fused_attention_residual
+from .attention import check_gate, gated_sum
 from .pretrained import HUB, build_with_local_weights
 
 __all__ = ['ARLEfficientNet', 'ARLInvertedResidual']  # register_model adds each entry point to this
 
-torch.fx.wrap('fused_attention_residual')  # a leaf of FX graphs: in eval mode they match eager mode bit for bit
+torch.fx.wrap('gated_sum')  # a leaf of FX graphs: in eval mode they match eager mode bit for bit
 
 
 class ARLInvertedResidual(GatedBlock, InvertedResidual):
@@ -65,14 +65,9 @@ class ARLInvertedResidual(GatedBlock, InvertedResidual):
         x = self.conv_pwl(x)
         x = self.bn3(x)
         add_shortcut = isinstance(self.drop_path, nn.Identity)
-        if torch.jit.is_scripting():
-            x = attention_residual(
-                x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut,
-                self.mask_temperature, self.log_temperature)
-        else:
-            x = fused_attention_residual(
-                x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut,
-                temperature=self.mask_temperature, log_temperature=self.log_temperature)
+        x = gated_sum(
+            x, shortcut, self.alpha, self.attention, self.mask_scale, add_shortcut,
+            False, False, self.mask_temperature, self.log_temperature)
         return x if add_shortcut else self.drop_path(x) + shortcut
 
 

@@ -34,8 +34,7 @@ from .kernels.norms import normalize, statistics_of, traced_statistics
 
 __all__ = [
     'ATTENTIONS', 'MASK_SCALES', 'FusedAttentionResidual', 'alphas_of', 'attention_mask', 'attention_residual',
-    'can_fuse', 'check_gate', 'check_names', 'folds_norms', 'fused_attention_residual',
-    'temperatures_of',
+    'can_fuse', 'check_gate', 'check_names', 'folds_norms', 'fused_attention_residual', 'gated_sum', 'temperatures_of',
 ]
 
 ATTENTIONS = ('spatial', 'channel', 'mixed')
@@ -277,6 +276,29 @@ def fused_attention_residual(
     else:
         y = attention_residual(f, x, alpha, attention, mask_scale, add_shortcut, temperature, log_temperature)
     return y.relu() if relu else y
+
+
+def gated_sum(
+        residual: torch.Tensor,
+        shortcut: torch.Tensor,
+        alpha: torch.Tensor,
+        attention: str,
+        mask_scale: str,
+        add_shortcut: bool,
+        relu: bool,
+        inplace: bool,
+        temperature: float,
+        log_temperature: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """:func:`fused_attention_residual` of given F and x, which is a leaf of FX graphs; they can be scripted."""
+    if torch.jit.is_scripting():
+        y = attention_residual(
+            residual, shortcut, alpha, attention, mask_scale, add_shortcut, temperature, log_temperature)
+        return y.relu() if relu else y
+    else:
+        return fused_attention_residual(
+            residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu, inplace=inplace,
+            temperature=temperature, log_temperature=log_temperature)
 
 
 class FusedAttentionResidual(torch.autograd.Function):

@@ -5,6 +5,7 @@ docs/explain.md says what each map shows and how it can mislead.
 import contextlib
 import copy
 import math
+import threading
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
@@ -225,11 +226,15 @@ def _gates(model: nn.Module) -> Dict[str, Block]:
 def _watch(name: str, block: Block, maps: Dict[str, GateMap]) -> List[RemovableHandle]:
     """Hooks that put what a block's gate did in maps: only one block's F and x are kept at a time."""
     found: Dict[str, torch.Tensor] = {}
+    owner = threading.get_ident()  # another thread may use the same network meanwhile
 
     def keep(key: str) -> Any:
-        return lambda module, inputs, output: found.update({key: output})
+        return lambda module, inputs, output: (
+            found.update({key: output}) if threading.get_ident() == owner else None)
 
     def finish(module: nn.Module, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if threading.get_ident() != owner:
+            return
         maps[name] = _gate_map(found.pop('residual'), found.pop('shortcut', inputs[0]), block)
 
     after_norm = block.se if isinstance(block, ARLBottleneck) else None  # squeeze and excitation, which changes F

@@ -26,6 +26,7 @@ from .pretrained import (
     check_fit,
     check_gate_of,
     classifiers_of,
+    described_by,
     find_file,
     local_weights,
     misfits,
@@ -82,6 +83,8 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
                     check_file(Path(overlay['file'])) if overlay.get('file') else
                     check_file(config.with_name('model.safetensors')) if source == 'local-dir' else
                     fetch_weights(repo, _weights_name(config), config.parent.name, pinned_sha256(repo), **where)))
+            if source == 'hf-hub':
+                config = described_by(repo, config)
             if config.is_file() and os.access(config, os.R_OK) and 'architecture' not in _read_json(config):
                 raise WeightsError(
                     f'{config} does not describe a timm model (it names no architecture): restore it.')
@@ -242,11 +245,15 @@ class Checkpoint:
             return self._cfg and self._cfg.label_names or ()
         return self.config().get('label_names') or ()
 
-    def settings(self) -> Dict[str, Any]:
+    def settings(self, unknown: Optional[List[WeightsError]] = None) -> Dict[str, Any]:
         """How the network is to be used: thresholds and calibration, and how its run prepared images.
 
         Thresholds and calibration are those of config.json or, of a run, those of the home.json beside it, unless
         they were chosen on images that were prepared in another way.
+
+        Args:
+            unknown: Where a results.json could not be loaded from the Hub, its error is put here and the rest is
+                returned. None: the error is raised.
 
         Returns:
             Those of task, thresholds, temperatures, biases, crops, grey_world, lesion_crop and aspect that are known.
@@ -254,7 +261,14 @@ class Checkpoint:
         Raises:
             WeightsError: A config.json or results.json that could not be loaded from the Hub, or as arguments.
         """
-        config, arguments = self.config(), self.arguments()
+        config = self.config()
+        try:
+            arguments = self.arguments()
+        except WeightsError as error:
+            if unknown is None or self.path is not None:  # a damaged file on this disk can be restored
+                raise
+            arguments = {}
+            unknown.append(error)
         home = _read_record(self.folder and self.folder / 'home.json')
         if any(arguments.get(key) not in (None, value) for key, value in (home.get('shown') or {}).items()):
             home = {}
@@ -310,8 +324,12 @@ class Checkpoint:
         """A file beside the weights; from the Hub, of the commit that the weights are loaded from."""
         if self.folder is not None or not self._on_hub:
             return self.folder and self.folder / file
-        config = fetch_weights(cast(str, self.repo), 'config.json', self.revision)
-        return config if file == config.name else fetch_weights(cast(str, self.repo), file, config.parent.name)
+        repo = cast(str, self.repo)
+        described = described_by(repo, Path(file))
+        if described.is_absolute():
+            return described
+        config = fetch_weights(repo, 'config.json', self.revision)
+        return config if file == config.name else fetch_weights(repo, file, config.parent.name)
 
 
 def _read_json(path: Optional[Path]) -> Dict[str, Any]:

@@ -44,8 +44,12 @@ def write_json(path: PathLike, content: Dict[str, Any]) -> None:
 
 
 def write_rows(path: PathLike, rows: Sequence[Dict[str, Any]], columns: Optional[Sequence[str]] = None) -> None:
-    """Write a CSV with a header, from the first row's keys unless columns are given."""
-    with replacing(path) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
+    """Write a CSV with a header, from the first row's keys unless columns are given.
+
+    Bytes of file names that are not UTF-8 are written as ``\\udcNN``.
+    """
+    with replacing(path) as temporary, temporary.open(
+            'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
         writer = csv.DictWriter(file, fieldnames=list(columns or rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -1,12 +1,14 @@
-"""What a figure was measured on."""
+"""What a figure was measured on, and how much memory there is."""
 import contextlib
 import os
 import platform
 import re
+from pathlib import Path
 
+import psutil
 import torch
 
-__all__ = ['processor_name']
+__all__ = ['available_memory', 'processor_name']
 
 CPUINFO = '/proc/cpuinfo'
 BF16 = {'avx512_bf16': 'AVX512-BF16', 'amx_bf16': 'AMX'}  # by its flags
@@ -28,3 +30,27 @@ def processor_name(device: torch.device) -> str:
     if device.type != 'cpu':
         name = f'{device.type}, {name}'
     return f'{name} ({os.cpu_count()} cores, {", ".join(abilities)})'
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of its container or batch job if that has a limit."""
+    found = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path('/proc/self/cgroup').read_text().splitlines():  # control groups of Linux
+            _, controllers, group = line.split(':', 2)
+            if controllers and 'memory' not in controllers.split(','):
+                continue
+            root = f'/sys/fs/cgroup{"/memory" * bool(controllers)}{group}'
+            for folder in (Path(root), *Path(root).parents):
+                found = min(found, _below_limit(folder, found))
+    return found
+
+
+def _below_limit(folder: Path, otherwise: int) -> int:
+    for limit, used, cache in (('memory.max', 'memory.current', 'inactive_file'),
+                               ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')):
+        with contextlib.suppress(OSError, ValueError):  # there is no such group, or 'max', which is no limit
+            most = int((folder / limit).read_text())
+            given_back = re.search(rf'^{cache} (\d+)$', (folder / 'memory.stat').read_text(), re.MULTILINE)
+            return max(most - int((folder / used).read_text()) + int(given_back[1] if given_back else 0), 0)
+    return otherwise

@@ -3,7 +3,7 @@ import contextlib
 import copy
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Union, cast
+from typing import Any, Dict, Optional, Tuple, Union, cast
 
 import numpy as np
 import torch
@@ -49,22 +49,41 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
                 count += 1
             previous = name
     if count:
-        weight = next(model.parameters())
-        x = torch.randn(2, _in_channels(model), 64, 64, generator=torch.Generator().manual_seed(0)).to(weight)
+        x = torch.randn(2, *_input_shape(model, 64), generator=torch.Generator().manual_seed(0))
+        x = x.to(next(model.parameters()))
         with torch.inference_mode():
-            _compare(folded(x), model(x), 'the network with folded BatchNorm')
+            _compare(folded(x), model(x), 'with folded BatchNorm the network', ': export it with --no-fold')
     return folded
 
 
-def _in_channels(model: nn.Module) -> int:
-    return next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+def _input_shape(model: Any, side: Optional[int] = None) -> Tuple[int, int, int]:
+    """Channels, height and width of images that a model takes: of this size if it can, or of its own.
+
+    Raises:
+        ExportError: It takes neither.
+    """
+    if model.training:
+        model = copy.deepcopy(model).eval()  # whose batch norms learn from no image
+    config = getattr(model, 'pretrained_cfg', None) or {'input_size': (3, 64, 64)}
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    own = config['input_size'][-1]
+    weight, reason = next(model.parameters()), ''
+    for size in dict.fromkeys((side or own, own)):
+        for channels in dict.fromkeys((first, config['input_size'][0])):  # a stem may turn space into channels first
+            try:
+                with torch.inference_mode():
+                    model(torch.zeros(1, channels, size, size).to(weight))
+                return channels, size, size
+            except (RuntimeError, AssertionError, ValueError) as error:
+                reason = reason or ' '.join(str(error).split())[:200]
+    raise ExportError(f'{type(model).__name__} does not take images of {side or own} px: {reason}')
 
 
-def _compare(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+def _compare(found: torch.Tensor, expected: torch.Tensor, what: str, remedy: str = '') -> None:
     error = (found - expected).abs().max().item()
     allowed = 1e-3 * max(1., expected.abs().max().item())
     if not error <= allowed:
-        raise ExportError(f'{what} differs from the model by {error:.2g}, more than {allowed:.2g}.')
+        raise ExportError(f'{what} differs from the model by {error:.2g}, more than {allowed:.2g}{remedy}.')
 
 
 class OnnxModel:
@@ -112,7 +131,7 @@ def metadata_of(
     """
     config = cast(Any, model).pretrained_cfg
     side = img_size or config['input_size'][-1]
-    about = dict(mean=config['mean'], std=config['std'], input_size=[_in_channels(model), side, side],
+    about = dict(mean=config['mean'], std=config['std'], input_size=[_input_shape(model)[0], side, side],
                  label_names=config.get('label_names'), weights=weights, **(settings or {}))
     return {key: value for key, value in about.items() if value is not None}
 

@@ -23,6 +23,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from contextlib import suppress
 from datetime import timedelta
 from importlib.util import find_spec
@@ -41,6 +42,7 @@ from .download import WeightsError
 from .files import make_folder, replacing
 from .image_list import InputError, OwnImages, write_image_list
 from .isic.transforms import CROPS
+from .kernels import problem
 from .overlays import panel
 from .pictures import REMARKS, Pictures, Seen, collate
 from .prediction_files import FORMATS, MOST_PROBABLE, PredictionFiles
@@ -97,6 +99,10 @@ def _ratio(text: str) -> float:
     return ratio
 
 
+def brief(error: Exception) -> str:
+    return ' '.join(str(error).split())[:200]
+
+
 def on_first(work: Callable[[], Any]) -> Any:
     """Let the first process do something for all: its result, or its error, in each of them."""
     box: List[Any] = [None]
@@ -118,19 +124,24 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
         kind = torch.accelerator.current_accelerator()
         assert kind is not None
         device = f'{kind.type}:{int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()}'
+    if str(device).startswith('meta'):
+        raise InputError('--device meta computes nothing: choose cpu, cuda or mps.')
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
     if args.onnx and not args.onnx.lower().endswith('.onnx'):
         raise InputError(f'--onnx {args.onnx}: the name of an ONNX file ends in .onnx.')
     if args.onnx and args.device not in (None, 'cpu'):
         raise InputError(f'--device {args.device}: an ONNX file runs on the CPU: leave --device out.')
+    if problem():
+        raise InputError(problem())
     try:
         return Predictor(args.onnx or args.model, 'cpu' if args.onnx else device or 'cpu', args.crops, args.seed,
                          args.cpu_threads or 0)
     except (WeightsError, ImportError) as error:
         raise InputError(str(error)) from error
-    except (AssertionError, RuntimeError) as error:  # as PyTorch refuses a device
-        raise InputError(f'--device {device} cannot be used: {" ".join(str(error).split())[:200]}') from error
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # as PyTorch refuses a device
+        what = f'--device {args.device}' if args.device else f'The device {device or "cpu"}'
+        raise InputError(f'{what} cannot be used: {brief(error)}') from error
 
 
 def is_exclusive(predictor: Predictor) -> bool:
@@ -235,12 +246,16 @@ def finish(files: PredictionFiles, record: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def predict(args: argparse.Namespace) -> int:
-    rank, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    rank, processes = int(os.environ.get('RANK') or 0), int(os.environ.get('WORLD_SIZE') or 1)
     if args.format == 'parquet' and find_spec('pyarrow') is None:
         raise InputError('--format parquet needs pyarrow: pip install pyarrow, or choose csv or jsonl.')
     predictor = load_predictor(args)
     if processes > 1:
-        dist.init_process_group('gloo', timeout=timedelta(days=7))  # how long one may wait for the others at the end
+        try:
+            dist.init_process_group('gloo', timeout=timedelta(days=7))  # how long one waits for the others at the end
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f'The {processes} processes (WORLD_SIZE) cannot be joined: {brief(error)} Start them with '
+                             f'torchrun, or unset WORLD_SIZE and RANK.') from error
     files = PredictionFiles(Path(args.output_dir), args.format, predictor.labels, is_exclusive(predictor))
     settings = settings_of(args, predictor)
     record, done = on_first(lambda: prepare(args, files, settings))
@@ -327,7 +342,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return predict(args)
     except InputError as error:
-        if os.environ.get('RANK', '0') == '0':
+        if (os.environ.get('RANK') or '0') == '0':
             say(f'{parser.prog}: error: {error}', file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, for one
@@ -340,7 +355,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             what = (f'A process that reads images died ({" ".join(str(error).split())}): there is too little memory, '
                     f'or an image makes its decoder crash. --workers 0 reads them one by one.')
         else:
-            raise
+            traceback.print_exc()
+            what = 'This was not foreseen.'
         say(f'{parser.prog}: error: {what} {again}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

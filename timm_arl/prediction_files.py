@@ -1,6 +1,7 @@
 """Predictions on the disk: rows that are appended whole, joined in the order of the images, and never lost."""
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -93,7 +94,9 @@ class PredictionFiles:
                 if not shared:
                     fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else is there, and from now on
                 fcntl.lockf(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # only those of this run
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a disk without locks
+                    return
                 raise InputError(
                     f'Another run is writing to {self.folder}: let it finish, or end its processes.') from None
             with contextlib.suppress(FileNotFoundError):

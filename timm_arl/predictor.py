@@ -182,12 +182,13 @@ class Predictor:
         if task is None:
             raise WeightsError(f'What the {model.num_classes} outputs of {self.name} mean is not known: choose a '
                                f'network that finetune_isic.py trained on skin lesions, {DEFAULT_MODEL} for one.')
+        unknown: List[WeightsError] = []
         try:
-            saved = checkpoint.settings()
+            saved = checkpoint.settings(unknown)
         except WeightsError as error:
-            saved = {}
-            self.remarks.append(f'How {self.name} was evaluated is not known ({error.cause}): using crops '
-                                f'{USUAL_CROPS}.')
+            saved, unknown = {}, [error]
+        self.remarks += [f'How {self.name} was evaluated is not known ({error.cause}): using crops {USUAL_CROPS}.'
+                         for error in unknown]
         self.sha256 = tensors_sha256(Path(model.pretrained_cfg['file']))
         self.network = model.to(self.device, memory_format=torch.channels_last).eval()
         return task, resolve_model_data_config(model), saved

@@ -14,8 +14,8 @@ from .download import LOCAL_FILE, WeightsError, fetch_weights, is_whole, say
 
 __all__ = [
     'GATE_ARGUMENTS', 'HUB', 'OWN_WEIGHTS', 'build_with_local_weights', 'check_file', 'check_finite', 'check_fit',
-    'check_gate_of', 'check_loadable', 'classifiers_of', 'find_file', 'local_weights', 'only_file', 'pinned_sha256',
-    'safe_name', 'shipped_weights', 'tag_with_weights', 'tags_of',
+    'check_gate_of', 'check_loadable', 'classifiers_of', 'described_by', 'find_file', 'local_weights', 'only_file',
+    'pinned_sha256', 'safe_name', 'shipped_weights', 'tag_with_weights', 'tags_of',
 ]
 
 HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # user or organisation of this project's repos on the Hub
@@ -73,6 +73,8 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         path = check_file(Path(file or Path(cfg.file, 'model.safetensors')))
         classes = _num_classes(path, cfg.to_dict()) if overlay.get('file') else {}
         return {**kwargs, 'pretrained_cfg_overlay': {**classes, **overlay, **only_file(path)}}
+    if not cfg.hf_hub_id and str(cfg.url).endswith('.safetensors'):
+        raise WeightsError(f'Weights at a URL are not loaded ({cfg.url}): download them, and {LOCAL_FILE}.')
     if not cfg.hf_hub_id:
         raise WeightsError(f'The weights of {variant} are a pickle at {cfg.url}, and only safetensors are opened: '
                            f'{CONVERT}, and {LOCAL_FILE}.')
@@ -87,6 +89,8 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         if shipped is not None:
             say(f'{shipped / "model.safetensors"} is damaged: loading it from the Hub.')
         path = fetch_weights(repo, safe_name(cfg.hf_hub_filename), revision or None, sha256, kwargs.get('cache_dir'))
+    if not own:
+        _check_described(repo, cfg, overlay)
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **only_file(path)}}
 
 
@@ -316,6 +320,27 @@ def check_finite(state_dict: Dict[str, torch.Tensor], what: Any) -> None:
         if not tensor.is_meta and not tensor.isfinite().all():
             raise WeightsError(f'{what} holds {"NaN" if tensor.isnan().any() else "infinite values"} in {key}: choose '
                                f'another checkpoint.')
+
+
+def described_by(repo: str, path: Path) -> Path:
+    """A config.json or results.json of a repo on the Hub: the package's own where the repo has the name of its weights.
+
+    Who owns that name must not say what their outputs mean, or which thresholds they have.
+    """
+    shipped = shipped_weights(repo.removeprefix('timm-arl/')) if pinned_sha256(repo) else None
+    return shipped / path.name if shipped else path
+
+
+def _check_described(repo: str, cfg: Any, overlay: Dict[str, Any]) -> None:
+    """The same for timm.create_model('hf-hub:...'), which has read the repo's config.json before."""
+    described = described_by(repo, Path('config.json'))
+    if described.is_absolute():
+        own = json.loads(described.read_text(encoding='utf-8'))
+        own = {**own['pretrained_cfg'], 'label_names': own['label_names']}
+        for key in {'mean', 'std', 'label_names'} - overlay.keys():
+            if list(getattr(cfg, key) or ()) != list(own[key]):
+                raise WeightsError(repo=repo, file='config.json', cause=f'its {key} is not that of the weights that '
+                                   f'have this name', remedy=f'load {repo.removeprefix("timm-arl/")}')
 
 
 def shipped_weights(name: str) -> Optional[Path]:

@@ -3,6 +3,7 @@ import io
 import json
 import time
 
+import psutil
 import pytest
 import torch
 import torch.nn as nn
@@ -130,6 +131,19 @@ def test_steps_of_a_repetition(compile):
         lambda: time.sleep(durations.pop() if durations else 0), dict(SPEC, compile=compile, seconds=1.),
         torch.device('cpu'))
     assert steps == 100
+
+
+@pytest.mark.parametrize('files, expected', [
+    ({'memory.max': '8000', 'memory.current': '5000', 'memory.stat': 'anon 1\ninactive_file 700\n'}, 3700),
+    ({'memory.max': 'max', 'memory.current': '5000', 'memory.stat': ''}, 10000),
+    ({'memory.limit_in_bytes': '8000', 'memory.usage_in_bytes': '9000', 'memory.stat': 'inactive_file 7\n'}, 0),
+    ({}, 10000)])
+def test_memory_that_a_batch_job_may_take(tmp_path, files, expected):
+    """A node has more memory than a job on it: one that takes more is killed. Files that were read do not count."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert machine._below_limit(tmp_path, 10000) == expected
+    assert 0 < machine.available_memory() <= psutil.virtual_memory().total
 
 
 @pytest.mark.parametrize('capability, flags, described', [

@@ -82,6 +82,25 @@ def test_a_name_with_a_tag_has_its_weights(call, tmp_path):
 
 
 @pytest.mark.slow
+def test_thresholds_of_another_size_are_left_out(call, tmp_path):
+    done = call('timm_arl.export.__main__', '--model', 'arl_cnn14.isic2017', '--img-size', 64, '--output',
+                tmp_path / 'm.onnx')
+    assert done.returncode == 0 and 'thresholds and temperatures and biases of arl_cnn14.isic2017' in done.stdout
+    assert 'were chosen with images of 128 px: they are left out of the file' in done.stdout
+    predictor = Predictor(tmp_path / 'm.onnx')
+    assert list(predictor.thresholds) == ['official'] and not predictor.temperatures and predictor.img_size == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['levit_128s', 'visformer_tiny'])
+def test_networks_that_take_images_of_one_size(call, tmp_path, name):
+    done = call('timm_arl.export.__main__', '--model', name, '--output', tmp_path / 'm.onnx')
+    assert done.returncode == 0, done.stderr
+    done = call('timm_arl.export.__main__', '--model', name, '--img-size', 64, '--output', tmp_path / 'x.onnx')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr and not (tmp_path / 'x.onnx').exists()
+
+
+@pytest.mark.slow
 def test_random_weights_are_called_so(call, tmp_path):
     done = call('timm_arl.export.__main__', '--model', 'test_resnet', '--img-size', 64, '--output', tmp_path / 'm.onnx')
     assert done.returncode == 0 and 'WARNING: test_resnet has RANDOM WEIGHTS' in done.stdout, done.stderr

@@ -336,6 +336,16 @@ def test_the_card_of_another_network(staged, tmp_path):
     assert 'resnet18, trained on' in text and 'Attention Residual' not in text and 'activation' not in text
 
 
+def test_a_card_does_not_replace_another_readme(call, tmp_path):
+    (tmp_path / 'README.md').write_text('# Mine')
+    arguments = 'timm_arl.hub.__main__', 'card', 'arl_cnn50.a1_in1k', '--output', tmp_path
+    done = call(*arguments)
+    assert done.returncode == 2 and 'is there already and says something else' in done.stderr
+    assert (tmp_path / 'README.md').read_text() == '# Mine'
+    assert call(*arguments, '--overwrite').returncode == 0 and (tmp_path / 'README.md').read_text() != '# Mine'
+    assert call(*arguments).returncode == 0  # the same again
+
+
 @pytest.mark.parametrize('name', [name for name in timm.list_pretrained('arl_*') if name.endswith('_in1k')])
 def test_cards_of_timms_weights_are_there_and_show_no_figure(call, repo, tmp_path, name):
     done = call('timm_arl.hub.__main__', 'card', name, '--output', tmp_path / 'c')

@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 from timm_arl.isic.calibration import subgroup_table
 from timm_arl.isic.intervals import delong_covariance, delong_interval, delong_test, unit_of
 from timm_arl.isic.metrics import auc, compare, score_split
+from timm_arl.isic.report import few_images
 from timm_arl.isic.task import LABELS
 
 
@@ -160,6 +161,22 @@ def test_no_interval_from_fewer_than_five_groups():
         row = subgroup_table(both, p, [('all', np.ones(60, bool))], groups=lesions)[0]
         assert (row['auc_ci95'] is not None) == known
     assert 'positive_groups' not in score_split(both, p)['melanoma']
+
+
+def test_no_interval_from_fewer_than_five_images():
+    """With two melanomas, 95 % intervals of a bootstrap hold the true AUC in 64 % of the cases."""
+    scores = np.random.default_rng(0).random((60, 2))
+    for melanomas, known in ((4, False), (5, True), (55, True), (56, False)):
+        truth = np.stack([np.arange(60) < melanomas, np.arange(60) % 2], 1).astype(int)
+        found = score_split(truth, scores)
+        assert found['melanoma']['auc'] is not None
+        assert (found['melanoma']['auc_ci95'] is not None) == (found['mean_auc_ci95'] is not None) == known
+        assert found['seborrheic_keratosis']['auc_ci95'] is not None
+        pair = compare(truth, scores, scores[::-1])['melanoma']
+        assert (pair['difference_ci95'] is not None) == (pair['p_value'] is not None) == known
+        few = ' '.join(few_images(found))
+        assert ('no interval' in few) != known
+    assert '4 images are without melanoma, and below 5 there is no interval' in few
 
 
 def test_what_intervals_are_over():

@@ -151,5 +151,5 @@ def test_one_class_is_undefined_and_not_a_number():
     assert scores['melanoma']['auc'] is scores['melanoma']['auc_ci95'] is scores['melanoma']['sensitivity'] is None
     assert scores['mean_auc'] is scores['mean_auc_ci95'] is None
     assert auc_table({'test': scores}).splitlines()[1].split() == [
-        'test', 'undefined', '1.000', '[1.000,', '1.000]', 'undefined']
+        'test', 'undefined', '1.000', 'undefined']  # of two images with it no interval
     assert scores['seborrheic_keratosis']['auc'] == 1.0 and scores['melanoma']['specificity'] == 3 / 4

@@ -307,6 +307,7 @@ def _measured(name: str, labels: Sequence[str]) -> Optional[Dict[str, Any]]:
         split = next((split for split in ('test', 'validation') if split in metrics), None)
         if split and metrics[split].get('mean_auc') is not None:
             data = content.get('data', {})
-            return {'split': split, 'data': 'ISIC 2017' if split in data.get('official_splits', ()) else
-                    data.get('name', 'its data set'), 'images': metrics[split][labels[0]]['images'], **metrics[split]}
+            return {**metrics[split], 'split': split, 'images': metrics[split][labels[0]]['images'],
+                    'data': 'ISIC 2017' if split in data.get('official_splits', ()) else
+                    data.get('name', 'its data set')}
     return None

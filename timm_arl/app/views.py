@@ -79,8 +79,8 @@ def found(analysis: Analysis, predictor: Predictor, measured: Optional[Dict[str,
                  if analysis.synthetic else '')
     remark = f'<p class="arl-note">The image {escape(analysis.remark)}</p>' if analysis.remark else ''
     if analysis.remark == REMARKS['square']:
-        remark = ('<p class="arl-note">The image is exactly square, so it may be a copy that was squashed to a square. '
-                  'Use one of the original shape: squashed copies, stretched back, get other probabilities.</p>')
+        remark = ('<p class="arl-note">The image is exactly square, so it may be a copy that was squashed. Such a copy '
+                  'gets other probabilities: use an image in its original shape.</p>')
     points = list(predictor.thresholds)
     points.sort(key=lambda point: point != predictor.point)
     cards = ''.join(_card(label, p, points, analysis, predictor, measured)
@@ -89,8 +89,8 @@ def found(analysis: Analysis, predictor: Predictor, measured: Optional[Dict[str,
     words = ''.join(f'<li><em>{_point_words(point, predictor)}</em>: {text}{_elsewhere(point, predictor, measured)}'
                     f'{" (default)" if point == predictor.point else ""}</li>'
                     for point in points for start, text in texts.items() if point.startswith(start))
-    share = (f' Sensitivity and specificity are those on {measured["images"]} {measured["split"]} images of '
-             f'{escape(measured["data"])}.' if measured else '')
+    share = (f' Sensitivity and specificity are those on {escape(str(measured["images"]))} {measured["split"]} images '
+             f'of {escape(measured["data"])}.' if measured else '')
     exclusive = predictor.task.kind == 'multiclass'
     called = (f'<p>Most probable: <strong>{label_words(predictor.most_probable(analysis.probabilities))}</strong></p>'
               if exclusive else '')
@@ -264,10 +264,10 @@ def about(predictor: Predictor, measured: Optional[Dict[str, Any]], repo: Option
     """The figures of the card, and its caveats."""
     name = escape(predictor.name)
     if measured:
-        data = f'{measured["images"]} {measured["split"]} images of {escape(measured["data"])}'
+        data = f'{escape(str(measured["images"]))} {measured["split"]} images of {escape(measured["data"])}'
         scores = ''.join(
             f'<tr><th scope="row">{label_words(label)}</th><td>{_interval(measured[label], "auc")}</td>'
-            f'<td>{measured[label]["positives"]}</td></tr>' for label in predictor.labels)
+            f'<td>{escape(str(measured[label]["positives"]))}</td></tr>' for label in predictor.labels)
         figures = (
             f'<p class="arl-figure">Mean AUC <strong>{_interval(measured, "mean_auc")}</strong> on {data}, at '
             f'{predictor.img_size} px.</p><table class="arl-table"><thead><tr><th scope="col">diagnosis</th>'

@@ -23,7 +23,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -33,6 +33,7 @@ from ..extras import require
 from ..factory import Checkpoint, create_for_task
 from ..files import make_folder, replacing
 from ..isic.task import OFFICIAL_THRESHOLD, Task, label_words
+from ..kernels import problem
 from ..onnx_file import ExportError, OnnxModel, export_onnx, metadata_of
 from .calibration import FEWEST, TOLERANCE, USUAL, CalibrationImages, Loss, measure_loss
 from .preprocessing import add_preprocessing
@@ -70,6 +71,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.calibration and not args.int8:
         parser.error('--calibration is for --int8: add it, or leave out --calibration.')
     require('export', __name__)  # before weights are downloaded
+    if problem():
+        parser.error(problem())
     try:
         return export(args)
     except (ExportError, WeightsError, ImportError, OSError, ValueError) as error:
@@ -84,7 +87,15 @@ def export(args: argparse.Namespace) -> int:
     trained = args.pretrained or ':' in args.model or '.' in args.model or Path(args.model).exists()
     checkpoint = Checkpoint(args.model) if trained else None
     model: Any = checkpoint.network() if checkpoint else create_for_task(args.model)
-    settings = checkpoint.settings() if checkpoint else None
+    unknown: List[WeightsError] = []
+    settings = checkpoint.settings(unknown) if checkpoint else None
+    for error in unknown:
+        print(f'How {args.model} was evaluated is not known ({error.cause}): the file does not say it.')
+    if settings and args.img_size not in (None, model.pretrained_cfg['input_size'][-1]):
+        chosen = [key for key in ('thresholds', 'temperatures', 'biases') if settings.pop(key, None)]
+        if chosen:
+            print(f'The {" and ".join(chosen)} of {args.model} were chosen with images of '
+                  f'{model.pretrained_cfg["input_size"][-1]} px: they are left out of the file.')
     task = Task.of_network(model, checkpoint.config()) if checkpoint else None
     if args.with_preprocessing and task is None:
         raise ExportError(f'--with-preprocessing: what the {model.num_classes} outputs of {args.model} mean is not '

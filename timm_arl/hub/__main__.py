@@ -45,6 +45,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         'card', allow_abbrev=False, help='write the README.md of a staged folder, or of registered weights')
     sub.add_argument('what', metavar='STAGED|NAME.TAG')
     sub.add_argument('--output', metavar='DIR', type=Path, help='for NAME.TAG: folder for its README.md')
+    sub.add_argument('--overwrite', action='store_true', help='replace other files of these names in DIR')
     sub = commands.add_parser('push', allow_abbrev=False, help='send staged folders to the Hub or another folder')
     sub.add_argument('folders', metavar='STAGED', type=Path, nargs='+')
     sub.add_argument('--to', metavar='REPO|./DIR', help='(default: NAME.TAG of each, under TIMM_ARL_HUB)')
@@ -70,7 +71,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             elif Path(args.what).is_dir():
                 print(f'Written: {card(Path(args.what))}')
             elif args.output:
-                print(f'Written: {card_of_registered(args.what, args.output)}')
+                print(f'Written: {card_of_registered(args.what, args.output, args.overwrite)}')
             else:
                 raise HubError(f'No folder {args.what}; for the card of registered weights pass --output DIR.')
         elif args.command == 'push':

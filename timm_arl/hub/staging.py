@@ -170,28 +170,34 @@ def _card_text(folder: Path, called: str = '') -> str:
                        f'({brief(error)}): stage it again.') from None
 
 
-def card_of_registered(name: str, output: Path) -> Path:
+def card_of_registered(name: str, output: Path, overwrite: bool = False) -> Path:
     """Write the README.md of registered weights; with config.json and results.json for those of this package.
 
     Args:
         name: Model and tag.
         output: Folder; it is made if it does not exist.
+        overwrite: Whether to replace a README.md, config.json or results.json that says something else.
 
     Raises:
-        HubError: No such weights.
+        HubError: No such weights, or files that would be replaced.
     """
     shipped = shipped_weights(name)
     if name not in timm.list_pretrained('arl_*') or (name in OWN_WEIGHTS and shipped is None):
         raise HubError(f'{name} is neither a staged folder nor NAME.TAG of registered weights '
                        f"(timm.list_pretrained('arl_*') lists them).")
-    make_folder(output)
     config, results, digest = registered_config(name), None, None
+    contents = {}
     if shipped is not None:
         config, results = read_object(shipped / 'config.json', 'complete'), read_results(shipped)
         digest = sha256_of(shipped / 'model.safetensors')
-        for file in ('config.json', 'results.json'):
-            with replacing(output / file) as temporary:
-                shutil.copyfile(shipped / file, temporary)
-    with replacing(output / 'README.md') as temporary:
-        temporary.write_text(render_card(name, config, results, digest, name), encoding='utf-8')
+        contents = {file: (shipped / file).read_bytes() for file in ('config.json', 'results.json')}
+    contents['README.md'] = render_card(name, config, results, digest, name).encode()
+    for file, content in contents.items():
+        if not overwrite and (output / file).exists() and (output / file).read_bytes() != content:
+            raise HubError(f'{output / file} is there already and says something else: choose another folder, or '
+                           f'replace it by --overwrite.')
+    make_folder(output)
+    for file, content in contents.items():
+        with replacing(output / file) as temporary:
+            temporary.write_bytes(content)
     return output / 'README.md'

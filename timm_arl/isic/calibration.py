@@ -194,7 +194,7 @@ def _interval(
         probabilities: np.ndarray,
         groups: Optional[Sequence[Any]],
 ) -> Optional[Tuple[float, float]]:
-    if not groups_suffice(truth, range(len(truth)) if groups is None else groups):
+    if not groups_suffice(truth, groups):
         return None
     low, high = delong_interval(truth, probabilities, groups=groups)
     return (low, high) if high - low > 1e-9 else None

@@ -19,7 +19,7 @@ __all__ = [
 
 RESAMPLES = 1000
 LEAST_DEFINED = 0.25  # of the resamples, for an interval
-LEAST_GROUPS = 5  # with and without a label, for an interval; percentiles of fewer are too narrow
+LEAST_GROUPS = 5  # or images, with and without a label, for an interval; percentiles of fewer are too narrow
 
 
 def resampled_indices(images: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -56,15 +56,15 @@ def _numbered(groups: Sequence[Any]) -> Tuple[int, np.ndarray]:
     return len(names), numbers
 
 
-def group_counts(truth: np.ndarray, groups: Sequence[Any]) -> Tuple[int, int]:
-    """How many groups have a positive image, and how many a negative one."""
-    names, positive = np.asarray(groups), np.asarray(truth) == 1
+def group_counts(truth: np.ndarray, groups: Optional[Sequence[Any]]) -> Tuple[int, int]:
+    """How many groups (None: images) have a positive image, and how many a negative one."""
+    names, positive = np.arange(len(truth)) if groups is None else np.asarray(groups), np.asarray(truth) == 1
     return len(np.unique(names[positive])), len(np.unique(names[~positive]))
 
 
 def groups_suffice(truth: np.ndarray, groups: Optional[Sequence[Any]]) -> bool:
-    """Whether there are LEAST_GROUPS groups with each class, or no groups at all, so that an AUC gets an interval."""
-    return groups is None or min(group_counts(truth, groups)) >= LEAST_GROUPS
+    """Whether LEAST_GROUPS groups, or images where there are no groups, have each class: an AUC gets an interval."""
+    return min(group_counts(truth, groups)) >= LEAST_GROUPS
 
 
 def unit_of(column: str) -> str:

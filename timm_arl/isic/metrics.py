@@ -190,7 +190,8 @@ def score_split(
 
     Intervals are 95 % percentile bootstrap intervals over images or, where they are known, groups; the same resamples
     serve all scores. Resamples in which a score is undefined are left out; where three quarters are, there is no
-    interval. Nor has an AUC one that fewer than LEAST_GROUPS groups have, or lack, the label of.
+    interval. Nor has an AUC one where fewer than LEAST_GROUPS groups (images, where there are none) have, or lack, the
+    label.
 
     Args:
         truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.
@@ -260,7 +261,7 @@ def compare(
     Returns:
         For each label, for mean_auc and, of a multiclass task, for balanced_accuracy: difference and difference_ci95
         (bootstrap); for the labels also DeLong's z and p_value. None where a score is undefined: z and p_value with
-        fewer than two images, or LEAST_GROUPS groups, of a class; z alone where the difference has no variance.
+        fewer than LEAST_GROUPS groups, or images, of a class; z alone where the difference has no variance.
     """
     times = resampled_times(len(truth), resamples, seed, groups)
     result: Dict[str, Any] = {}

@@ -93,15 +93,17 @@ def few_images(scores: Dict[str, Any], task: Task = ISIC2017) -> List[str]:
     lines = []
     for label in task.labels:
         own, words = scores[label], label_words(label)
-        having, lacking = own.get('positive_groups', own['positives']), own.get('negative_groups', LEAST_GROUPS)
+        having = own.get('positive_groups', own['positives'])
+        lacking = own.get('negative_groups', own['images'] - own['positives'])
         over = scores.get('intervals_over', 'images')
-        without = f', and below {LEAST_GROUPS} there is no interval' * ('intervals_over' in scores)
+        without = f', and below {LEAST_GROUPS} there is no interval'
         if having < FEW:
             images = f' ({own["positives"]} images)' * ('intervals_over' in scores)
             lines.append(f'Only {having} {over} have {words}{images}: figures from so few are uncertain'
                          f'{without * (having < LEAST_GROUPS)}.')
         if lacking < LEAST_GROUPS:
-            lines.append(f'Only {lacking} {over} have images without {words}{without}.')
+            which = 'have images' if 'intervals_over' in scores else 'are'
+            lines.append(f'Only {lacking} {over} {which} without {words}{without}.')
     return lines
 
 

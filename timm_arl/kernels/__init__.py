@@ -42,7 +42,9 @@ import torch
 from . import torch_ops
 from .torch_ops import Gate, NormState, norm_backward, release_scratch
 
-__all__ = ['Gate', 'NormState', 'backend', 'folds_norms', 'kernels_for', 'norm_backward', 'release_scratch']
+__all__ = [
+    'Gate', 'NormState', 'backend', 'folds_norms', 'kernels_for', 'norm_backward', 'problem', 'release_scratch',
+]
 
 FASTER = {'native': 'cpu', 'triton': 'cuda'}  # and the devices that they are for
 
@@ -76,6 +78,15 @@ def kernels_for(f: torch.Tensor, x: torch.Tensor) -> ModuleType:
             if not reason and module.takes(f, x):
                 return module
     return torch_ops
+
+
+def problem() -> str:
+    """What is wrong with ``TIMM_ARL_KERNELS`` on this machine, or ''; programs ask before their work."""
+    try:
+        kernels_for(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ''
 
 
 def folds_norms(f: torch.Tensor, x: torch.Tensor) -> bool:

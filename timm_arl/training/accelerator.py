@@ -8,6 +8,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin
 from torch.overrides import TorchFunctionMode
 
+from ..kernels import problem
 from .arguments import RunError
 
 __all__ = ['Bf16Convolutions', 'create_accelerator']
@@ -67,6 +68,8 @@ def create_accelerator(args):
     if args.tracker not in ('none', *trackers):
         raise RunError(f'Accelerate has no tracker {args.tracker} here (it has {", ".join(trackers)}): install its '
                        f'package, or pass --tracker none.')
+    if problem():
+        raise RunError(problem())
     steps = args.gradient_accumulation_steps
     try:
         accelerator = Accelerator(

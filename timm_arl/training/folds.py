@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from ..factory import Checkpoint
 from ..files import write_json, write_rows
 from ..isic.dataset import Data, DataError, label_array
-from ..isic.dataset.duplicates import read_pairs
+from ..isic.dataset.duplicates import pairs_among
 from ..isic.intervals import unit_of
 from ..isic.metrics import auc_table, score_split
 from ..isic.predictions import read_predictions, write_predictions
@@ -41,7 +41,7 @@ def fold_rows(
         groups: Column of patients or lesions that stay in the same fold; '': none.
 
     Raises:
-        DataError: A list that cannot be read, or too few images of a diagnosis for so many folds.
+        DataError: A list that cannot be read, or too few images of a diagnosis, or groups, for so many folds.
     """
     labels = label_array(split, task)
     diagnoses = task.strata(labels)
@@ -51,14 +51,16 @@ def fold_rows(
         raise DataError(f'--folds {folds} needs {folds} images of each diagnosis, but the rarest has {rarest}: choose '
                         f'at most {rarest} folds.')
     row_of = {image_id: row for row, image_id in enumerate(split['image_id'])}
-    pairs = [(row_of[a], row_of[b]) for a, b in (read_pairs(duplicates) if duplicates else ())
-             if a in row_of and b in row_of]
+    pairs = [(row_of[a], row_of[b]) for a, b in (pairs_among(duplicates, row_of) if duplicates else ())]
     if groups:
         first_of: Dict[str, int] = {}
         pairs += [(first_of.setdefault(group, row), row) for row, group in enumerate(split[groups])]
     first, second = np.array(pairs, dtype=int).reshape(-1, 2).T
     _, parts = connected_components(coo_array(
         (np.ones(len(pairs)), (first, second)), shape=(len(row_of), len(row_of))), directed=False)
+    if parts.max() < folds - 1:
+        raise DataError(f'--folds {folds} needs {folds} images or groups of images that may be parted, but there are '
+                        f'{parts.max() + 1}: choose fewer folds.')
     # shuffled here, since scikit-learn < 1.8 mixes the groups up when it shuffles
     parts = np.argsort(np.random.RandomState(seed).permutation(parts.max() + 1))[parts]
     for kept, rest in StratifiedGroupKFold(folds).split(parts, diagnoses, parts):

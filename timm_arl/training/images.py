@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any, Dict, Iterator, List, MutableMapping, Tuple
 
 import numpy as np
-import psutil
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
@@ -17,6 +16,7 @@ from ..isic.images import readings, stored_size, unreadable_images
 from ..isic.loading import EpochBatches, IsicSplit, IsicStream
 from ..isic.task import ISIC2017, Task, label_words
 from ..isic.transforms import EvalCrops, eval_transform, normalisation, train_transform
+from ..machine import available_memory
 
 __all__ = [
     'CropLoader', 'check_images', 'check_learnable', 'epoch_sides', 'has_masks', 'image_loader', 'learns_masks',
@@ -98,12 +98,18 @@ def learns_masks(args, split):
 
 
 def check_learnable(args, splits, accelerator, task: Task = ISIC2017):
-    """Refuse a training split without one of the classes, and --lesion-crop without masks to crop to.
+    """Refuse a training split without one of the classes, or with too few images for the processes, and --lesion-crop
+    without masks to crop to.
 
     Raises:
-        DataError: Either.
+        DataError: Any of these.
     """
     train = splits['train']
+    of_a_fold = len(train) * (args.folds - 1) // args.folds if args.folds else len(train)
+    processes = accelerator.num_processes
+    if of_a_fold * args.patches_per_image < 2 * processes:
+        raise DataError(f'{args.data} has {len(train)} training images, too few for {processes} process(es), each of '
+                        f'which needs two: add images, or start fewer processes.')
     labels = label_array(train.table if isinstance(train, StreamedSplit) else train, task)
     for label, column in zip(task.labels, labels.T):
         if column.min() == column.max():
@@ -222,7 +228,7 @@ class _Crops(IsicSplit):
 
     def keep(self, row: int, crops: torch.Tensor) -> None:
         """Keep the crops of an image, if those of all images fit."""
-        if self.kept or crops.nbytes * len(self) <= psutil.virtual_memory().available * MEMORY_SHARE:
+        if self.kept or crops.nbytes * len(self) <= available_memory() * MEMORY_SHARE:
             self.kept[self.image_ids[row]] = crops.clone()  # not in memory that is shared with a worker
 
 

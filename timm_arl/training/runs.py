@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Union
@@ -33,6 +34,7 @@ from ..files import (
     write_json,
     write_rows,
 )
+from ..kernels import backend
 from ..machine import processor_name
 from .arguments import RunError
 
@@ -85,6 +87,7 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
                 'launch': launch,
                 'commit': git_commit(sys.argv[0]),
                 'processor': processor_name(accelerator.device),
+                'kernels': _kernels(accelerator.device),
                 'versions': {'timm_arl': __version__, **{
                     m.__name__: m.__version__ for m in (timm, torch, accelerate, datasets)}},
                 'python': platform.python_version(),
@@ -221,6 +224,13 @@ def publish(out):
     for file in ('model.safetensors', 'config.json'):
         with replacing(out / file) as temporary:
             shutil.copyfile(out / 'last' / 'kept' / file, temporary)
+
+
+def _kernels(device: torch.device) -> str:
+    """Those of gates, if the network has some; they tell themselves why faster ones are missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return backend(torch.ones(1, 1, 1, 1, device=device))
 
 
 def record_look(folder: PathLike, checkpoint: PathLike, scores: Dict[str, Any], other_data: str = '') -> None:

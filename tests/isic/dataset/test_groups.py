@@ -93,6 +93,17 @@ def test_parquet_with_a_column_split(tmp_path):
         load_data(str(tmp_path / 'one.parquet'), Wanted(columns=(('split', 'fold'),)))
 
 
+def test_a_row_without_a_split_is_named(tmp_path):
+    """Also where the column is one of names of classes, in which a missing one is None."""
+    rows = [{'image': {'bytes': jpeg((k, 80, 60)), 'path': None}, 'label': 'ab'[k % 2],
+             'split': None if k == 5 else ('train', 'val', 'test')[k // 2 % 3]} for k in range(24)]
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.Value('string'),
+                                  'split': datasets.ClassLabel(names=['train', 'val', 'test'])})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / 'one.parquet')
+    with pytest.raises(DataError, match='the split is None .1 such rows., which is none of train'):
+        load_data(str(tmp_path / 'one.parquet'))
+
+
 def test_a_run_s_division_of_the_same_data_holds_when_they_change(tmp_path):
     source = table(tmp_path, 30)
     lines(tmp_path / 'splits.csv', ('image_id', 'split'), [

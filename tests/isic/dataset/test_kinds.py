@@ -1,10 +1,12 @@
 """Every kind of data that docs/data.md names: found out by itself, divided by group, refused in one sentence."""
+import os
 import pickle
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import small_data
 from any_data import KINDS, class_folders, isic2018, isic2019, isic2020, lines, make, picture, table
 from small_data import jpeg
 
@@ -268,6 +270,9 @@ def with_split(folder, words):
     (lambda f: added(class_folders(f), 'SCC/p1/1.jpg'), Wanted(), 'p1.1.jpg would be left out .1 such'),
     (lambda f: added(class_folders(f), 'NV/9.HEIC'), Wanted(), '9.HEIC would be .*: convert it to one of'),
     (lambda f: added(class_folders(f, splits=('train',)), 'val/1.jpg'), Wanted(), '1.jpg would be left out'),
+    (lambda f: small_data.write(f / 'd', val=small_data.rows(first=300)), Wanted(),
+     'd has two splits that mean validation, among .*: keep'),
+    (lambda f: added(class_folders(f), os.fsdecode(b'NV/caf\xe9.jpg')), Wanted(), 'is not UTF-8: rename it'),
     (lambda f: without_truth(isic2019(f)), Wanted(),
      'has ISIC_2019_Training_Input, but none of ISIC_2019_Training_GroundTruth.csv: put the ground truth'),
     (lambda f: str(table(f)), Wanted(task='isic2018', labels=('MEL',)), '--task names the labels'),

@@ -127,6 +127,12 @@ def test_words_that_python_takes_for_numbers():
     assert typed(['007', '7'], 'width') == [7, 7]
 
 
+@pytest.mark.parametrize('number', [str(2 ** 63), '1' * 22, '9' * 400])
+def test_numbers_that_are_too_long_for_a_table_stay_words(number):
+    assert typed([number, '7'], 'barcode') == [number, '7']
+    assert typed([str(2 ** 63 - 1), '7'], 'barcode') == [2 ** 63 - 1, 7]
+
+
 def test_names_with_dots_and_an_empty_first_row(tmp_path):
     for k in range(20):
         picture(tmp_path / f'lesion.{k}.png', k)

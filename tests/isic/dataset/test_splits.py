@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from small_data import FEATURES, WITH_ASPECT, jpeg, rows, write
 
-from timm_arl.isic.dataset import DataError, check_usable, load_splits, unreadable_images
+from timm_arl.isic.dataset import DataError, check_usable, load_data, load_splits, unreadable_images
 from timm_arl.isic.loading import IsicSplit
 from timm_arl.isic.transforms import eval_transform
 
@@ -50,6 +50,7 @@ def test_real_sample(isic_sample):
     (lambda f: write(f / 'd', features=WITH_ASPECT, test=rows(first=200, aspect_ratio={0: 1.5, 1: None, 3: 1e9})),
      'split test: aspect_ratio is 1000000000.0 for image ISIC_0000203'),
     (lambda f: '', 'No folder : pass a folder'),
+    (lambda f: write(f / 'd [1]'), r'd \[1\] cannot be read: in names of folders, \[.*Rename it'),
     (lambda f: write(f / 'd', validation=rows(3, first=100)),
      'validation, has 0 images of seborrheic_keratosis out of 3'),
 ])
@@ -86,6 +87,12 @@ def test_image_column_of_another_type_is_refused(tmp_path):
     content = [dict(row, image=1) for row in rows()]
     with pytest.raises(DataError, match='column image holds no images'):
         load_splits(write(tmp_path / 'd', features=features, train=content, validation=content, test=content))
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
+    write(tmp_path / 'd')
+    path = shutil.copy(tmp_path / 'd' / 'data' / 'train-00000-of-00001.parquet', tmp_path / 'all [1].parquet')
+    assert len(load_data(str(path), needed=('train',), whole='train').splits['train']) == 8
 
 
 def test_truncated_parquet_is_refused(tmp_path):

@@ -2,7 +2,7 @@
 import argparse
 import hashlib
 from pathlib import Path
-from typing import Any, Dict, List, Set, Tuple, Union
+from typing import Any, Collection, Dict, List, Optional, Set, Tuple, Union
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +13,8 @@ from ..task import DataError
 from .options import add_data_arguments, wanted_of
 from .splits import load_data
 
-__all__ = ['add_arguments', 'check', 'find_duplicates', 'read_pairs', 'twins_of_training']
+__all__ = ['add_arguments', 'check', 'find_duplicates', 'pairs_among', 'read_pairs', 'twins_of_training',
+           'without_twins']
 
 SIDE = 32  # px of the copies that are compared
 COLUMNS = ('image_id_a', 'split_a', 'image_id_b', 'split_b', 'kind', 'correlation')
@@ -89,18 +90,36 @@ def find_duplicates(splits: Dict[str, Any], correlation: float = 0.985) -> List[
     return pairs
 
 
-def read_pairs(path: Union[str, Path]) -> List[Tuple[str, str]]:
+def read_pairs(path: Union[str, Path], ids: Optional[Collection[str]] = None) -> List[Tuple[str, str]]:
     """The pairs of a list of duplicates.
 
+    Args:
+        path: The list, a CSV with the columns image_id_a and image_id_b.
+        ids: Those of the data, of which the list must name one; None: any.
+
     Raises:
-        DataError: No such file, or one without the columns image_id_a and image_id_b.
+        DataError: No such file, or one without these columns, or of other data.
     """
     try:
-        return [(row['image_id_a'], row['image_id_b']) for row in read_rows(path) if row['image_id_a']]
+        pairs = [(row['image_id_a'], row['image_id_b']) for row in read_rows(path) if row['image_id_a']]
     except (OSError, KeyError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else f'{"no column " * isinstance(error, KeyError)}{error}'
         raise DataError(
             f'{path} cannot be read as a list of pairs (columns image_id_a, image_id_b): {why}.') from error
+    if ids is not None and pairs and not any(image_id in ids for pair in pairs for image_id in pair):
+        raise DataError(f'{path} names no image of these data (it has {pairs[0][0]}, they have '
+                        f'{next(iter(ids), "none")}): make a list of them, with python -m timm_arl.isic.dataset check.')
+    return pairs
+
+
+def pairs_among(path: Union[str, Path], ids: Collection[str]) -> List[Tuple[str, str]]:
+    """The pairs of a list of which both images are among these.
+
+    Raises:
+        DataError: As read_pairs does.
+    """
+    known = set(ids)
+    return [pair for pair in read_pairs(path) if known.issuperset(pair)]
 
 
 def twins_of_training(splits: Dict[str, Any], path: Union[str, Path]) -> Set[str]:
@@ -111,10 +130,27 @@ def twins_of_training(splits: Dict[str, Any], path: Union[str, Path]) -> Set[str
         path: As for read_pairs.
 
     Raises:
-        DataError: As read_pairs does.
+        DataError: As read_pairs does; also a list of other data.
     """
     train = set(splits['train']['image_id'])
-    return {a for pair in read_pairs(path) for a, b in (pair, pair[::-1]) if b in train and a not in train}
+    known = {image_id for split in splits.values() for image_id in split['image_id']}
+    return {a for pair in read_pairs(path, known) for a, b in (pair, pair[::-1]) if b in train and a not in train}
+
+
+def without_twins(splits: Dict[str, Any], path: Union[str, Path]) -> Tuple[Dict[str, Any], Dict[str, int]]:
+    """The splits without the images that are twins of training images, and how many each has lost.
+
+    Args:
+        splits, path: As for twins_of_training.
+
+    Raises:
+        DataError: As twins_of_training does.
+    """
+    twins = twins_of_training(splits, path)
+    rows = {name: [row for row, image_id in enumerate(split['image_id']) if image_id not in twins]
+            for name, split in splits.items() if name != 'train'}
+    return ({**splits, **{name: splits[name].select(kept) for name, kept in rows.items()}},
+            {name: len(splits[name]) - len(kept) for name, kept in rows.items()})
 
 
 def _unit(pictures: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ def by_split_column(split: datasets.Dataset, where: str) -> Dict[str, datasets.D
     if column is None or not any(map(_spelling, words)):
         return {}
     if isinstance(split.features[column], datasets.ClassLabel):
-        words = split.features[column].int2str(words)
+        words = [None if word is None or word < 0 else split.features[column].int2str(word) for word in words]
     names = [split_name(word) for word in words]
     for word, name in zip(words, names):
         if name is None:

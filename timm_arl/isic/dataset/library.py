@@ -1,4 +1,5 @@
 """Data that the datasets library reads: a folder, a file of Parquet or a Hub id."""
+import glob
 import hashlib
 import os
 from pathlib import Path
@@ -39,10 +40,13 @@ def load_library(data: str, **kwargs: Any) -> Any:
     try:
         with plain_http():
             if is_file:
-                return datasets.load_dataset('parquet', data_files={'train': data}, **kwargs)
+                return datasets.load_dataset('parquet', data_files={'train': glob.escape(data)}, **kwargs)
             return datasets.load_dataset(data, cache_dir=_cache_of(Path(data)) if is_folder else None, **kwargs)
     except (OSError, ValueError, RuntimeError, YAMLError, DatasetsError, DatasetGenerationError) as error:
         reason = ' '.join(str(error).split())
+        if is_folder and glob.escape(data) != data:
+            raise DataError(f'{data} cannot be read: in names of folders, [, ] , * and ? have a meaning of their own. '
+                            f'Rename it.') from error
         if is_folder or is_file:
             raise DataError(f'{data} is not a dataset that can be read (ISIC-2017_Training_Data/ and so on, a folder '
                             f'for each class, or data/train-*.parquet and so on): {reason}') from error

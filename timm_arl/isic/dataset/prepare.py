@@ -217,7 +217,7 @@ def _twins(path: str, splits: Dict[str, datasets.Dataset]) -> List[str]:
     train = set(splits['train']['image_id'])
     elsewhere = {i for name, split in splits.items() if name != 'train' for i in split['image_id']}
     dropped: List[str] = []
-    for a, b in read_pairs(path):
+    for a, b in read_pairs(path, train | elsewhere):
         for one, other in ((a, b), (b, a)):
             if one in train and (other in elsewhere or (one == b and other in train and other not in dropped)):
                 dropped.append(one)

@@ -118,7 +118,7 @@ def image_files(folder: Path, suffix: str = '') -> Dict[str, Path]:
     """Image files of a folder by id, which is the name without its ending and `suffix`; superpixels are left out.
 
     Raises:
-        DataError: Two files of one id.
+        DataError: Two files of one id, or a name that is not UTF-8.
     """
     found: Dict[str, Path] = {}
     for path in sorted(folder.glob('*')) if folder.is_dir() else ():
@@ -127,6 +127,10 @@ def image_files(folder: Path, suffix: str = '') -> Dict[str, Path]:
         if not path.stem.endswith(suffix):
             continue
         image_id = path.stem[:len(path.stem) - len(suffix)]
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise DataError(f'The name {str(path)!r} is not UTF-8: rename it.') from None
         if image_id in found:
             raise DataError(
                 f'{folder} has two files for {image_id}, {found[image_id].name} and {path.name}: remove one.')

@@ -97,7 +97,12 @@ def load_data(
             raise DataError(NO_SHARDS.format(data))
         return load_streaming(data, wanted, asked or prepared.get('task'), prepared.get('groups'))
     known, source, shown = _read(data, wanted, seed)
-    named = {str(split_name(name)) if split_name(name) else name: split for name, split in source.items()}
+    named: Dict[str, datasets.Dataset] = {}
+    for name, split in source.items():
+        usual = split_name(name) or name
+        if usual in named:
+            raise DataError(f'{data} has two splits that mean {usual}, among {", ".join(source)}: keep one.')
+        named[usual] = split
     odd = [name for name in named if name not in (*SPLITS, WHOLE)]
     if odd and (set(needed) - named.keys() or not named.keys() & set(SPLITS)):
         raise DataError(f'{data} has no split {", ".join(name for name in needed if name not in named)} (it has '

@@ -243,6 +243,8 @@ def typed(values: Sequence[str], name: str = '') -> List[Any]:
             numbers = [None if value is None else kind(value) for value in known]
         except ValueError:
             continue
+        if kind is int and not all(number is None or -2 ** 63 <= number < 2 ** 63 for number in numbers):
+            return known  # longer numbers are names
         if all(number is None or math.isfinite(number) for number in numbers):
             return numbers
     return known

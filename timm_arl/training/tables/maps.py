@@ -25,7 +25,7 @@ MAP_LABELS = {  # columns of a file of map_rows, and what they are
 ARTEFACTS = {'hair': draw_hair, 'bubbles': draw_bubbles}
 MASK_LABELS = ('alpha', 'positions', 'std of F', 'largest mask value', 'effective share', 'contribution')
 Rows = Dict[str, Dict[int, List[Dict[str, Any]]]]  # by row and seed
-Prepare = Callable[[Image.Image], Tuple[torch.Tensor, List[Sequence[float]]]]
+Prepare = Callable[[Image.Image], Tuple[torch.Tensor, Sequence[Sequence[float]]]]
 
 
 def _outlined(split: Any) -> Iterator[Tuple[str, int, Image.Image, np.ndarray]]:

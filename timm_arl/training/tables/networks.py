@@ -31,7 +31,8 @@ def network_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str,
     split = args.splits['validation']
     digest = ids_digest(split['image_id'])
     table_rows = {row.name: row for table in ('table3', 'table5') for row in TABLES[table] if not row.alpha_zero_of}
-    found, columns = {}, {}
+    found: Dict[str, Dict[int, List[Dict[str, Any]]]] = {}
+    columns: Dict[str, Dict[str, Any]] = {}
     for name, seed in [(name, seed) for name in table_rows for seed in args.seeds]:
         folder, path = out / 'runs' / f'{name}-seed{seed}', out / args.table / f'{name}-seed{seed}.csv'
         record = out / 'predictions' / f'{name}-seed{seed}.json'
@@ -43,12 +44,12 @@ def network_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str,
         weights = tensors_sha256(folder / 'model.safetensors') if there else ''
         if there and not (rows and (rows[0].get('images'), rows[0].get('weights')) == (digest, weights)):
             predictor = Predictor(folder)
-            if args.table == 'masks' and not alphas_of(predictor.network):
+            network: Any = predictor.network
+            if args.table == 'masks' and not alphas_of(network):
                 continue
             progress = partial(tqdm, desc=f'{args.table}, {name}, seed {seed}', leave=False)
-            network, prepare = predictor.network, predictor.prepare
-            rows = (map_rows(network, prepare, split, progress) if args.table == 'maps' else
-                    mask_rows(network, prepare, (picture_of(split, k) for k in progress(range(len(split))))))
+            rows = (map_rows(network, predictor.prepare, split, progress) if args.table == 'maps' else
+                    mask_rows(network, predictor.prepare, (picture_of(split, k) for k in progress(range(len(split))))))
             write_rows(make_folder(path.parent) / path.name, [
                 {**row, 'images': digest, 'weights': weights} for row in rows])
             rows = read_rows(path)
