@@ -127,7 +127,9 @@ def gradient_map(
         layer: Optional[str] = None,
         method: str = 'gradcam',
 ) -> torch.Tensor:
-    """Grad-CAM or one of its kin, by the package grad-cam (extra `explain`): where a layer speaks for an output.
+    """Grad-CAM or a related method, by the package grad-cam (extra `explain`): where a layer speaks for an output.
+
+    Gradients of the network are switched off meanwhile: threads that share one must take turns.
 
     Args:
         model: Any network with a layer that gives maps. Runs in evaluation mode; its gradients are left alone. In half
