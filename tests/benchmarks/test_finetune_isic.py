@@ -105,7 +105,7 @@ def test_metrics_follow_from_the_predictions(finished, few):
             scores = metrics[split][label]
             assert scores['auc'] == pytest.approx(roc_auc_score(truth, values), abs=1e-12)
             assert scores['accuracy'] == pytest.approx(((values > 0.5) == truth).mean())
-            assert scores['auc_ci95'][0] <= scores['auc'] <= scores['auc_ci95'][1]
+            assert truth.sum() == 4 and scores['auc_ci95'] is None  # which takes five
             assert f'{scores["auc"]:.3f}' in stdout
 
 

@@ -105,12 +105,12 @@ def check_learnable(args, splits, accelerator, task: Task = ISIC2017):
         DataError: Any of these.
     """
     train = splits['train']
-    of_a_fold = len(train) * (args.folds - 1) // args.folds if args.folds else len(train)
+    labels = label_array(train.table if isinstance(train, StreamedSplit) else train, task)
+    of_a_fold = len(labels) * (args.folds - 1) // args.folds if args.folds else len(labels)
     processes = accelerator.num_processes
     if of_a_fold * args.patches_per_image < 2 * processes:
-        raise DataError(f'{args.data} has {len(train)} training images, too few for {processes} process(es), each of '
+        raise DataError(f'{args.data} has {len(labels)} training images, too few for {processes} process(es), each of '
                         f'which needs two: add images, or start fewer processes.')
-    labels = label_array(train.table if isinstance(train, StreamedSplit) else train, task)
     for label, column in zip(task.labels, labels.T):
         if column.min() == column.max():
             raise DataError(f'{args.data}, split train, has {int(column.sum())} images of {label_words(label)} out of '
