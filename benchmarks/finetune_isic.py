@@ -47,7 +47,7 @@ from timm_arl.isic.classes import balanced_accuracy
 from timm_arl.isic.dataset import DataError, load_data, wanted_of
 from timm_arl.isic.dataset.data import content_digest
 from timm_arl.isic.dataset.demo import DEMO_TASKS
-from timm_arl.isic.dataset.duplicates import pairs_among
+from timm_arl.isic.dataset.duplicates import pairs_among, read_pairs
 from timm_arl.isic.dataset.groups import write_split_file
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.intervals import unit_of
@@ -347,14 +347,15 @@ def main():
         check_learnable(args, splits, accelerator, task)
         # refuses a network that cannot learn what it is to learn
         Student(model, data_config['input_size'][-1], teachers and teachers.width, learns_masks(args, splits['train']))
+        if args.folds and args.duplicates and not args.resume:  # that of another data set would do nothing
+            read_pairs(args.duplicates, {image_id for split in splits.values() for image_id in split['image_id']})
         if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))
         if args.folds:
             rows_of_folds(args, data)  # a fault in them is told before the work
             if args.duplicates:
                 pairs = pairs_among(args.duplicates, splits['train']['image_id'])
-                accelerator.print(f'{len(pairs)} pairs of {args.duplicates} are among the training images, and stay in '
-                                  f'the same fold.')
+                accelerator.print(f'Pairs of {args.duplicates} that stay in the same fold: {len(pairs)}.')
         check_images(splits, args, accelerator, None if args.folds else data_config, task)
         note_squares(splits, args, accelerator)
         name = f'{args.model}-{Path(args.data).name}-{time.strftime("%Y%m%d-%H%M%S")}'

@@ -197,7 +197,7 @@ def make_run(args, out, row, seed, lock):
         read_record(trained / 'run.json', key) for key in ('arguments', 'launch', 'commit', 'versions'))
     content = json.loads((trained / 'run.json').read_text(encoding='utf-8'))  # the first runs had less in it
     processor = content.get('processor', launch['device'])
-    used = content.get('kernels') or backend(torch.ones(1, 1, 1, 1))
+    used = content.get('kernels') or backend(torch.ones(1, 1, 1, 1, device=launch['device']))
     if arguments['train_ids'] != ids_digest(args.splits['train']['image_id']):
         raise RunError(f'The run in {trained} has other training images than {args.data}: give another --output-dir.')
     precision = launch['mixed_precision']
@@ -351,7 +351,7 @@ def main():
         elif args.table in ('masks', 'maps'):
             lines, about = network_lines(args, out)
         else:
-            for name in ('predictions', 'runs') * (not args.check):
+            for name in ('predictions', 'runs') * (not args.check and not args.drop_duplicates):
                 make_folder(out / name)
             failed = False if args.check or args.drop_duplicates else make_runs(args, out)
             lines, about = table_lines(args, out)

@@ -49,6 +49,7 @@ from timm_arl.files import write_json
 from timm_arl.isic.dataset import DataError, load_splits
 from timm_arl.isic.dataset.masks import write_with_masks
 from timm_arl.isic.dataset.sources import ids_digest
+from timm_arl.isic.dataset.splits import prepared_record
 from timm_arl.isic.intervals import percentile_interval, resampled_indices
 from timm_arl.isic.loading import EpochBatches, IsicSplit
 from timm_arl.isic.metrics import interval_text
@@ -336,9 +337,10 @@ def train(args, accelerator, splits, out, network, data_config):
             f"predicted by DeepLabV3+ on {args.encoder}; those of train are the data set's own. On validation: "
             f'{scores_text(metrics["validation"])}.\n\nMade by `{shlex.join(["python", *sys.argv])}`. The licence is '
             f'that of the source.'))
-        for name in ('duplicates.csv', 'prepare.json'):  # for --folds; the task and the groups
-            if Path(args.data, name).is_file():
-                shutil.copy(Path(args.data, name), out / 'data')
+        if Path(args.data, 'duplicates.csv').is_file():  # which finetune_isic.py --folds looks for
+            shutil.copy(Path(args.data, 'duplicates.csv'), out / 'data')
+        if prepared_record(args.data):
+            write_json(out / 'data' / 'prepare.json', prepared_record(args.data))
         write_json(out / 'metrics.json', metrics)
     kept = summary[kept_epoch(summary, args.keep, 'validation_dice')]
     choice = f'the best of {len(summary)} by validation Dice' if args.keep == 'best' else 'the last'

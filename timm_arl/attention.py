@@ -290,7 +290,19 @@ def gated_sum(
         temperature: float,
         log_temperature: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    """:func:`fused_attention_residual` of given F and x, which is a leaf of FX graphs; they can be scripted."""
+    """:func:`fused_attention_residual` of F and x, without norms: a leaf of FX graphs that TorchScript can compile.
+
+    Args:
+        residual: F, shape (B, C, H, W).
+        shortcut: x, shape (B, C, H, W).
+        alpha, attention, mask_scale, add_shortcut, relu, inplace, temperature, log_temperature: As there.
+
+    Returns:
+        y of shape (B, C, H, W) in the dtype and memory format of ``residual``.
+
+    Raises:
+        ValueError: An unknown ``attention`` or ``mask_scale`` (a ``torch.jit.Error`` once scripted).
+    """
     if torch.jit.is_scripting():
         y = attention_residual(
             residual, shortcut, alpha, attention, mask_scale, add_shortcut, temperature, log_temperature)

@@ -193,6 +193,8 @@ def gradient_map(
 def gate_maps(model: nn.Module, images: torch.Tensor) -> Dict[str, GateMap]:
     """What each gate of a network does to images, block by block, in one pass.
 
+    Threads may share a network that is in evaluation mode.
+
     Args:
         model: A network with attention residual learning. Runs in evaluation mode.
         images: Shape (B, 3, H, W), normalised.

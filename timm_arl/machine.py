@@ -5,7 +5,6 @@ import platform
 import re
 from pathlib import Path
 
-import psutil
 import torch
 
 __all__ = ['available_memory', 'processor_name']
@@ -34,6 +33,8 @@ def processor_name(device: torch.device) -> str:
 
 def available_memory() -> int:
     """Bytes that this process may still take: of the machine, or of its container or batch job if that has a limit."""
+    import psutil  # of the extra train
+
     found = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):
         for line in Path('/proc/self/cgroup').read_text().splitlines():  # control groups of Linux

@@ -99,8 +99,9 @@ def _ratio(text: str) -> float:
     return ratio
 
 
-def brief(error: Exception) -> str:
-    return ' '.join(str(error).split())[:200]
+def start_of(error: Exception) -> str:
+    """The beginning of an error's text, on one line, without a full stop."""
+    return ' '.join(str(error).split())[:200].rstrip('.')
 
 
 def on_first(work: Callable[[], Any]) -> Any:
@@ -123,7 +124,7 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
     if device is None and torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         assert kind is not None
-        device = f'{kind.type}:{int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()}'
+        device = f'{kind.type}:{int(os.environ.get("LOCAL_RANK") or 0) % torch.accelerator.device_count()}'
     if str(device).startswith('meta'):
         raise InputError('--device meta computes nothing: choose cpu, cuda or mps.')
     if args.cpu_threads:
@@ -139,9 +140,9 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
                          args.cpu_threads or 0)
     except (WeightsError, ImportError) as error:
         raise InputError(str(error)) from error
-    except (AssertionError, RuntimeError, NotImplementedError) as error:  # as PyTorch refuses a device
+    except (AssertionError, RuntimeError) as error:  # as PyTorch refuses a device
         what = f'--device {args.device}' if args.device else f'The device {device or "cpu"}'
-        raise InputError(f'{what} cannot be used: {brief(error)}') from error
+        raise InputError(f'{what} cannot be used: {start_of(error)}.') from error
 
 
 def is_exclusive(predictor: Predictor) -> bool:
@@ -246,7 +247,8 @@ def finish(files: PredictionFiles, record: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def predict(args: argparse.Namespace) -> int:
-    rank, processes = int(os.environ.get('RANK') or 0), int(os.environ.get('WORLD_SIZE') or 1)
+    processes = int(os.environ.get('WORLD_SIZE') or 1)
+    rank = int(os.environ.get('RANK') or 0) if processes > 1 else 0
     if args.format == 'parquet' and find_spec('pyarrow') is None:
         raise InputError('--format parquet needs pyarrow: pip install pyarrow, or choose csv or jsonl.')
     predictor = load_predictor(args)
@@ -254,8 +256,8 @@ def predict(args: argparse.Namespace) -> int:
         try:
             dist.init_process_group('gloo', timeout=timedelta(days=7))  # how long one waits for the others at the end
         except (ValueError, RuntimeError) as error:
-            raise InputError(f'The {processes} processes (WORLD_SIZE) cannot be joined: {brief(error)} Start them with '
-                             f'torchrun, or unset WORLD_SIZE and RANK.') from error
+            raise InputError(f'The {processes} processes (WORLD_SIZE) cannot be joined: {start_of(error)}. Start them '
+                             f'with torchrun, or unset WORLD_SIZE and RANK.') from error
     files = PredictionFiles(Path(args.output_dir), args.format, predictor.labels, is_exclusive(predictor))
     settings = settings_of(args, predictor)
     record, done = on_first(lambda: prepare(args, files, settings))
@@ -342,7 +344,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return predict(args)
     except InputError as error:
-        if (os.environ.get('RANK') or '0') == '0':
+        if (os.environ.get('RANK') or '0') == '0' or not dist.is_initialized():
             say(f'{parser.prog}: error: {error}', file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, for one

@@ -78,7 +78,7 @@ class PredictionFiles:
         raise InputError(f'{self.record_file} is damaged: choose another --output-dir.')
 
     def lock(self, shared: bool = False) -> None:
-        """Hold the folder until this process ends, so that no other run writes to it.
+        """Hold the folder until this process ends, so that no other run writes to it. Not on a disk without locks.
 
         Args:
             shared: Another process of this run has called this before.

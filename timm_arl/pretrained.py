@@ -89,8 +89,8 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         if shipped is not None:
             say(f'{shipped / "model.safetensors"} is damaged: loading it from the Hub.')
         path = fetch_weights(repo, safe_name(cfg.hf_hub_filename), revision or None, sha256, kwargs.get('cache_dir'))
-    if not own:
-        _check_described(repo, cfg, overlay)
+    if cfg.source == 'hf-hub':
+        _check_described(repo, path.with_name('config.json'))
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **only_file(path)}}
 
 
@@ -331,16 +331,19 @@ def described_by(repo: str, path: Path) -> Path:
     return shipped / path.name if shipped else path
 
 
-def _check_described(repo: str, cfg: Any, overlay: Dict[str, Any]) -> None:
-    """The same for timm.create_model('hf-hub:...'), which has read the repo's config.json before."""
-    described = described_by(repo, Path('config.json'))
-    if described.is_absolute():
-        own = json.loads(described.read_text(encoding='utf-8'))
-        own = {**own['pretrained_cfg'], 'label_names': own['label_names']}
-        for key in {'mean', 'std', 'label_names'} - overlay.keys():
-            if list(getattr(cfg, key) or ()) != list(own[key]):
-                raise WeightsError(repo=repo, file='config.json', cause=f'its {key} is not that of the weights that '
-                                   f'have this name', remedy=f'load {repo.removeprefix("timm-arl/")}')
+def _check_described(repo: str, theirs: Path) -> None:
+    """The same for timm.create_model('hf-hub:...'), which has built the network by the repo's config.json."""
+    described = described_by(repo, theirs)
+    if described != theirs and json.loads(described.read_text(encoding='utf-8')) != _content(theirs):
+        name = repo.removeprefix('timm-arl/')
+        raise WeightsError(f'The config.json of {repo} is not that of the weights that have this name: load {name}.')
+
+
+def _content(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
 
 
 def shipped_weights(name: str) -> Optional[Path]:

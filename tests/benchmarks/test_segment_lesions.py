@@ -58,7 +58,7 @@ def write(folder, train=40, known=True):
         datasets.Dataset.from_list(content, features=MASKED).to_parquet(
             folder / 'data' / f'{name}-00000-of-00001.parquet')
     (folder / 'duplicates.csv').write_text('image_id_a,image_id_b\nISIC_0000000,ISIC_0002000\n')
-    (folder / 'prepare.json').write_text('{"groups": "case_no"}')  # as prepare --group-column keeps it
+    (folder / 'prepare.json').write_text('{"table": "0", "groups": "case_no"}')  # as prepare --group-column keeps it
     return folder
 
 
@@ -139,8 +139,9 @@ def test_the_data_are_the_same_but_for_masks_and_are_cropped_by_them(finished, e
         for old, new in zip(before[name], after[name]):
             assert {**old, 'mask': None} == {**new, 'mask': None}  # image bytes too
             assert (old['mask'] == new['mask']) == (name == 'train')
-    for name in ('duplicates.csv', 'prepare.json'):
-        assert (finished[0] / 'data' / name).read_bytes() == (ellipses / name).read_bytes()
+    assert (finished[0] / 'data' / 'duplicates.csv').read_bytes() == (ellipses / 'duplicates.csv').read_bytes()
+    # not the digests, by which prepare would take the folder for its own
+    assert json.loads((finished[0] / 'data' / 'prepare.json').read_text()) == {'groups': 'case_no'}
     shutil.move(shutil.copytree(finished[0] / 'data', tmp_path / 'copy'), tmp_path / 'elsewhere')  # it needs no other
     done = call('finetune_isic', '--data', tmp_path / 'elsewhere', '--lesion-crop', '--model', 'resnet14', '--img-size',
                 64, '--start-size', 64, '--model-kwargs', 'channels=[8,16,32,64]', '--epochs', 1, '--crops', 'center',

@@ -87,7 +87,7 @@ def test_a_name_with_a_tag_has_its_weights(call, tmp_path):
 def test_thresholds_of_another_size_are_left_out(call, tmp_path):
     done = call('timm_arl.export.__main__', '--model', 'arl_cnn14.isic2017', '--img-size', 64, '--output',
                 tmp_path / 'm.onnx')
-    assert done.returncode == 0 and 'thresholds and temperatures and biases of arl_cnn14.isic2017' in done.stdout
+    assert done.returncode == 0 and 'Thresholds and calibration of arl_cnn14.isic2017' in done.stdout
     assert 'were chosen with images of 128 px: they are left out of the file' in done.stdout
     predictor = Predictor(tmp_path / 'm.onnx')
     assert list(predictor.thresholds) == ['official'] and not predictor.temperatures and predictor.img_size == 64

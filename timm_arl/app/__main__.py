@@ -22,6 +22,7 @@ from PIL import Image
 
 from ..arguments import number, program_parser
 from ..download import WeightsError
+from ..kernels import problem
 from ..predictor import DEFAULT_MODEL
 from .analysis import MAX_PIXELS, Analyst
 
@@ -72,9 +73,12 @@ def serve(model: str, sock: socket.socket, folder: str) -> None:
         folder: An empty one, which Gradio insists on; nothing is put there.
 
     Raises:
+        StartError: Kernels that this machine cannot run.
         WeightsError: A network that cannot be loaded.
         ImportError: ONNX Runtime is missing.
     """
+    if problem():
+        raise StartError(problem())
     analyst = Analyst(model)
     os.environ.update({  # before Gradio is imported
         'GRADIO_TEMP_DIR': folder, 'GRADIO_ANALYTICS_ENABLED': 'False', 'GRADIO_RUN_HISTORY': 'False',

@@ -92,9 +92,8 @@ def export(args: argparse.Namespace) -> int:
     for error in unknown:
         print(f'How {args.model} was evaluated is not known ({error.cause}): the file does not say it.')
     if settings and args.img_size not in (None, model.pretrained_cfg['input_size'][-1]):
-        chosen = [key for key in ('thresholds', 'temperatures', 'biases') if settings.pop(key, None)]
-        if chosen:
-            print(f'The {" and ".join(chosen)} of {args.model} were chosen with images of '
+        if any([settings.pop(key, None) for key in ('thresholds', 'temperatures', 'biases')]):
+            print(f'Thresholds and calibration of {args.model} were chosen with images of '
                   f'{model.pretrained_cfg["input_size"][-1]} px: they are left out of the file.')
     task = Task.of_network(model, checkpoint.config()) if checkpoint else None
     if args.with_preprocessing and task is None:

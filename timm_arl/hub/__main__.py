@@ -3,6 +3,7 @@
     python -m timm_arl.hub stage OUT STAGED --evaluation R    # a model repo, ready to publish, from a finished run
     python -m timm_arl.hub stage NAME.TAG STAGED              # the same for weights that come with this package
     python -m timm_arl.hub card STAGED                        # write its README.md again
+    python -m timm_arl.hub card NAME.TAG --output DIR         # that of registered weights
     python -m timm_arl.hub push STAGED --to user/model        # list what would be sent; --yes sends it
     TIMM_ARL_HUB=me python -m timm_arl.hub push STAGED STAGED ... --yes    # each to me/NAME.TAG
     python -m timm_arl.hub verify user/model --against STAGED # download it into an empty cache and compare

@@ -271,10 +271,7 @@ def compare(
         enough = groups_suffice(t, groups)
         distributions.append(resampled_auc(t, b, times) - resampled_auc(t, a, times) if enough else
                              np.full(len(times), np.nan))
-        try:
-            z, p_value = delong_test(t, a, b, groups) if enough else (None, None)
-        except ValueError:  # too few images of a class
-            z, p_value = None, None
+        z, p_value = delong_test(t, a, b, groups) if enough else (None, None)
         result[label] = {
             **with_interval('difference', values[-1], distributions[-1]),
             'z': z if z is not None and np.isfinite(z) else None, 'p_value': p_value}

@@ -109,8 +109,9 @@ def check_learnable(args, splits, accelerator, task: Task = ISIC2017):
     of_a_fold = len(labels) * (args.folds - 1) // args.folds if args.folds else len(labels)
     processes = accelerator.num_processes
     if of_a_fold * args.patches_per_image < 2 * processes:
-        raise DataError(f'{args.data} has {len(labels)} training images, too few for {processes} process(es), each of '
-                        f'which needs two: add images, or start fewer processes.')
+        fold = ' in a fold' * bool(args.folds)
+        raise DataError(f'{args.data} has {of_a_fold} images to train on{fold}, and each process needs two (there are '
+                        f'{processes}): add images, or start fewer processes.')
     for label, column in zip(task.labels, labels.T):
         if column.min() == column.max():
             raise DataError(f'{args.data}, split train, has {int(column.sum())} images of {label_words(label)} out of '

@@ -37,6 +37,8 @@ def load_library(data: str, **kwargs: Any) -> Any:
         raise DataError(f"No folder {data}: pass a folder (the challenge's, what `isic image download` wrote, one of "
                         f'classes, or one with splits in Parquet), a CSV of image paths, a dataset id on the Hugging '
                         f"Face Hub (user/name), or 'demo'.")
+    if is_folder and glob.escape(data) != data:  # the datasets library would read other folders too, or none
+        raise DataError(f'{data}: in names of folders, [, * and ? have a meaning of their own: rename it.')
     try:
         with plain_http():
             if is_file:
@@ -44,9 +46,6 @@ def load_library(data: str, **kwargs: Any) -> Any:
             return datasets.load_dataset(data, cache_dir=_cache_of(Path(data)) if is_folder else None, **kwargs)
     except (OSError, ValueError, RuntimeError, YAMLError, DatasetsError, DatasetGenerationError) as error:
         reason = ' '.join(str(error).split())
-        if is_folder and glob.escape(data) != data:
-            raise DataError(f'{data} cannot be read: in names of folders, [, ] , * and ? have a meaning of their own. '
-                            f'Rename it.') from error
         if is_folder or is_file:
             raise DataError(f'{data} is not a dataset that can be read (ISIC-2017_Training_Data/ and so on, a folder '
                             f'for each class, or data/train-*.parquet and so on): {reason}') from error

@@ -204,14 +204,23 @@ def _read_files(folder: Path) -> Tuple[Optional[Task], Optional[Mapping[str, dat
     return None, classes
 
 
-def _prepared(data: str) -> Dict[str, Any]:
-    """What prepare has written beside its shards: the task, and the column of groups if the user named one."""
+def prepared_record(data: str) -> Dict[str, Any]:
+    """What prepare has written beside its shards, and a copy of them must keep: task and groups, if there are some."""
     try:
         content = json.loads(Path(data, 'prepare.json').read_text(encoding='utf-8'))
-        found = {'task': Task.from_json(content['task'])} if content.get('task') else {}
-        return {**found, **({'groups': str(content['groups'])} if content.get('groups') else {})}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {key: content[key] for key in ('task', 'groups') if content.get(key)}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
+
+
+def _prepared(data: str) -> Dict[str, Any]:
+    """The task, and the column of groups if the user named one."""
+    content = prepared_record(data)
+    try:
+        found = {'task': Task.from_json(content['task'])} if 'task' in content else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return {**found, **({'groups': str(content['groups'])} if 'groups' in content else {})}
 
 
 def _as_in_file(

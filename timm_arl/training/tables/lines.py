@@ -81,8 +81,9 @@ def check_flags(args: Any, row: Row, path: Path) -> None:
 
 
 def recorded_sizes(args: Any) -> str:
-    """For --check, which needs labels alone: the sizes of the images that the predictions were made from; else ''."""
-    records = sorted(Path(args.output_dir, 'predictions').glob('*-seed*.json')) if args.check else []
+    """The sizes of the images that the predictions were made from, for what needs labels alone; '' for runs."""
+    alone = args.check or args.drop_duplicates
+    records = sorted(Path(args.output_dir, 'predictions').glob('*-seed*.json')) if alone else []
     return next((read_record(path, 'origin').get('images', '') for path in records), '')
 
 
