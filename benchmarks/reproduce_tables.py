@@ -349,7 +349,7 @@ def main():
         elif args.table == 'table7':
             lines, about = table7_lines(args, *(read_scores(args, out, 'table3') if args.data else ({}, {})))
         elif args.table in ('masks', 'maps'):
-            lines, about = network_lines(args, out)
+            lines, about = network_lines(args, out, Predictor)
         else:
             for name in ('predictions', 'runs') * (not args.check and not args.drop_duplicates):
                 make_folder(out / name)

@@ -2,7 +2,7 @@
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -13,7 +13,6 @@ from ...files import make_folder, read_rows, write_rows
 from ...isic.dataset import decode
 from ...isic.dataset.sources import ids_digest
 from ...isic.transforms import restore_aspect
-from ...predictor import Predictor
 from ..arguments import RunError
 from .lines import check_record, read_record
 from .maps import GAUSSIAN, gaussian_rows, map_lines, map_rows, mask_lines, mask_rows
@@ -22,8 +21,17 @@ from .rows import TABLES, pairs_of
 __all__ = ['network_lines', 'picture_of']
 
 
-def network_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str, str]]:
+def network_lines(
+        args: Any,
+        out: Path,
+        opened: Callable[[Path], Any],
+) -> Tuple[List[Dict[str, str]], Dict[str, str]]:
     """The lines of masks.csv or maps.csv, and what each row is; networks are measured that were not, or are others now.
+
+    Args:
+        args: Of reproduce_tables.py.
+        out: Its output folder.
+        opened: Gives the Predictor of a run's folder.
 
     Raises:
         RunError: There is no trained network, or a file is of other images.
@@ -43,7 +51,7 @@ def network_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str,
         there = not args.check and (folder / 'metrics.json').exists() and (folder / 'model.safetensors').exists()
         weights = tensors_sha256(folder / 'model.safetensors') if there else ''
         if there and not (rows and (rows[0].get('images'), rows[0].get('weights')) == (digest, weights)):
-            predictor = Predictor(folder)
+            predictor = opened(folder)
             network: Any = predictor.network
             if args.table == 'masks' and not alphas_of(network):
                 continue
