@@ -326,7 +326,7 @@ class Checkpoint:
             return self.folder and self.folder / file
         repo = cast(str, self.repo)
         described = described_by(repo, Path(file))
-        if described.is_absolute():
+        if described != Path(file):
             return described
         config = fetch_weights(repo, 'config.json', self.revision)
         return config if file == config.name else fetch_weights(repo, file, config.parent.name)

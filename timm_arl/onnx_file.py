@@ -49,15 +49,15 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
                 count += 1
             previous = name
     if count:
-        x = torch.randn(2, *_input_shape(model, 64), generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, *_input_shape(model), generator=torch.Generator().manual_seed(0))
         x = x.to(next(model.parameters()))
         with torch.inference_mode():
             _compare(folded(x), model(x), 'with folded BatchNorm the network', ': export it with --no-fold')
     return folded
 
 
-def _input_shape(model: Any, side: Optional[int] = None) -> Tuple[int, int, int]:
-    """Channels, height and width of images that a model takes: of this size if it can, or of its own.
+def _input_shape(model: Any) -> Tuple[int, int, int]:
+    """Channels, height and width of images that a model takes: small ones if it can, or of its own size.
 
     Raises:
         ExportError: It takes neither.
@@ -68,7 +68,7 @@ def _input_shape(model: Any, side: Optional[int] = None) -> Tuple[int, int, int]
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     own = config['input_size'][-1]
     weight, reason = next(model.parameters()), ''
-    for size in dict.fromkeys((side or own, own)):
+    for size in dict.fromkeys((64, own)):
         for channels in dict.fromkeys((first, config['input_size'][0])):  # a stem may turn space into channels first
             try:
                 with torch.inference_mode():
@@ -76,7 +76,7 @@ def _input_shape(model: Any, side: Optional[int] = None) -> Tuple[int, int, int]
                 return channels, size, size
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = reason or ' '.join(str(error).split())[:200]
-    raise ExportError(f'{type(model).__name__} does not take images of {side or own} px: {reason}')
+    raise ExportError(f'{type(model).__name__} does not take images of {own} px: {reason}')
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, what: str, remedy: str = '') -> None:

@@ -104,6 +104,12 @@ def start_of(error: Exception) -> str:
     return ' '.join(str(error).split())[:200].rstrip('.')
 
 
+def place() -> Tuple[int, int]:
+    """Rank of this process and number of processes, as torchrun tells them."""
+    processes = int(os.environ.get('WORLD_SIZE') or 1)
+    return int(os.environ.get('RANK') or 0) if processes > 1 else 0, processes
+
+
 def on_first(work: Callable[[], Any]) -> Any:
     """Let the first process do something for all: its result, or its error, in each of them."""
     box: List[Any] = [None]
@@ -247,8 +253,7 @@ def finish(files: PredictionFiles, record: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def predict(args: argparse.Namespace) -> int:
-    processes = int(os.environ.get('WORLD_SIZE') or 1)
-    rank = int(os.environ.get('RANK') or 0) if processes > 1 else 0
+    rank, processes = place()
     if args.format == 'parquet' and find_spec('pyarrow') is None:
         raise InputError('--format parquet needs pyarrow: pip install pyarrow, or choose csv or jsonl.')
     predictor = load_predictor(args)
@@ -344,7 +349,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return predict(args)
     except InputError as error:
-        if (os.environ.get('RANK') or '0') == '0' or not dist.is_initialized():
+        if place()[0] == 0:  # the same error of several processes is told once
             say(f'{parser.prog}: error: {error}', file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, for one
