@@ -53,7 +53,8 @@ $(VENV)/.installed: pyproject.toml
 
 $(OLDEST)/.installed: pyproject.toml
 	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
-	sed -n 's/^ *"\([a-z0-9-]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml > $(OLDEST)/bounds.txt
-	$(OLDEST)/bin/python -m pip install --constraint $(OLDEST)/bounds.txt --editable '.[dicom,explain,export,train]' \
+	sed -n '/^dependencies/,/^\[project.urls\]/s/.*"\([a-z0-9-]*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml \
+		> $(OLDEST)/bounds.txt
+	$(OLDEST)/bin/python -m pip install --constraint $(OLDEST)/bounds.txt --editable '.[app,dicom,explain,export,train]' \
 		build hatchling playwright pytest pytest-timeout pytest-xdist
 	touch $@

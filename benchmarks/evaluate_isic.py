@@ -63,7 +63,7 @@ from timm_arl.isic.mapping import map_labels, read_map
 from timm_arl.isic.metrics import auc_table, compare, interval_text, score_split
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
 from timm_arl.isic.predictions import read_predictions, write_predictions
-from timm_arl.isic.report import test_of_aucs
+from timm_arl.isic.report import scores_page, test_of_aucs
 from timm_arl.isic.shift import HOME_FILE, calibration_drift, chosen, home_of, home_record, image_statistics
 from timm_arl.isic.shift_page import External
 from timm_arl.isic.task import Task, label_words
@@ -74,6 +74,7 @@ from timm_arl.training.evaluations import (
     check_free,
     epochs_of,
     is_home,
+    is_place,
     print_drift,
     print_mapping,
     print_replaced,
@@ -151,7 +152,7 @@ def images_of_the_run(args, accelerator, checkpoint):
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, saved.get(name, value))
-    if saved.get('data') == args.data:
+    if is_place(args.data, saved):
         of_run = checkpoint.folder and (checkpoint.folder / 'splits.csv').is_file()  # which tells more than --splits
         for name in ('task', 'labels', 'columns', 'group_column', *['splits'] * (not of_run and not args.other_data)):
             if getattr(args, name) is None:
@@ -217,7 +218,7 @@ def evaluate(args):
     data = load_data(args.data, wanted_of(args), division_seed, needed=(args.split,), whole=args.split,
                      expected=None if args.map else task,
                      earlier=None if args.map or args.other_data else folder / 'splits.csv',
-                     given=bool(saved.get('splits')), same=saved.get('data') == args.data, alone=bool(args.map),
+                     given=bool(saved.get('splits')), same=is_place(args.data, saved), alone=bool(args.map),
                      usual_groups=saved.get('group_column'), train_ids=saved.get('train_ids'))
     accelerator.print(data.summary(args.data))
     mapped, home = None, {}
@@ -371,6 +372,8 @@ def evaluate(args):
             alpha_plot(new / 'alphas.png', summary, alphas, folder.name)
         if args.report:
             (new / 'report.html').write_text(page, encoding='utf-8', errors='backslashreplace')
+        where = f' on {args.data}' * bool(mapped)
+        (new / 'metrics.md').write_text(scores_page(f'{shown}{where}{synthetic}', metrics, scored), encoding='utf-8')
         written = sorted(path.name for path in new.iterdir())
     print(f'{shown}: AUC [95 % interval]{synthetic}\n' + auc_table(metrics, scored))
     if mapped:

@@ -81,6 +81,7 @@ from timm_arl.training.runs import (
     load_progress,
     prepare_output_dir,
     record_look,
+    release_folders,
     save_progress,
 )
 
@@ -349,7 +350,7 @@ def main():
         Student(model, data_config['input_size'][-1], teachers and teachers.width, learns_masks(args, splits['train']))
         if args.folds and args.duplicates and not args.resume:  # that of another data set would do nothing
             read_pairs(args.duplicates, {image_id for split in splits.values() for image_id in split['image_id']})
-        if args.folds and not args.duplicates and Path(args.data, 'duplicates.csv').is_file():
+        if args.folds and not (args.duplicates or args.resume) and Path(args.data, 'duplicates.csv').is_file():
             args.duplicates = str(Path(args.data, 'duplicates.csv'))
         if args.folds:
             rows_of_folds(args, data)  # a fault in them is told before the work
@@ -378,6 +379,8 @@ def main():
     except KeyboardInterrupt:
         parser.exit(130, '\nInterrupted' + (
             f': --resume --output-dir {out} continues after the last finished epoch' if out else '') + '.\n')
+    finally:
+        release_folders()
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import timm_arl
-from timm_arl.files import git_commit, write_rows
+from timm_arl.files import check_writable, git_commit, write_rows
 from timm_arl.isic.loading import IsicSplit
 from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.isic.task import LABELS
@@ -119,8 +119,13 @@ def main() -> int:
         jpeg = Path(args.image).read_bytes() if args.image else synthetic_photograph(args.seed)
         with Image.open(io.BytesIO(jpeg)) as picture:
             size, kind = picture.size, picture.format
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         parser.error(f'--image {args.image} is not a picture that can be read: {error}')
+
+    try:
+        check_writable(args.results_file)
+    except OSError as error:
+        parser.error(f'--results-file: {error}')
 
     torch.manual_seed(args.seed)
     what = f'{"" if args.image else "synthetic "}{kind} {size[0]} x {size[1]}, {len(jpeg) / 1e6:.1f} MB'
@@ -147,7 +152,6 @@ def main() -> int:
             'versions': f'timm_arl {timm_arl.__version__}, timm {timm.__version__}, torch {torch.__version__}, '
                         f'pillow {Image.__version__}', 'commit': git_commit(__file__),
             'train_device': args.device, 'train_precision': args.precision})
-    Path(args.results_file).parent.mkdir(parents=True, exist_ok=True)
     write_rows(args.results_file, rows)
     print(f'{what}; {args.model} trains on {consumed:.1f} images/s ({args.device}, {args.precision})')
     for row in rows:

@@ -25,12 +25,12 @@ require('train', __name__)
 from timm_arl.checkpoint import Checkpoint
 from timm_arl.download import WeightsError
 from timm_arl.factory import tensors_sha256
-from timm_arl.files import make_folder, write_json
+from timm_arl.files import locked, make_folder, write_json
 from timm_arl.hub import HubError, push, stage
 from timm_arl.isic.dataset import DataError, load_data
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
 from timm_arl.training.runs import check_output_dir
-from timm_arl.training.tables.processes import locked, run_program
+from timm_arl.training.tables.processes import run_program
 
 PROGRAMS = Path(__file__).resolve().parent
 
@@ -94,7 +94,7 @@ def check_command(args, out):
     make_folder(out)
     with locked(out / 'made_by.lock', wait=True):
         path = out / 'made_by.json'
-        if not path.exists():
+        if not (path.exists() and any(out.glob('*/run.json'))):  # a command that made nothing can be corrected
             write_json(path, made_by)
         earlier = json.loads(path.read_text(encoding='utf-8'))
     differ = [key for key in made_by if made_by[key] != earlier.get(key)]
@@ -121,6 +121,19 @@ def training_flags(args, seed):
         '--data', args.data, *(start or ['--model', model]), *(['--teacher', *teachers] if teachers else []),
         '--recipe', args.recipe, *[f'--epochs={args.epochs}'] * bool(args.epochs),
         *[f'--img-size={args.img_size}'] * bool(args.img_size), '--seed', str(seed), '--skip-test', '--tracker', 'none']
+
+
+def is_staged(staged, network, evaluation, args):
+    """Whether a folder has these weights, with their scores, and what the command line says of them."""
+    try:
+        results = json.loads((staged / 'results.json').read_text(encoding='utf-8'))
+        same = tensors_sha256(staged / 'model.safetensors') == tensors_sha256(network / 'model.safetensors')
+    except (OSError, ValueError):
+        return False
+    return same and results['metrics']['test']['mean_auc'] == json.loads(
+        (evaluation / 'metrics.json').read_text(encoding='utf-8'))['test']['mean_auc'] and (
+        args.tag is None or results['name'].endswith(f'.{args.tag}')) and (
+        args.note is None or results['data']['note'] == ' '.join(args.note.split()))
 
 
 def make_weights(args):
@@ -171,8 +184,7 @@ def make_weights(args):
         step('evaluate_isic.py', alpha_zero, [
             *look, '--alpha-zero', '--compare', str(evaluation / 'predictions_test.csv')], lock)
         staged = out / 'staged'
-        if not staged.exists() or tensors_sha256(staged / 'model.safetensors') != tensors_sha256(
-                network / 'model.safetensors'):  # else its card may have been edited since
+        if not is_staged(staged, network, evaluation, args):  # else its card may have been edited since
             stage(network, staged, evaluation, args.tag, args.note or '', alpha_zero)
         print(f'Staged: {staged}')
         if args.push:

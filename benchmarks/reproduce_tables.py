@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from timm_arl.download import WeightsError
 from timm_arl.factory import tensors_sha256
-from timm_arl.files import make_folder, replacing, write_json
+from timm_arl.files import locked, make_folder, replacing, write_json
 from timm_arl.isic.dataset import DataError, label_array, load_splits
 from timm_arl.isic.dataset.duplicates import twins_of_training
 from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES, ids_digest
@@ -61,7 +61,7 @@ from timm_arl.training.tables.lines import (
 )
 from timm_arl.training.tables.networks import network_lines, picture_of
 from timm_arl.training.tables.pages import WITHOUT_DUPLICATES, differences, write_table
-from timm_arl.training.tables.processes import locked, run_program
+from timm_arl.training.tables.processes import run_program
 from timm_arl.training.tables.rows import MASKS, PLAIN, TABLES, TITLES
 from timm_arl.training.tables.t_test import table7_lines
 
@@ -136,16 +136,20 @@ def lesion_masks(args, out):
     """The data with lesion masks for validation and test, made once. Returns exit status, reason and folder."""
     folder = out / 'runs' / MASKS
     status, why = 0, ''
-    flags = {'data': args.data, 'epochs': args.epochs or 8, 'img_size': 128}
+    flags = {'epochs': args.epochs or 8, 'img_size': 128}
+    data, ids = args.data, ids_digest(args.splits['train']['image_id'])
     with locked(out / 'runs' / f'{MASKS}.lock', wait=True) as lock:
         if (folder / 'run.json').exists():
             made = read_record(folder / 'run.json', 'arguments')
-            if {key: made.get(key) for key in flags} != flags:
+            if {key: made.get(key) for key in flags} != flags or made['masked_ids'] != ids:
                 raise RunError(f'The lesion masks in {folder} were made with other flags ({made["data"]}, '
                                f'{made["epochs"]} epochs): give another --output-dir.')
+            if os.path.realpath(made['data']) == os.path.realpath(data):
+                data = made['data']  # as a run that goes on must have it
         if not (folder / 'metrics.json').exists():
             status, why = run_program(PROGRAMS / 'segment_lesions.py', [
-                *(f'--{key.replace("_", "-")}={value}' for key, value in flags.items()), '--output-dir', str(folder),
+                '--data', str(data), *(f'--{key.replace("_", "-")}={value}' for key, value in flags.items()),
+                '--output-dir', str(folder),
                 '--encoder-weights', args.files.get(PLAIN, 'hub'), '--workers', str(args.workers),
                 *['--resume'] * (folder / 'run.json').exists()], lock)
         if not status:
@@ -222,6 +226,7 @@ def drop_stale(out, row, seed):
         print(f'{row.alpha_zero_of} was trained again, so {row.name} is scored again.', flush=True)
         for path in (out / 'predictions').glob(f'{name}.*'):
             path.unlink()
+        (scored.parent / 'metrics.json').unlink(missing_ok=True)  # first: killed here, it is scored again too
         shutil.rmtree(scored.parent)
 
 

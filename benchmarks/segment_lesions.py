@@ -67,6 +67,7 @@ from timm_arl.training.runs import (
     discard_start,
     load_progress,
     prepare_output_dir,
+    release_folders,
     save_progress,
 )
 
@@ -205,6 +206,17 @@ def masked_rows(split):
     if 'mask' not in split.column_names:
         return []
     return np.flatnonzero(split.select_columns('mask').with_format('arrow')[:]['mask'].is_valid()).tolist()
+
+
+def check_masks(args, splits, accelerator):
+    """Refuse too few images with masks."""
+    # the norm behind the network's global pooling cannot learn from a batch of one image
+    for name, least, why in (('train', 2 * accelerator.num_processes, 'to learn from'),
+                             ('validation', 1, 'to compare with')):
+        known = len(masked_rows(splits[name]))
+        if known < least:
+            raise DataError(f'{args.data}, split {name}, has {known} lesion masks (column mask) that can be used, but '
+                            f'at least {least} are needed {why}.')
 
 
 def largest_part(lesion):
@@ -370,17 +382,14 @@ def main():
             raise FolderTaken(f'{folder} already holds a folder data, perhaps a data set: choose another --output-dir.')
         network, data_config = create_network(args)
         splits = load_splits(args.data)
-        for name, least, why in (('train', 2, 'to learn from'), ('validation', 1, 'to compare with')):
-            known = len(masked_rows(splits[name]))
-            if known < least:
-                raise DataError(f'{args.data}, split {name}, has {known} lesion masks (column mask), but at least '
-                                f'{least} are needed {why}.')
+        check_masks(args, splits, accelerator)
         digest = ids_digest(splits['train']['image_id'])
         if args.resume and args.masked_ids != digest:
             raise RunError(f'The run in {folder} had other training images than {args.data} has now: start another run '
                            f'in another --output-dir.')
         args.masked_ids = digest
         check_images(splits, args, accelerator)  # and their masks, as for --lesion-crop
+        check_masks(args, splits, accelerator)  # of those that can be read
         out = folder
         train(args, accelerator, splits, out, network, data_config)
         accelerator.end_training()
@@ -393,6 +402,8 @@ def main():
     except KeyboardInterrupt:
         parser.exit(130, '\nInterrupted' + (
             f': --resume --output-dir {out} continues after the last finished epoch' if out else '') + '.\n')
+    finally:
+        release_folders()
 
 
 if __name__ == '__main__':

@@ -45,7 +45,7 @@ require('train', __name__)
 from throughput_report import bar_chart, columns_of, growth_table, markdown_table
 from tqdm import tqdm
 
-from timm_arl.files import replacing, write_json, write_rows
+from timm_arl.files import check_writable, replacing, write_json, write_rows
 
 COLUMNS = [
     'model', 'mode', 'infer_samples_per_sec', 'infer_step_time', 'infer_batch_size', 'infer_img_size', 'infer_gmacs',
@@ -307,7 +307,11 @@ def main() -> int:
     except Failed as e:
         print(f'throughput.py: error: {e}', file=sys.stderr)
         return 2
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        check_writable(path)
+    except OSError as e:
+        print(f'throughput.py: error: --results-file: {e}', file=sys.stderr)
+        return 2
 
     bar = tqdm(settings, unit='setting', disable=not main_process)
     for setting in bar:

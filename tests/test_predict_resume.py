@@ -1,4 +1,5 @@
 """Predictions that were stopped, by a signal, a full disk or an error, and go on: no row is lost, none comes twice."""
+import json
 import os
 import re
 import resource
@@ -10,7 +11,9 @@ import psutil
 import pytest
 from predict_program import rows, run, start, values
 
+from timm_arl.files import write_json
 from timm_arl.isic.synthetic import draw_lesion
+from timm_arl.prediction_files import NOT_BEGUN
 
 
 @pytest.fixture(scope='module')
@@ -111,3 +114,22 @@ def test_interrupted(many, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and '--resume goes on' in stderr and 'Traceback' not in stderr, stderr
+
+
+@pytest.mark.slow
+def test_killed_before_its_first_row(many, tmp_path):
+    """At the one moment when the run is recorded, and the file of its rows is not there."""
+    folder, expected = many
+    done = run('p', '--output-dir', tmp_path / 'out', cwd=folder)
+    assert done.returncode == 1, done.stderr
+    finished = json.loads((tmp_path / 'out' / 'predictions.json').read_text())
+    process = start('p', '--output-dir', tmp_path / 'late', '--batch-size', 2, cwd=folder)
+    kill_when(process, tmp_path / 'late', 1)
+    record = json.loads((tmp_path / 'late' / 'predictions.json').read_text())
+    assert record['settings'] == finished['settings']
+    (tmp_path / 'late' / 'predictions.csv').unlink()
+    write_json(tmp_path / 'late' / 'predictions.json', {**record, NOT_BEGUN: True})
+    done = run('p', '--output-dir', tmp_path / 'late', '--resume', '--batch-size', 2, cwd=folder)
+    assert done.returncode == 1, done.stderr
+    same(rows(tmp_path / 'late'), expected)
+    assert NOT_BEGUN not in json.loads((tmp_path / 'late' / 'predictions.json').read_text())

@@ -1,12 +1,13 @@
 """Files and folders that appear whole or not at all: written under another name, then renamed."""
 import contextlib
 import csv
+import errno
 import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Union
 
 try:
     import fcntl
@@ -14,8 +15,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    'alone_in', 'git_commit', 'make_folder', 'read_rows', 'recover_folder', 'replacing', 'replacing_folder',
-    'swap_folder', 'write_json', 'write_rows',
+    'alone_in', 'check_writable', 'git_commit', 'hold', 'locked', 'make_folder', 'read_rows', 'recover_folder',
+    'replacing', 'replacing_folder', 'swap_folder', 'write_json', 'write_rows',
 ]
 
 PathLike = Union[str, Path]
@@ -87,6 +88,60 @@ def alone_in(folder: PathLike) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[Optional[IO]]:
+    """Hold a lock file that other processes started for the same folder respect, and what is started with it holds too.
+
+    Nobody is waited for on Windows, and on a file system without locks.
+
+    Args:
+        path: The file, which stays.
+        wait: Whether to wait where another process holds it; if not, None is given.
+    """
+    with open(path, 'w') as file:
+        held = True
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                held = False
+            except OSError:  # a disk without locks
+                pass
+        yield file if held else None
+
+
+def hold(path: Path, shared: bool = False) -> Optional[IO]:
+    """Hold a lock file until it is closed or this process ends; processes that are forked do not hold it.
+
+    Args:
+        path: The file. Whoever holds it may remove it.
+        shared: Another process of the same work holds it already.
+
+    Returns:
+        The open file, or None on Windows and on a file system without locks.
+
+    Raises:
+        BlockingIOError: Another work's process holds it.
+    """
+    while fcntl is not None:
+        file = path.open('ab+')
+        try:
+            if not shared:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else is there, and from now on
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # only those of this work
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass  # another has removed it between the two: the next one locks a new file
+        except OSError as error:
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a disk without locks
+                return None
+            raise BlockingIOError(error.errno, f'{path} is held by another process') from None
+        file.close()
+    return None
+
+
 def make_folder(path: PathLike) -> Path:
     """Make a folder and those above it.
 
@@ -99,6 +154,20 @@ def make_folder(path: PathLike) -> Path:
     except OSError as error:
         raise OSError(f'Cannot make the folder {path}: {error.strerror}.') from error
     return path
+
+
+def check_writable(path: PathLike) -> None:
+    """Make the folder of a file that is written later, and refuse one that could not be.
+
+    Raises:
+        OSError: The folder cannot be made or written to, or the path is that of a folder; one sentence.
+    """
+    path = Path(path)
+    if not path.name or path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder: name a file in it.')
+    make_folder(path.parent)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f'{path.parent} cannot be written to: choose another folder.')
 
 
 def recover_folder(path: PathLike) -> None:

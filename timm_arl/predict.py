@@ -45,7 +45,7 @@ from .isic.transforms import CROPS
 from .kernels import problem
 from .overlays import panel
 from .pictures import REMARKS, Pictures, Seen, collate
-from .prediction_files import FORMATS, MOST_PROBABLE, PredictionFiles
+from .prediction_files import FORMATS, MOST_PROBABLE, NOT_BEGUN, PredictionFiles
 from .prediction_words import CAVEATS, NAMED, captions, report, say, thresholds_shown
 from .predictor import DEFAULT_MODEL, LARGEST_MAP, Predictor
 
@@ -225,6 +225,8 @@ def begin_or_go_on(
             raise InputError(f'The run in {files.folder} was started with other settings ({key} '
                              f'{record["settings"].get(key)!r}, not {value!r}): resume it with the same ones, or '
                              f'choose another --output-dir.')
+    if record.pop(NOT_BEGUN, False):  # killed before its first row
+        files.start(record)
     if record['complete']:
         if not files.path.exists():
             raise InputError(f'The run in {files.folder} is complete, but its {files.path.name} was removed: put it '

@@ -1,27 +1,22 @@
 """Predictions on the disk: rows that are appended whole, joined in the order of the images, and never lost."""
 import contextlib
 import csv
-import errno
 import io
 import json
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Sequence
+from typing import IO, Any, BinaryIO, Dict, Iterator, List, Optional, Sequence
 
-from .files import make_folder, replacing, write_json
+from .files import hold, make_folder, replacing, write_json
 from .image_list import InputError
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs in one folder are the user's care
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ['FORMATS', 'MOST_PROBABLE', 'PredictionFiles', 'RowWriter']
+__all__ = ['FORMATS', 'MOST_PROBABLE', 'NOT_BEGUN', 'PredictionFiles', 'RowWriter']
 
 FORMATS = ('csv', 'jsonl', 'parquet')
 MOST_PROBABLE = 'most_probable'  # column of networks whose labels exclude each other
+NOT_BEGUN = 'not_begun'  # in a record whose rows have no header yet
 SYNC_SECONDS = 1.  # what a power failure may cost; a killed process costs nothing that was written
 CHUNK = 1000  # rows that are held when a file is converted
 
@@ -54,7 +49,7 @@ class PredictionFiles:
         self.record_file, self._lock_file = folder / 'predictions.json', folder / '.lock'
         self.decisions = tuple(f'{label}_decision' for label in labels)
         self.columns = ('image', *self.labels, *[MOST_PROBABLE] * exclusive, *self.decisions, 'error')
-        self._lock: Optional[BinaryIO] = None
+        self._lock: Optional[IO] = None
 
     def record(self) -> Optional[Dict[str, Any]]:
         """What is recorded of a run in this folder, or None where nothing of any run is there.
@@ -86,23 +81,11 @@ class PredictionFiles:
         Raises:
             InputError: Another run holds it.
         """
-        if fcntl is None:
-            return
-        while True:
-            self._lock = self._lock_file.open('ab+')
-            try:
-                if not shared:
-                    fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else is there, and from now on
-                fcntl.lockf(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # only those of this run
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a disk without locks
-                    return
-                raise InputError(
-                    f'Another run is writing to {self.folder}: let it finish, or end its processes.') from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._lock.fileno()), self._lock_file.stat()):
-                    return
-            self._lock.close()  # another run has removed it between the two: the next one locks a new file
+        try:
+            self._lock = hold(self._lock_file, shared)
+        except BlockingIOError:
+            raise InputError(
+                f'Another run is writing to {self.folder}: let it finish, or end its processes.') from None
 
     def unlock(self) -> None:
         """Let go of the folder, before anything was written."""
@@ -112,9 +95,10 @@ class PredictionFiles:
 
     def start(self, record: Dict[str, Any]) -> None:
         """Record a new run, and begin its rows."""
-        write_json(self.record_file, record)
+        write_json(self.record_file, {**record, NOT_BEGUN: True})
         with replacing(self.rows) as temporary:
             temporary.write_bytes(self.header())
+        write_json(self.record_file, record)
 
     def join(self) -> int:
         """Cut off what is torn, and add the parts as far as no row is missing between them.

@@ -7,6 +7,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import datasets
 import numpy as np
@@ -23,7 +25,7 @@ from timm_arl.isic.dataset import label_array, load_splits
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, interval_text
 from timm_arl.isic.task import LABELS
-from timm_arl.training.evaluations import replacing_evaluation
+from timm_arl.training.evaluations import is_place, replacing_evaluation
 
 
 def run(repo, *args, cwd=None):
@@ -72,8 +74,11 @@ def test_files(evaluated, checkpoint):
     assert 'calibration is for the mix of its validation images' in stdout
     assert {p.name for p in out.iterdir()} == {
         'metrics.json', 'evaluation.json', 'predictions_test.csv', 'predictions_validation.csv', 'roc_test.png',
-        'roc_validation.png',
+        'roc_validation.png', 'metrics.md',
         'reliability_test.png', 'reliability_validation.png', 'curves.png', 'alphas.png', 'report.html', 'looks.csv'}
+    page, scores = (out / 'metrics.md').read_text(), json.loads((out / 'metrics.json').read_text())
+    for split in ('validation', 'test'):
+        assert f'| melanoma | {scores[split]["melanoma"]["auc"]:.3f} [' in page
     for path in out.glob('*.png'):
         with Image.open(path) as picture:
             assert picture.width > 600 and len(np.unique(np.asarray(picture.convert('L')))) > 10
@@ -234,7 +239,7 @@ def test_an_output_folder_holds_one_evaluation_and_no_run(call, isic_sample, che
     assert 'r held an evaluation of other weights: it is replaced, and looks.csv goes on' in done.stdout
     assert {path.name for path in out.iterdir()} == {
         'metrics.json', 'evaluation.json', 'predictions_validation.csv', 'roc_validation.png', 'alphas.png',
-        'reliability_validation.png', 'curves.png', 'notes.txt', 'looks.csv'}
+        'reliability_validation.png', 'curves.png', 'notes.txt', 'looks.csv', 'metrics.md'}
     assert (out / 'looks.csv').read_text() == 'earlier'  # validation is no look at test
 
 
@@ -330,3 +335,32 @@ def test_a_lesion_crop_without_masks_says_so(call, isic_sample, checkpoint, tmp_
                 '--lesion-crop', '--compare', 'no.csv')
     assert done.returncode == 2 and done.stdout.count('have no masks') == 1
     assert 'The test images have no masks: --lesion-crop does not change them.' in done.stdout
+
+
+def test_the_data_of_a_run_by_another_path(tmp_path, monkeypatch):
+    """Else its --columns and --labels would be forgotten, and other columns scored."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.csv').touch()
+    for data in ('mine.csv', './mine.csv', str(tmp_path / 'mine.csv')):
+        assert is_place(data, {'data': 'mine.csv'})
+    assert is_place('user/hub', {'data': 'user/hub'})
+    assert not is_place('other.csv', {'data': 'mine.csv'})
+    assert not is_place('.', {}) and not is_place('.', {'data': None})
+
+
+def test_two_evaluations_of_one_folder_take_turns(tmp_path):
+    written = []
+
+    def write(name):
+        with replacing_evaluation(tmp_path) as new:
+            (new / 'metrics.json').write_text(name)
+            time.sleep(0.2)
+            (new / 'evaluation.json').write_text(name)
+            written.append(name)
+    threads = [threading.Thread(target=write, args=[name]) for name in 'ab']
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(written) == ['a', 'b']
+    assert (tmp_path / 'metrics.json').read_text() == (tmp_path / 'evaluation.json').read_text() == written[-1]

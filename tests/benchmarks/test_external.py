@@ -63,6 +63,8 @@ def test_another_clinic_by_what_home_chose(call, checkpoint, tmp_path):
     predictions = rows(out / 'predictions_test.csv')
     truth = {row['image_id']: row['dx'] for row in rows(data / 'HAM10000_metadata')}
     assert len(predictions) == 42 and predictions[0]['group'].startswith('HAM_')
+    assert 'brier' in scores['melanoma'] and 'net_benefit' in scores['melanoma']['operating_points'][0]
+    assert (out / 'metrics.md').read_text().count('| melanoma') >= 3
     for label, word, threshold, temperature, bias in (
             ('melanoma', 'mel', 0.31, 2., -1.), (LABELS[1], 'bkl', 0.47, 0.5, 0.5)):
         positive = np.array([truth[row['image_id']] == word for row in predictions])

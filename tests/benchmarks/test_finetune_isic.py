@@ -277,6 +277,28 @@ def test_folds_and_seeds(call, few, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (out / 'fold-0' / 'model.safetensors').stat().st_mtime_ns == before
     assert json.loads((out / 'metrics.json').read_text()) == metrics
+    (out / 'metrics.json').unlink()
+    (tmp_path / 'twins.csv').write_text('image_id_a,image_id_b\n' + ''.join(f'{ids[0]},{i}\n' for i in ids[1:9]))
+    done = call('finetune_isic', '--resume', '--output-dir', out, '--workers', 0)
+    assert done.returncode == 2 and 'fold-0 was trained on other images than fold-0 has now' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_list_of_duplicates_that_comes_later_does_not_change_the_folds(call, few, tmp_path):
+    from timm_arl.isic.dataset import load_splits
+    data, out = shutil.copytree(few, tmp_path / 'data'), tmp_path / 'cv'
+    done = call('finetune_isic', '--data', data, *SMALL, '--epochs', 1, '--folds', 2, '--output-dir', out)
+    assert done.returncode == 0, done.stderr
+    parts = [[row['image_id'] for row in read_csv(out / f'fold-{k}' / 'predictions_validation.csv')] for k in (0, 1)]
+    ids = list(load_splits(few)['train']['image_id'])
+    (data / 'duplicates.csv').write_text('image_id_a,image_id_b\n' + ''.join(f'{ids[0]},{i}\n' for i in ids[1:9]))
+    for path in (out / 'metrics.json', out / 'fold-1' / 'metrics.json'):
+        path.unlink()
+    done = call('finetune_isic', '--resume', '--output-dir', out, '--workers', 0)
+    assert done.returncode == 0, done.stderr
+    assert parts == [
+        [row['image_id'] for row in read_csv(out / f'fold-{k}' / 'predictions_validation.csv')] for k in (0, 1)]
+    assert not list(out.rglob('.lock'))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import timm
 import torch
 
 from timm_arl.checkpoint import create_trained
+from timm_arl.isic.shift import home_of
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +62,30 @@ def test_again_makes_nothing_twice(call, made):
     assert done.returncode == 0, done.stderr
     assert '$ python' not in done.stdout and 'everything is there already' in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (folder / 'W').glob('*/metrics.json')}
+
+
+def test_what_the_card_says_can_be_changed(call, made):
+    folder, command, _ = made
+    shutil.copytree(folder / 'W', folder / 'V')
+    arguments = ['V' if part == 'W' else part for part in command[2:]]
+    done = call('make_weights', *arguments[:-4], '--note', 'clinic two', '--tag', 'two', cwd=folder)
+    assert done.returncode == 0 and '$ python' not in done.stdout, done.stderr
+    results = json.loads((folder / 'V' / 'staged' / 'results.json').read_text())
+    assert results['name'] == 'arl_tf_efficientnet_lite0.two' and results['data']['note'] == 'clinic two'
+    assert 'clinic two' in (folder / 'V' / 'staged' / 'README.md').read_text()
+    # what external validation of the weights compares with
+    assert results['home']['images']['images'] == results['metrics']['validation']['melanoma']['images']
+    assert home_of(folder / 'V' / 'staged', {})['labels'] == results['home']['labels']
+
+
+def test_a_command_that_failed_can_be_corrected(call, few, tmp_path):
+    arguments = ['arl_cnn14.isic2017', '--data', few, '--output-dir', tmp_path / 'W', '--teacher',
+                 'arl_cnn14.isic2017', '--epochs', 1]
+    done = call('make_weights', *arguments, '--recipe', 'wieghts')
+    assert done.returncode == 2
+    for _ in range(2):  # a run with that name of a recipe was begun nowhere
+        done = call('make_weights', *arguments, '--recipe', 'wights')
+        assert done.returncode == 2 and 'was begun with' not in done.stderr
 
 
 def test_another_command_is_refused_there(call, made):

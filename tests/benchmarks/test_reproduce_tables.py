@@ -137,7 +137,7 @@ def test_predictions_of_other_images_are_refused(call, made, few, tmp_path):
 def test_check_needs_the_labels_alone(call, made, few, tmp_path):
     """Readers have the images in another size than those of the committed predictions."""
     out, args, _ = made
-    small = tmp_path / Path(few).name
+    small = tmp_path / 'thumbnails'  # nor do they have the folder's name
     small.mkdir()
     for path in Path(few).glob('*.parquet'):
         split = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / 'cache'))

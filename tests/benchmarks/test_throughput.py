@@ -244,3 +244,13 @@ def test_bad_input(call, tmp_path, arguments, sentence):
     done = call('throughput', *arguments, cwd=tmp_path)
     assert done.returncode == 2 and sentence in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('program', ['throughput', 'input_speed'])
+def test_a_results_file_that_cannot_be_written_is_told_before_the_work(call, tmp_path, program):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'd.csv').mkdir()
+    for place, message in ((tmp_path / 'd.csv', 'is a folder: name a file in it'),
+                           (tmp_path / 'file' / 'r.csv', 'Cannot make')):
+        done = call(program, '--results-file', place)
+        assert done.returncode == 2 and '--results-file: ' in done.stderr and message in done.stderr

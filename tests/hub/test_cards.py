@@ -22,6 +22,7 @@ from timm_arl.download import sha256_of
 from timm_arl.factory import save_network, tensors_sha256
 from timm_arl.files import write_json, write_rows
 from timm_arl.hub.publish import _named
+from timm_arl.hub.staging import pretrained_names
 from timm_arl.isic.dataset import decode, load_splits
 from timm_arl.isic.dataset.sources import CHALLENGE_IDS, ids_digest
 from timm_arl.isic.metrics import interval_text, score_split
@@ -92,6 +93,11 @@ def test_what_an_evaluation_adds(run, tmp_path):
         with pytest.raises(publishing.HubError, match=message):
             publishing.stage(run, tmp_path / 's', **wrong)
     others = json.loads((tmp_path / 'r' / 'evaluation.json').read_text())
+    shutil.copytree(tmp_path / 'r', tmp_path / 'part')
+    write_json(tmp_path / 'part' / 'evaluation.json', {
+        **json.loads((tmp_path / 'r' / 'evaluation.json').read_text()), 'duplicates_left_out': {'test': 9}})
+    with pytest.raises(publishing.HubError, match='leaves images out .--drop-duplicates.: pass an evaluation of all'):
+        publishing.stage(run, tmp_path / 's', tmp_path / 'part')
     for name in ('r', 'r0'):
         shutil.copytree(tmp_path / name, tmp_path / f'{name}-of-another')
         write_json(tmp_path / f'{name}-of-another' / 'evaluation.json', {
@@ -347,7 +353,7 @@ def test_a_card_does_not_replace_another_readme(call, tmp_path):
     assert call(*arguments).returncode == 0  # the same again
 
 
-@pytest.mark.parametrize('name', [name for name in timm.list_pretrained('arl_*') if name.endswith('_in1k')])
+@pytest.mark.parametrize('name', [name for name in pretrained_names() if name.endswith('_in1k')])
 def test_cards_of_timms_weights_are_there_and_show_no_figure(call, repo, tmp_path, name):
     done = call('timm_arl.hub.__main__', 'card', name, '--output', tmp_path / 'c')
     assert done.returncode == 0, done.stderr

@@ -104,3 +104,15 @@ def test_help_says_what_a_recipe_sets(parser):
     training, images, rest = (text.index(title) for title in (
         'training (the recipe sets these', 'images (the recipe sets these', 'several runs, each'))
     assert training < text.index('--epochs EPOCHS') < images < text.index('--img-size IMG_SIZE') < rest
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--start-size', '160', '--img-size', '128'], '--start-size 160 is more than --img-size 128'),
+    (['--distill-weight', '0.9'], '--distill-weight is of no use without --teacher'),
+    (['--distill-features', '0'], '--distill-features is of no use without --teacher'),
+    (['--folds', '5', '--patience', '3'], 'leave out --patience')])
+def test_flags_that_would_do_nothing_are_refused(parser, flags, message):
+    with pytest.raises(RunError, match=message):
+        options.parse_args(parser, flags)
+    assert options.parse_args(parser, ['--img-size', '64'])  # smaller than the recipe's start: all epochs have it
+    assert options.parse_args(parser, ['--recipe', 'weights'])  # which has a share of teachers, if there are some

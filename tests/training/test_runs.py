@@ -8,7 +8,7 @@ import pytest
 from timm_arl.files import read_rows
 from timm_arl.training import runs
 from timm_arl.training.arguments import RunError
-from timm_arl.training.runs import discard_start
+from timm_arl.training.runs import FolderTaken, discard_start, hold_folder, record_look, release_folders
 
 
 @pytest.fixture
@@ -63,3 +63,34 @@ def test_a_folder_that_another_machine_cannot_see(tmp_path, monkeypatch):
     args = SimpleNamespace(resume=False, seeds=None, folds=0)
     with pytest.raises(RunError, match='choose an --output-dir that all machines share'):
         runs.prepare_output_dir(args, second, tmp_path / 'out')
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from timm_arl.training.runs import hold_folder
+hold_folder(Path(sys.argv[1]))
+print('held', flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    """Also one that is resumed while it still runs."""
+    with subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == 'held\n'
+        with pytest.raises(FolderTaken, match='Another run is writing to .*: let it finish'):
+            hold_folder(tmp_path)
+        other.kill()
+    hold_folder(tmp_path)  # whatever a killed one has left
+    hold_folder(tmp_path)
+    release_folders()
+    assert not list(tmp_path.iterdir())
+
+
+def test_looks_that_cannot_be_read_are_not_replaced(tmp_path):
+    (tmp_path / 'looks.csv').write_bytes('time,checkpoint\nnow,Stra\xdfe\n'.encode('latin-1'))
+    with pytest.raises(RunError, match='looks.csv is damaged .*restore it'):
+        record_look(tmp_path, 'out', {'mean_auc': 0.5})
+    assert b'now' in (tmp_path / 'looks.csv').read_bytes()

@@ -70,7 +70,8 @@ def render_card(
         eval_results=_eval_results(results, task) if results else None)
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=name, architecture=config['architecture'], measured=measured,
-        is_arl=config['architecture'].startswith('arl_'), label_names=label_names, source=source, task=task,
+        is_arl=config['architecture'].startswith('arl_'), is_ran=config['architecture'].startswith('ran'),
+        label_names=label_names, source=source, task=task,
         tasks=TASKS, labels=words_list(task.labels), classes=words_list(task.known),
         load_name=repr(load_name),
         data_text=('generated, **synthetic** images: its scores say nothing about skin' if synthetic else 'ISIC 2017'

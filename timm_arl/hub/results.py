@@ -76,8 +76,19 @@ def results_of(
         'alphas': {key: p.item() for key, p in alphas_of(model).items()}, 'looks': _looks(run),
         'temperatures_of_masks': {key: p.exp().item() for key, p in temperatures_of(model).items()},
         'learned_masks': learned_masks,
+        **_home(run),
         **({'alpha_zero': _differences(run, metrics, alpha_zero, task)} if alpha_zero is not None else {}),
     }
+
+
+def _home(run: Path) -> Dict[str, Any]:
+    """What is known of the run's validation images, for the external validation of the weights."""
+    path = run / 'home.json'
+    if not path.is_file():  # an older run
+        return {}
+    record = read_object(path, 'a finished run of finetune_isic.py')
+    kept = {key: record[key] for key in ('shown', 'images', 'labels') if key in record}
+    return {'home': kept} if len(kept) == 3 else {}
 
 
 def evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path, task: Task) -> Dict[str, Any]:
@@ -88,6 +99,8 @@ def evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path, task: Task) 
     if about.get('alpha_zero'):
         raise HubError(f'{evaluation} is an evaluation with every alpha at 0: pass it by --alpha-zero, and one of the '
                        f'network as it was trained by --evaluation.')
+    if about.get('duplicates_left_out'):
+        raise HubError(f'{evaluation} leaves images out (--drop-duplicates): pass an evaluation of all of them.')
     richer = read_object(evaluation / 'metrics.json', what)
     looks = read_rows(evaluation / 'looks.csv') if (evaluation / 'looks.csv').is_file() else []
     if any('external' in scores for scores in richer.values()) or any(look.get('other_data') for look in looks[-1:]):

@@ -4,7 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import safetensors.torch
 import timm
@@ -17,7 +17,7 @@ from ..pretrained import OWN_WEIGHTS, shipped_weights
 from .cards import read_results, registered_config, render_card
 from .results import HubError, brief, evaluated, read_object, results_of
 
-__all__ = ['NEEDED', 'PICTURES', 'card', 'card_of_registered', 'stage']
+__all__ = ['NEEDED', 'PICTURES', 'card', 'card_of_registered', 'pretrained_names', 'stage']
 
 NEEDED = ('README.md', 'config.json', 'model.safetensors', 'results.json')  # in every staged folder
 PICTURES = (
@@ -170,6 +170,12 @@ def _card_text(folder: Path, called: str = '') -> str:
                        f'({brief(error)}): stage it again.') from None
 
 
+def pretrained_names() -> List[str]:
+    """NAME.TAG of the weights that are registered for the models of this package."""
+    return [name for pattern in ('arl_*', 'ran*') for name in timm.list_pretrained(pattern)
+            if timm.model_entrypoint(name.partition('.')[0]).__module__.startswith('timm_arl.')]
+
+
 def card_of_registered(name: str, output: Path, overwrite: bool = False) -> Path:
     """Write the README.md of registered weights; with config.json and results.json for those of this package.
 
@@ -182,9 +188,9 @@ def card_of_registered(name: str, output: Path, overwrite: bool = False) -> Path
         HubError: No such weights, or files that would be replaced.
     """
     shipped = shipped_weights(name)
-    if name not in timm.list_pretrained('arl_*') or (name in OWN_WEIGHTS and shipped is None):
-        raise HubError(f'{name} is neither a staged folder nor NAME.TAG of registered weights '
-                       f"(timm.list_pretrained('arl_*') lists them).")
+    if name not in pretrained_names() or (name in OWN_WEIGHTS and shipped is None):
+        raise HubError(f'{name} is neither a staged folder nor NAME.TAG of registered weights: choose '
+                       f'{", ".join(pretrained_names())}.')
     config, results, digest = registered_config(name), None, None
     contents = {}
     if shipped is not None:

@@ -101,7 +101,7 @@ def map_labels(data: Data, task: Task, wanted: Dict[str, List[str]], split: str,
     mapped = datasets.concatenate_datasets([rest, datasets.Dataset.from_dict(columns)], axis=1)
     not_scored = [label for label in task.labels if label not in columns]
     one_each = task.kind == 'multiclass' and not not_scored and (sum(columns.values()) == 1).all()  # type: ignore
-    scored = task if one_each else Task(task.name, tuple(columns), title=task.title)
+    scored = task if one_each else Task('external', tuple(columns), title=task.title)
     used = {name for some in sources.values() for name in some}
     return Mapped(data._replace(task=scored, splits={split: mapped}), sources,
                   [name for name in names if name not in used], not_scored)

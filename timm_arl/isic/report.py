@@ -9,7 +9,7 @@ from .task import ISIC2017, OFFICIAL_THRESHOLD, Task, label_words
 __all__ = [
     'Cells', 'calibration_cells', 'calibration_table', 'classes_cells', 'confusion_cells', 'differences_table',
     'few_images', 'group_intervals', 'groups_cells', 'groups_table', 'markdown_table', 'number', 'points_cells',
-    'points_table', 'scores_cells', 'scores_table', 'test_of_aucs',
+    'points_table', 'scores_cells', 'scores_page', 'scores_table', 'test_of_aucs',
 ]
 
 Cells = Tuple[List[str], List[List[Any]]]  # heads of the columns, and the rows
@@ -147,6 +147,23 @@ def points_table(scores: Dict[str, Any], task: Task = ISIC2017) -> str:
 def calibration_table(scores: Dict[str, Any], task: Task = ISIC2017) -> str:
     """Markdown of calibration_cells."""
     return markdown_table(*calibration_cells(scores, task))
+
+
+def scores_page(title: str, metrics: Dict[str, Any], task: Task = ISIC2017) -> str:
+    """Markdown of the scores of each split: AUCs, thresholds and calibration.
+
+    Args:
+        title: What was scored, and on what.
+        metrics: What metrics.json holds.
+        task: Whose labels they are.
+    """
+    parts = [f'# {title}']
+    for split, scores in metrics.items():
+        parts += [f'## {split}, {scores[task.labels[0]]["images"]} images', scores_table(scores, task),
+                  *(markdown_table(*cells(scores)) for cells in (classes_cells, confusion_cells)
+                    if 'confusion_matrix' in scores),
+                  points_table(scores, task), calibration_table(scores, task)]
+    return '\n\n'.join(parts) + '\n'
 
 
 def groups_table(rows: Iterable[Dict[str, Any]]) -> str:

@@ -16,8 +16,8 @@ from .metrics import threshold_for_sensitivity, youden_threshold
 from .task import ISIC2017, DataError, Task
 
 __all__ = [
-    'HOME_FILE', 'STATISTICS', 'Home', 'calibration_drift', 'chosen', 'home_of', 'home_record', 'image_statistics',
-    'probability_counts', 'standard_difference',
+    'HOME_FILE', 'STAGED', 'STATISTICS', 'Home', 'calibration_drift', 'chosen', 'home_of', 'home_record',
+    'image_statistics', 'probability_counts', 'standard_difference',
 ]
 
 HOME_FILE = 'home.json'
@@ -31,6 +31,7 @@ STATISTICS: Dict[str, Tuple[str, np.ndarray]] = {  # what it is, with its unit; 
     'green': ('green, mean of the image', np.linspace(0, 1, 26)),
     'blue': ('blue, mean of the image', np.linspace(0, 1, 26)),
 }
+STAGED = ('shown', 'images', 'labels')  # of a home record, in results.json; config.json has the rest
 PROBABILITY_BINS = np.linspace(0, 1, 21)
 
 Home = Dict[str, Any]  # what home_record gives; may lack any key
@@ -143,6 +144,11 @@ def home_of(folder: Path, settings: Dict[str, Any]) -> Home:
         return content
     own = {key: dict(settings[key]) for key in ('thresholds', 'temperatures', 'biases') if settings.get(key)}
     own.get('thresholds', {}).pop('official', None)
+    try:  # of a staged folder, or a repo made of one
+        staged = json.loads((folder / 'results.json').read_text(encoding='utf-8'))['home']
+        own.update({key: dict(staged[key]) for key in STAGED})
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
     return own
 
 

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ..files import read_rows
+from ..files import alone_in, read_rows
 from ..isic.dataset import label_array
 from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.dataset.groups import read_split_file
@@ -12,14 +12,15 @@ from ..isic.dataset.sources import ids_digest
 from ..isic.metrics import interval_text
 from ..isic.task import label_words
 from .arguments import RunError
-from .runs import check_output_dir
+from .runs import check_output_dir, looks_in
 
 __all__ = [
-    'check_free', 'epochs_of', 'is_home', 'print_drift', 'print_mapping', 'print_replaced', 'replacing_evaluation',
-    'seed_of_data', 'training_names']
+    'check_free', 'epochs_of', 'is_home', 'is_place', 'print_drift', 'print_mapping', 'print_replaced',
+    'replacing_evaluation', 'seed_of_data', 'training_names']
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
-    'metrics.json', 'evaluation.json', 'report.html', 'report.md', 'curves.png', 'alphas.png',  # .md: of 0.1
+    'metrics.json', 'metrics.md', 'evaluation.json', 'report.html', 'curves.png', 'alphas.png',
+    'report.md',  # of 0.1
     *(name.format(split) for split in ('validation', 'test')
       for name in ('predictions_{}.csv', 'roc_{}.png', 'reliability_{}.png'))}
 
@@ -60,6 +61,17 @@ def seed_of_data(args, saved):
     return saved.get('seed', args.seed or 0) if seed is None else seed
 
 
+def is_place(data, saved):
+    """Whether data are named as those of a run, or by another path to the same place.
+
+    Args:
+        data: As the program was told.
+        saved: Arguments of the run.
+    """
+    theirs = saved.get('data') or ''
+    return data == theirs or bool(theirs) and os.path.realpath(data) == os.path.realpath(theirs)
+
+
 def is_home(data, split, folder, saved, splits, mapped):
     """Whether data are those of a checkpoint's run, wherever they lie now; also where that is not known.
 
@@ -71,7 +83,7 @@ def is_home(data, split, folder, saved, splits, mapped):
         splits: Of the data.
         mapped: Whether they have other labels, so that the run's splits.csv was not compared with them.
     """
-    if 'train_ids' not in saved or os.path.realpath(data) == os.path.realpath(saved.get('data') or ''):
+    if 'train_ids' not in saved or is_place(data, saved):
         return True
     if 'train' in splits and ids_digest(splits['train']['image_id']) == saved['train_ids']:
         return True
@@ -91,6 +103,7 @@ def check_free(out, compared):
     for name in ('run.json', 'model.safetensors'):
         if (out / name).exists():
             raise RunError(f'{out} holds a run or weights ({name}): choose another --output-dir for the evaluation.')
+    looks_in(out)  # a fault in it is told before the work
     theirs = [] if (out / 'evaluation.json').exists() else sorted(name for name in FILES if (out / name).exists())
     if theirs:
         raise RunError(f'{out} holds a {theirs[0]} that is not from an evaluation: choose another --output-dir.')
@@ -103,17 +116,18 @@ def replacing_evaluation(out):
     metrics.json goes first and comes last, so that it is never beside the files of another evaluation.
     """
     new = out / '.evaluation'
-    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
-    new.mkdir()
-    try:
-        yield new
-        written = {path.name for path in new.iterdir()}
-        for name in ('metrics.json', *FILES - written):
-            (out / name).unlink(missing_ok=True)
-        for name in ('evaluation.json', *sorted(written - {'evaluation.json', 'metrics.json'}), 'metrics.json'):
-            os.replace(new / name, out / name)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    with alone_in(out):  # of two at once, the second waits here
+        shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+        new.mkdir()
+        try:
+            yield new
+            written = {path.name for path in new.iterdir()}
+            for name in ('metrics.json', *FILES - written):
+                (out / name).unlink(missing_ok=True)
+            for name in ('evaluation.json', *sorted(written - {'evaluation.json', 'metrics.json'}), 'metrics.json'):
+                os.replace(new / name, out / name)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def print_replaced(out, digest):

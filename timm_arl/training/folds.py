@@ -14,6 +14,7 @@ from ..checkpoint import Checkpoint
 from ..files import write_json, write_rows
 from ..isic.dataset import Data, DataError, label_array
 from ..isic.dataset.duplicates import pairs_among
+from ..isic.dataset.sources import ids_digest
 from ..isic.intervals import unit_of
 from ..isic.metrics import auc_table, score_split
 from ..isic.predictions import read_predictions, write_predictions
@@ -159,7 +160,14 @@ def run_each(args: Any, accelerator: Any, data: Data, out: Path, train: Callable
             run.seed, run.seeds, run.folds, run.output_dir = seed, None, 0, str(folder)
             if args.folds:  # the held-out images choose nothing
                 run.fold, run.keep, run.patience = fold, 'last', 0
+                run.fold_ids = ids_digest(part.splits['train']['image_id'])
             run.resume = (folder / 'run.json').exists()
+            if run.resume and args.folds:
+                saved = json.loads((folder / 'run.json').read_text(encoding='utf-8'))['arguments']
+                if saved.get('fold_ids', run.fold_ids) != run.fold_ids:  # which older runs have not recorded
+                    raise RunError(f'{folder} was trained on other images than {fold} has now, since the list of '
+                                   f'duplicates or the images that can be read have changed: undo that, or start '
+                                   f'again in another --output-dir.')
             if not (folder / 'metrics.json').exists():
                 accelerator.print(f'--- {name}')
                 train(run, accelerator, part, folder)

@@ -215,6 +215,14 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     if args.mask_weight and args.augmentation == 'paper':
         raise RunError('--augmentation paper does not transform masks: pass --mask-weight 0, or choose modern or '
                        'plain.')
+    by_hand = parser.parse_args(argv)
+    if by_hand.start_size and by_hand.img_size and by_hand.start_size > by_hand.img_size:
+        raise RunError(f'--start-size {args.start_size} is more than --img-size {args.img_size}: images only grow.')
+    for flag in ('distill_weight', 'distill_features'):
+        if getattr(by_hand, flag) != parser.get_default(flag) and not args.teacher:
+            raise RunError(f'--{flag.replace("_", "-")} is of no use without --teacher: leave it out, or name one.')
+    if by_hand.patience and args.folds:
+        raise RunError('--folds keeps the last epoch of each fold: leave out --patience.')
     if args.duplicates and not args.folds:
         raise RunError('--duplicates belongs to --folds: leave it out, or pass --folds too.')
     if args.streaming and args.folds:

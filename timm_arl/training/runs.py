@@ -11,7 +11,7 @@ import time
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Union
+from typing import IO, Any, Dict, List, Optional, Union
 
 import accelerate
 import datasets
@@ -26,6 +26,7 @@ from ..factory import load_weights_file
 from ..files import (
     alone_in,
     git_commit,
+    hold,
     make_folder,
     read_rows,
     recover_folder,
@@ -41,6 +42,8 @@ from .arguments import RunError
 PathLike = Union[str, Path]
 EMA_FILE = 'average.safetensors'
 SAVING = 'last.saving'  # becomes last/
+LOCK = '.lock'
+_held: Dict[Path, Optional[IO]] = {}
 PARTS = ('seed-[0-9]*/fold-[0-9]*/', 'seed-[0-9]*/', 'fold-[0-9]*/')  # runs of --seeds and --folds
 PATIENCE = 30  # seconds in which a network disk shows new files to other machines
 # may differ on --resume; but each worker that reads a stream has an order of its own
@@ -77,6 +80,7 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         make_folder(out)
+        hold_folder(out)
         recover_folder(out / 'last')
         shutil.rmtree(out / SAVING, ignore_errors=True)
         if not args.resume:
@@ -116,6 +120,27 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(_cannot_resume(out, progress, 'is damaged')) from error
     return summary
+
+
+def hold_folder(out):
+    """Hold an output folder, until this process ends or lets go of it, so that no other run writes to it."""
+    try:
+        file = hold(out / LOCK)
+    except BlockingIOError:
+        raise FolderTaken(f'Another run is writing to {out}: let it finish, or end its processes.') from None
+    if out in _held and file:  # by this process, whose lock is one
+        file.close()
+    else:
+        _held[out] = file
+
+
+def release_folders():
+    """Let go of the folders that this process holds."""
+    for out, file in _held.items():
+        if file:
+            (out / LOCK).unlink(missing_ok=True)
+            file.close()
+    _held.clear()
 
 
 def load_progress(accelerator, network, averaged, out):
@@ -177,6 +202,7 @@ def discard_start(out):
         (folder / 'run.json').unlink()
         (folder / 'splits.csv').unlink(missing_ok=True)
         shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
+        (folder / LOCK).unlink(missing_ok=True)
         for emptied in (folder, folder.parent) if folder != out else (out,):
             with contextlib.suppress(OSError):  # not empty
                 emptied.rmdir()
@@ -248,9 +274,23 @@ def record_look(folder: PathLike, checkpoint: PathLike, scores: Dict[str, Any], 
         'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]) or '',
         **({'other_data': other_data} if other_data else {})}
     with alone_in(folder):
-        earlier = read_rows(path) if path.exists() else []
+        earlier = looks_in(folder)
         rows = [*({key: value for key, value in row.items() if key} for row in earlier), look]
         write_rows(path, rows, list(dict.fromkeys(key for row in rows for key in row)))
+
+
+def looks_in(folder: PathLike) -> List[Dict[str, str]]:
+    """Rows of a folder's looks.csv, none where there is none.
+
+    Raises:
+        RunError: It cannot be read, and must not be replaced.
+    """
+    path = Path(folder, 'looks.csv')
+    try:
+        return read_rows(path) if path.exists() else []
+    except ValueError as error:
+        raise RunError(f'{path} is damaged ({error}): restore it, since it tells how often the test split was '
+                       f'scored.') from error
 
 
 def check_output_dir(out):

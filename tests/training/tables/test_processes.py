@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from timm_arl.training.tables.processes import locked, run_program
+from timm_arl.files import locked
+from timm_arl.training.tables.processes import run_program
 
 
 @pytest.mark.parametrize('given, expected', [(None, '1'), ('4,6', '6'), ('5', '5')])

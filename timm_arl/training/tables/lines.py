@@ -166,6 +166,13 @@ def reason_of(out: Path, name: str, seed: int) -> str:
     return path.read_text(encoding='utf-8') if path.is_file() else ''
 
 
+def _unreachable(out: Path, table: str, row: Row, seed: int) -> str:
+    """Why another row that starts from the same weights was not made, where none was."""
+    others = [other for other in TABLES[table] if row.weights and other.weights == row.weights]
+    made = any(path for other in others for path in (out / 'predictions').glob(f'{other.name}-seed*.csv'))
+    return '' if made else next(filter(None, (reason_of(out, other.name, seed) for other in others)), '')
+
+
 def table_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str, str]]:
     """The lines of tableN.csv, from the predictions that are there, and what each row is."""
     printed = printed_figures(args.table)
@@ -178,7 +185,7 @@ def table_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str, s
             for seed in args.seeds:
                 if row.name not in scores or seed not in scores[row.name].seeds:
                     why = (reason_of(out, row.name, seed) or reason_of(out, row.alpha_zero_of, seed)
-                           or f'not run: --row {row.name} makes it')
+                           or _unreachable(out, args.table, row, seed) or f'not run: --row {row.name} makes it')
                     missing.setdefault(why, []).append(seed)
             note = '; '.join(f'seed {", ".join(map(str, seeds))}: {why}' for why, seeds in missing.items())
         for label in labels_of(args.table):

@@ -1,37 +1,18 @@
 """Runs of our programs in processes of their own, which several processes share between them."""
-import contextlib
-import fcntl
 import os
 import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Iterator, Optional, Sequence, Tuple
+from typing import IO, Sequence, Tuple
 
 import torch
 
-__all__ = ['locked', 'run_program']
+__all__ = ['run_program']
 
 # what a launcher tells its processes, which the runs must not take for themselves
 LAUNCHER = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT')
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[Optional[IO]]:
-    """Hold a lock file that other processes started for the same folder respect.
-
-    Args:
-        path: The file, which stays.
-        wait: Whether to wait where another process holds it; if not, None is given.
-    """
-    with open(path, 'w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-        else:
-            yield file
 
 
 def run_program(program: Path, arguments: Sequence[str], lock: IO) -> Tuple[int, str]:
@@ -49,7 +30,7 @@ def run_program(program: Path, arguments: Sequence[str], lock: IO) -> Tuple[int,
     print(f'$ python benchmarks/{shlex.join([program.name, *arguments])}', flush=True)
     tail = b''
     with subprocess.Popen([sys.executable, str(program), *arguments], env=environment, stderr=subprocess.PIPE,
-                          pass_fds=[lock.fileno()]) as process:
+                          pass_fds=[lock.fileno()] * (os.name == 'posix')) as process:
         errors = process.stderr
         assert errors is not None
         try:
