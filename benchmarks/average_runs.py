@@ -33,9 +33,8 @@ from timm.data import resolve_model_data_config
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from timm_arl.checkpoint import Checkpoint
 from timm_arl.download import WeightsError
-from timm_arl.factory import load_weights_file, save_network
+from timm_arl.factory import Checkpoint, load_weights_file, save_network
 from timm_arl.files import git_commit, read_rows, replacing_folder, write_json, write_rows
 from timm_arl.isic.dataset import DataError, load_data, wanted_of
 from timm_arl.isic.dataset.data import label_array

@@ -45,9 +45,8 @@ from timm.data import resolve_model_data_config
 
 import timm_arl
 from timm_arl.attention import alphas_of
-from timm_arl.checkpoint import Checkpoint
 from timm_arl.download import WeightsError
-from timm_arl.factory import tensors_sha256
+from timm_arl.factory import Checkpoint, tensors_sha256
 from timm_arl.files import git_commit, make_folder, write_json
 from timm_arl.isic.calibration import calibration_scores, subgroup_table, subgroups
 from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of

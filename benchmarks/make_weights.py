@@ -22,9 +22,8 @@ from timm_arl.extras import require
 
 require('train', __name__)
 
-from timm_arl.checkpoint import Checkpoint
 from timm_arl.download import WeightsError
-from timm_arl.factory import tensors_sha256
+from timm_arl.factory import Checkpoint, tensors_sha256
 from timm_arl.files import locked, make_folder, write_json
 from timm_arl.hub import HubError, push, stage
 from timm_arl.isic.dataset import DataError, load_data

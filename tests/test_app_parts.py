@@ -18,11 +18,10 @@ import yaml
 from packaging.requirements import Requirement
 from PIL import Image
 
-from timm_arl.checkpoint import create_trained
 from timm_arl.export import export_onnx
 from timm_arl.export.preprocessing import add_preprocessing
 from timm_arl.extras import missing
-from timm_arl.factory import save_network
+from timm_arl.factory import create_trained, save_network
 from timm_arl.isic import LABELS, probabilities_of
 
 if missing('app'):  # asked without importing Gradio, which takes seconds

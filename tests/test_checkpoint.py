@@ -7,9 +7,8 @@ import safetensors.torch
 import timm
 import torch
 
-from timm_arl.checkpoint import Checkpoint, create_trained
 from timm_arl.download import WeightsError
-from timm_arl.factory import load_weights_file
+from timm_arl.factory import Checkpoint, create_trained, load_weights_file
 
 NARROW = dict(channels=[8, 16, 32, 64])
 

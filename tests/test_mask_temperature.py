@@ -7,10 +7,9 @@ from test_attention import pair, paper_gate, paper_mask
 
 import timm_arl  # noqa: F401  registers the models
 from timm_arl.attention import alphas_of, attention_mask, attention_residual, fused_attention_residual, temperatures_of
-from timm_arl.checkpoint import create_trained
 from timm_arl.download import WeightsError
 from timm_arl.explain import gate_maps
-from timm_arl.factory import load_weights_file, save_network
+from timm_arl.factory import create_trained, load_weights_file, save_network
 
 NETWORKS = ['arl_cnn14', 'arl_tf_efficientnet_lite0']
 KWARGS = [dict(mask_temperature=0.25), dict(learn_temperature=True), dict(mask_temperature=0.5, learn_temperature=True)]

@@ -19,9 +19,8 @@ from PIL import Image
 from predict_program import env, rows, run, values
 from scipy.special import expit, logit
 
-from timm_arl.checkpoint import Checkpoint
 from timm_arl.export import export_onnx
-from timm_arl.factory import save_network
+from timm_arl.factory import Checkpoint, save_network
 from timm_arl.files import write_json
 from timm_arl.isic import LABELS
 from timm_arl.isic.images import decode

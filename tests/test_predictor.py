@@ -11,10 +11,9 @@ from PIL import Image
 from scipy.special import expit, logit
 
 from timm_arl import WeightsError
-from timm_arl.checkpoint import Checkpoint
 from timm_arl.export import export_onnx
 from timm_arl.export.quantize import set_metadata
-from timm_arl.factory import save_network
+from timm_arl.factory import Checkpoint, save_network
 from timm_arl.files import write_json
 from timm_arl.isic import LABELS, probabilities_of
 from timm_arl.isic.synthetic import draw_lesion

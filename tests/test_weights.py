@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from test_cards import front_matter, run_snippets_here
 
 import timm_arl
-from timm_arl.checkpoint import Checkpoint, create_trained
+from timm_arl.factory import Checkpoint, create_trained
 from timm_arl.isic.dataset import decode, load_splits
 from timm_arl.pretrained import OWN_WEIGHTS, shipped_weights
 

@@ -1,43 +1,37 @@
-"""A name, a folder or a file -> a network with its weights, or one clear error."""
-import copy
+"""A name, a folder or a file -> a network with its weights and what travels with them, or one clear error."""
 import difflib
-import hashlib
-import inspect
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, cast
+from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
 
 import safetensors
 import safetensors.torch
 import timm
-import torch
 import torch.nn as nn
-from timm.models import clean_state_dict, get_deprecated_models, parse_model_name, save_for_hf
+from timm.models import get_deprecated_models, parse_model_name
 
 from .download import WeightsError, fetch_weights, is_of_network, plain_http
 from .pretrained import (
-    CONVERT,
-    GATE_ARGUMENTS,
+    OWN_WEIGHTS,
     check_file,
     check_finite,
-    check_fit,
-    check_gate_of,
-    classifiers_of,
     described_by,
-    find_file,
     local_weights,
     misfits,
     only_file,
     pinned_sha256,
     safe_name,
+    shipped_weights,
+    tag_with_weights,
     tags_of,
 )
+from .weights_file import load_weights_file, save_network, tensors_sha256
 
 __all__ = [
-    'create_for_task', 'load_weights_file', 'near_names', 'read_json', 'save_network', 'source_of', 'tensors_sha256',
-    'unknown_tag',
+    'Checkpoint', 'create_for_task', 'create_trained', 'load_weights_file', 'save_network', 'source_of',
+    'tensors_sha256',
 ]
 
 
@@ -59,11 +53,11 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
         if source is None:
             name = get_deprecated_models().get(name, name)  # tv_resnet50 has no weights, but is resnet50.tv_in1k
             if not timm.is_model(name):
-                raise WeightsError(_unknown(name, near_names(name) + "timm.list_models('arl_*') lists the family."))
+                raise WeightsError(_unknown(name, _near(name) + "timm.list_models('arl_*') lists the family."))
             try:
                 timm.get_pretrained_cfg(name)
             except RuntimeError:  # no such tag
-                raise WeightsError(unknown_tag(name)) from None
+                raise WeightsError(_unknown_tag(name)) from None
             if pretrained:
                 kwargs = _with_local_weights(name, kwargs)
         else:
@@ -82,7 +76,7 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
                     fetch_weights(repo, _weights_name(config), config.parent.name, pinned_sha256(repo), **where)))
             if source == 'hf-hub':
                 config = described_by(repo, config)
-            if config.is_file() and os.access(config, os.R_OK) and 'architecture' not in read_json(config):
+            if config.is_file() and os.access(config, os.R_OK) and 'architecture' not in _read_json(config):
                 raise WeightsError(
                     f'{config} does not describe a timm model (it names no architecture): restore it.')
             name, kwargs = f'local-dir:{config.parent}', {**kwargs, 'pretrained_cfg_overlay': overlay}
@@ -116,14 +110,14 @@ def _with_local_weights(name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     return local_weights(variant, {**kwargs, **({'pretrained_cfg': tag} if tag else {})})
 
 
-def unknown_tag(name: str) -> str:
+def _unknown_tag(name: str) -> str:
     variant = name.partition('.')[0]
     return f'No weights {name}: choose {" or ".join(f"{variant}.{tag}" for tag in tags_of(variant)) or variant}.'
 
 
 def _weights_name(config: Path) -> str:
     """The file of a repo that its config.json names, or the usual one."""
-    content = read_json(config)
+    content = _read_json(config)
     pretrained_cfg = content.get('pretrained_cfg', content)
     return safe_name(pretrained_cfg.get('hf_hub_filename') if isinstance(pretrained_cfg, dict) else None)
 
@@ -149,7 +143,187 @@ def _unknown(name: str, otherwise: str) -> str:
         else otherwise)
 
 
-def read_json(path: Optional[Path]) -> Dict[str, Any]:
+def create_trained(source: str) -> nn.Module:
+    """The network of a trained checkpoint, with its weights.
+
+    Args:
+        source: As Checkpoint takes it.
+
+    Raises:
+        WeightsError: As Checkpoint.network.
+    """
+    return Checkpoint(source).network()
+
+
+class Checkpoint:
+    """What a name stands for: a folder or file on this disk, a repo on the Hub, or a registered model.
+
+    Attributes:
+        name: As it was given.
+        path: Folder or file on this disk, or None.
+        folder: Folder on this disk with its config.json, or None. Weights that come with this package have one too.
+        repo: Repo on the Hub that the weights are from, or None.
+        revision: Branch, tag or commit of that repo, or None for main.
+    """
+
+    def __init__(self, name: str, paths: bool = True) -> None:
+        """
+        Args:
+            name: Output folder of finetune_isic.py, staged folder, or a file in one; or a timm name: `local-dir:OUT`,
+                `hf-hub:user/model@revision`, or a registered model with or without a tag.
+            paths: Whether a path without `local-dir:` counts, before a registered model of that name. It does for
+                --checkpoint, but not for --model.
+
+        Raises:
+            WeightsError: Nothing of that name.
+        """
+        self.name = name
+        is_path = paths and Path(name).exists()
+        if paths and not is_path and ':' not in name and not timm.is_model(name):
+            raise WeightsError(f'No folder {name}, and no model of that name: {_near(name)}pass the output folder of '
+                               f'finetune_isic.py, or a name like {next(iter(OWN_WEIGHTS))}.')
+        source, place = ('local-dir', name) if is_path else source_of(name)
+        if source is None and '.' not in place and timm.is_model(place):
+            place = '.'.join(filter(None, [place, tag_with_weights(place)]))
+        self.path = path = Path(place) if source == 'local-dir' else None
+        self._on_hub = source == 'hf-hub'
+        try:
+            self._cfg = None if source else timm.get_pretrained_cfg(get_deprecated_models().get(place, place))
+        except RuntimeError:
+            raise WeightsError(_unknown_tag(place)) from None
+        location = place if self._on_hub else self._cfg and self._cfg.hf_hub_id or ''
+        self.repo, _, self.revision = (part or None for part in location.partition('@'))
+        if path is None:
+            self.folder = shipped_weights(place)
+        else:
+            self.folder = path.parent if path.is_file() else path
+
+    def network(self) -> nn.Module:
+        """The network with its weights.
+
+        Raises:
+            WeightsError: A file, or a folder without config.json or weights; else as create_for_task.
+        """
+        if self.path is None:
+            return create_for_task(self.name, pretrained=True)
+        if self.path.exists() and not os.access(self.path, os.R_OK):
+            raise WeightsError(f'{self.path} cannot be read: permission denied.')
+        if (self.path / 'runs.csv').is_file():
+            raise WeightsError(f'{self.path} holds several runs: choose one of the folders listed in its runs.csv.')
+        missing = [name for name in ('config.json', 'model.safetensors') if not (self.path / name).is_file()]
+        if self.path.is_dir() and missing:
+            raise WeightsError(f'{self.path} holds no {" and no ".join(missing)}: pass the output folder of '
+                               f'finetune_isic.py, or the name of a model.')
+        if self.path.is_file():
+            raise WeightsError(f'{self.path} is a file: pass the folder that holds it, beside its config.json.')
+        return create_for_task(f'local-dir:{self.path}', pretrained=True)
+
+    def config(self) -> Dict[str, Any]:
+        """Content of the config.json beside the weights; empty where there is none.
+
+        Raises:
+            WeightsError: A config.json that could not be loaded from the Hub.
+        """
+        return _read_json(self._published('config.json'))
+
+    def label_names(self) -> Sequence[str]:
+        """What the outputs of the network are called; empty where its config does not tell.
+
+        Raises:
+            WeightsError: A config.json that could not be loaded from the Hub.
+        """
+        if self.path is None and not self._on_hub:
+            return self._cfg and self._cfg.label_names or ()
+        return self.config().get('label_names') or ()
+
+    def settings(self, unknown: Optional[List[WeightsError]] = None) -> Dict[str, Any]:
+        """How the network is to be used: thresholds and calibration, and how its run prepared images.
+
+        Thresholds and calibration are those of config.json or, of a run, those of the home.json beside it, unless
+        they were chosen on images that were prepared in another way.
+
+        Args:
+            unknown: Where a results.json could not be loaded from the Hub, its error is put here and the rest is
+                returned. None: the error is raised.
+
+        Returns:
+            Those of task, thresholds, temperatures, biases, crops, grey_world, lesion_crop and aspect that are known.
+
+        Raises:
+            WeightsError: A config.json or results.json that could not be loaded from the Hub, or as arguments.
+        """
+        config = self.config()
+        try:
+            arguments = self.arguments()
+        except WeightsError as error:
+            if unknown is None or self.path is not None:  # a damaged file on this disk can be restored
+                raise
+            arguments = {}
+            unknown.append(error)
+        home = _read_record(self.folder and self.folder / 'home.json')
+        if any(arguments.get(key) not in (None, value) for key, value in (home.get('shown') or {}).items()):
+            home = {}
+        home, config = (  # temperatures alone are those of an older version, whose calibration was another
+            {k: v for k, v in source.items() if k != 'temperatures' or 'biases' in source} for source in (home, config))
+        return {key: source[key] for source, keys in (
+            (home, ('thresholds', 'temperatures', 'biases')),
+            (config, ('task', 'thresholds', 'temperatures', 'biases')),
+            (arguments, ('crops', 'grey_world', 'lesion_crop', 'aspect')))
+            for key in keys if source.get(key) is not None}
+
+    def arguments(self, published: bool = True) -> Dict[str, Any]:
+        """Arguments of the run that made the weights; empty where they are not known.
+
+        They are in the run.json of finetune_isic.py, beside the weights or up to three folders above them (OUT,
+        OUT/last/kept), or in the results.json of a staged folder or a repo made of one.
+
+        Args:
+            published: Whether to look for a results.json too.
+
+        Raises:
+            WeightsError: A run.json or results.json that is damaged, or could not be loaded from the Hub; a repo
+                without one is no error.
+        """
+        folder = self.run_folder()
+        if folder is not None:
+            return _read_record(folder / 'run.json')['arguments']
+        try:
+            run = _read_record(self._published('results.json') if published else None).get('run')
+        except WeightsError as error:
+            if not error.missing:
+                raise
+            return {}
+        arguments = run.get('arguments') if isinstance(run, dict) else None
+        return arguments if isinstance(arguments, dict) else {}
+
+    def run_folder(self) -> Optional[Path]:
+        """Folder with the run.json of finetune_isic.py: that of the weights, or up to three above it; or None.
+
+        Raises:
+            WeightsError: A run.json that is damaged.
+        """
+        for path in dict.fromkeys((self.path.absolute(), self.path.resolve()) if self.path else ()):
+            for folder in (path, *path.parents[:3]):
+                saved = _read_record(folder / 'run.json').get('arguments')
+                if isinstance(saved, dict) and 'train_ids' in saved:  # else another program's
+                    return folder
+                if (folder / 'results.json').is_file():  # a staged folder, whatever it lies in
+                    break
+        return None
+
+    def _published(self, file: str) -> Optional[Path]:
+        """A file beside the weights; from the Hub, of the commit that the weights are loaded from."""
+        if self.folder is not None or not self._on_hub:
+            return self.folder and self.folder / file
+        repo = cast(str, self.repo)
+        described = described_by(repo, Path(file))
+        if described != Path(file):
+            return described
+        config = fetch_weights(repo, 'config.json', self.revision)
+        return config if file == config.name else fetch_weights(repo, file, config.parent.name)
+
+
+def _read_json(path: Optional[Path]) -> Dict[str, Any]:
     """Content of a JSON file, empty where there is none, or none that can be read."""
     try:
         content = json.loads(path.read_text(encoding='utf-8')) if path else None
@@ -158,92 +332,18 @@ def read_json(path: Optional[Path]) -> Dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def near_names(name: str) -> str:
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    return f'did you mean {" or ".join(near)}? ' if near else ''
-
-
-def load_weights_file(model: nn.Module, path: Union[str, Path]) -> List[str]:
-    """Load a safetensors file, or the model.safetensors of a folder, into a model.
-
-    A ResNet checkpoint fits an ARL-CNN of the same depth, whose alphas it leaves as they are. Apart from that and from
-    a classifier of another size, which is left as it is too, every tensor must find its place.
-
-    Args:
-        model: A timm model.
-        path: A .safetensors file, or a folder that holds model.safetensors.
-
-    Returns:
-        Names of the parameters that were left as they are: the classifier's, or none.
+def _read_record(path: Optional[Path]) -> Dict[str, Any]:
+    """Content of a JSON file that tells how a network was trained, empty where there is none.
 
     Raises:
-        WeightsError: No such file, another format, tensors that do not fit the model or are not finite, or another
-            kind of attention.
+        WeightsError: It is damaged or cannot be read: what it says must not be replaced by defaults.
     """
-    file = find_file(Path(path))
-    try:
-        state_dict = safetensors.torch.load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(
-            f'{file} is not a readable safetensors file ({error}), and only those are opened: {CONVERT}.') from None
-    check_finite(state_dict, file)
-    state_dict = dict(clean_state_dict(state_dict))
-    if hasattr(model, 'checkpoint_filter_fn'):  # ours
-        state_dict = model.checkpoint_filter_fn(state_dict, model)  # type: ignore[operator]  # no module
-    check_gate_of(model, file)
-
-    own = model.state_dict()
-    classifiers = classifiers_of(cast(Any, model).pretrained_cfg)
-    left = [k for k in own.keys() | state_dict.keys() if k.rpartition('.')[0] in classifiers]
-    if all(k in own and k in state_dict and own[k].shape == state_dict[k].shape for k in left):
-        left = []
-    for key in left:
-        state_dict.pop(key, None)
-    check_fit(state_dict, model, file, left)
-    model.load_state_dict(state_dict, strict=False)
-    return sorted(own.keys() & set(left), reverse=True)
+    content = _read_json(path)
+    if not content and path is not None and path.is_file():
+        raise WeightsError(f'{path} is damaged or cannot be read: restore it, or remove it if nothing is lost by that.')
+    return content
 
 
-def save_network(
-        model: Any,
-        folder: Union[str, Path],
-        label_names: Sequence[str] = (),
-        data_config: Optional[Dict[str, Any]] = None,
-        task: Optional[Dict[str, Any]] = None,
-        **model_args,
-) -> None:
-    """Write config.json and model.safetensors, which `timm.create_model('local-dir:FOLDER', pretrained=True)` reads.
-
-    Args:
-        model: A timm model.
-        folder: Where to; made if it does not exist.
-        label_names: Names of the outputs.
-        data_config: timm's data config of its images, where the model's own says something else.
-        task: What config.json tells of the task, beside label_names.
-        **model_args: Further arguments of `timm.create_model` that the model was created with.
-    """
-    keywords: Dict[str, Any] = dict(data_config=data_config)
-    if 'data_config' not in inspect.signature(save_for_hf).parameters:  # timm < 1.0.31 writes the architecture's config
-        del keywords['data_config']
-        model = copy.copy(model)
-        model.pretrained_cfg = {**model.pretrained_cfg, 'num_classes': model.num_classes, **(data_config or {})}
-        if data_config:
-            for key in ('pool_size', 'test_input_size', 'test_pool_size', 'test_crop_pct'):
-                model.pretrained_cfg.pop(key, None)
-        if hasattr(model, 'mask_scale'):
-            model_args = {**{name: getattr(model, name) for name in GATE_ARGUMENTS}, **model_args}
-    save_for_hf(model, str(folder), safe_serialization=True, model_args=model_args,
-                model_config=dict(label_names=list(label_names), **({'task': task} if task else {})), **keywords)
-
-
-def tensors_sha256(path: Path) -> str:
-    """sha256 of the names, shapes, types and values in a safetensors file, whatever its metadata are.
-
-    Args:
-        path: .safetensors file.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(safetensors.torch.load_file(path).items()):
-        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}\n'.encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _near(name: str) -> str:
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f'did you mean {" or ".join(near)}? ' if near else ''

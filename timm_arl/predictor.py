@@ -10,10 +10,9 @@ from timm.data import resolve_model_data_config
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .attention import alphas_of
-from .checkpoint import Checkpoint
 from .download import WeightsError, sha256_of
 from .explain import class_activation_map, gate_maps
-from .factory import tensors_sha256
+from .factory import Checkpoint, tensors_sha256
 from .isic.crops import Box
 from .isic.dicom import is_dicom, read_dicom
 from .isic.images import read_image, to_rgb

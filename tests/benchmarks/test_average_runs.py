@@ -10,7 +10,7 @@ import timm
 import torch
 from test_finetune_isic import SMALL, read_csv
 
-from timm_arl.checkpoint import create_trained
+from timm_arl.factory import create_trained
 from timm_arl.hub import stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('threads', 'no_pictures')]

@@ -9,7 +9,7 @@ import safetensors.torch
 import timm
 import torch
 
-from timm_arl.checkpoint import create_trained
+from timm_arl.factory import create_trained
 from timm_arl.isic.shift import home_of
 
 pytestmark = pytest.mark.slow

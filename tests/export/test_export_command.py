@@ -13,11 +13,11 @@ from test_arl_cnn import create, image, with_alpha
 from test_onnx_file import randomise
 from timm.models import save_for_hf
 
-from timm_arl.checkpoint import Checkpoint
 from timm_arl.export import OnnxModel
 from timm_arl.export.__main__ import main
 from timm_arl.export.calibration import CalibrationImages, Loss
 from timm_arl.export.quantize import update_metadata
+from timm_arl.factory import Checkpoint
 from timm_arl.files import write_json
 from timm_arl.isic.dataset import load_data
 from timm_arl.isic.dataset.sources import ids_digest

@@ -17,9 +17,9 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .. import __version__
-from ..checkpoint import Checkpoint
 from ..explain import gate_maps, scaled_alphas
 from ..extras import missing
+from ..factory import Checkpoint
 from ..isic.crops import Box
 from ..isic.dicom import SUFFIXES, read_dicom
 from ..isic.images import decode

@@ -28,10 +28,9 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 
 from ..arguments import number, program_parser
-from ..checkpoint import Checkpoint
 from ..download import WeightsError
 from ..extras import require
-from ..factory import create_for_task
+from ..factory import Checkpoint, create_for_task
 from ..files import make_folder, replacing
 from ..isic.task import OFFICIAL_THRESHOLD, Task, label_words
 from ..kernels import problem

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from huggingface_hub.utils import tqdm  # of the core: it comes with timm
 
-from ..checkpoint import Checkpoint
+from ..factory import Checkpoint
 from ..image_list import OwnImages, write_image_list
 from ..isic.images import readings
 from ..isic.task import Task

@@ -12,8 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..attention import alphas_of, temperatures_of
-from ..checkpoint import Checkpoint
-from ..factory import tensors_sha256
+from ..factory import Checkpoint, tensors_sha256
 from ..files import read_rows
 from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.dataset.sources import CHALLENGE_IDS, ids_digest

@@ -9,8 +9,8 @@ from typing import Any, Callable, Dict, List, Optional, Union
 import safetensors.torch
 import timm
 
-from ..checkpoint import create_trained
 from ..download import sha256_of
+from ..factory import create_trained
 from ..files import make_folder, replacing, replacing_folder, write_json
 from ..isic.task import Task
 from ..pretrained import OWN_WEIGHTS, shipped_weights

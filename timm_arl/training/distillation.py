@@ -16,7 +16,7 @@ from torch.nn.functional import (
 )
 from torchvision.transforms.v2.functional import resize
 
-from ..checkpoint import Checkpoint
+from ..factory import Checkpoint
 from ..isic.task import Task
 from .arguments import RunError
 

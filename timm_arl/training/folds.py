@@ -10,7 +10,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
-from ..checkpoint import Checkpoint
+from ..factory import Checkpoint
 from ..files import write_json, write_rows
 from ..isic.dataset import Data, DataError, label_array
 from ..isic.dataset.duplicates import pairs_among
