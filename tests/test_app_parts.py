@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -202,3 +203,23 @@ def test_bodies_are_refused_that_would_fill_the_memory_together():
         assert statuses == [503, None]
 
     result_of(many())
+
+
+@pytest.mark.parametrize('content', ['{"test": {"mean_auc": 0.9}}', '[1]', '{"metrics": 3}', '{"test": null}'])
+def test_scores_of_another_program_do_not_stop_the_page(tiny, tmp_path, content):
+    from timm_arl.app.analysis import Analyst
+
+    shutil.copytree(tiny, tmp_path / 'out')
+    (tmp_path / 'out' / 'metrics.json').write_text(content)
+    assert Analyst(str(tmp_path / 'out')).measured is None
+
+
+def test_masks_are_shown_where_there_is_no_class_activation_map(tmp_path):
+    from timm_arl.app.analysis import Analyst
+
+    model = timm.create_model('arl_cnn14_channel', num_classes=2, channels=[8, 16, 32, 64], global_pool='avgmax')
+    save_network(model, tmp_path, LABELS, channels=[8, 16, 32, 64])
+    analyst = Analyst(str(tmp_path))
+    analysis = analyst.look_at_synthetic('nevus')
+    assert list(analyst.maps(analysis, 'layer1.0')) == ['layer1.0']
+    assert analyst.maps(analysis) == {}

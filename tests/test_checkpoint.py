@@ -7,8 +7,9 @@ import safetensors.torch
 import timm
 import torch
 
+import timm_arl
 from timm_arl.download import WeightsError
-from timm_arl.factory import Checkpoint, create_trained, load_weights_file
+from timm_arl.factory import Checkpoint, create_trained, load_weights_file, save_network
 
 NARROW = dict(channels=[8, 16, 32, 64])
 
@@ -109,3 +110,25 @@ def test_a_damaged_record_of_a_run_is_told(run, tmp_path, content):
     (tmp_path / 'out' / 'run.json').write_text(content)
     with pytest.raises(WeightsError, match='run.json is damaged or cannot be read: restore it'):
         Checkpoint(str(tmp_path / 'out')).settings()
+
+
+def test_a_lenient_loading_is_not_passed_on(tmp_path):
+    """By whoever saved the network: what does not fit would be left random, and nothing would say so."""
+    model = timm.create_model('arl_cnn14', num_classes=2, pretrained_strict=False, **NARROW)
+    save_network(model, tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert 'pretrained_strict' not in config['model_args']
+    tensors = safetensors.torch.load_file(tmp_path / 'model.safetensors')
+    safetensors.torch.save_file(
+        {name: t for name, t in tensors.items() if not name.startswith('layer3')}, tmp_path / 'model.safetensors')
+    config['model_args']['pretrained_strict'] = False  # of another program
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match='layer3'):
+        create_trained(str(tmp_path))
+
+
+def test_the_mask_of_a_network_that_timm_did_not_create_is_saved(tmp_path):
+    model = timm_arl.arl_cnn.arl_cnn14(attention='mixed', mask_scale='mean1', num_classes=2, **NARROW)
+    save_network(model, tmp_path, **NARROW)
+    found = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert (found.attention, found.mask_scale) == ('mixed', 'mean1')

@@ -93,6 +93,22 @@ def test_a_head_of_another_kind_has_no_cam(model):
         class_activation_map(model(), IMAGES)
 
 
+@pytest.mark.parametrize('pool', ['max', 'avgmax'])
+@pytest.mark.parametrize('seed', range(3))
+def test_nor_has_it_in_half_precision(pool, seed):
+    """Rounding must not hide that the map does not explain the logit."""
+    torch.manual_seed(seed)
+    model = timm.create_model('arl_cnn14', num_classes=2, global_pool=pool).eval()
+    with pytest.raises(ValueError, match='no class activation map'):
+        class_activation_map(model.bfloat16(), torch.randn(1, 3, 64, 64).bfloat16())
+
+
+def test_no_image_in_the_batch():
+    model = create('arl_cnn14')
+    assert class_activation_map(model, IMAGES[:0]).shape[0] == 0
+    assert {len(gate.mask) for gate in gate_maps(model, IMAGES[:0]).values()} == {0}
+
+
 @pytest.mark.parametrize('of', [
     class_activation_map, gate_maps, lambda model, images: gradient_map(model, images, 0)])
 def test_the_network_is_left_as_it_was(of):
@@ -417,3 +433,21 @@ def test_gradient_maps_of_half_precision(dtype):
         assert gradient_map(model.float(), images, 1).dtype == torch.float32
     with pytest.raises(ValueError, match='no image'):
         gradient_map(model, images[:0], 1)
+
+
+@pytest.mark.parametrize('layer', ['', 'layer3'])
+def test_gradient_maps_of_checkpointed_and_compiled_networks(layer):
+    torch.manual_seed(0)
+    model = timm.create_model('arl_cnn14', num_classes=2, channels=[8, 16, 32, 64], zero_init_last=False).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected = gradient_map(model, images, 1, layer)
+    model.set_grad_checkpointing()
+    assert torch.allclose(gradient_map(model, images, 1, layer), expected)
+    assert model.grad_checkpointing
+    model.set_grad_checkpointing(False)
+    compiled = torch.compile(model, backend='eager')
+    assert torch.allclose(gradient_map(compiled, images, 1, layer), expected)
+    model.compile(backend='aot_eager')
+    with torch.no_grad():
+        model(images)
+    assert torch.allclose(gradient_map(model, images, 1, layer), expected)

@@ -42,6 +42,35 @@ def test_folded_batch_norm(kwargs):
             assert (folded(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def test_folded_norms_that_have_an_activation():
+    """Those of EfficientNets."""
+    model = randomise(timm.create_model('arl_tf_efficientnet_lite0', num_classes=2, alpha_init=2.))
+    folded, images = fold_batch_norm(model), torch.randn(2, 3, 96, 96)
+    assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.inference_mode():
+        expected = model(images)
+        assert (folded(images) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_folded_batch_norm_of_other_precisions(dtype):
+    """What differs by the rounding of a precision is not another network."""
+    folded = fold_batch_norm(randomise(create('arl_cnn14', num_classes=2)).to(dtype))
+    assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert folded(image(96).to(dtype)).dtype == dtype
+
+
+def test_small_outputs_are_compared_too():
+    class Crossed(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[2](self[0](x))) * 1e-4
+
+    crossed = Crossed(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    nn.init.constant_(crossed[1].bias, -1.)
+    with pytest.raises(ExportError, match='differs from the model'):
+        fold_batch_norm(crossed)
+
+
 def test_folding_a_network_of_another_order_is_refused():
     class Crossed(nn.Sequential):
         def forward(self, x):

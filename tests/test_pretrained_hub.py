@@ -134,8 +134,8 @@ def hub(weights, large, vit_tiny, library):
     path, config, _ = weights
     files = {'model.safetensors': path, 'config.json': config}
     repos = {repo: files for repo, *_ in [*LOADS, *REFUSED] if repo != 'row/11-missing'}
-    others = ('whole', 'bare', 'refuses', 'private', 'shared', 'unlinked', 'unlinked-2', 'both', '10-wrong-config',
-              '10-always-wrong-config')
+    others = ('whole', 'bare', 'refuses', 'private', 'shared', 'unlinked', 'unlinked-2', 'both', 'gone',
+              '10-wrong-config', '10-always-wrong-config')
     repos.update({'row/05-early-close': {'model.safetensors': large[0]},
                   'row/15-no-weights': {'config.json': config, 'pytorch_model.bin': b'x'},
                   'row/16-head-fails-and-bin': {**files, 'pytorch_model.bin': b'x'},
@@ -375,6 +375,15 @@ def test_damage_and_a_hub_that_fails(client, hub, home, weights):
     hub.fault('GET /_cdn/.*/row/both', 'status', code=503)
     result, said = client(repo='row/both')
     assert result.get('sum') == weights[2] and 'trying again' in said, (result, said)
+
+
+def test_damage_and_a_hub_that_is_gone(client, hub, home):
+    """What has arrived damaged stays in no cache that other programs share, also if it cannot be replaced."""
+    hub.fault('GET /_cdn/.*/row/gone', 'corrupt')
+    hub.fault('GET /_cdn/.*/row/gone', 'status', times=-1, code=500)
+    result, said = client(repo='row/gone')
+    assert 'error' in result and 'arrived damaged' in said, (result, said)
+    assert not [path for path in (home / 'hub' / 'models--row--gone').rglob('model.safetensors') if path.exists()]
 
 
 def test_a_cache_that_shares_its_blobs(client, hub, home, weights):

@@ -133,8 +133,9 @@ def fetch_weights(
         if whole:
             return path
         if force:
-            _blob(path).unlink(missing_ok=True)  # or other programs that use the cache would load it
+            _blob(path).unlink(missing_ok=True)
             break
+        _blob(path).unlink(missing_ok=True)  # or other programs that use the cache would load it
         force = True
         say(f'{file} of {repo} arrived damaged: downloading it again.')
     raise WeightsError(**where, cause='the downloaded file has the wrong checksum', remedy=(

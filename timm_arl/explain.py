@@ -92,7 +92,7 @@ def class_activation_map(model: nn.Module, images: torch.Tensor) -> torch.Tensor
     if weight is None or features.ndim != 4 or features.shape[1] != weight[0].numel():
         raise _no_cam(model)
     dtype = torch.promote_types(features.dtype, torch.float32)
-    tolerance = 1e-3 if dtype == features.dtype else 0.05
+    tolerance = 1e-3 if dtype == features.dtype else 4e-3
     features, logits, weight = features.to(dtype), logits.to(dtype), weight.detach().flatten(1).to(dtype)
     constant = 0. if classifier.bias is None else classifier.bias.detach().to(dtype)
     norm = getattr(getattr(model, 'head', None), 'norm', None)
@@ -103,7 +103,7 @@ def class_activation_map(model: nn.Module, images: torch.Tensor) -> torch.Tensor
         weight = weight * norm.weight.detach().to(dtype)
     maps = torch.einsum('lc,bchw->blhw', weight, features)
     error = (maps.mean((2, 3)) + constant - logits).abs()
-    size = torch.einsum('lc,bchw->bl', weight.abs(), features.abs()) / features[0, 0].numel() + logits.abs()
+    size = torch.einsum('lc,bchw->bl', weight.abs(), features.abs()) / features.shape[2:].numel() + logits.abs()
     if (error > tolerance * size).any():  # beyond what rounding explains
         raise _no_cam(model)
     return maps.float()
@@ -152,6 +152,7 @@ def gradient_map(
 
     if method not in METHODS:
         raise ValueError(f'Unknown method {method!r}: choose {", ".join(METHODS)}.')
+    model = getattr(model, '_orig_mod', model)  # of torch.compile
     outputs = getattr(model, 'num_classes', None)
     if outputs is not None and not 0 <= label < outputs:
         raise ValueError(f'Output {label} does not exist: the network has {outputs}, counted from 0.')
@@ -175,15 +176,20 @@ def gradient_map(
         model, images = copy.deepcopy(model).float(), images.float()
         modules = dict(model.named_modules())
     state = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    recomputing = [m for m in modules.values() if getattr(m, 'grad_checkpointing', False)]
     with (_evaluating(model), torch.inference_mode(False), torch.enable_grad(),
-          torch.autocast(images.device.type, enabled=False)):
+          torch.autocast(images.device.type, enabled=False), torch.compiler.set_stance('force_eager')):
         cam = getattr(pytorch_grad_cam, METHODS[method])(model, [modules[layer]], reshape_transform=kept)
         try:
             for p, _, _ in state:  # the input's gradient is enough
                 p.requires_grad_(False)
+            for module in recomputing:  # which would run the layers one by one, past the hooks of a stage
+                module.grad_checkpointing = False
             heat = cam(images.detach().clone().requires_grad_(), [ClassifierOutputTarget(label)] * len(images))
         finally:
             cam.activations_and_grads.release()
+            for module in recomputing:
+                module.grad_checkpointing = True
             for p, requires_grad, grad in state:
                 p.requires_grad_(requires_grad)
                 p.grad = grad
@@ -254,7 +260,7 @@ def _gate_map(residual: torch.Tensor, shortcut: torch.Tensor, block: Block) -> G
     applied = plain if block.mask_scale == 'softmax' else attention_mask(
         residual, block.attention, block.mask_scale, *temperature)
     residual, shortcut = residual.to(plain.dtype), shortcut.to(plain.dtype)
-    channels, positions = plain.shape[1], plain[0, 0].numel()
+    channels, positions = plain.shape[1], plain.shape[2:].numel()
     shares = plain.flatten(2)
     if block.attention == 'spatial':
         mask, axis = plain.mean(1) * positions, 2
@@ -267,7 +273,7 @@ def _gate_map(residual: torch.Tensor, shortcut: torch.Tensor, block: Block) -> G
     effect = torch.special.entr(shares).sum(axis).exp() / shares.shape[axis]
     contribution = abs(alpha) * (applied * shortcut).norm(dim=1) / ((shortcut + residual).norm(dim=1) + EPS)
     return GateMap(mask.float(), contribution.float(), alpha, effect.mean(1).float(), plain.flatten(1).amax(1).float(),
-                   residual.flatten(1).std(1, correction=0).float())
+                   residual.flatten(1).var(1, correction=0).sqrt().float())
 
 
 @contextlib.contextmanager

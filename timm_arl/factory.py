@@ -14,6 +14,7 @@ from timm.models import get_deprecated_models, parse_model_name
 
 from .download import WeightsError, fetch_weights, is_of_network, plain_http
 from .pretrained import (
+    LENIENT,
     OWN_WEIGHTS,
     check_file,
     check_finite,
@@ -79,6 +80,8 @@ def create_for_task(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
             if config.is_file() and os.access(config, os.R_OK) and 'architecture' not in _read_json(config):
                 raise WeightsError(
                     f'{config} does not describe a timm model (it names no architecture): restore it.')
+            if LENIENT in (_read_json(config).get('model_args') or {}):  # who loads it decides, not who saved it
+                kwargs.setdefault(LENIENT, True)
             name, kwargs = f'local-dir:{config.parent}', {**kwargs, 'pretrained_cfg_overlay': overlay}
         with plain_http():
             model = timm.create_model(name, pretrained=pretrained, **kwargs)

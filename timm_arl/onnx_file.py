@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional, Tuple, Union, cast
 import numpy as np
 import torch
 import torch.nn as nn
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch.nn.utils import fuse_conv_bn_eval
 
 from .extras import require
@@ -27,12 +28,15 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         model: A network whose blocks register layers in the order they run them, as timm's ResNets do.
 
     Returns:
-        A copy in eval mode with `nn.Identity` where the norms were.
+        A copy in eval mode with `nn.Identity`, or the activation alone, where the norms were.
 
     Raises:
         ExportError: The copy does not compute the same: the layers run in another order.
     """
     model = copy.deepcopy(model).eval()
+    dtypes = {p.dtype for p in model.parameters()}
+    if dtypes <= {torch.float16, torch.bfloat16}:
+        model = model.float()  # in a precision whose rounding is no difference
     folded, count = copy.deepcopy(model), 0
     for parent in folded.modules():
         previous = ''
@@ -41,19 +45,20 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
             while isinstance(getattr(holder, key, None), nn.Sequential):  # a deep stem ends in its convolution
                 holder = getattr(holder, key)
                 key = str(len(holder) - 1)
-            before = getattr(holder, key, None)
-            if (type(module) is nn.BatchNorm2d and type(before) is nn.Conv2d and module.track_running_stats
-                    and before.out_channels == module.num_features):
-                setattr(holder, key, fuse_conv_bn_eval(before, module))
-                setattr(parent, name, nn.Identity())
+            before: Any = getattr(holder, key, None)
+            if (type(module) in (nn.BatchNorm2d, BatchNormAct2d) and type(before) in (nn.Conv2d, Conv2dSame)
+                    and module.track_running_stats and before.out_channels == module.num_features):
+                setattr(holder, key, fuse_conv_bn_eval(cast(nn.Conv2d, before), cast(nn.BatchNorm2d, module)))
+                setattr(parent, name, nn.Sequential(module.drop, module.act) if isinstance(module, BatchNormAct2d)
+                        else nn.Identity())
                 count += 1
             previous = name
     if count:
         x = torch.randn(2, *_input_shape(model), generator=torch.Generator().manual_seed(0))
         x = x.to(next(model.parameters()))
         with torch.inference_mode():
-            _compare(folded(x), model(x), 'with folded BatchNorm the network', ': export it with --no-fold')
-    return folded
+            _compare(folded(x), model(x), 'with folded BatchNorm the network', ': use it as it is (--no-fold)')
+    return folded.to(dtypes.pop()) if len(dtypes) == 1 else folded
 
 
 def _input_shape(model: Any) -> Tuple[int, int, int]:
@@ -81,7 +86,7 @@ def _input_shape(model: Any) -> Tuple[int, int, int]:
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, what: str, remedy: str = '') -> None:
     error = (found - expected).abs().max().item()
-    allowed = 1e-3 * max(1., expected.abs().max().item())
+    allowed = 1e-3 * max(1e-3, expected.abs().max().item())
     if not error <= allowed:
         raise ExportError(f'{what} differs from the model by {error:.2g}, more than {allowed:.2g}{remedy}.')
 

@@ -27,6 +27,9 @@ __all__ = ['DEFAULT_MODEL', 'Cutter', 'Predictor', 'read_picture']
 DEFAULT_MODEL = 'arl_cnn14.isic2017'
 USUAL_CROPS = 'multiscale'  # as evaluate_isic.py's, where the checkpoint's run is not known
 SMALLEST_SIDE = 16  # pixels; in less nobody sees a lesion
+MASKS = {  # what the pictures of attention masks show
+    'spatial': 'mean over channels; 1 is a flat mask', 'channel': 'largest of the channels; 1 is a flat mask',
+    'mixed': 'mean over channels'}
 LARGEST_MAP = 1024  # pixels, longer side of a picture with a map
 LONGEST_SHAPE = 10  # longer side over shorter side; resizing a thread of pixels can take all memory
 
@@ -321,24 +324,30 @@ class Predictor:
         """
         if self.network is None:
             raise ValueError(f'{self.name} is an ONNX file, which gives no maps: use the checkpoint.')
-        tensor = tensor.to(self.device)
-        maps = class_activation_map(self.network, tensor)
-        pictures = {}
-        heats = {label: on_picture(maps[:, self.task.outputs.index(label)], boxes, picture.size)
-                 for label in self.labels}
-        most = max(float(np.nanmax(np.abs(heat))) for heat in heats.values()) or 1.  # so that 0 has one colour in all
+        tensor, gates = tensor.to(self.device), {}
+        if blocks != () and alphas_of(self.network):
+            gates = {name: gate for name, gate in gate_maps(self.network, tensor).items()
+                     if blocks is None or name in blocks}
+        pictures, heats = {}, {}
+        try:
+            maps = class_activation_map(self.network, tensor)
+            heats = {label: on_picture(maps[:, self.task.outputs.index(label)], boxes, picture.size)
+                     for label in self.labels}
+        except ValueError:  # another kind of head
+            if not gates:
+                raise
+        # so that 0 has one colour in all
+        most = max((float(np.nanmax(np.abs(heat))) for heat in heats.values()), default=1.) or 1.
         for label, heat in heats.items():
             pictures[label] = overlay(
                 picture, heat, f'Class activation map, {label_words(label)}: above 0 speaks for it, below 0 against '
                 f'it.', (-most, most))
-        for name, gate in gate_maps(self.network, tensor).items() if blocks != () and alphas_of(self.network) else ():
-            if blocks is not None and name not in blocks:
-                continue
+        attention = getattr(self.network, 'attention', '')
+        for name, gate in gates.items():
             heat = on_picture(gate.mask, boxes, picture.size)
             pictures[name] = overlay(
-                picture, heat, f'Attention mask of block {name}, mean over channels'
-                f'{"" if self.network.attention == "mixed" else "; 1 is a flat mask"}. alpha = {gate.alpha:.3g}.',
-                (0., max(np.nanmax(heat), 1. if self.network.attention == 'mixed' else 2.)))
+                picture, heat, f'Attention mask of block {name}, {MASKS[attention]}. alpha = {gate.alpha:.3g}.',
+                (0., max(np.nanmax(heat), 1. if attention == 'mixed' else 2.)))
         return pictures
 
 

@@ -13,9 +13,9 @@ from timm.models import build_model_with_cfg, clean_state_dict, resolve_pretrain
 from .download import LOCAL_FILE, WeightsError, fetch_weights, is_whole, say
 
 __all__ = [
-    'GATE_ARGUMENTS', 'HUB', 'OWN_WEIGHTS', 'build_with_local_weights', 'check_file', 'check_finite', 'check_fit',
-    'check_gate_of', 'check_loadable', 'classifiers_of', 'described_by', 'find_file', 'local_weights', 'only_file',
-    'pinned_sha256', 'safe_name', 'shipped_weights', 'tag_with_weights', 'tags_of',
+    'GATE_ARGUMENTS', 'HUB', 'LENIENT', 'OWN_WEIGHTS', 'build_with_local_weights', 'check_file', 'check_finite',
+    'check_fit', 'check_gate_of', 'check_loadable', 'classifiers_of', 'described_by', 'find_file', 'local_weights',
+    'only_file', 'pinned_sha256', 'safe_name', 'shipped_weights', 'tag_with_weights', 'tags_of',
 ]
 
 HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # user or organisation of this project's repos on the Hub
@@ -25,6 +25,7 @@ OWN_WEIGHTS = {
     'arl_tf_efficientnet_lite0.isic2017': '12353ebfe71f7655e2e1a6069529dd876ed3d63850748595ad4add7401c72ad9',
 }
 # what tells apart networks with the same tensors, and last, what changes the tensors
+LENIENT = 'pretrained_strict'  # false: timm leaves what does not fit
 GATE_ARGUMENTS = ('attention', 'mask_scale', 'mask_temperature', 'learn_temperature')
 CONVERT = 'save the weights again with safetensors.torch.save_file'
 
@@ -131,7 +132,7 @@ def build_with_local_weights(
             kwargs = {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'first_conv': None}}
     model = build_model_with_cfg(
         model_cls, variant, pretrained,
-        pretrained_filter_fn=checked if kwargs.get('pretrained_strict', True) else filter_fn, **kwargs)
+        pretrained_filter_fn=checked if kwargs.get(LENIENT, True) else filter_fn, **kwargs)
     if first_conv:
         model.pretrained_cfg['first_conv'] = first_conv
         getattr(model, '_traits', {})['first_conv'] = first_conv  # what timm >= 1.0.31 saves

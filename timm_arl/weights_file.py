@@ -12,7 +12,16 @@ import torch.nn as nn
 from timm.models import clean_state_dict, save_for_hf
 
 from .download import WeightsError
-from .pretrained import CONVERT, GATE_ARGUMENTS, check_finite, check_fit, check_gate_of, classifiers_of, find_file
+from .pretrained import (
+    CONVERT,
+    GATE_ARGUMENTS,
+    LENIENT,
+    check_finite,
+    check_fit,
+    check_gate_of,
+    classifiers_of,
+    find_file,
+)
 
 __all__ = ['load_weights_file', 'save_network', 'tensors_sha256']
 
@@ -84,8 +93,11 @@ def save_network(
         if data_config:
             for key in ('pool_size', 'test_input_size', 'test_pool_size', 'test_crop_pct'):
                 model.pretrained_cfg.pop(key, None)
-        if hasattr(model, 'mask_scale'):
-            model_args = {**{name: getattr(model, name) for name in GATE_ARGUMENTS}, **model_args}
+    if hasattr(model, 'mask_scale'):  # which timm knows of models that its create_model made
+        model_args = {**{name: getattr(model, name) for name in GATE_ARGUMENTS}, **model_args}
+    if hasattr(model, '_model_args') and LENIENT in model._model_args:  # of that loading, not of the network
+        model = copy.copy(model)
+        model._model_args = {key: value for key, value in model._model_args.items() if key != LENIENT}
     save_for_hf(model, str(folder), safe_serialization=True, model_args=model_args,
                 model_config=dict(label_names=list(label_names), **({'task': task} if task else {})), **keywords)
 

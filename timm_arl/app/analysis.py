@@ -301,13 +301,13 @@ def _measured(name: str, labels: Sequence[str]) -> Optional[Dict[str, Any]]:
     for file in ('results.json', 'metrics.json'):  # of a staged folder, and of a run
         try:
             content = json.loads(Path(folder, file).read_text(encoding='utf-8'))
-        except (OSError, ValueError):
+            metrics = content.get('metrics', content)
+            split = next((split for split in ('test', 'validation') if split in metrics), None)
+            if split and metrics[split].get('mean_auc') is not None:
+                data = content.get('data', {})
+                return {**metrics[split], 'split': split, 'images': metrics[split][labels[0]]['images'],
+                        'data': 'ISIC 2017' if split in data.get('official_splits', ()) else
+                        data.get('name', 'its data set')}
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):  # none, or another program's
             continue
-        metrics = content.get('metrics', content)
-        split = next((split for split in ('test', 'validation') if split in metrics), None)
-        if split and metrics[split].get('mean_auc') is not None:
-            data = content.get('data', {})
-            return {**metrics[split], 'split': split, 'images': metrics[split][labels[0]]['images'],
-                    'data': 'ISIC 2017' if split in data.get('official_splits', ()) else
-                    data.get('name', 'its data set')}
     return None
