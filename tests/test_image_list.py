@@ -64,6 +64,15 @@ def test_files_patterns_and_lists(listed):
     assert listed('a.jpg', '-', 'a.jpg', lines='p/c.png') == ['a.jpg', 'p/c.png', 'a.jpg']
 
 
+def test_a_pattern_finds_an_image_once_whatever_links_lead_to_it(listed):
+    listed.make('p/z.jpg', 'p/sub/a.jpg', 'q/c.jpg')
+    os.symlink('.', 'p/loop')
+    os.symlink('sub', 'p/l')
+    os.symlink('../q', 'p/outside')
+    assert listed('p/**/*.jpg') == ['p/outside/c.jpg', 'p/sub/a.jpg', 'p/z.jpg']
+    assert listed('p/l/*.jpg') == ['p/l/a.jpg']
+
+
 @pytest.mark.parametrize('arguments, words', [
     (['none.jpg'], 'No file or folder none.jpg'), (['empty'], 'empty holds no images: it is searched'),
     (['-'], 'empty'), (['a.jpg', 'x*.jpg'], r'No file matches x\*.jpg'), ([''], 'an empty name')])

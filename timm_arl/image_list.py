@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Iterable, Iterator, List, Sequence, Set, Tuple
+from typing import Dict, Iterable, Iterator, List, Sequence, Set, Tuple
 
 from .files import replacing
 from .isic.dicom import SUFFIXES as DICOM_SUFFIXES
@@ -40,6 +40,7 @@ def write_image_list(
     Args:
         path: File to write: a line for each image, in JSON: its name and the stem of its picture.
         arguments: Files, folders (with all below them), patterns of files, and - for `lines`.
+            A folder that a pattern finds under several names, by links, counts once.
         lines: A file, folder or pattern on each line. One that does not exist is listed, and fails when it is read.
         leave_out: A folder that is not looked into: where the output goes.
         pictures: Whether each image gets a picture: then no two have the same stem, whatever the capitals.
@@ -92,14 +93,29 @@ def _images(argument: str, leave_out: str, must_exist: bool = False) -> Iterator
         yield argument
     elif glob.has_magic(argument):
         found = False
-        for name in _sorted(glob.iglob(argument, recursive=True)):
-            if not os.path.isdir(name):
+        folders: Dict[str, Tuple[bool, int, str]] = {}  # by where each is: the name that is taken, of several by links
+        for name in _sorted(_noted(glob.iglob(argument, recursive=True), folders)):
+            folder = os.path.dirname(name)
+            if folders[os.path.realpath(folder)][-1] == folder and not os.path.isdir(name):
                 found = True
                 yield name
         if not found and not must_exist:
             yield argument
     else:
         raise InputError(f'No file or folder {argument or "with an empty name"}.')
+
+
+def _noted(names: Iterable[str], folders: Dict[str, Tuple[bool, int, str]]) -> Iterator[str]:
+    """The names, while their folders are noted: of a folder with several names one without links, or the shortest."""
+    known: Set[str] = set()
+    for name in names:
+        folder = os.path.dirname(name)
+        if folder not in known:
+            known.add(folder)
+            place = os.path.realpath(folder)
+            called = os.path.abspath(folder) != place, len(folder), folder
+            folders[place] = min(called, folders.get(place, called))
+        yield name
 
 
 def _below(folder: str, leave_out: str) -> Iterator[str]:
