@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Tuple, Union
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader
 
 __all__ = [
@@ -15,6 +15,11 @@ __all__ = [
 ]
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
+ORIENTATION = 274  # tag of EXIF
+TURNS = {  # by its values
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
 WHITE_IS_ZERO = 0  # value of PHOTOMETRIC, which Pillow applies to 8 bits alone
 
 
@@ -58,10 +63,11 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
 def _upright(file: Image.Image) -> Image.Image:
     file.load()  # what is wrong with the pixels is told
     try:
-        file.getexif()
+        turn = TURNS.get(file.getexif().get(ORIENTATION))  # type: ignore[arg-type]
     except Exception:  # a damaged block of metadata; the pixels may be fine
         return file
-    return ImageOps.exif_transpose(file)
+    # ImageOps.exif_transpose would write the block again, and fail where another entry of it is damaged
+    return file if turn is None else file.transpose(turn)
 
 
 def to_rgb(picture: Image.Image, bits: int = 16, white_is_zero: bool = False) -> Image.Image:
@@ -119,12 +125,14 @@ def decode_mask(mask: Dict, size: Tuple[int, int]) -> Image.Image:
         size: Width and height of the image it belongs to, decoded.
 
     Raises:
-        OSError: As decode, a mask that is turned by 90 degrees against its image, or one of 0 and 1.
+        OSError: As decode, a mask that is turned by 90 degrees against its image, or one without white that is not
+            black.
     """
     picture = decode(mask).convert('L')
     largest = int(np.asarray(picture).max())
-    if 0 < largest < 8:
-        raise OSError(f'the largest value of its mask is {largest}, but a lesion is white, 255: multiply masks by 255')
+    if 0 < largest < 128:  # such a lesion would be black
+        remedy = 'multiply masks by 255' if largest == 1 else 'store masks in grey, with 255 for the lesion'
+        raise OSError(f'the largest value of its mask is {largest}, but a lesion is white, 255: {remedy}')
     if (picture.width - picture.height) * (size[0] - size[1]) < 0:
         raise OSError(f'its mask has {picture.width} x {picture.height} px, the image {size[0]} x {size[1]}')
     return picture

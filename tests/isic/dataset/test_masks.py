@@ -69,9 +69,19 @@ def test_masks_of_0_and_1_are_not_taken_for_empty_ones():
         return {'bytes': file.getvalue(), 'path': None}
     with pytest.raises(OSError, match='the largest value of its mask is 1, but a lesion is white, 255: multiply'):
         decode_mask(cell([[0, 1], [0, 0]]), (2, 2))
-    for faint in (0, 90):
-        assert decode_mask(cell([[0, faint], [0, 0]]), (2, 2)).getextrema() == (0, faint)
+    assert decode_mask(cell([[0, 0], [0, 0]]), (2, 2)).getextrema() == (0, 0)
     assert decode_mask(cell([[0, 255], [0, 90]]), (2, 2)).getpixel((1, 0)) == 255
+
+
+def test_masks_whose_lesion_is_dark_are_not_taken_for_empty_ones():
+    """In percent, and in the first colour of a VOC palette, whose grey is 38."""
+    palette = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), 'P')
+    palette.putpalette([0, 0, 0, 128, 0, 0])
+    for picture, largest in ((Image.fromarray(np.array([[0, 100], [0, 0]], np.uint8)), 100), (palette, 38)):
+        file = io.BytesIO()
+        picture.save(file, 'PNG')
+        with pytest.raises(OSError, match=f'the largest value of its mask is {largest}, .*: store masks in grey, with'):
+            decode_mask({'bytes': file.getvalue(), 'path': None}, (2, 2))
 
 
 def test_prepared_masks_have_the_edge_of_the_given_ones(tmp_path):
