@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from timm_arl.files import git_commit, read_rows, replacing, write_json, write_rows
-from timm_arl.isic.predictions import write_predictions
+from timm_arl.isic.predictions import read_predictions, write_predictions
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -34,6 +34,17 @@ def test_predictions_give_float32_back(tmp_path):
         header, *rows = csv.reader(file)
     assert header == ['image_id', 'melanoma', 'seborrheic_keratosis'] and [r[0] for r in rows] == ids
     assert np.array_equal(np.array([r[1:] for r in rows], dtype=np.float32), values)
+
+
+@pytest.mark.parametrize('delimiter', ';\t')
+def test_predictions_as_excel_writes_them_elsewhere(tmp_path, delimiter):
+    """Their label is a word with commas in none of the columns' names."""
+    write_predictions(tmp_path / 'p.csv', ['a', 'b,c'], [[.25, .5], [1, 0]])
+    with open(tmp_path / 'p.csv', newline='') as file:
+        rows = list(csv.reader(file))
+    with open(tmp_path / 'p.csv', 'w', newline='') as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    assert read_predictions(tmp_path / 'p.csv', ['b,c', 'a']).tolist() == [[1, 0], [.25, .5]]
 
 
 def test_git_commit(tmp_path):

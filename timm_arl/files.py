@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import errno
+import io
 import json
 import os
 import shutil
@@ -15,8 +16,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    'alone_in', 'check_writable', 'git_commit', 'hold', 'locked', 'make_folder', 'read_rows', 'recover_folder',
-    'replacing', 'replacing_folder', 'swap_folder', 'write_json', 'write_rows',
+    'alone_in', 'check_writable', 'delimiter_of', 'git_commit', 'hold', 'locked', 'make_folder', 'read_rows',
+    'recover_folder', 'replacing', 'replacing_folder', 'swap_folder', 'write_json', 'write_rows',
 ]
 
 PathLike = Union[str, Path]
@@ -56,8 +57,14 @@ def write_rows(path: PathLike, rows: Sequence[Dict[str, Any]], columns: Optional
         writer.writerows(rows)
 
 
+def delimiter_of(text: str) -> str:
+    """What divides the values of a table: comma, semicolon or tab, whichever its first line has most of."""
+    head = next((line for line in text.split('\n') if line.strip(',;\t\r ')), '')
+    return max(',;\t', key=head.count)
+
+
 def read_rows(path: PathLike) -> List[Dict[str, str]]:
-    """Rows of a CSV by its header; a byte order mark and CRLF do not matter.
+    """Rows of a CSV by its header, with commas, semicolons or tabs; a byte order mark and CRLF do not matter.
 
     Raises:
         OSError: No such file, or one that cannot be read.
@@ -65,7 +72,8 @@ def read_rows(path: PathLike) -> List[Dict[str, str]]:
     """
     try:
         with open(path, newline='', encoding='utf-8-sig') as file:
-            return list(csv.DictReader(file))
+            text = file.read()
+        return list(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter_of(text)))
     except csv.Error as error:
         raise ValueError(str(error)) from error
 

@@ -101,6 +101,21 @@ def test_groups_of_exclusive_classes_call_the_most_probable_one():
     assert [row['specificity'] for row in rows] == pytest.approx([1, 2 / 3, 1])
 
 
+def test_groups_of_long_numbers_are_not_one():
+    assert [name for name, _ in subgroups({'site': [1000001., 1000002., 2.5]})] == [
+        'site 1000001', 'site 1000002', 'site 2.5']
+    dates = [20170101. + day for day in range(12)]
+    bands = dict(subgroups({'date': dates}))
+    assert len(bands) == 4 and all(which.sum() == 3 for which in bands.values())
+    assert list(bands)[0] == 'date 20170101 to below 20170103.75'
+
+
+def test_an_age_that_stands_for_none_is_not_known():
+    parts = dict(subgroups({'age_approximate': [-1, 999, 40, None, '85+']}))
+    assert {name: np.flatnonzero(which).tolist() for name, which in parts.items()} == {
+        'age 30 to 49': [2], 'age 70 and above': [4], 'age unknown': [0, 1, 3]}
+
+
 def test_groups_of_any_column():
     rng = np.random.default_rng(0)
     thickness = np.append(rng.random(99), np.nan)

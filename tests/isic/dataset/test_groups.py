@@ -70,6 +70,14 @@ def test_without_a_patient_the_lesion_counts(tmp_path):
     assert load_data(str(source)).groups == 'lesion_id'
 
 
+@pytest.mark.parametrize('delimiter', ';\t')
+def test_a_file_of_splits_as_excel_writes_it_elsewhere(tmp_path, delimiter):
+    lines(tmp_path / 'splits.csv', ('image_id', 'split'), [
+        (k, ('train', 'val', 'test')[k // 2 % 3]) for k in range(18)], delimiter)
+    found = load_data(str(table(tmp_path, 18)), Wanted(splits=str(tmp_path / 'splits.csv'))).splits
+    assert list(found['validation']['image_id']) == ['2', '3', '8', '9', '14', '15']
+
+
 def test_heads_in_capitals(tmp_path):
     source = table(tmp_path, 42, head=('Image', 'Label', 'Split', 'Patient_ID'),
                    more=lambda k: (('Train', 'VALID', 'test')[k // 2 % 3], f'p{k // 2}'))

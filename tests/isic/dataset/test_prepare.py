@@ -201,9 +201,22 @@ def test_a_table_without_splits_and_with_words_among_the_numbers(run, tmp_path):
     assert done.returncode == 0 and 'train, validation and test divided' in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize('seed', ['-1', str(2 ** 32), 'x'])
+def test_a_seed_that_is_none(run, tmp_path, seed):
+    done = run('prepare', table(tmp_path / 'd', 4), tmp_path / 'out', '--seed', seed)
+    assert done.returncode == 2 and 'argument --seed: ' in done.stderr and seed in done.stderr
+
+
 def test_check_takes_the_splits_as_they_are(run, tmp_path):
     done = run('check', class_folders(tmp_path / 'd', count=2, splits=('train', 'test')))
     assert done.returncode == 0 and 'divided' not in done.stdout and 'validation' not in done.stdout, done.stdout
+
+
+def test_a_list_of_pairs_with_semicolons(run, tmp_path):
+    source = class_folders(tmp_path / 'd', count=4, splits=('train', 'val', 'test'))
+    (tmp_path / 'pairs.csv').write_text('image_id_a;image_id_b\ntrain-MEL-0;test-MEL-0\n')
+    done = run('prepare', source, tmp_path / 'out', '--drop-duplicates', tmp_path / 'pairs.csv', '--workers', 1)
+    assert done.returncode == 0 and '(7 train' in done.stdout, done.stdout + done.stderr
 
 
 def test_an_unknown_aspect_ratio_stays_unknown(run, tmp_path):

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
 from timm_arl.isic.dataset.sources import read_table
@@ -174,6 +174,16 @@ def test_short_rows_do_not_shift(tmp_path):
                                                              'b': {'image_id': 'b', 'melanoma': ''}}
 
 
+@pytest.mark.parametrize('delimiter', ';\t')
+def test_tables_as_excel_writes_them_elsewhere(tmp_path, delimiter):
+    folder = challenge(tmp_path / 'isic')
+    for path in folder.rglob('*.csv'):
+        edit(path, lambda text: text.replace(',', delimiter))
+    splits = load_splits(str(folder))
+    assert label_array(splits['test']).tolist() == [[0, 0], [1, 0], [0, 1], [0, 0]]
+    assert splits['train'][0]['age_approximate'] == 55
+
+
 def encoded(image, fmt, **options):
     file = io.BytesIO()
     image.save(file, fmt, **options)
@@ -225,6 +235,25 @@ def test_every_kind_of_picture_comes_out_as_it_looks():
     assert np.array_equal(decode(encoded(rgba, 'PNG')), image)
     for mode, fmt in (('CMYK', 'JPEG'), ('P', 'PNG'), ('L', 'PNG'), ('1', 'PNG')):
         assert decode(encoded(image.convert(mode), fmt)).mode == 'RGB'
+
+
+def test_a_photograph_is_turned_whatever_else_its_metadata_hold():
+    """Cameras write some entries in another type than the standard says; Pillow cannot write those again."""
+    jpeg = encoded(picture(1), 'JPEG')['bytes']
+    entries = struct.pack('<HHII', 274, 3, 1, 6) + struct.pack('<HHI4s', 282, 2, 3, b'72\0\0')  # a resolution in words
+    exif = b'Exif\0\0' + struct.pack('<2sHIH', b'II', 42, 8, 2) + entries + bytes(4)
+    segment = struct.pack('>2sH', b'\xff\xe1', len(exif) + 2) + exif
+    turned = decode({'bytes': jpeg[:2] + segment + jpeg[2:], 'path': None})
+    upright = decode({'bytes': jpeg, 'path': None}).transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(turned, upright)
+
+
+@pytest.mark.parametrize('value', range(1, 9))
+def test_every_orientation_is_shown_as_other_programs_show_it(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    cell = encoded(picture(1), 'PNG', exif=exif)
+    assert np.array_equal(decode(cell), ImageOps.exif_transpose(Image.open(io.BytesIO(cell['bytes']))))
 
 
 @pytest.mark.slow

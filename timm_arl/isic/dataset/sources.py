@@ -8,11 +8,12 @@ from typing import Any, Dict, Iterable, Optional, Tuple
 
 import datasets
 
+from ...files import delimiter_of
 from ..task import DIAGNOSES, LABELS, DataError, label_words
 
 __all__ = [
     'CHALLENGE_IDS', 'CHALLENGE_ZIPS', 'DataError', 'check_image_id', 'ids_digest', 'image_files', 'number',
-    'read_folder', 'read_table', 'table_text',
+    'read_folder', 'read_table', 'table_text', 'years_of',
 ]
 
 SPLIT_NAMES = {'train': 'Training', 'validation': 'Validation', 'test': 'Test_v2'}
@@ -139,14 +140,17 @@ def image_files(folder: Path, suffix: str = '') -> Dict[str, Path]:
 
 
 def read_table(path: Path, required: Iterable[str]) -> Dict[str, Dict[str, str]]:
-    """Rows of a CSV by the first required column; a byte order mark, CRLF and spaces around values are accepted.
+    """Rows of a CSV, with commas, semicolons or tabs, by the first required column; a byte order mark, CRLF and spaces
+    around values are accepted.
 
     Raises:
         DataError: No such file, not CSV in UTF-8, a column missing, or an id that is empty, unusable or duplicated.
     """
     required = tuple(required)
     try:
-        reader = csv.DictReader(io.StringIO(table_text(path), newline=''), skipinitialspace=True)
+        text = table_text(path)
+        reader = csv.DictReader(
+            io.StringIO(text, newline=''), skipinitialspace=True, delimiter=delimiter_of(text))
         columns = [(name or '').strip() for name in reader.fieldnames or ()]
         reader.fieldnames = columns
         rows = list(reader)
@@ -229,6 +233,11 @@ def number(cell: Any) -> Optional[float]:
         return float(cell) if math.isfinite(float(cell)) else None
     except (TypeError, ValueError):
         return None
+
+
+def years_of(cell: Any) -> Optional[float]:
+    """The age in a cell: as number, and '85+' is 85."""
+    return number(cell.strip().removesuffix('+') if isinstance(cell, str) else cell)
 
 
 def _word(text: Optional[str]) -> Optional[str]:

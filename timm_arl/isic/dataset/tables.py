@@ -9,6 +9,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 import datasets
 
+from ...files import delimiter_of
 from ..task import DataError
 from .groups import SPLIT_NAMES, WHOLE, split_name
 from .names import CLASS_COLUMNS, IMAGE_COLUMNS, column_named, looks_like_groups, plain
@@ -31,8 +32,7 @@ def read_lines(path: Path) -> Tuple[List[str], List[Dict[str, str]], List[int]]:
         DataError: It cannot be read, has no row, a column twice, or a row with more values than columns.
     """
     text = table_text(path)
-    head = next((line for line in text.split('\n') if line.strip(',;\t\r ')), '')
-    delimiter = max(',;\t', key=head.count)
+    delimiter = delimiter_of(text)
     reader = csv.reader(io.StringIO(text, newline=''), skipinitialspace=True, delimiter=delimiter)
     columns: List[str] = []
     lines, numbers = [], []
