@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from .dataset.sources import number
+from .dataset.sources import number, years_of
 from .intervals import delong_interval, groups_suffice
 from .metrics import operating_point, score_task
 from .task import ISIC2017, OFFICIAL_THRESHOLD, DataError, Task, calibrate, label_words
@@ -112,8 +112,9 @@ def subgroups(columns: Mapping[str, Sequence[Any]]) -> List[Subgroup]:
     """The groups of images that columns of the data tell apart; images where a cell is empty are groups too.
 
     Args:
-        columns: By name, N cells each. 'age_approximate' is divided by AGE_BANDS, other columns with more than ten
-            different numbers at their quartiles; the others have a group for each word. One with no entry is left out.
+        columns: By name, N cells each. 'age_approximate' is divided by AGE_BANDS (an age in none of them is not known),
+            other columns with more than ten different numbers at their quartiles; the others have a group for each
+            word. One with no entry is left out.
 
     Returns:
         For each group its name, such as 'sex male', and which images are in it, shape (N,).
@@ -127,7 +128,9 @@ def subgroups(columns: Mapping[str, Sequence[Any]]) -> List[Subgroup]:
         unknown = np.array([cell is None or cell == '' or cell != cell for cell in cells], dtype=bool)
         known = {cell for cell, empty in zip(cells, unknown) if not empty}
         if years or (len(known) > 10 and all(isinstance(cell, (int, float)) for cell in known)):
-            numbers = np.array([number(cell) for cell in cells], float)  # None becomes NaN
+            numbers = np.array([(years_of if years else number)(cell) for cell in cells], float)  # None becomes NaN
+            if years:  # -1, 999 and the like stand for an age that is not known
+                numbers[(numbers < AGE_BANDS[0][0]) | (numbers >= AGE_BANDS[-1][1])] = np.nan
             unknown = np.isnan(numbers)
             if unknown.all():
                 continue
@@ -137,11 +140,15 @@ def subgroups(columns: Mapping[str, Sequence[Any]]) -> List[Subgroup]:
                          for low, high in AGE_BANDS]
             else:
                 ends = np.unique(np.quantile(numbers[~unknown], [0, 0.25, 0.5, 0.75, 1]))
-                bands = [(low, high, f'{low:g} to below {high:g}') for low, high in zip(ends, ends[1:])]
-                bands[-1] = (ends[-2], np.inf, f'{ends[-2]:g} to {ends[-1]:g}')
+                said = _written(ends)
+                bands = [(low, high, f'{first} to below {last}')
+                         for low, high, first, last in zip(ends, ends[1:], said, said[1:])]
+                bands[-1] = (ends[-2], np.inf, f'{said[-2]} to {said[-1]}')
             found += [(f'{name} {words}', (numbers >= low) & (numbers < high)) for low, high, words in bands]
         elif known:
-            texts = np.array(['' if empty else f'{cell:g}' if isinstance(cell, float) else str(cell).lower()
+            floats = [cell for cell in known if isinstance(cell, float)]
+            said_of = dict(zip(floats, _written(floats)))
+            texts = np.array(['' if empty else said_of[cell] if isinstance(cell, float) else str(cell).lower()
                               for cell, empty in zip(cells, unknown)])
             words_found = sorted(set(texts[~unknown]))
             if len(words_found) > MANY:
@@ -155,6 +162,15 @@ def subgroups(columns: Mapping[str, Sequence[Any]]) -> List[Subgroup]:
     for name, which in found:  # the word 'unknown', and an empty cell
         merged[name] = merged.get(name, False) | which
     return [(name, which) for name, which in merged.items() if which.any()]
+
+
+def _written(numbers: Sequence[float]) -> List[str]:
+    """Numbers in words: with six digits, or as many as tell all of them apart and need no exponent."""
+    for digits in (6, 15, 17):
+        words = [f'{value:.{digits}g}' for value in numbers]
+        if len(set(words)) == len(set(numbers)) and 'e+' not in ' '.join(words):
+            break
+    return words
 
 
 def subgroup_table(
