@@ -19,6 +19,7 @@ import pyarrow.parquet
 from PIL import Image
 from tqdm import tqdm
 
+from ... import arguments
 from ...files import replacing, write_json
 from ..images import decode, decode_mask, reason_of
 from ..task import ISIC2017, DataError, Task, label_words
@@ -48,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='leave images out of train that are twins of others by this list of pairs (image_id_a, image_id_b)')
     add('--skip-bad-images', action='store_true', help='leave out images that cannot be read instead of stopping')
     add('--workers', type=int, default=os.cpu_count(), help='processes (default: %(default)s)')
-    add('--seed', type=int, default=0, help='of the splits, where the data have none (default: %(default)s)')
+    add('--seed', type=arguments.number(int, 0, 2 ** 32 - 1), default=0,
+        help='of the splits, where the data have none (default: %(default)s)')
     add_data_arguments(parser)
 
 
