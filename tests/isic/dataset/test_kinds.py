@@ -187,6 +187,23 @@ def test_a_stream_of_other_classes(tmp_path):
     assert np.array_equal(label_array(whole, data.task), label_array(train.table, data.task))
 
 
+def test_a_stream_of_words_of_0_and_1(tmp_path):
+    features = datasets.Features({'image': datasets.Image(), **dict.fromkeys(
+        ('image_id', 'scar', 'ulcer'), datasets.Value('string'))})
+    (tmp_path / 'data').mkdir()
+    for name, count in (('train', 12), ('validation', 6)):
+        content = [{'image': {'bytes': jpeg((k, 80, 60)), 'path': None}, 'image_id': f'{name}{k}',
+                    'scar': str(k % 2), 'ulcer': str(int(k % 3 == 0))} for k in range(count)]
+        datasets.Dataset.from_list(content, features=features).to_parquet(
+            tmp_path / 'data' / f'{name}-00000-of-00001.parquet')
+    data = load_data(str(tmp_path), Wanted(labels=('scar', 'ulcer')), streaming=True)
+    train = data.splits['train']
+    batches = EpochBatches(label_array(train.table, data.task), 4, task=data.task)
+    shown = {image_id: labels.tolist() for _, some, ids in IsicStream(
+        train, batches, eval_transform(16, [0] * 3, [1] * 3)) for labels, image_id in zip(some, ids)}
+    assert shown == {f'train{k}': [k % 2, int(k % 3 == 0)] for k in range(12)}
+
+
 def edited(path, old, new):
     path.write_text(path.read_text().replace(old, new))
     return str(path)

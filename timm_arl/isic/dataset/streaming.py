@@ -94,6 +94,9 @@ def load_streaming(data: str, wanted: Wanted, known: Optional[Task], usual_group
 def _labelled(stream: datasets.IterableDataset, task: Task, column: str) -> datasets.IterableDataset:
     """The stream with a column of 0 and 1 for each label."""
     if not column:
+        for label in task.labels:  # '0' and '1', as check_splits has seen
+            if getattr(stream.features[label], 'dtype', '') == 'string':
+                stream = stream.cast_column(label, datasets.Value('int8'))
         return stream
     feature = stream.features[column]
     features = datasets.Features({**stream.features, **{label: datasets.Value('int8') for label in task.labels}})
