@@ -265,7 +265,7 @@ def evaluate(args):
             read_predictions(args.compare, splits[args.split]['image_id'], scored)
         except ValueError as error:
             raise RunError(f'--compare: {error}') from error
-    check_images(splits, args, accelerator, data_config, scored)
+    check_images(splits, args, accelerator, data_config, scored, chooses=not mapped)
     note_squares(splits, args, accelerator)
     parts = {name: subgroups_of(split, args, scored) for name, split in splits.items()}
     loaders = {name: image_loader(args, split, data_config, accelerator, task=scored, groups=data.groups)

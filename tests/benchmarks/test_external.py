@@ -106,6 +106,21 @@ def test_a_label_that_is_not_mapped_is_not_scored(call, checkpoint, tmp_path):
     assert len(rows(out / 'looks.csv')) == 1  # also of a split called validation
 
 
+def test_validation_images_that_choose_nothing_may_lack_a_class(call, checkpoint, tmp_path):
+    data = table(tmp_path / 'c', 24, ('MEL', 'NV'), ('image', 'label', 'split'), lambda k: (
+        'train' if k < 12 else 'validation',))
+    data.write_text(data.read_text().replace('0.png,MEL', '0.png,DF').replace('2.png,MEL', '2.png,BKL'))
+    head, *lines = data.read_text().splitlines()  # validation has no DF
+    data.write_text('\n'.join([head, *(line for line in lines if 'DF,validation' not in line)]))
+    done = call('evaluate_isic', *usual(data, checkpoint, tmp_path / 'r', *BOTH, '--split', 'validation'))
+    assert done.returncode == 0, done.stderr
+    data.write_text(data.read_text().replace('BKL,validation', 'NV,validation'))  # nor one of the mapped labels
+    done = call('evaluate_isic', *usual(data, checkpoint, tmp_path / 'r', *BOTH, '--split', 'validation'))
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / 'r' / 'metrics.json').read_text())['validation']
+    assert scores['melanoma']['auc'] is not None and scores[LABELS[1]]['auc'] is None
+
+
 def test_other_data_with_the_same_labels_need_no_map(call, checkpoint, tmp_path):
     data = table(tmp_path / 'c', 12, (0, 1), ('image', *LABELS), lambda k: (int(k % 4 == 0),), 'theirs.csv')
     done = call('evaluate_isic', *usual(data, checkpoint, tmp_path / 'r', '--report'))

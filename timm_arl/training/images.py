@@ -30,7 +30,7 @@ MEMORY_SHARE = 1 / 8  # of the available memory, which the crops of a split may 
 _kept: MutableMapping[Any, Tuple[Tuple, Dict[str, torch.Tensor]]] = weakref.WeakKeyDictionary()
 
 
-def check_images(splits, args, accelerator, data_config=None, task: Task = ISIC2017):
+def check_images(splits, args, accelerator, data_config=None, task: Task = ISIC2017, chooses: bool = True):
     """Read every image once, so that a bad one stops the run now and not in an hour; each process reads its share.
 
     Args:
@@ -39,6 +39,7 @@ def check_images(splits, args, accelerator, data_config=None, task: Task = ISIC2
         accelerator: Accelerate's.
         data_config: Of the network: keep the crops of validation and test images, which need not be read again then.
         task: Whose labels the splits have.
+        chooses: Whether the validation images choose something, for which they need each class.
     """
     for name, split in splits.items():
         if isinstance(split, StreamedSplit):  # told when they arrive
@@ -68,7 +69,7 @@ def check_images(splits, args, accelerator, data_config=None, task: Task = ISIC2
         splits[name] = split.select([row for row in range(len(split)) if row not in bad])
         if split in _kept:
             _kept[splits[name]] = _kept[split]
-    check_usable(splits, args.data, task)
+    check_usable(splits, args.data, task, chooses)
 
 
 def note_squares(splits, args, accelerator):

@@ -19,6 +19,7 @@ def check_splits(
         streamed: Sequence[str] = (),
         task: Task = ISIC2017,
         needed: Sequence[str] = SPLITS,
+        chooses: bool = True,
 ) -> Dict[str, datasets.Dataset]:
     """Check what load_splits promises; images and masks become undecoded cells.
 
@@ -28,6 +29,7 @@ def check_splits(
         streamed: Splits whose images are elsewhere.
         task: Whose labels they have.
         needed: Splits that must be there.
+        chooses: As for check_usable.
     """
     missing = [name for name in needed if name not in source]
     if missing:
@@ -47,12 +49,18 @@ def check_splits(
                 split = undecoded(split, column, f'{data}, split {name}')
         splits[name] = split
     _check_ids(splits, data)
-    check_usable(splits, data, task)
+    check_usable(splits, data, task, chooses)
     return splits
 
 
-def check_usable(splits: Mapping[str, Any], data: str, task: Task = ISIC2017) -> None:
+def check_usable(splits: Mapping[str, Any], data: str, task: Task = ISIC2017, chooses: bool = True) -> None:
     """Refuse a split without images, and a validation split that lacks a class; again after images were left out.
+
+    Args:
+        splits: By name.
+        data: What messages call them.
+        task: Whose labels they have.
+        chooses: Whether the validation images choose something, for which they need each class.
 
     Raises:
         DataError: There is one.
@@ -60,7 +68,7 @@ def check_usable(splits: Mapping[str, Any], data: str, task: Task = ISIC2017) ->
     for name, split in splits.items():
         if not len(split.table if isinstance(split, StreamedSplit) else split):
             raise DataError(f'{data}, split {name}, has no images.')
-    if 'validation' not in splits:
+    if 'validation' not in splits or not chooses:
         return
     labels = label_array(splits['validation'], task)
     for k, label in enumerate(task.labels):

@@ -74,7 +74,8 @@ def load_data(
             labels. Images that were taken out since do not matter, new ones are refused.
         given: That file is of a run with --splits, and is taken where the data have splits, too.
         same: The data are called as in that run, which counts where its file has no labels.
-        alone: Leave out the splits that are not needed, whatever is wrong with them.
+        alone: The images are scored, and choose nothing: leave out the splits that are not needed, whatever is wrong
+            with them, and let a validation split lack a class.
         usual_groups: Column of groups of that run, taken where the data have it and the user names none.
         train_ids: ids_digest of the training images of a run without that file, staged for one. Data without splits
             are divided by the seed, if that gives these images.
@@ -130,7 +131,7 @@ def load_data(
         splits = {name: split for name, split in splits.items() if name in needed} or splits
     if 'train' in needed and 'train' in splits and column:
         check_learned(splits, data, task)
-    checked = check_splits(splits, data, task=task, needed=needed)
+    checked = check_splits(splits, data, task=task, needed=needed, chooses=not alone)
     if groups:
         check_groups(checked, groups, data)
     return Data(task, checked, groups, made, {
