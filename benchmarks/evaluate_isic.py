@@ -215,7 +215,7 @@ def evaluate(args):
 
     wanted = read_map(args.map, task, args.checkpoint) if args.map else None
     data = load_data(args.data, wanted_of(args), division_seed, needed=(args.split,), whole=args.split,
-                     expected=None if args.map else task,
+                     expected=None if args.map else task, words=sum((wanted or {}).values(), []),
                      earlier=None if args.map or args.other_data else folder / 'splits.csv',
                      given=bool(saved.get('splits')), same=is_place(args.data, saved), alone=bool(args.map),
                      usual_groups=saved.get('group_column'), train_ids=saved.get('train_ids'))

@@ -106,6 +106,20 @@ def test_a_label_that_is_not_mapped_is_not_scored(call, checkpoint, tmp_path):
     assert len(rows(out / 'looks.csv')) == 1  # also of a split called validation
 
 
+@pytest.mark.parametrize('columns', [('MEL', 'NV', 'BKL'), ('Melanoma',)])
+def test_columns_of_0_and_1_are_the_labels_that_are_mapped(call, checkpoint, tmp_path, columns):
+    data = table(tmp_path / 'c', 18, (1, 0, 0), ('image', *columns), lambda k: (
+        int(k % 3 == 1), int(k % 3 == 2))[:len(columns) - 1])
+    both = BOTH if len(columns) > 1 else ('--map', 'melanoma=melanoma')
+    done = call('evaluate_isic', *usual(data, checkpoint, tmp_path / 'r', *both))
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / 'r' / 'metrics.json').read_text())['test']
+    assert scores['melanoma']['positives'] == 6 and scores['melanoma']['images'] == 18
+    assert scores['external']['map']['melanoma'] == [columns[0]]
+    done = call('evaluate_isic', *usual(data, checkpoint, tmp_path / 's', '--map', 'melanoma=mole'))
+    assert done.returncode == 2 and 'or columns of 0 and 1 with --labels' in done.stderr
+
+
 def test_validation_images_that_choose_nothing_may_lack_a_class(call, checkpoint, tmp_path):
     data = table(tmp_path / 'c', 24, ('MEL', 'NV'), ('image', 'label', 'split'), lambda k: (
         'train' if k < 12 else 'validation',))

@@ -140,7 +140,7 @@ def subgroups(columns: Mapping[str, Sequence[Any]]) -> List[Subgroup]:
                          for low, high in AGE_BANDS]
             else:
                 ends = np.unique(np.quantile(numbers[~unknown], [0, 0.25, 0.5, 0.75, 1]))
-                said = _written(ends)
+                said = _written(ends.tolist())
                 bands = [(low, high, f'{first} to below {last}')
                          for low, high, first, last in zip(ends, ends[1:], said, said[1:])]
                 bands[-1] = (ends[-2], np.inf, f'{said[-2]} to {said[-1]}')

@@ -1,6 +1,7 @@
 """Data as users have them, and as they should not be."""
 import io
 import shutil
+from functools import partial
 
 import datasets
 import numpy as np
@@ -88,6 +89,17 @@ def test_image_column_of_another_type_is_refused(tmp_path):
     content = [dict(row, image=1) for row in rows()]
     with pytest.raises(DataError, match='column image holds no images'):
         load_splits(write(tmp_path / 'd', features=features, train=content, validation=content, test=content))
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+def test_no_split_is_left_out_without_a_word(tmp_path, streaming):
+    load = partial(load_data, streaming=streaming)
+    with pytest.raises(DataError, match='d has no split test .it has .*tset.*: the splits must be named train, '
+                                        'validation, test. Rename tset, or take it out'):
+        load(write(tmp_path / 'd', test=None, tset=rows(first=200)))
+    data = load(write(tmp_path / 'e', tset=rows(first=300)))
+    assert data.summary('e').endswith(' Not used: tset, since the splits are train, validation, test.')
+    assert set(data.splits) == {'train', 'validation', 'test'}
 
 
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path):

@@ -10,7 +10,7 @@ from .names import ABOUT
 from .sources import image_files
 from .tables import read_lines, typed
 
-__all__ = ['check_truth', 'read_challenge']
+__all__ = ['check_truth', 'read_challenge', 'unused_parts']
 
 
 class _Part(NamedTuple):
@@ -60,16 +60,10 @@ def read_challenge(folder: Path) -> Optional[Tuple[Task, Dict[str, datasets.Data
     Raises:
         DataError: A table that cannot be used, an image without a row, or a row without an image.
     """
-    kinds = []
-    for name, parts in CHALLENGES.items():
-        found = {split: (_images(folder, part.images), truth) for split, part in parts.items()
-                 for truth in [_first(folder, part.truth)] if truth}
-        if any(images for images, _ in found.values()):
-            kinds.append((name, found))
+    kinds = _kinds(folder)
     if not kinds:
         return None
-    # the Dataverse has a test set of 2018 beside HAM10000
-    name, found = max(kinds, key=lambda kind: 'train' in kind[1])
+    name, found = kinds[0]
     task, parts, splits = TASKS[name], CHALLENGES[name], {}
     for split, (images, truth) in found.items():
         if images is None:
@@ -79,6 +73,37 @@ def read_challenge(folder: Path) -> Optional[Tuple[Task, Dict[str, datasets.Data
         folders = [images, *([second] if second else [])]
         splits[split] = _split(folders, truth, about, task)
     return task, {WHOLE: splits['train']} if list(splits) == ['train'] else splits
+
+
+def unused_parts(folder: Path, task: Task) -> str:
+    """A sentence on images of challenges in a folder, where they were not read with those of one; '' without any.
+
+    Args:
+        folder: It.
+        task: Of the one that was read.
+    """
+    unused = []
+    for name, found in _kinds(folder):
+        if name == task.name:
+            unused += [f'{images.name}, whose ground truth is not there' for split, part in CHALLENGES[name].items()
+                       if split not in found for images in [_first(folder, part.images)] if images]
+        else:
+            unused += [f'{images.name}, which is of {TASKS[name].title} (to have both, write a CSV of all images with '
+                       f'a column split)' for images, _ in found.values() if images]
+    return f'Not used: {"; ".join(unused)}.' if unused else ''
+
+
+def _kinds(folder: Path) -> List[Tuple[str, Dict[str, Tuple[Optional[Path], Path]]]]:
+    """The challenges of which a folder has images and a ground truth, the one that is read first: by split the images
+    and the table."""
+    kinds = []
+    for name, parts in CHALLENGES.items():
+        found = {split: (_images(folder, part.images), truth) for split, part in parts.items()
+                 for truth in [_first(folder, part.truth)] if truth}
+        if any(images for images, _ in found.values()):
+            kinds.append((name, found))
+    # the Dataverse has a test set of 2018 beside HAM10000
+    return sorted(kinds, key=lambda kind: 'train' not in kind[1])
 
 
 def check_truth(folder: Path) -> None:

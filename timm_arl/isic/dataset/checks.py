@@ -10,7 +10,7 @@ from .data import SPLITS, StreamedSplit, label_array
 from .library import undecoded
 from .sources import check_image_id
 
-__all__ = ['check_columns', 'check_labels', 'check_learned', 'check_splits', 'check_usable']
+__all__ = ['check_columns', 'check_labels', 'check_learned', 'check_splits', 'check_usable', 'unused_splits']
 
 
 def check_splits(
@@ -51,6 +51,26 @@ def check_splits(
     _check_ids(splits, data)
     check_usable(splits, data, task, chooses)
     return splits
+
+
+def unused_splits(names: Sequence[str], needed: Sequence[str], data: str, told: Sequence[str]) -> str:
+    """A sentence on splits of other names than those that are used; '' without any.
+
+    Args:
+        names: Of all splits, as they are called here.
+        needed: Those that must be there, since another name may be a slip of theirs.
+        data: What messages call the data.
+        told: The splits as the data call them.
+
+    Raises:
+        DataError: There is one, and a needed one is missing.
+    """
+    odd = [name for name in names if name not in SPLITS]
+    absent = [name for name in SPLITS if name in needed and name not in names]
+    if odd and absent:
+        raise DataError(f'{data} has no split {", ".join(absent)} (it has {", ".join(told)}): the splits must be named '
+                        f'{", ".join(SPLITS)}. Rename {", ".join(odd)}, or take it out.')
+    return f'Not used: {", ".join(odd)}, since the splits are {", ".join(SPLITS)}.' if odd else ''
 
 
 def check_usable(splits: Mapping[str, Any], data: str, task: Task = ISIC2017, chooses: bool = True) -> None:

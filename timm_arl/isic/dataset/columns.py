@@ -1,5 +1,6 @@
 """From the columns that data have to a task and a column of 0 and 1 for each of its labels."""
 import re
+import shlex
 from pathlib import PurePath
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -7,12 +8,15 @@ import datasets
 import numpy as np
 
 from ..task import TASKS, DataError, Task
-from .names import CLASS_COLUMNS, column_named, plain
+from .names import ABOUT, CLASS_COLUMNS, COLUMNS, column_named, looks_like_groups, plain
 from .options import Wanted
 
-__all__ = ['find_task', 'with_ids', 'with_labels', 'words_of']
+__all__ = ['find_task', 'further_labels', 'with_ids', 'with_labels', 'words_of']
 
 MOST_CLASSES = 1000
+BINARY = (0, 1, '0', '1')
+NEARLY_ALL = 0.95  # of the images: the others are slips
+NAMED = 3  # images in a message
 
 
 def words_of(split: datasets.Dataset, column: str) -> List[Optional[str]]:
@@ -33,6 +37,7 @@ def find_task(
         data: str,
         expected: Optional[Task] = None,
         shown: Sequence[str] = (),
+        words: Sequence[str] = (),
 ) -> Tuple[Task, str]:
     """What is predicted, and the column that names the class of each image; '' for a column of 0 and 1 for each label.
 
@@ -43,9 +48,11 @@ def find_task(
         data: What the user calls the data.
         expected: Task of a network that is to be scored, taken where the data have its labels.
         shown: Columns as the user's table has them, for messages; empty: those of the splits.
+        words: Of --map: where no column names the class, the columns called so, in any case, are the labels.
 
     Raises:
-        DataError: The data do not tell, or not what the user says.
+        DataError: The data do not tell, or not what the user says; or nearly all images, but not all, have one of the
+            labels.
     """
     first = next(iter(splits.values()))
     columns = first.column_names
@@ -73,13 +80,16 @@ def find_task(
     if name in TASKS:
         name += '-own'
     if wanted.labels and set(wanted.labels) <= set(columns):
-        positives = np.concatenate([_ones(split, wanted.labels) for split in splits.values()])
-        one_each = len(wanted.labels) > 1 and (positives == 1).all()
+        decided = bool(words) or (expected is not None and expected.labels == wanted.labels)  # by a network
+        one_each = len(wanted.labels) > 1 and _one_each(splits, wanted.labels, data, decided)
         return Task(name, wanted.labels, 'multiclass' if one_each else 'multilabel'), ''
     column = _class_column(first, data)
     if not column:
         if wanted.labels:
             raise DataError(_lacks(data, [label for label in wanted.labels if label not in columns], shown))
+        meant = {word.lower() for word in words} - {'image', 'image_id'}
+        if meant & {label.lower() for label in columns}:
+            return Task(name, tuple(label for label in columns if label.lower() in meant)), ''
         raise DataError(f'{data} has no column that tells the diagnosis (it has {", ".join(shown)}): name one with '
                         f'--columns diagnosis=COLUMN, or columns of 0 and 1 with --labels.')
     found = {word for split in splits.values() for word in words_of(split, column)} - {None}
@@ -130,6 +140,48 @@ def _class_column(split: datasets.Dataset, data: str, task: Optional[Task] = Non
 
 def _ones(split: datasets.Dataset, labels: Sequence[str]) -> np.ndarray:
     return sum(np.array([value in (1, '1') for value in split[label]], int) for label in labels)  # type: ignore[return-value]
+
+
+def _one_each(splits: Mapping[str, datasets.Dataset], labels: Sequence[str], data: str, decided: bool) -> bool:
+    """Whether each image has exactly one of the labels.
+
+    Raises:
+        DataError: Nearly all have, and nothing else decides what the task is.
+    """
+    counts = [(str(image_id), count) for split in splits.values()
+              for image_id, count in zip(split['image_id'], _ones(split, labels).tolist())]
+    odd = [f'{image_id} has {count or "none"}' for image_id, count in counts if count != 1]
+    told = all(value in BINARY for split in splits.values() for label in labels for value in split[label])
+    if odd and told and not decided and len(odd) <= len(counts) * (1 - NEARLY_ALL):
+        raise DataError(
+            f'{data}: {len(counts) - len(odd)} of {len(counts)} images have exactly one of the labels '
+            f'{", ".join(labels)}, but {", ".join(odd[:NAMED])}{", ..." * (len(odd) > NAMED)}: correct these rows or '
+            f'take them out, for classes of which an image has one; or, where images may have several labels or none, '
+            f'write kind: multilabel and the labels in a --task FILE.yaml.')
+    return not odd
+
+
+def further_labels(splits: Mapping[str, datasets.Dataset], task: Task) -> str:
+    """A sentence on columns of 0 and 1 that look like further labels, of images that have none; '' without any.
+
+    Args:
+        splits: With columns of 0 and 1 for the labels.
+        task: What is predicted, found by these columns alone.
+    """
+    usual = {plain(name) for name in (*COLUMNS, *ABOUT, *task.labels, task.rest)}
+    first = next(iter(splits.values()))
+    found = [column for column in first.column_names if plain(column) not in usual and not looks_like_groups(column)
+             and all(column in split.column_names and isinstance(split.features[column], datasets.Value)
+                     and all(value in BINARY for value in split[column]) for split in splits.values())]
+    none = np.concatenate([_ones(split, task.labels) == 0 for split in splits.values()])
+    ones = {column: np.concatenate([_ones(split, [column]) > 0 for split in splits.values()]) for column in found}
+    found = [column for column in found if ones[column].any() and not (ones[column] & ~none).any()]
+    if not found or task.kind == 'multiclass':
+        return ''
+    count = np.any([ones[column] for column in found], axis=0).sum()
+    labels = [*task.labels, *found, *[task.rest] * (task.rest in first.column_names)]
+    return (f'{count} images that count as {task.diagnosis([0] * len(task.labels))} have 1 in {", ".join(found)}: if '
+            f'these are diagnoses too, pass --labels {shlex.join(labels)}.')
 
 
 def with_labels(

@@ -6,8 +6,8 @@ from ..task import TASKS, DataError, Task
 from .options import NO_GROUPS, Wanted
 
 __all__ = [
-    'ABOUT', 'CLASS_COLUMNS', 'IMAGE_COLUMNS', 'LESION', 'PATIENT', 'column_named', 'looks_like_groups', 'plain',
-    'with_known_names',
+    'ABOUT', 'CLASS_COLUMNS', 'COLUMNS', 'IMAGE_COLUMNS', 'LESION', 'PATIENT', 'column_named', 'looks_like_groups',
+    'plain', 'with_known_names',
 ]
 
 PATIENT, LESION = 'patient_id', 'lesion_id'  # a patient may have several lesions

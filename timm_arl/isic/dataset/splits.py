@@ -8,9 +8,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Uni
 import datasets
 
 from ..task import ISIC2017, DataError, Task, words_list
-from .challenges import check_truth, read_challenge
-from .checks import check_labels, check_learned, check_splits, check_usable
-from .columns import find_task, with_ids, with_labels
+from .challenges import check_truth, read_challenge, unused_parts
+from .checks import check_labels, check_learned, check_splits, check_usable, unused_splits
+from .columns import find_task, further_labels, with_ids, with_labels
 from .data import SPLITS, Data, StreamedSplit, label_array
 from .demo import DEMO_TASKS, demo_dataset
 from .folders import check_has_labels, read_class_folders
@@ -56,6 +56,7 @@ def load_data(
         alone: bool = False,
         usual_groups: Optional[str] = None,
         train_ids: Optional[str] = None,
+        words: Sequence[str] = (),
 ) -> Data:
     """Load and check a data set of any kind (docs/data.md lists them), and find out what is predicted.
 
@@ -79,6 +80,7 @@ def load_data(
         usual_groups: Column of groups of that run, taken where the data have it and the user names none.
         train_ids: ids_digest of the training images of a run without that file, staged for one. Data without splits
             are divided by the seed, if that gives these images.
+        words: Of --map: where no column names the class, the columns called so are the labels.
 
     Returns:
         The task and the splits that there are, of train, validation and test.
@@ -104,18 +106,20 @@ def load_data(
         if usual in named:
             raise DataError(f'{data} has two splits that mean {usual}, among {", ".join(source)}: keep one.')
         named[usual] = split
-    odd = [name for name in named if name not in (*SPLITS, WHOLE)]
-    if odd and (set(needed) - named.keys() or not named.keys() & set(SPLITS)):
-        raise DataError(f'{data} has no split {", ".join(name for name in needed if name not in named)} (it has '
-                        f'{", ".join(source)}): the splits must be named {", ".join(SPLITS)}.')
+    notes = [unused_parts(Path(data), known)] if known and data not in DEMO_TASKS else []
+    if list(named) != [WHOLE]:
+        notes.append(unused_splits(list(named), [*needed, *['test'] * (not alone)], data, list(source)))
     splits = with_ids({name: named[name] for name in (WHOLE, *SPLITS) if name in named})
-    task, column = find_task(splits, wanted, asked or known or prepared.get('task'), data, expected, shown)
+    known = asked or known or prepared.get('task')
+    task, column = find_task(splits, wanted, known, data, expected, shown, words)
+    if not (known or expected or wanted.labels or words or column):
+        notes.append(further_labels(splits, task))
     called = dict(wanted.columns).get(column, column)
     splits = {name: with_labels(split, task, column, _where(data, name), called) for name, split in splits.items()}
     groups = find_groups(splits, wanted.group, data, usual_groups or prepared.get('groups'), shown)
-    notes, missed = [], None
+    missed = None
     if groups:
-        notes = [note for note in [without_entry(splits, groups)] if note]
+        notes.append(without_entry(splits, groups))
         splits = with_groups(splits, groups)
     elif wanted.group is None:
         missed = groups_missed(splits, ['image', 'image_id', column, *task.labels])
@@ -137,7 +141,7 @@ def load_data(
     return Data(task, checked, groups, made, {
         name: split.select_columns(['image_id', *task.labels])
         for name, split in (*checked.items(), (LEFT_OUT, left_out)) if split is not None and (made or wanted.splits)},
-        missed, [*notes, *how])
+        missed, [*filter(None, notes), *how])
 
 
 def load_splits(data: str, seed: int = 0, streaming: bool = False) -> Dict[str, Any]:

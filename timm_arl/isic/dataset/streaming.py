@@ -6,8 +6,8 @@ import datasets
 import pyarrow
 
 from ..task import DataError, Task
-from .checks import check_splits
-from .columns import class_numbers, find_task, one_hot, with_labels, words_of
+from .checks import check_splits, unused_splits
+from .columns import class_numbers, find_task, further_labels, one_hot, with_labels, words_of
 from .data import SPLITS, Data, StreamedSplit
 from .groups import check_groups, find_groups, groups_missed, with_groups, without_entry
 from .library import load_library, undecoded, with_names
@@ -75,10 +75,13 @@ def load_streaming(data: str, wanted: Wanted, known: Optional[Task], usual_group
     if 'train' not in tables:
         raise DataError(f'{data} has no split train (it has {", ".join(source)}): the splits must be named '
                         f'{", ".join(SPLITS)}.')
+    notes = [unused_splits(list(source), ('train', 'validation', 'test'), data, list(source))]
     task, column = find_task(tables, wanted, known, data)
+    if not (known or wanted.task or wanted.labels or column):
+        notes.append(further_labels(tables, task))
     tables = {name: with_labels(table, task, column, f'{data}, split {name}') for name, table in tables.items()}
     groups = find_groups(tables, wanted.group, data, usual_groups)
-    notes = [note for note in [groups and without_entry(tables, groups)] if note]
+    notes.append(groups and without_entry(tables, groups))
     missed = None if groups or wanted.group else groups_missed(tables, ['image_id', column, *task.labels])
     if groups:
         tables = with_groups(tables, groups)
@@ -88,7 +91,7 @@ def load_streaming(data: str, wanted: Wanted, known: Optional[Task], usual_group
                         f'rename or add it, or say what it is called (--columns image=COLUMN).')
     splits: Dict[str, Any] = check_splits(tables, data, ['train'], task, ('train', 'validation'))
     splits['train'] = StreamedSplit(_labelled(streams['train'], task, column), splits['train'], shards)
-    return Data(task, splits, groups, missed=missed, notes=notes)
+    return Data(task, splits, groups, missed=missed, notes=[*filter(None, notes)])
 
 
 def _labelled(stream: datasets.IterableDataset, task: Task, column: str) -> datasets.IterableDataset:
