@@ -16,7 +16,6 @@ from timm_arl.isic.dataset.demo import DEMO_TASKS, demo_dataset
 from timm_arl.isic.dataset.options import load_task
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.loading import EpochBatches, IsicSplit, IsicStream
-from timm_arl.isic.task import Task
 from timm_arl.isic.transforms import eval_transform
 
 SIZES = {'csv': 40, 'classes': 20, 'splits of classes': 60, 'isic2018': 63, 'isic2019': 50, 'isic2020': 24,
@@ -203,57 +202,6 @@ def test_a_stream_of_words_of_0_and_1(tmp_path):
     shown = {image_id: labels.tolist() for _, some, ids in IsicStream(
         train, batches, eval_transform(16, [0] * 3, [1] * 3)) for labels, image_id in zip(some, ids)}
     assert shown == {f'train{k}': [k % 2, int(k % 3 == 0)] for k in range(12)}
-
-
-def one_hot_table(folder, labels, words):
-    """A table of columns of 0 and 1, of images with these digits."""
-    for k in range(len(words)):
-        picture(folder / f'{k}.png', k)
-    return str(lines(folder / 'mine.csv', ('image', *labels), [(k, *word) for k, word in enumerate(words)]))
-
-
-@pytest.mark.parametrize('slip, told', [('110', '4 has 2'), ('000', '4 has none')])
-def test_one_slip_among_columns_of_classes_does_not_make_another_task(tmp_path, slip, told):
-    wanted = Wanted(labels=('nevus', 'melanoma', 'bcc'))
-    words = ['100', '010', '001'] * 20
-    assert load_data(one_hot_table(tmp_path, wanted.labels, words), wanted).task.kind == 'multiclass'
-    words[4] = slip
-    data = one_hot_table(tmp_path, wanted.labels, words)
-    with pytest.raises(DataError, match=f'59 of 60 images have exactly one of the labels nevus, melanoma, bcc, but '
-                                        f'{told}: correct these rows .* kind: multilabel .* in a --task FILE.yaml'):
-        load_data(data, wanted)
-    (tmp_path / 'mine.yaml').write_text('kind: multilabel\nlabels: [nevus, melanoma, bcc]\n')
-    assert load_data(data, Wanted(task=str(tmp_path / 'mine.yaml'))).task.labels == wanted.labels
-    network = Task('mine', wanted.labels)  # which is to be scored, and was trained so
-    assert load_data(data, wanted, expected=network).task.kind == 'multilabel'
-    words[5:13] = ['110'] * 8
-    assert load_data(one_hot_table(tmp_path, wanted.labels, words), wanted).task.kind == 'multilabel'
-
-
-def test_a_label_beside_those_of_a_challenge_is_pointed_out(tmp_path):
-    labels = ('melanoma', 'seborrheic_keratosis', 'bcc', 'nevus', 'sex', 'biopsy')
-    words = [*['100011'] * 10, *['010001'] * 10, *['001011'] * 8, *['000101'] * 10]
-    data = load_data(one_hot_table(tmp_path, labels, words))
-    assert data.task.name == 'isic2017' and data.summary('mine').endswith(
-        '8 images that count as nevus have 1 in bcc: if these are diagnoses too, pass --labels melanoma '
-        'seborrheic_keratosis bcc nevus.')
-    data = load_data(one_hot_table(tmp_path, labels, words), Wanted(labels=labels[:4]))
-    assert data.task.labels == labels[:4] and data.task.kind == 'multiclass' and not data.notes
-    assert not load_data(one_hot_table(tmp_path, labels, words), Wanted(task='isic2017')).notes  # the user knows
-
-
-def test_images_of_another_challenge_in_a_folder_are_not_left_out_without_a_word(tmp_path):
-    folder = make('ham10000', tmp_path)
-    assert not load_data(folder).notes
-    picture(tmp_path / 'ISIC2018_Task3_Test_Images' / 'ISIC_1.jpg')
-    lines(tmp_path / 'ISIC2018_Task3_Test_GroundTruth.csv', ('lesion_id', 'image_id', 'dx'), [('H', 'ISIC_1', 'nv')])
-    assert load_data(folder).summary(folder).endswith(
-        'Not used: ISIC2018_Task3_Test_Images, which is of ISIC 2018 Task 3 (to have both, write a CSV of all images '
-        'with a column split).')
-    isic2018(tmp_path / 'without')
-    (tmp_path / 'without' / 'ISIC2018_Task3_Test_GroundTruth').rename(tmp_path / 'elsewhere')
-    notes = load_data(str(tmp_path / 'without'), needed=('train', 'validation')).notes
-    assert notes[0] == 'Not used: ISIC2018_Task3_Test_Input, whose ground truth is not there.'
 
 
 def edited(path, old, new):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from timm_arl.isic.dataset import DataError, decode, label_array, load_splits
+from timm_arl.isic.dataset import DataError, Wanted, decode, label_array, load_data, load_splits, sources
 from timm_arl.isic.dataset.sources import read_table
 
 WORDS = {'train': 'Training', 'validation': 'Validation', 'test': 'Test_v2'}
@@ -88,6 +88,44 @@ def test_what_the_archives_client_writes(tmp_path):
     splits = load_splits(str(archive(tmp_path / 'isic')))
     assert label_array(splits['train']).tolist() == [[0, 0], [1, 0], [0, 1], [0, 0]]
     assert splits['train'][0]['age_approximate'] == 45 and splits['train'][0]['sex'] == 'male'
+
+
+def archive_with_lesions(folder, lesion):
+    """As the archive's client writes them today; lesion tells that of each image of a split."""
+    archive(folder)
+    for name in WORDS:
+        path = folder / name / 'metadata.csv'
+        head, *rows = path.read_text().splitlines()
+        path.write_text('\n'.join([f'{head},lesion_id,anatom_site_general,clin_size,personal_hx_mm', *(
+            f'{row},{lesion(name, k)},{("head/neck", "unknown")[k % 2]},{3 if name == "train" else 2.5},True'
+            for k, row in enumerate(rows))]) + '\n')
+    return str(folder)
+
+
+def test_what_else_the_archive_tells_is_kept(tmp_path):
+    data = load_data(archive_with_lesions(tmp_path / 'isic', lambda name, k: f'IL_{name}{k // 2}'))
+    assert data.groups == 'lesion_id' and data.group_ids('test') == ['IL_test0', 'IL_test0', 'IL_test1', 'IL_test1']
+    for name, size in (('train', 3.), ('test', 2.5)):
+        row = data.splits[name][0]
+        assert row['site'] == 'head/neck' and row['clin_size'] == size and row['personal_hx_mm'] == 1
+        assert data.splits[name][1]['site'] is None and 'attribution' not in row and 'isic_id' not in row
+    assert data.splits['train'].features == data.splits['test'].features
+
+
+def test_the_official_splits_may_part_lesions(tmp_path, monkeypatch):
+    folder = archive_with_lesions(tmp_path / 'isic', lambda name, k: f'IL_{k}')
+    with pytest.raises(DataError, match='4 of the groups in column lesion_id are in several splits'):
+        load_data(folder)
+    for name, split in load_splits(folder).items():  # the official ones, of these few images
+        monkeypatch.setitem(sources.CHALLENGE_IDS, name, sources.ids_digest(split['image_id']))
+    data = load_data(folder)
+    assert data.groups == '' and data.summary('isic') == (
+        'Task isic2017: melanoma, seborrheic_keratosis (sigmoid). The official splits of ISIC 2017 are used as they '
+        'are, though 4 of the groups in column lesion_id are in several of them: images are divided and scored one by '
+        'one.')
+    with pytest.raises(DataError, match='4 of the groups in column lesion_id are in several splits'):
+        load_data(folder, Wanted(group='lesion_id'))
+    assert load_data(folder, needed=('test',), alone=True).groups == 'lesion_id'
 
 
 def test_the_challenges_labels_count_before_a_diagnosis(tmp_path):

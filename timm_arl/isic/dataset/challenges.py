@@ -6,9 +6,9 @@ import datasets
 
 from ..task import TASKS, DataError, Task
 from .groups import WHOLE
-from .names import ABOUT
-from .sources import image_files
-from .tables import read_lines, typed
+from .names import ABOUT, NOT_KEPT
+from .sources import image_files, typed
+from .tables import read_lines
 
 __all__ = ['check_truth', 'read_challenge', 'unused_parts']
 
@@ -19,8 +19,6 @@ class _Part(NamedTuple):
     truth: Sequence[str]
     about: Sequence[str] = ()  # tables of further columns, all that are there
 
-
-LEFT_OUT = {'score_weight', 'validation_weight', 'copyright_license', 'attribution', 'benign_malignant'}
 
 CHALLENGES: Dict[str, Dict[str, _Part]] = {
     'isic2018': {
@@ -134,7 +132,7 @@ def _first(folder: Path, places: Iterable[str]) -> Optional[Path]:
 def _rows(path: Path) -> Dict[str, Dict[str, str]]:
     """Rows of a table by image_id, its columns called as they are here."""
     heads, lines, _ = read_lines(path)
-    names = {head: ABOUT.get(head, head) for head in heads if head not in LEFT_OUT}
+    names = {head: ABOUT.get(head, head) for head in heads if head not in NOT_KEPT}
     if 'image_id' not in names.values():
         raise DataError(f'{path} has no column image, image_name, image_id or isic_id (it has {", ".join(heads)}).')
     rows: Dict[str, Dict[str, str]] = {}
@@ -169,9 +167,5 @@ def _split(folders: Sequence[Path], truth: Path, tables: Sequence[Path], task: T
     content: Dict[str, Any] = {'image': [str(files[image_id]) for image_id in ids], 'image_id': ids}
     for column in columns:
         table = next(table for table in others if column in next(iter(table.values())))
-        content[column] = typed([_known(table.get(image_id, {}).get(column, '')) for image_id in ids], column)
+        content[column] = typed([table.get(image_id, {}).get(column, '') for image_id in ids], column, ('unknown',))
     return datasets.Dataset.from_dict(content).cast_column('image', datasets.Image())
-
-
-def _known(text: str) -> str:
-    return '' if text.lower() == 'unknown' else text

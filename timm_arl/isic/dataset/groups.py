@@ -11,10 +11,11 @@ from ..task import DataError, Task
 from .data import label_array
 from .names import LESION, PATIENT, column_named, looks_like_groups, plain
 from .options import NO_GROUPS
+from .sources import CHALLENGE_IDS, ids_digest
 
 __all__ = [
     'SHARES', 'SPLIT_NAMES', 'WHOLE', 'by_split_column', 'check_groups', 'divide', 'find_groups', 'groups_missed',
-    'read_split_file', 'split_name', 'with_groups', 'without_entry', 'write_split_file',
+    'parted_officially', 'read_split_file', 'split_name', 'with_groups', 'without_entry', 'write_split_file',
 ]
 
 NOT_KNOWN = {'', '-', '?', 'n/a', 'na', 'nan', 'none', 'null', 'unknown'}
@@ -163,23 +164,43 @@ def _spelling(cell: Any) -> str:
     return '' if text.casefold() in NOT_KNOWN else text
 
 
+def parted_officially(splits: Mapping[str, datasets.Dataset], column: str) -> str:
+    """A sentence where the splits of ISIC 2017 part a patient or lesion, as the challenge divided them; '' otherwise.
+
+    Train may be another, since external images and twins change it.
+    """
+    if not all(name in splits and ids_digest(map(str, splits[name]['image_id'])) == CHALLENGE_IDS[name]
+               for name in ('validation', 'test')):
+        return ''
+    parted = _parted(with_groups(splits, column), column)
+    return '' if not parted else (
+        f'The official splits of ISIC 2017 are used as they are, though {len(parted)} of the groups in column {column} '
+        f'are in several of them: images are divided and scored one by one.')
+
+
 def check_groups(splits: Mapping[str, datasets.Dataset], column: str, where: str) -> None:
     """Refuse splits that part a patient or lesion.
 
     Raises:
         DataError: There is one in two of them.
     """
+    parted = _parted(splits, column)
+    if parted:
+        named = ', '.join(list(parted.values())[:NAMED]) + ', ...' * (len(parted) > NAMED)
+        raise DataError(f'{where}: {len(parted)} of the groups in column {column} are in several splits: {named}. Put '
+                        f'all images of one in one split, leave out --splits if you gave it, or pass --group-column '
+                        f'{NO_GROUPS} if they may be divided.')
+
+
+def _parted(splits: Mapping[str, datasets.Dataset], column: str) -> Dict[str, str]:
+    """The groups that are in two splits, and how messages name them."""
     seen: Dict[str, str] = {}
     parted: Dict[str, str] = {}
     for name, split in splits.items():
         for group in split[column]:
             if seen.setdefault(group, name) != name:
                 parted.setdefault(group, f'{group} ({seen[group]} and {name})')
-    if parted:
-        named = ', '.join(list(parted.values())[:NAMED]) + ', ...' * (len(parted) > NAMED)
-        raise DataError(f'{where}: {len(parted)} of the groups in column {column} are in several splits: {named}. Put '
-                        f'all images of one in one split, leave out --splits if you gave it, or pass --group-column '
-                        f'{NO_GROUPS} if they may be divided.')
+    return parted
 
 
 def divide(

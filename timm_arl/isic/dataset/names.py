@@ -6,8 +6,8 @@ from ..task import TASKS, DataError, Task
 from .options import NO_GROUPS, Wanted
 
 __all__ = [
-    'ABOUT', 'CLASS_COLUMNS', 'COLUMNS', 'IMAGE_COLUMNS', 'LESION', 'PATIENT', 'column_named', 'looks_like_groups',
-    'plain', 'with_known_names',
+    'ABOUT', 'CLASS_COLUMNS', 'COLUMNS', 'IMAGE_COLUMNS', 'LESION', 'NOT_KEPT', 'PATIENT', 'column_named',
+    'looks_like_groups', 'plain', 'with_known_names',
 ]
 
 PATIENT, LESION = 'patient_id', 'lesion_id'  # a patient may have several lesions
@@ -23,6 +23,8 @@ ABOUT = {  # columns of the challenges' tables
     'age': 'age_approximate', 'age_approx': 'age_approximate',
     'anatom_site_general': 'site', 'anatom_site_general_challenge': 'site',
     'localization': 'site', 'target': 'malignant'}
+NOT_KEPT = {  # of these tables, which tell nothing of a lesion, or the class in other words
+    'score_weight', 'validation_weight', 'copyright_license', 'attribution', 'benign_malignant'}
 GROUP_WORDS = {'patient', 'patients', 'lesion', 'lesions', 'case', 'cases', 'subject', 'subjects'}
 NOT_OF_GROUPS = {  # words of columns that tell something else of a patient or lesion
     'age', 'area', 'class', 'count', 'date', 'diagnosis', 'diameter', 'gender', 'height', 'location', 'sex', 'site',

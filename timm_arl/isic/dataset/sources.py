@@ -3,17 +3,19 @@ import csv
 import hashlib
 import io
 import math
+import re
 from pathlib import Path
-from typing import Any, Dict, Iterable, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import datasets
 
 from ...files import delimiter_of
 from ..task import DIAGNOSES, LABELS, DataError, label_words
+from .names import ABOUT, CLASS_COLUMNS, NOT_KEPT, looks_like_groups, plain
 
 __all__ = [
     'CHALLENGE_IDS', 'CHALLENGE_ZIPS', 'DataError', 'check_image_id', 'ids_digest', 'image_files', 'number',
-    'read_folder', 'read_table', 'table_text', 'years_of',
+    'read_folder', 'read_table', 'table_text', 'typed', 'years_of',
 ]
 
 SPLIT_NAMES = {'train': 'Training', 'validation': 'Validation', 'test': 'Test_v2'}
@@ -28,6 +30,8 @@ CHALLENGE_IDS = {  # ids_digest of the official splits
     'test': '8e7a85c979aef0597511c5d99791b2af10e62f0cf064ddfad7786583d09cbc03',
 }
 WORKBOOKS = (b'PK\x03\x04', b'\xd0\xcf\x11\xe0')  # .xlsx and .ods are zips; .xls is older
+CODE = re.compile(r'0\d')  # as a class, 007 is no number
+NOTHING = ('', 'nan', 'na', 'n/a', 'null')
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 FEATURES = datasets.Features({
     'image': datasets.Image(), 'image_id': datasets.Value('string'),
@@ -51,6 +55,7 @@ def read_folder(folder: Path) -> Optional[datasets.DatasetDict]:
     The archive client's (``isic image download``): ``train/``, ``validation/`` and ``test/``, each with images and a
     ``metadata.csv``; labels from the challenge's CSV beside them if it is there, else from the diagnosis columns. A
     ``metadata.csv`` with the column ``file_name`` is that of an image folder of the datasets library, and left to it.
+    Other columns of the tables are kept, as lesion_id and site.
 
     Raises:
         DataError: A table that cannot be read, an image without labels or labels without an image.
@@ -62,7 +67,7 @@ def read_folder(folder: Path) -> Optional[datasets.DatasetDict]:
             raise DataError(f'{folder} is one download of the archive, not three splits: put each split, with its '
                             f'metadata.csv, in a folder train/, validation/ or test/.')
         return None
-    splits = {}
+    parts = {}
     for name, word in SPLIT_NAMES.items():
         images = folder / (f'ISIC-2017_{word}_Data' if challenge else name)
         truth = folder / f'ISIC-2017_{word}_Part3_GroundTruth.csv'
@@ -77,8 +82,9 @@ def read_folder(folder: Path) -> Optional[datasets.DatasetDict]:
             table = next(iter(sorted([*images.glob('*_metadata.csv'), *folder.glob(f'*_{word}_*metadata.csv')])), None)
             metadata = read_table(table, ('image_id',)) if table else {}
         masks = image_files(folder / f'ISIC-2017_{word}_Part1_GroundTruth', '_segmentation')
-        splits[name] = _split(images, labels, metadata, masks)
-    return datasets.DatasetDict(splits)
+        parts[name] = images, labels, metadata, masks
+    others = _others(metadata for _, _, metadata, _ in parts.values())
+    return datasets.DatasetDict({name: _split(*part, *others) for name, part in parts.items()})
 
 
 def _of_archive(metadata: Path) -> bool:
@@ -94,6 +100,8 @@ def _split(
         labels: Dict[str, Tuple[float, ...]],
         metadata: Dict[str, Dict[str, str]],
         masks: Dict[str, Path],
+        others: datasets.Dataset,
+        rows: Dict[str, int],
 ) -> datasets.Dataset:
     files = image_files(folder)
     for what, alone in (('no image', labels.keys() - files.keys()), ('no row of labels', files.keys() - labels.keys())):
@@ -106,13 +114,29 @@ def _split(
                             f'{len(files)} images): add what is missing, or remove what has no counterpart.')
     ids = sorted(files)
     about = [metadata.get(image_id, {}) for image_id in ids]
-    return datasets.Dataset.from_dict({
+    known = datasets.Dataset.from_dict({
         'image': [str(files[image_id]) for image_id in ids], 'image_id': ids,
         **{label: [labels[image_id][k] for image_id in ids] for k, label in enumerate(LABELS)},
         'age_approximate': [number(row.get('age_approximate') or row.get('age_approx')) for row in about],
         'sex': [_word(row.get('sex')) for row in about],
         'mask': [str(masks[image_id]) if image_id in masks else None for image_id in ids],
     }, features=FEATURES)
+    if not others.column_names:
+        return known
+    return datasets.concatenate_datasets([known, others.select([rows.get(image_id, 0) for image_id in ids])], axis=1)
+
+
+def _others(tables: Iterable[Dict[str, Dict[str, str]]]) -> Tuple[datasets.Dataset, Dict[str, int]]:
+    """Further columns of the tables of all splits, called and typed as those of the other challenges, and the row of
+    each image_id; the first row is empty."""
+    about = {image_id: row for table in tables for image_id, row in table.items()}
+    found: Dict[str, List[Any]] = {}
+    for head in dict.fromkeys(head for row in about.values() for head in row):
+        name = ABOUT.get(head, head)
+        cells = typed(['', *(row.get(head, '') for row in about.values())], name, ('unknown',))
+        if name and head not in NOT_KEPT and name not in FEATURES and any(cell is not None for cell in cells):
+            found.setdefault(name, cells)
+    return datasets.Dataset.from_dict(found), {image_id: row for row, image_id in enumerate(about, 1)}
 
 
 def image_files(folder: Path, suffix: str = '') -> Dict[str, Path]:
@@ -233,6 +257,31 @@ def number(cell: Any) -> Optional[float]:
         return float(cell) if math.isfinite(float(cell)) else None
     except (TypeError, ValueError):
         return None
+
+
+def typed(values: Sequence[str], name: str = '', nothing: Sequence[str] = ()) -> List[Any]:
+    """Whole numbers, numbers or words, as all of them are; '', NaN and the like become None, true and false 1 and 0.
+
+    Args:
+        values: As a CSV has them.
+        name: Of the column; those of ids, patients and lesions stay words.
+        nothing: Further words, in small letters, that become None.
+    """
+    known = [None if value.lower() in (*NOTHING, *nothing) else value for value in values]
+    if any(known) and {value.lower() for value in known if value} <= {'true', 'false'}:
+        return [None if value is None else int(value.lower() == 'true') for value in known]
+    words = (name.lower().endswith('_id') or looks_like_groups(name) or any('_' in value for value in known if value)
+             or (plain(name) in CLASS_COLUMNS and any(CODE.match(value) for value in known if value)))
+    for kind in () if words else (int, float):  # int('1_2') is 12
+        try:
+            numbers = [None if value is None else kind(value) for value in known]
+        except ValueError:
+            continue
+        if kind is int and not all(number is None or -2 ** 63 <= number < 2 ** 63 for number in numbers):
+            return known  # longer numbers are names
+        if all(number is None or math.isfinite(number) for number in numbers):
+            return numbers
+    return known
 
 
 def years_of(cell: Any) -> Optional[float]:

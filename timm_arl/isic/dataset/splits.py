@@ -23,6 +23,7 @@ from .groups import (
     divide,
     find_groups,
     groups_missed,
+    parted_officially,
     read_split_file,
     split_name,
     with_groups,
@@ -118,7 +119,10 @@ def load_data(
     splits = {name: with_labels(split, task, column, _where(data, name), called) for name, split in splits.items()}
     groups = find_groups(splits, wanted.group, data, usual_groups or prepared.get('groups'), shown)
     missed = None
-    if groups:
+    parted = parted_officially(splits, groups) if groups and wanted.group is None and not alone else ''
+    if parted:
+        notes, groups = [*notes, parted], ''
+    elif groups:
         notes.append(without_entry(splits, groups))
         splits = with_groups(splits, groups)
     elif wanted.group is None:

@@ -9,7 +9,7 @@ from ..task import DataError, Task
 from .checks import check_splits, unused_splits
 from .columns import class_numbers, find_task, further_labels, one_hot, with_labels, words_of
 from .data import SPLITS, Data, StreamedSplit
-from .groups import check_groups, find_groups, groups_missed, with_groups, without_entry
+from .groups import check_groups, find_groups, groups_missed, parted_officially, with_groups, without_entry
 from .library import load_library, undecoded, with_names
 from .options import Wanted
 from .tables import renamed
@@ -81,8 +81,10 @@ def load_streaming(data: str, wanted: Wanted, known: Optional[Task], usual_group
         notes.append(further_labels(tables, task))
     tables = {name: with_labels(table, task, column, f'{data}, split {name}') for name, table in tables.items()}
     groups = find_groups(tables, wanted.group, data, usual_groups)
-    notes.append(groups and without_entry(tables, groups))
+    parted = parted_officially(tables, groups) if groups and wanted.group is None else ''
+    notes.append(parted or (without_entry(tables, groups) if groups else ''))
     missed = None if groups or wanted.group else groups_missed(tables, ['image_id', column, *task.labels])
+    groups = '' if parted else groups
     if groups:
         tables = with_groups(tables, groups)
         check_groups(tables, groups, data)

@@ -1,9 +1,7 @@
 """A CSV of image paths with their labels, as people have it."""
 import csv
 import io
-import math
 import os
-import re
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
@@ -12,14 +10,12 @@ import datasets
 from ...files import delimiter_of
 from ..task import DataError
 from .groups import SPLIT_NAMES, WHOLE, split_name
-from .names import CLASS_COLUMNS, IMAGE_COLUMNS, column_named, looks_like_groups, plain
-from .sources import IMAGE_SUFFIXES, table_text
+from .names import IMAGE_COLUMNS, column_named, plain
+from .sources import IMAGE_SUFFIXES, NOTHING, table_text, typed
 
 __all__ = ['read_image_table', 'read_lines', 'renamed', 'typed', 'unique_ids']
 
 NAMED = 3  # missing files in a message
-CODE = re.compile(r'0\d')  # as a class, 007 is no number
-NOTHING = ('', 'nan', 'na', 'n/a', 'null')
 
 
 def read_lines(path: Path) -> Tuple[List[str], List[Dict[str, str]], List[int]]:
@@ -224,27 +220,3 @@ def unique_ids(candidates: Sequence[Sequence[str]]) -> List[str]:
         if len(set(names)) == len(names):
             return list(names)
     return [names[-1] for names in candidates]
-
-
-def typed(values: Sequence[str], name: str = '') -> List[Any]:
-    """Whole numbers, numbers or words, as all of them are; '', NaN and the like become None, true and false 1 and 0.
-
-    Args:
-        values: As a CSV has them.
-        name: Of the column; those of ids, patients and lesions stay words.
-    """
-    known = [None if value.lower() in NOTHING else value for value in values]
-    if any(known) and {value.lower() for value in known if value} <= {'true', 'false'}:
-        return [None if value is None else int(value.lower() == 'true') for value in known]
-    words = (name.lower().endswith('_id') or looks_like_groups(name) or any('_' in value for value in known if value)
-             or (plain(name) in CLASS_COLUMNS and any(CODE.match(value) for value in known if value)))
-    for kind in () if words else (int, float):  # int('1_2') is 12
-        try:
-            numbers = [None if value is None else kind(value) for value in known]
-        except ValueError:
-            continue
-        if kind is int and not all(number is None or -2 ** 63 <= number < 2 ** 63 for number in numbers):
-            return known  # longer numbers are names
-        if all(number is None or math.isfinite(number) for number in numbers):
-            return numbers
-    return known
