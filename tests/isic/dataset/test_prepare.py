@@ -192,7 +192,8 @@ def test_a_table_without_splits_and_with_words_among_the_numbers(run, tmp_path):
     done = run('prepare', source, tmp_path / 'all', '--columns', 'age_approximate=age', '--workers', 1)
     assert done.returncode == 0, done.stderr
     found = [row for split in load_data(str(tmp_path / 'all')).splits.values() for row in split]
-    assert sorted(age for row in found for age in [row['age_approximate']] if age is not None) == [2, 5, 8, 11, 14, 17]
+    ages = [row['age_approximate'] for row in found]
+    assert sorted(age for age in ages if age is not None) == [2, 5, 8, 11, 14, 17, *[80] * 7]
     assert {row['width'] for row in found} == {40}
     train = datasets.load_dataset('parquet', data_files=[*map(str, (tmp_path / 'all' / 'data').glob('*'))])['train']
     (tmp_path / 'train').mkdir()
@@ -205,6 +206,26 @@ def test_a_table_without_splits_and_with_words_among_the_numbers(run, tmp_path):
 def test_a_seed_that_is_none(run, tmp_path, seed):
     done = run('prepare', table(tmp_path / 'd', 4), tmp_path / 'out', '--seed', seed)
     assert done.returncode == 2 and 'argument --seed: ' in done.stderr and seed in done.stderr
+
+
+@pytest.mark.parametrize('heads', [('age', 'Sex'), ('AGE_APPROXIMATE', 'SEX')])
+def test_age_and_sex_in_other_spelling(run, tmp_path, heads):
+    source = table(tmp_path / 'd', 24, head=('image', 'label', 'split', *heads), more=lambda k: (
+        ('train', 'val', 'test')[k // 2 % 3], (31, '85+')[k == 0], ('female', 'male')[k % 2]))
+    done = run('prepare', source, tmp_path / 'out', '--workers', 1)
+    assert done.returncode == 0, done.stderr
+    rows = {row['image_id']: row for split in load_data(str(tmp_path / 'out')).splits.values() for row in split}
+    assert (rows['0']['age_approximate'], rows['0']['sex'], rows['1']['age_approximate'], rows['1']['sex']) == (
+        85, 'female', 31, 'male')
+    assert not set(heads) & rows['0'].keys()
+    assert '| train | 8 | 4 | 4 | 0 | 8 | 8 |' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_a_column_of_groups_keeps_its_name(run, tmp_path):
+    source = table(tmp_path / 'd', 24, head=('image', 'label', 'age'), more=lambda k: (f'of case {k // 2}',))
+    done = run('prepare', source, tmp_path / 'out', '--workers', 1, '--group-column', 'age')
+    assert done.returncode == 0, done.stderr
+    assert load_data(str(tmp_path / 'out')).groups == 'age'
 
 
 def test_check_takes_the_splits_as_they_are(run, tmp_path):

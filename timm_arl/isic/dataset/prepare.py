@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import datasets
 import pyarrow.parquet
@@ -25,8 +25,9 @@ from ..images import decode, decode_mask, reason_of
 from ..task import ISIC2017, DataError, Task, label_words
 from .data import SPLITS
 from .duplicates import read_pairs
+from .names import column_named
 from .options import add_data_arguments, wanted_of
-from .sources import CHALLENGE_ZIPS, image_files, number, read_table
+from .sources import CHALLENGE_ZIPS, image_files, number, read_table, years_of
 from .splits import load_data
 
 __all__ = ['add_arguments', 'prepare']
@@ -68,9 +69,11 @@ def prepare(args: argparse.Namespace) -> int:
     target = Path(args.target)
     _check_zips(Path(args.source))
     data = load_data(args.source, wanted_of(args), args.seed, needed=())
-    task, features = data.task, _features(data.splits, data.task)
+    task = data.task
     print(data.summary(args.source))
-    splits = {name: _select(split, features) for name, split in data.splits.items()}
+    splits = {name: _renamed(split, [*task.labels, data.groups]) for name, split in data.splits.items()}
+    features = _features(splits, task)
+    splits = {name: _select(split, features) for name, split in splits.items()}
     for flag, value in (('--extra-ids', args.extra_ids), ('--drop-duplicates', args.drop_duplicates)):
         if value and 'train' not in splits:
             raise DataError(f'{flag} changes the training images, and {args.source} has none: leave it out.')
@@ -158,6 +161,19 @@ def _check_zips(source: Path) -> None:
                             f'official file; download and unpack it again.')
         if not (source / path.stem).is_dir():
             raise DataError(f'{path} is there, but not unpacked: unzip it in {source}.')
+
+
+def _renamed(split: datasets.Dataset, others: Sequence[str]) -> datasets.Dataset:
+    """The split with the columns of age and sex called as in the shards, whatever they are called, as 'Sex' and 'age'.
+
+    Args:
+        split: It.
+        others: Columns that are something else.
+    """
+    for name in ('age_approximate', 'sex'):
+        found = column_named([column for column in split.column_names if column not in others], name)
+        split = split.rename_column(found, name) if found and name not in split.column_names else split
+    return split
 
 
 def _features(splits: Dict[str, datasets.Dataset], task: Task) -> datasets.Features:
@@ -286,7 +302,7 @@ def _write_shard(
         squashed = image.width == image.height and 'aspect_ratio' in row  # also where it is not known
         content.append({
             **{column: row.get(column) for column in features},
-            'age_approximate': number(row.get('age_approximate')),
+            'age_approximate': years_of(row.get('age_approximate')),
             **{label: int(row[label]) for label in task.labels},
             'image': _bytes(_resized(image, longest_side, Image.Resampling.BICUBIC), 'JPEG', quality=JPEG_QUALITY),
             'mask': None if mask is None else _bytes(mask, 'PNG'),
