@@ -16,7 +16,9 @@ from test_cards import front_matter, run_snippets_here
 
 import timm_arl
 from timm_arl.factory import Checkpoint, create_trained
+from timm_arl.isic import LABELS
 from timm_arl.isic.dataset import decode, load_splits
+from timm_arl.isic.shift import home_of
 from timm_arl.pretrained import OWN_WEIGHTS, shipped_weights
 
 NAME = 'arl_cnn14.isic2017'
@@ -86,6 +88,15 @@ def test_a_stranger_who_has_the_name_does_not_say_what_they_mean(tmp_path):
 
 
 @pytest.mark.slow
+@OWN
+def test_the_images_of_home_are_known(name):
+    """With which the page of an external validation compares those of another clinic."""
+    checkpoint = Checkpoint(name)
+    home = home_of(checkpoint.folder, checkpoint.settings())
+    assert home['images']['images'] == 150 and home['thresholds'].keys() >= {'youden on validation'}
+    assert [home['labels'][label]['positives'] for label in LABELS] == [30, 42]
+
+
 def test_thresholds_do_not_need_a_record_of_the_evaluation(tmp_path):
     """timm caches config.json and the weights; offline, results.json is then out of reach."""
     files = {name: shipped_weights(NAME) / name for name in ('config.json', 'model.safetensors')}

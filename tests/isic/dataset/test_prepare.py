@@ -228,6 +228,29 @@ def test_a_column_of_groups_keeps_its_name(run, tmp_path):
     assert load_data(str(tmp_path / 'out')).groups == 'age'
 
 
+HOLD = """
+import sys
+from pathlib import Path
+from timm_arl.files import hold
+held = hold(Path(sys.argv[1]))
+print('held', flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_one_process_at_a_time_writes_to_a_target(run, source, tmp_path):
+    (tmp_path / 'p').mkdir()
+    with subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path / 'p' / '.lock')], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == 'held\n'
+        done = run('prepare', source, tmp_path / 'p', '--workers', 1)
+        assert done.returncode == 2 and 'Another process is writing to' in done.stderr
+        other.kill()
+    done = run('prepare', source, tmp_path / 'p', '--workers', 1)
+    assert done.returncode == 0 and not (tmp_path / 'p' / '.lock').exists(), done.stderr
+
+
 def test_check_takes_the_splits_as_they_are(run, tmp_path):
     done = run('check', class_folders(tmp_path / 'd', count=2, splits=('train', 'test')))
     assert done.returncode == 0 and 'divided' not in done.stdout and 'validation' not in done.stdout, done.stdout

@@ -1,5 +1,6 @@
 """Originals to Parquet shards of a size that trains: parallel, and resumable after a kill."""
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import datasets
 import pyarrow.parquet
@@ -20,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ... import arguments
-from ...files import replacing, write_json
+from ...files import hold, replacing, write_json
 from ..images import decode, decode_mask, reason_of
 from ..task import ISIC2017, DataError, Task, label_words
 from .data import SPLITS
@@ -33,6 +34,7 @@ from .splits import load_data
 __all__ = ['add_arguments', 'prepare']
 
 SHARD = 256  # images
+LOCK = '.lock'
 JPEG_QUALITY = 92
 MEASURES = {
     'width': datasets.Value('int32'), 'height': datasets.Value('int32'), 'aspect_ratio': datasets.Value('float32')}
@@ -95,10 +97,30 @@ def prepare(args: argparse.Namespace) -> int:
         **({'groups': data.groups} if data.groups and args.group_column else {}),
     }
     _check_target(target, plan)
-    (target / 'data').mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    with _alone_in(target):
+        _write_shards(args, target, plan, splits, features, task)
+    skipped = _skipped(target, splits)
+    counts = _write_card(target, args, dropped, skipped, task)
+    if skipped:
+        print(f'Left out, since they cannot be read: {", ".join(skipped)}. To include them, fix them, remove {target} '
+              f'and run the command again.')
+    print(f'Written: {target} ({", ".join(f"{n} {name}" for name, n in counts.items())}); use it with --data {target}')
+    return 0
+
+
+def _write_shards(
+        args: argparse.Namespace,
+        target: Path,
+        plan: Dict[str, Any],
+        splits: Dict[str, datasets.Dataset],
+        features: datasets.Features,
+        task: Task,
+) -> None:
+    write_json(target / 'prepare.json', plan)
+    (target / 'data').mkdir(exist_ok=True)
     for leftover in (target / 'data').glob('.*.tmp'):
         leftover.unlink()
-    write_json(target / 'prepare.json', plan)
 
     jobs = []
     for name, split in splits.items():
@@ -124,13 +146,22 @@ def prepare(args: argparse.Namespace) -> int:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    skipped = _skipped(target, splits)
-    counts = _write_card(target, args, dropped, skipped, task)
-    if skipped:
-        print(f'Left out, since they cannot be read: {", ".join(skipped)}. To include them, fix them, remove {target} '
-              f'and run the command again.')
-    print(f'Written: {target} ({", ".join(f"{n} {name}" for name, n in counts.items())}); use it with --data {target}')
-    return 0
+
+
+@contextlib.contextmanager
+def _alone_in(target: Path) -> Iterator[None]:
+    """Refuse a folder that another process is writing to: each would remove what the other has not finished."""
+    path = target / LOCK
+    try:
+        lock = hold(path)
+    except BlockingIOError:
+        raise DataError(f'Another process is writing to {target}: let it finish, or end it.') from None
+    try:
+        yield
+    finally:
+        if lock:
+            path.unlink(missing_ok=True)
+            lock.close()
 
 
 def _end_with_parent() -> None:
@@ -256,7 +287,7 @@ def _check_target(target: Path, plan: Dict[str, Any]) -> None:
         if changed:
             raise DataError(f'{target} was prepared with another {" and ".join(changed)}: choose another folder, or '
                             f'remove this one.')
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+    elif target.exists() and (not target.is_dir() or any(path.name != LOCK for path in target.iterdir())):
         raise DataError(f'{target} exists and was not made by this command: choose another folder.')
 
 
