@@ -6,8 +6,8 @@
 
 Wortsman et al., `Model soups` - https://arxiv.org/abs/2203.05482
 
-The runs differ in their seeds alone and started from the same weights (but for a new classifier, which each seed draws):
-networks from random weights cannot be averaged.
+The runs differ in their seeds alone and started from the same weights, but for a new classifier, which each seed draws.
+Networks from random weights cannot be averaged.
 The statistics of batch norms are measured again on the training images (not those that --freeze-bn has kept). The
 validation split is scored, the test split is not. --half stores the weights in half precision, with one run as well.
 The output folder is like that of a run:
