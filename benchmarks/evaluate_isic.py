@@ -53,7 +53,7 @@ from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, l
 from timm_arl.isic.dataset.columns import words_of
 from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.demo import DEMO_TASKS
-from timm_arl.isic.dataset.duplicates import without_twins
+from timm_arl.isic.dataset.duplicates import without_known, without_twins
 from timm_arl.isic.dataset.names import column_named
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
@@ -112,7 +112,8 @@ def build_parser():
     add('--other-data', action='store_true',
         help="the data are not those of the checkpoint's run, though images have the same names: score them as a whole")
     add('--drop-duplicates', metavar='LIST.csv',
-        help='leave out images that are twins of training images, by this list of pairs')
+        help='leave out images that are twins of training images, by this list of pairs; where the data have no split '
+             'train, or with --map, by a list that check made --against the data of the network')
     add('--img-size', type=number(int, 64), help="side of the network's input (default: the checkpoint's)")
     add('--aspect', choices=['keep', 'squash'],
         help="shape of square copies with an aspect_ratio (default: as in the checkpoint's run, or keep)")
@@ -243,13 +244,17 @@ def evaluate(args):
     if learned:
         accelerator.print(f'{len(learned)} of the {len(splits[args.split])} {args.split} images have names of training '
                           f'images of {args.checkpoint} ({", ".join(learned[:3])}): if they are the same images, these '
-                          f'scores are too good. Look with python -m timm_arl.isic.dataset check.')
+                          f'scores are too good. Look with python -m timm_arl.isic.dataset check --against.')
     same_data = 'train' in splits and ids_digest(splits['train']['image_id']) == saved.get('train_ids')
     training_labels = label_array(splits['train'], task) if same_data else None
     kept_best = saved.get('keep') == 'best' and not saved.get('fold')  # a fold has validation images of its own
-    if args.drop_duplicates:
-        if 'train' not in splits:
-            raise RunError(f'--drop-duplicates: {args.data} has no split train to compare with, leave it out.')
+    if args.drop_duplicates and 'train' not in splits:  # another clinic's, by a list that was made --against home
+        before = splits[args.split]
+        splits = {**splits, args.split: without_known(before, args.drop_duplicates)}
+        left_out = {args.split: len(before) - len(splits[args.split])}
+        accelerator.print(f'Left out, since they have a twin in the data of the network: {left_out[args.split]} '
+                          f'{args.split} images.')
+    elif args.drop_duplicates:
         splits, left_out = without_twins(splits, args.drop_duplicates)
         accelerator.print('Left out, since they have a twin in train: ' + ', '.join(
             f'{count} {name} images' for name, count in left_out.items()) + '.')

@@ -163,8 +163,8 @@ def settings_of(args: argparse.Namespace, predictor: Predictor) -> Dict[str, Any
         raise InputError(f'--threshold-name {args.threshold_name}: {predictor.name} has '
                          f'{", ".join(map(repr, predictor.thresholds))}.')
     if args.calibrated and not predictor.temperatures:
-        raise InputError(f'--calibrated: {predictor.name} has no calibration. Evaluate it and stage it: python -m '
-                         f'timm_arl.hub stage OUT STAGED --evaluation R.')
+        raise InputError(f'--calibrated: {predictor.name} has no calibration. Score it on its own data with '
+                         f'evaluate_isic.py, which writes home.json (remove one that was written for other crops).')
     if args.overlays:
         try:
             predictor.explain(Image.new('RGB', (predictor.img_size, predictor.img_size)), gates=False)

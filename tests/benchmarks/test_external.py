@@ -9,6 +9,7 @@ import timm
 import torch
 from any_data import class_folders, ham10000, table
 from pages import Page
+from PIL import Image
 
 from timm_arl.factory import save_network
 from timm_arl.files import write_json
@@ -50,6 +51,25 @@ def checkpoint(tmp_path_factory):
         'labels': {label: {'images': 12, 'positives': 2, 'counts': [12] + [0] * 19, 'as_given': drift,
                            'calibrated': drift} for label in LABELS}})
     return folder
+
+
+@pytest.mark.slow
+def test_images_that_are_also_at_home_are_left_out(call, checkpoint, tmp_path):
+    data, home, pairs = ham10000(tmp_path / 'ham'), ham10000(tmp_path / 'home', 4), tmp_path / 'pairs.csv'
+    for path in (home / 'HAM10000_images_part_1').iterdir():  # as another collection has them
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path, quality=100, subsampling=0)
+    check = 'timm_arl.isic.dataset.__main__', 'check', data, '--output', pairs, '--correlation', 0.99
+    done = call(*check, '--against', home)
+    assert done.returncode == 0 and f'pairs with images of {home}' in done.stdout, done.stderr
+    found = {row['image_id_a'] for row in rows(pairs)}
+    assert found >= {f'ISIC_{k:07d}' for k in range(4)} and len(found) < 42
+    assert {row['split_b'] for row in rows(pairs)} == {'against train'}
+    done = call('evaluate_isic', *usual(data, checkpoint, tmp_path / 'r', *BOTH, '--drop-duplicates', pairs))
+    assert done.returncode == 0 and f'twin in the data of the network: {len(found)} test images' in done.stdout
+    assert not found & {row['image_id'] for row in rows(tmp_path / 'r' / 'predictions_test.csv')}
+    assert call(*check).returncode == 0  # within one set: nothing is said of home
+    done = call('evaluate_isic', *usual(data, checkpoint, tmp_path / 'r2', *BOTH, '--drop-duplicates', pairs))
+    assert done.returncode == 2 and 'check OTHER --against HOME' in done.stderr and not (tmp_path / 'r2').exists()
 
 
 @pytest.mark.slow

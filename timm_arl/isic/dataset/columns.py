@@ -117,7 +117,7 @@ def find_task(
 
 
 def _lacks(data: str, absent: Sequence[str], columns: Sequence[str]) -> str:
-    return (f'{data}, has no column {", ".join(absent)} (it has {", ".join(columns)}): rename or add it, or say what '
+    return (f'{data}{"," * (", split " in data)} has no column {", ".join(absent)} (it has {", ".join(columns)}): rename or add it, or say what '
             f'it is called (--columns NAME=COLUMN).')
 
 

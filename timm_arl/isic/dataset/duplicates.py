@@ -14,15 +14,18 @@ from .options import add_data_arguments, wanted_of
 from .splits import load_data
 
 __all__ = ['add_arguments', 'check', 'find_duplicates', 'pairs_among', 'read_pairs', 'twins_of_training',
-           'without_twins']
+           'without_known', 'without_twins']
 
 SIDE = 32  # px of the copies that are compared
+AGAINST = 'against '  # begins the names of splits of another data set
 COLUMNS = ('image_id_a', 'split_a', 'image_id_b', 'split_b', 'kind', 'correlation')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', metavar='SRC', help='any --data')
     add_data_arguments(parser)
+    parser.add_argument('--against', metavar='OTHER',
+                        help='another --data, such as that of a network: only the pairs with one of its images')
     parser.add_argument('--output', metavar='LIST.csv', help='write the pairs, for --drop-duplicates')
     parser.add_argument('--correlation', type=float, default=0.985,
                         help='of 32 px copies from which on images count as near-identical (default: %(default)s)')
@@ -36,11 +39,17 @@ def check(args: argparse.Namespace) -> int:
         raise DataError(f'No folder {Path(args.output).parent} for {args.output}: make it first.')
     data = load_data(args.source, wanted_of(args), needed=(), whole='train')
     print(data.summary(args.source))
-    pairs = find_duplicates(data.splits, args.correlation)
+    splits = data.splits
+    if args.against:
+        other = load_data(args.against, needed=(), whole='train').splits
+        splits = {**splits, **{f'{AGAINST}{name}': split for name, split in other.items()}}
+    pairs = [pair for pair in find_duplicates(splits, args.correlation) if not args.against
+             or pair['split_b'].startswith(AGAINST) and not pair['split_a'].startswith(AGAINST)]
     across = [p for p in pairs if p['split_a'] != p['split_b']]
     for p in pairs:
         print('{split_a} {image_id_a}  {split_b} {image_id_b}  {kind}  {correlation:.4f}'.format(**p))
-    print(f'{len(pairs)} pairs, {len(across)} of them across splits.')
+    print(f'{len(pairs)} pairs with images of {args.against}.' if args.against else
+          f'{len(pairs)} pairs, {len(across)} of them across splits.')
     if args.output:
         write_rows(args.output, pairs, COLUMNS)
         print(f'Written: {args.output}')
@@ -151,6 +160,26 @@ def without_twins(splits: Dict[str, Any], path: Union[str, Path]) -> Tuple[Dict[
             for name, split in splits.items() if name != 'train'}
     return ({**splits, **{name: splits[name].select(kept) for name, kept in rows.items()}},
             {name: len(splits[name]) - len(kept) for name, kept in rows.items()})
+
+
+def without_known(split: Any, path: Union[str, Path]) -> Any:
+    """A split without the images that have a twin in another data set, by a list that was made --against it.
+
+    Args:
+        split: With the column image_id.
+        path: As for read_pairs.
+
+    Raises:
+        DataError: As read_pairs does; also a list without such pairs, or of other data.
+    """
+    read_pairs(path)
+    known = {row['image_id_a'] for row in read_rows(path) if (row.get('split_b') or '').startswith(AGAINST)}
+    kept = [row for row, image_id in enumerate(split['image_id']) if image_id not in known]
+    if len(kept) == len(split):
+        raise DataError(f'{path} names no image of these data with a twin in the data of the network: make it with '
+                        f'python -m timm_arl.isic.dataset check OTHER --against HOME --output LIST.csv; if it finds '
+                        f'none, leave out --drop-duplicates.')
+    return split.select(kept)
 
 
 def _unit(pictures: np.ndarray) -> np.ndarray:
