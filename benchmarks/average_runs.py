@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, load_weights_file, save_network
-from timm_arl.files import git_commit, read_rows, replacing_folder, write_json, write_rows
+from timm_arl.files import git_commit, read_rows, replacing_folder, same_place, write_json, write_rows
 from timm_arl.isic.dataset import DataError, load_data, wanted_of
 from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.sources import ids_digest
@@ -152,7 +152,7 @@ def average_runs(args):
     seed = saved.seed if saved.division_seed is None else saved.division_seed
     data = load_data(args.data, wanted_of(saved)._replace(splits=None), seed, expected=task,
                      earlier=Path(args.runs[0], 'splits.csv'), given=bool(saved.splits),
-                     same=records[0]['arguments']['data'] == args.data)
+                     same=same_place(args.data, records[0]['arguments']['data']))
     data = data._replace(task=task, splits={name: data.splits[name] for name in ('train', 'validation')})
     if ids_digest(data.splits['train']['image_id']) != saved.train_ids:
         raise RunError(f'{args.data} has other training images than {args.runs[0]}: pass the data of these runs.')

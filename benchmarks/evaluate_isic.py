@@ -12,12 +12,12 @@ so (its splits.csv).
     python benchmarks/evaluate_isic.py --data OTHER --checkpoint OUT --output-dir R --report \\
         --map melanoma=MEL,mel seborrheic_keratosis=BKL                      # another clinic's labels
 
---map scores images of another clinic, whose words for the labels differ. Labels that are not mapped are not scored;
-thresholds and calibration are those of home (home.json of the run, or of published weights). Other data than those of
-the run with the same labels and no validation split are scored so without --map.
+--map scores images of another clinic, whose words for the labels, or columns of 0 and 1, differ. Labels that are not
+mapped are not scored; thresholds and calibration are those of home (home.json of the run, or of published weights).
+Other data than those of the run with the same labels and no validation split are scored so without --map.
 
 The output folder receives
-    metrics.json              scores keyed by split; at the threshold 0.5, and a list of other operating points
+    metrics.json, metrics.md  scores keyed by split; at the threshold 0.5, and a list of other operating points
     predictions_SPLIT.csv     image_id and a probability for each label
     roc_SPLIT.png, reliability_SPLIT.png; curves.png and alphas.png where the checkpoint has a summary.csv
     report.html               with --report: all of it on one page, with images and what the network sees in them;
@@ -47,7 +47,7 @@ import timm_arl
 from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, tensors_sha256
-from timm_arl.files import git_commit, make_folder, write_json
+from timm_arl.files import git_commit, make_folder, same_place, write_json
 from timm_arl.isic.calibration import calibration_scores, subgroup_table, subgroups
 from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of
 from timm_arl.isic.dataset.columns import words_of
@@ -73,7 +73,6 @@ from timm_arl.training.evaluations import (
     check_free,
     epochs_of,
     is_home,
-    is_place,
     print_drift,
     print_mapping,
     print_replaced,
@@ -152,7 +151,7 @@ def images_of_the_run(args, accelerator, checkpoint):
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, saved.get(name, value))
-    if is_place(args.data, saved):
+    if same_place(args.data, saved.get('data')):
         of_run = checkpoint.folder and (checkpoint.folder / 'splits.csv').is_file()  # which tells more than --splits
         for name in ('task', 'labels', 'columns', 'group_column', *['splits'] * (not of_run and not args.other_data)):
             if getattr(args, name) is None:
@@ -218,8 +217,8 @@ def evaluate(args):
     data = load_data(args.data, wanted_of(args), division_seed, needed=(args.split,), whole=args.split,
                      expected=None if args.map else task, words=sum((wanted or {}).values(), []),
                      earlier=None if args.map or args.other_data else folder / 'splits.csv',
-                     given=bool(saved.get('splits')), same=is_place(args.data, saved), alone=bool(args.map),
-                     usual_groups=saved.get('group_column'), train_ids=saved.get('train_ids'))
+                     given=bool(saved.get('splits')), same=same_place(args.data, saved.get('data')),
+                     alone=bool(args.map), usual_groups=saved.get('group_column'), train_ids=saved.get('train_ids'))
     accelerator.print(data.summary(args.data))
     mapped, home = None, {}
     at_home = not args.other_data and is_home(args.data, args.split, folder, saved, data.splits, bool(args.map))
@@ -231,7 +230,7 @@ def evaluate(args):
         else:
             wanted = {label: [label] for label in task.labels}
     if wanted:
-        home = home_of(folder, saved)
+        home = home_of(folder, saved, checkpoint.home())
         mapped = map_labels(data, task, wanted, args.split, args.data)
         data = mapped.data
         print_mapping(accelerator, mapped, home, args)

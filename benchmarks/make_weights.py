@@ -93,7 +93,7 @@ def check_command(args, out):
     make_folder(out)
     with locked(out / 'made_by.lock', wait=True):
         path = out / 'made_by.json'
-        if not (path.exists() and any(out.glob('*/run.json'))):  # a command that made nothing can be corrected
+        if not path.exists() or not (any(out.glob('*/run.json')) or is_busy(out)):  # one that made nothing is corrected
             write_json(path, made_by)
         earlier = json.loads(path.read_text(encoding='utf-8'))
     differ = [key for key in made_by if made_by[key] != earlier.get(key)]
@@ -122,17 +122,26 @@ def training_flags(args, seed):
         *[f'--img-size={args.img_size}'] * bool(args.img_size), '--seed', str(seed), '--skip-test', '--tracker', 'none']
 
 
+def is_busy(out):
+    """Whether another process makes one of the runs."""
+    for path in out.glob('seed-*.lock'):
+        with locked(path) as lock:
+            if lock is None:
+                return True
+    return False
+
+
 def is_staged(staged, network, evaluation, args):
     """Whether a folder has these weights, with their scores, and what the command line says of them."""
     try:
         results = json.loads((staged / 'results.json').read_text(encoding='utf-8'))
-        same = tensors_sha256(staged / 'model.safetensors') == tensors_sha256(network / 'model.safetensors')
-    except (OSError, ValueError):
+        scores = json.loads((evaluation / 'metrics.json').read_text(encoding='utf-8'))
+        return (tensors_sha256(staged / 'model.safetensors') == tensors_sha256(network / 'model.safetensors')
+                and results['metrics']['test']['mean_auc'] == scores['test']['mean_auc'] and 'home' in results
+                and (args.tag is None or results['name'].endswith(f'.{args.tag}'))
+                and (args.note is None or results['data']['note'] == ' '.join(args.note.split())))
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return same and results['metrics']['test']['mean_auc'] == json.loads(
-        (evaluation / 'metrics.json').read_text(encoding='utf-8'))['test']['mean_auc'] and (
-        args.tag is None or results['name'].endswith(f'.{args.tag}')) and (
-        args.note is None or results['data']['note'] == ' '.join(args.note.split()))
 
 
 def make_weights(args):

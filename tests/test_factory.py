@@ -257,8 +257,7 @@ def test_what_timm_adapts_still_fits(tmp_path):
 FORBIDDEN = """
 import os, pathlib, sys
 import timm, timm_arl
-from timm_arl.factory import create_trained
-from timm_arl.factory import load_weights_file
+from timm_arl.factory import create_trained, load_weights_file
 model = timm.create_model('arl_cnn14', num_classes=2)
 os.chdir(sys.argv[1])
 if os.getuid() == 0:  # to whom nothing is forbidden

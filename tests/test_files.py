@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from timm_arl.files import git_commit, read_rows, replacing, write_json, write_rows
+from timm_arl.files import git_commit, read_rows, replacing, same_place, write_json, write_rows
 from timm_arl.isic.predictions import read_predictions, write_predictions
 
 
@@ -38,7 +38,7 @@ def test_predictions_give_float32_back(tmp_path):
 
 @pytest.mark.parametrize('delimiter', ';\t')
 def test_predictions_as_excel_writes_them_elsewhere(tmp_path, delimiter):
-    """Their label is a word with commas in none of the columns' names."""
+    """With semicolons or tabs, and an id with a comma in it."""
     write_predictions(tmp_path / 'p.csv', ['a', 'b,c'], [[.25, .5], [1, 0]])
     with open(tmp_path / 'p.csv', newline='') as file:
         rows = list(csv.reader(file))
@@ -49,3 +49,18 @@ def test_predictions_as_excel_writes_them_elsewhere(tmp_path, delimiter):
 
 def test_git_commit(tmp_path):
     assert git_commit(tmp_path / 'file.py') is None
+
+
+def test_the_same_data_by_another_path(tmp_path, monkeypatch):
+    """Else the --columns and --labels of a run would be forgotten, and other columns scored."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.csv').touch()
+    for data in ('mine.csv', './mine.csv', str(tmp_path / 'mine.csv')):
+        assert same_place(data, 'mine.csv')
+    assert same_place('user/hub', 'user/hub') and not same_place('other.csv', 'mine.csv')
+    assert not same_place('.', '') and not same_place('.', None)
+
+
+def test_labels_with_semicolons_in_them(tmp_path):
+    write_rows(tmp_path / 'p.csv', [{'image_id': 'a', 'nevus; blue; cellular': 0.5}])
+    assert read_rows(tmp_path / 'p.csv') == [{'image_id': 'a', 'nevus; blue; cellular': '0.5'}]

@@ -24,8 +24,7 @@ import json, os, sys, time
 import huggingface_hub, timm, timm_arl
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(seconds / 10)  # between tries
-from timm_arl.factory import Checkpoint
-from timm_arl.factory import create_for_task
+from timm_arl.factory import Checkpoint, create_for_task
 for line in sys.stdin:
     job = json.loads(line)
     os.environ.pop('HF_TOKEN', None)

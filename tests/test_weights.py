@@ -87,16 +87,16 @@ def test_a_stranger_who_has_the_name_does_not_say_what_they_mean(tmp_path):
         f'The config.json of {repo} is not that of the weights that have this name: load {NAME}.'], done.stderr
 
 
-@pytest.mark.slow
 @OWN
 def test_the_images_of_home_are_known(name):
     """With which the page of an external validation compares those of another clinic."""
     checkpoint = Checkpoint(name)
-    home = home_of(checkpoint.folder, checkpoint.settings())
+    home = home_of(checkpoint.folder, checkpoint.settings(), checkpoint.home())
     assert home['images']['images'] == 150 and home['thresholds'].keys() >= {'youden on validation'}
     assert [home['labels'][label]['positives'] for label in LABELS] == [30, 42]
 
 
+@pytest.mark.slow
 def test_thresholds_do_not_need_a_record_of_the_evaluation(tmp_path):
     """timm caches config.json and the weights; offline, results.json is then out of reach."""
     files = {name: shipped_weights(NAME) / name for name in ('config.json', 'model.safetensors')}

@@ -274,6 +274,20 @@ class Checkpoint:
             (arguments, ('crops', 'grey_world', 'lesion_crop', 'aspect')))
             for key in keys if source.get(key) is not None}
 
+    def home(self) -> Dict[str, Any]:
+        """Statistics of the run's validation images that published weights come with; empty where there are none.
+
+        Raises:
+            WeightsError: As arguments.
+        """
+        try:
+            home = _read_record(self._published('results.json')).get('home')
+        except WeightsError as error:
+            if not error.missing:
+                raise
+            return {}
+        return home if isinstance(home, dict) else {}
+
     def arguments(self, published: bool = True) -> Dict[str, Any]:
         """Arguments of the run that made the weights; empty where they are not known.
 

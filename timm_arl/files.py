@@ -17,7 +17,7 @@ except ImportError:  # Windows
 
 __all__ = [
     'alone_in', 'check_writable', 'delimiter_of', 'git_commit', 'hold', 'locked', 'make_folder', 'read_rows',
-    'recover_folder', 'replacing', 'replacing_folder', 'swap_folder', 'write_json', 'write_rows',
+    'recover_folder', 'replacing', 'replacing_folder', 'same_place', 'swap_folder', 'write_json', 'write_rows',
 ]
 
 PathLike = Union[str, Path]
@@ -73,7 +73,9 @@ def read_rows(path: PathLike) -> List[Dict[str, str]]:
     try:
         with open(path, newline='', encoding='utf-8-sig') as file:
             text = file.read()
-        return list(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter_of(text)))
+        head = text.partition('\n')[0]  # where it has a comma, others are in the name of a label
+        delimiter = ',' if ',' in head else delimiter_of(text)
+        return list(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter))
     except csv.Error as error:
         raise ValueError(str(error)) from error
 
@@ -144,6 +146,7 @@ def hold(path: Path, shared: bool = False) -> Optional[IO]:
         except OSError as error:
             file.close()
             if error.errno not in (errno.EACCES, errno.EAGAIN):  # a disk without locks
+                path.unlink(missing_ok=True)
                 return None
             raise BlockingIOError(error.errno, f'{path} is held by another process') from None
         file.close()
@@ -162,6 +165,11 @@ def make_folder(path: PathLike) -> Path:
     except OSError as error:
         raise OSError(f'Cannot make the folder {path}: {error.strerror}.') from error
     return path
+
+
+def same_place(name: str, other: Optional[str]) -> bool:
+    """Whether two names of data are equal, or paths to one place."""
+    return name == other or bool(name and other) and os.path.realpath(name) == os.path.realpath(str(other))
 
 
 def check_writable(path: PathLike) -> None:

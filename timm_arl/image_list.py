@@ -94,9 +94,10 @@ def _images(argument: str, leave_out: str, must_exist: bool = False) -> Iterator
     elif glob.has_magic(argument):
         found = False
         folders: Dict[str, Tuple[bool, int, str]] = {}  # by where each is: the name that is taken, of several by links
-        for name in _sorted(_noted(glob.iglob(argument, recursive=True), folders)):
+        places: Dict[str, str] = {}  # where each folder is
+        for name in _sorted(_noted(glob.iglob(argument, recursive=True), folders, places)):
             folder = os.path.dirname(name)
-            if folders[os.path.realpath(folder)][-1] == folder and not os.path.isdir(name):
+            if folders[places[folder]][-1] == folder and not os.path.isdir(name):
                 found = True
                 yield name
         if not found and not must_exist:
@@ -105,14 +106,12 @@ def _images(argument: str, leave_out: str, must_exist: bool = False) -> Iterator
         raise InputError(f'No file or folder {argument or "with an empty name"}.')
 
 
-def _noted(names: Iterable[str], folders: Dict[str, Tuple[bool, int, str]]) -> Iterator[str]:
+def _noted(names: Iterable[str], folders: Dict[str, Tuple[bool, int, str]], places: Dict[str, str]) -> Iterator[str]:
     """The names, while their folders are noted: of a folder with several names one without links, or the shortest."""
-    known: Set[str] = set()
     for name in names:
         folder = os.path.dirname(name)
-        if folder not in known:
-            known.add(folder)
-            place = os.path.realpath(folder)
+        if folder not in places:
+            place = places[folder] = os.path.realpath(folder)
             called = os.path.abspath(folder) != place, len(folder), folder
             folders[place] = min(called, folders.get(place, called))
         yield name

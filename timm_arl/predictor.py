@@ -290,11 +290,12 @@ class Predictor:
             image_id: As for Cutter.
 
         Returns:
-            By label its class activation map (Eq. 13), then by block its mask; each with a legend.
+            By label its class activation map (Eq. 13), if the network has such maps, then by block its mask; each with
+            a legend.
 
         Raises:
             OSError: As prepare.
-            ValueError: A network without class activation maps: an ONNX file, or one with another head.
+            ValueError: Nothing to show: an ONNX file, or a network with another head and no masks.
         """
         tensor, boxes = self.prepare(picture, image_id)
         shown = to_rgb(picture).copy()
@@ -331,11 +332,12 @@ class Predictor:
         pictures, heats = {}, {}
         try:
             maps = class_activation_map(self.network, tensor)
-            heats = {label: on_picture(maps[:, self.task.outputs.index(label)], boxes, picture.size)
-                     for label in self.labels}
         except ValueError:  # another kind of head
             if not gates:
                 raise
+        else:
+            heats = {label: on_picture(maps[:, self.task.outputs.index(label)], boxes, picture.size)
+                     for label in self.labels}
         # so that 0 has one colour in all
         most = max((float(np.nanmax(np.abs(heat))) for heat in heats.values()), default=1.) or 1.
         for label, heat in heats.items():

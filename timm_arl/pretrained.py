@@ -24,8 +24,8 @@ OWN_WEIGHTS = {
     'arl_cnn14.isic2017': 'cfdbaaef00e35a485e39ef41a204244221b774279f7020bb7cad89d7083f62d9',
     'arl_tf_efficientnet_lite0.isic2017': '12353ebfe71f7655e2e1a6069529dd876ed3d63850748595ad4add7401c72ad9',
 }
-# what tells apart networks with the same tensors, and last, what changes the tensors
 LENIENT = 'pretrained_strict'  # false: timm leaves what does not fit
+# what tells apart networks with the same tensors, and last, what changes the tensors
 GATE_ARGUMENTS = ('attention', 'mask_scale', 'mask_temperature', 'learn_temperature')
 CONVERT = 'save the weights again with safetensors.torch.save_file'
 

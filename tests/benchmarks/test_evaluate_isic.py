@@ -25,7 +25,7 @@ from timm_arl.isic.dataset import label_array, load_splits
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, interval_text
 from timm_arl.isic.task import LABELS
-from timm_arl.training.evaluations import is_place, replacing_evaluation
+from timm_arl.training.evaluations import replacing_evaluation
 
 
 def run(repo, *args, cwd=None):
@@ -335,17 +335,6 @@ def test_a_lesion_crop_without_masks_says_so(call, isic_sample, checkpoint, tmp_
                 '--lesion-crop', '--compare', 'no.csv')
     assert done.returncode == 2 and done.stdout.count('have no masks') == 1
     assert 'The test images have no masks: --lesion-crop does not change them.' in done.stdout
-
-
-def test_the_data_of_a_run_by_another_path(tmp_path, monkeypatch):
-    """Else its --columns and --labels would be forgotten, and other columns scored."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'mine.csv').touch()
-    for data in ('mine.csv', './mine.csv', str(tmp_path / 'mine.csv')):
-        assert is_place(data, {'data': 'mine.csv'})
-    assert is_place('user/hub', {'data': 'user/hub'})
-    assert not is_place('other.csv', {'data': 'mine.csv'})
-    assert not is_place('.', {}) and not is_place('.', {'data': None})
 
 
 def test_two_evaluations_of_one_folder_take_turns(tmp_path):

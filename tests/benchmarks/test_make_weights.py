@@ -9,7 +9,7 @@ import safetensors.torch
 import timm
 import torch
 
-from timm_arl.factory import create_trained
+from timm_arl.factory import Checkpoint, create_trained
 from timm_arl.isic.shift import home_of
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,8 @@ def test_what_the_card_says_can_be_changed(call, made):
     assert 'clinic two' in (folder / 'V' / 'staged' / 'README.md').read_text()
     # what external validation of the weights compares with
     assert results['home']['images']['images'] == results['metrics']['validation']['melanoma']['images']
-    assert home_of(folder / 'V' / 'staged', {})['labels'] == results['home']['labels']
+    staged = Checkpoint(str(folder / 'V' / 'staged'))
+    assert home_of(staged.folder, {}, staged.home())['labels'] == results['home']['labels']
 
 
 def test_a_command_that_failed_can_be_corrected(call, few, tmp_path):

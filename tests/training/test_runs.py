@@ -16,7 +16,9 @@ def out(tmp_path):
     for folder in ('', 'seed-0/fold-0', 'seed-0/fold-1'):
         (tmp_path / 'out' / folder / 'tensorboard').mkdir(parents=True)
         (tmp_path / 'out' / folder / 'run.json').touch()
-    return tmp_path / 'out'
+    hold_folder(tmp_path / 'out')
+    yield tmp_path / 'out'
+    release_folders()
 
 
 def test_a_failed_start_of_several_runs_leaves_nothing(out):
@@ -27,6 +29,14 @@ def test_a_failed_start_of_several_runs_leaves_nothing(out):
 @pytest.mark.parametrize('finished', ['last', 'seed-0/fold-0/last'])
 def test_a_finished_epoch_is_never_discarded(out, finished):
     (out / finished).mkdir()
+    before = sorted(out.rglob('*.json'))
+    discard_start(out)
+    assert sorted(out.rglob('*.json')) == before
+
+
+def test_what_another_run_has_started_is_not_discarded(out):
+    """By one that fails before it has the folder."""
+    release_folders()
     before = sorted(out.rglob('*'))
     discard_start(out)
     assert sorted(out.rglob('*')) == before
@@ -39,6 +49,7 @@ def test_what_is_not_of_a_run_stays(out, tmp_path):
     (tmp_path / 'other' / 'tensorboard').mkdir()
     discard_start(out)
     assert [path.name for path in out.iterdir()] == ['notes.txt']
+    hold_folder(tmp_path / 'other')
     discard_start(tmp_path / 'other')
     assert {path.name for path in (tmp_path / 'other').iterdir()} == {'seed-0', 'tensorboard'}
 
@@ -85,6 +96,8 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         other.kill()
     hold_folder(tmp_path)  # whatever a killed one has left
     hold_folder(tmp_path)
+    done = subprocess.run([sys.executable, '-c', HOLD, str(tmp_path)], capture_output=True, text=True, input='')
+    assert done.returncode and 'FolderTaken' in done.stderr
     release_folders()
     assert not list(tmp_path.iterdir())
 

@@ -219,7 +219,8 @@ def maps(pictures: Dict[str, Image.Image], analysis: Analysis, predictor: Predic
             f'{"" if label else _block_words(name, analysis, predictor)}</figure>')
         if name == predictor.labels[-1]:
             figures.append(f'<p class="arl-small">{HOW_TO_READ}</p>')
-    none = '' if pictures else '<p class="arl-note">This network has no class activation map.</p>'
+    none = '<p class="arl-note">This network has no class activation map.</p>'
+    none *= predictor.labels[0] not in pictures
     return f'{none}<div class="arl-maps">{"".join(figures)}{_shown(analysis)}</div>'
 
 

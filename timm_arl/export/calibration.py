@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.utils import tqdm  # of the core: it comes with timm
 
 from ..factory import Checkpoint
+from ..files import same_place
 from ..image_list import OwnImages, write_image_list
 from ..isic.images import readings
 from ..isic.task import Task
@@ -113,7 +114,7 @@ def _splits(source: str, cut: EvalCrops, about: Dict[str, Any], checkpoint: Opti
     task = Task.of_config(about, len(names)) if names else None
     saved = checkpoint.arguments() if checkpoint else {}
     run = checkpoint and (checkpoint.run_folder() or checkpoint.folder)
-    same, seed, wanted = saved.get('data') == source, saved.get('division_seed'), Wanted()
+    same, seed, wanted = same_place(source, saved.get('data')), saved.get('division_seed'), Wanted()
     if same:
         of_run = {**dict.fromkeys(('task', 'labels', 'columns', 'group_column')), **saved, 'splits': None}
         wanted = wanted_of(SimpleNamespace(**of_run))

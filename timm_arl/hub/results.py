@@ -86,8 +86,8 @@ def _home(run: Path) -> Dict[str, Any]:
     if not path.is_file():  # an older run
         return {}
     record = read_object(path, 'a finished run of finetune_isic.py')
-    kept = {key: record[key] for key in ('shown', 'images', 'labels') if key in record}
-    return {'home': kept} if len(kept) == 3 else {}
+    kept = ('shown', 'images', 'labels')
+    return {'home': {key: record[key] for key in kept}} if record.keys() >= set(kept) else {}
 
 
 def evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path, task: Task) -> Dict[str, Any]:

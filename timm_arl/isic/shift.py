@@ -31,7 +31,7 @@ STATISTICS: Dict[str, Tuple[str, np.ndarray]] = {  # what it is, with its unit; 
     'green': ('green, mean of the image', np.linspace(0, 1, 26)),
     'blue': ('blue, mean of the image', np.linspace(0, 1, 26)),
 }
-STAGED = ('shown', 'images', 'labels')  # of a home record, in results.json; config.json has the rest
+STAGED = {'shown', 'images', 'labels'}  # of a home record, in results.json; config.json has the rest
 PROBABILITY_BINS = np.linspace(0, 1, 21)
 
 Home = Dict[str, Any]  # what home_record gives; may lack any key
@@ -122,12 +122,13 @@ def home_record(
         for label, t, p in zip(task.labels, truth.T, probabilities.T)}}
 
 
-def home_of(folder: Path, settings: Dict[str, Any]) -> Home:
+def home_of(folder: Path, settings: Dict[str, Any], staged: Optional[Home] = None) -> Home:
     """The record of a run or, where there is none, what published weights come with; may lack any key.
 
     Args:
         folder: Of the checkpoint.
         settings: Of Checkpoint.settings.
+        staged: Of Checkpoint.home.
 
     Raises:
         DataError: A record that is damaged.
@@ -144,11 +145,8 @@ def home_of(folder: Path, settings: Dict[str, Any]) -> Home:
         return content
     own = {key: dict(settings[key]) for key in ('thresholds', 'temperatures', 'biases') if settings.get(key)}
     own.get('thresholds', {}).pop('official', None)
-    try:  # of a staged folder, or a repo made of one
-        staged = json.loads((folder / 'results.json').read_text(encoding='utf-8'))['home']
-        own.update({key: dict(staged[key]) for key in STAGED})
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    if STAGED <= (staged or {}).keys():
+        own.update({key: dict(staged[key]) for key in STAGED})  # type: ignore[index]
     return own
 
 

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ..files import alone_in, read_rows
+from ..files import alone_in, read_rows, same_place
 from ..isic.dataset import label_array
 from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.dataset.groups import read_split_file
@@ -15,7 +15,7 @@ from .arguments import RunError
 from .runs import check_output_dir, looks_in
 
 __all__ = [
-    'check_free', 'epochs_of', 'is_home', 'is_place', 'print_drift', 'print_mapping', 'print_replaced',
+    'check_free', 'epochs_of', 'is_home', 'print_drift', 'print_mapping', 'print_replaced',
     'replacing_evaluation', 'seed_of_data', 'training_names']
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
@@ -61,17 +61,6 @@ def seed_of_data(args, saved):
     return saved.get('seed', args.seed or 0) if seed is None else seed
 
 
-def is_place(data, saved):
-    """Whether data are named as those of a run, or by another path to the same place.
-
-    Args:
-        data: As the program was told.
-        saved: Arguments of the run.
-    """
-    theirs = saved.get('data') or ''
-    return data == theirs or bool(theirs) and os.path.realpath(data) == os.path.realpath(theirs)
-
-
 def is_home(data, split, folder, saved, splits, mapped):
     """Whether data are those of a checkpoint's run, wherever they lie now; also where that is not known.
 
@@ -83,7 +72,7 @@ def is_home(data, split, folder, saved, splits, mapped):
         splits: Of the data.
         mapped: Whether they have other labels, so that the run's splits.csv was not compared with them.
     """
-    if 'train_ids' not in saved or is_place(data, saved):
+    if 'train_ids' not in saved or same_place(data, saved.get('data')):
         return True
     if 'train' in splits and ids_digest(splits['train']['image_id']) == saved['train_ids']:
         return True

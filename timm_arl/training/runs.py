@@ -124,23 +124,21 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
 
 def hold_folder(out):
     """Hold an output folder, until this process ends or lets go of it, so that no other run writes to it."""
+    if out in _held:  # to open it again and close it would let go of it
+        return
     try:
-        file = hold(out / LOCK)
+        _held[out] = hold(out / LOCK)
     except BlockingIOError:
         raise FolderTaken(f'Another run is writing to {out}: let it finish, or end its processes.') from None
-    if out in _held and file:  # by this process, whose lock is one
-        file.close()
-    else:
-        _held[out] = file
 
 
 def release_folders():
     """Let go of the folders that this process holds."""
-    for out, file in _held.items():
+    while _held:
+        out, file = _held.popitem()
         if file:
             (out / LOCK).unlink(missing_ok=True)
             file.close()
-    _held.clear()
 
 
 def load_progress(accelerator, network, averaged, out):
@@ -196,13 +194,14 @@ def _cannot_resume(out, path, what):
 def discard_start(out):
     """Remove what a run left that failed before its first epoch was finished, so that a corrected command can start."""
     started = [path.parent for pattern in (*PARTS, '') for path in out.glob(f'{pattern}run.json')]
-    if out not in started or any((folder / 'last').exists() for folder in started):
+    held = out in _held  # else what is there is another's
+    release_folders()
+    if not held or out not in started or any((folder / 'last').exists() for folder in started):
         return
     for folder in started:
         (folder / 'run.json').unlink()
         (folder / 'splits.csv').unlink(missing_ok=True)
         shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
-        (folder / LOCK).unlink(missing_ok=True)
         for emptied in (folder, folder.parent) if folder != out else (out,):
             with contextlib.suppress(OSError):  # not empty
                 emptied.rmdir()

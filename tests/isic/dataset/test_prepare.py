@@ -221,6 +221,14 @@ def test_age_and_sex_in_other_spelling(run, tmp_path, heads):
     assert '| train | 8 | 4 | 4 | 0 | 8 | 8 |' in (tmp_path / 'out' / 'README.md').read_text()
 
 
+def test_ages_in_words_are_kept(run, tmp_path):
+    source = table(tmp_path / 'd', 24, head=('image', 'label', 'split', 'age'), more=lambda k: (
+        ('train', 'val', 'test')[k // 2 % 3], ('30-40', 'adult')[k % 2]))
+    done = run('prepare', source, tmp_path / 'out', '--workers', 1)
+    assert done.returncode == 0, done.stderr
+    assert load_data(str(tmp_path / 'out')).splits['train'][0]['age'] == '30-40'
+
+
 def test_a_column_of_groups_keeps_its_name(run, tmp_path):
     source = table(tmp_path / 'd', 24, head=('image', 'label', 'age'), more=lambda k: (f'of case {k // 2}',))
     done = run('prepare', source, tmp_path / 'out', '--workers', 1, '--group-column', 'age')

@@ -126,6 +126,14 @@ def test_the_official_splits_may_part_lesions(tmp_path, monkeypatch):
     with pytest.raises(DataError, match='4 of the groups in column lesion_id are in several splits'):
         load_data(folder, Wanted(group='lesion_id'))
     assert load_data(folder, needed=('test',), alone=True).groups == 'lesion_id'
+    # folds are made of train alone, where each lesion can be in one of them
+    assert load_data(folder, needed=('train',), whole='train').groups == 'lesion_id'
+    assert load_data(folder, Wanted(group='lesion_id'), needed=('train',), whole='train').groups == 'lesion_id'
+    # splits of the user's own are not the official ones
+    (tmp_path / 's.csv').write_text('image_id,split\n' + ''.join(
+        f'{image_id},{name}\n' for name, split in load_splits(folder).items() for image_id in split['image_id']))
+    with pytest.raises(DataError, match='4 of the groups in column lesion_id are in several splits'):
+        load_data(folder, Wanted(splits=str(tmp_path / 's.csv')))
 
 
 def test_the_challenges_labels_count_before_a_diagnosis(tmp_path):

@@ -100,6 +100,8 @@ def test_no_split_is_left_out_without_a_word(tmp_path, streaming):
     data = load(write(tmp_path / 'e', tset=rows(first=300)))
     assert data.summary('e').endswith(' Not used: tset, since the splits are train, validation, test.')
     assert set(data.splits) == {'train', 'validation', 'test'}
+    data = load(write(tmp_path / 'f', test=None, unlabeled=rows(first=300)))  # of a repo that nobody here can change
+    assert 'Not used: unlabeled' in data.summary('f') and set(data.splits) == {'train', 'validation'}
 
 
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path):

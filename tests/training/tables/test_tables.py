@@ -132,6 +132,8 @@ def test_seeds_that_are_missing_have_each_their_reason(runs):
     assert notes['resnet14'] == 'seed 2: not run: --row resnet14 makes it'
     assert notes['arl_cnn50'] == 'seed 0, 1, 2: not run: --row arl_cnn50 makes it'
     (out / 'runs' / 'resnet50-seed0.reason').write_text('no Hub')
+    (out / 'runs' / 'resnet50-seed0.refused').touch()  # before it began
+    (out / 'runs' / 'resnet50-seed1.reason').write_text('no space left')
     notes = {line['row']: line['note'] for line in table_lines(args, out)[0]}
     assert notes['arl_cnn50'].startswith('seed 0: no Hub; seed 1, 2')  # which starts from the same weights
 

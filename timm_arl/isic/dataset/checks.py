@@ -1,4 +1,5 @@
 """What every split must be, or one sentence on what is wrong with it."""
+import difflib
 import math
 from typing import Any, Dict, Mapping, Sequence, Union
 
@@ -58,15 +59,16 @@ def unused_splits(names: Sequence[str], needed: Sequence[str], data: str, told: 
 
     Args:
         names: Of all splits, as they are called here.
-        needed: Those that must be there, since another name may be a slip of theirs.
+        needed: Those that must be there.
         data: What messages call the data.
         told: The splits as the data call them.
 
     Raises:
-        DataError: There is one, and a needed one is missing.
+        DataError: There is one, and a needed one is missing; or one is nearly called as one that is missing.
     """
     odd = [name for name in names if name not in SPLITS]
-    absent = [name for name in SPLITS if name in needed and name not in names]
+    absent = [name for name in SPLITS if name not in names and (
+        name in needed or difflib.get_close_matches(name, [other.lower() for other in odd], cutoff=0.7))]
     if odd and absent:
         raise DataError(f'{data} has no split {", ".join(absent)} (it has {", ".join(told)}): the splits must be named '
                         f'{", ".join(SPLITS)}. Rename {", ".join(odd)}, or take it out.')

@@ -117,8 +117,9 @@ def find_task(
 
 
 def _lacks(data: str, absent: Sequence[str], columns: Sequence[str]) -> str:
-    return (f'{data}{"," * (", split " in data)} has no column {", ".join(absent)} (it has {", ".join(columns)}): rename or add it, or say what '
-            f'it is called (--columns NAME=COLUMN).')
+    comma = ',' * (', split ' in data)
+    return (f'{data}{comma} has no column {", ".join(absent)} (it has {", ".join(columns)}): rename or add it, or say '
+            f'what it is called (--columns NAME=COLUMN).')
 
 
 def _class_column(split: datasets.Dataset, data: str, task: Optional[Task] = None) -> str:

@@ -203,6 +203,9 @@ def _renamed(split: datasets.Dataset, others: Sequence[str]) -> datasets.Dataset
     """
     for name in ('age_approximate', 'sex'):
         found = column_named([column for column in split.column_names if column not in others], name)
+        if found and name == 'age_approximate' and (isinstance(split.features[found], datasets.ClassLabel) or any(
+                cell not in (None, '') and years_of(cell) is None for cell in split[found])):
+            continue  # ages in words stay as they are
         split = split.rename_column(found, name) if found and name not in split.column_names else split
     return split
 

@@ -109,7 +109,7 @@ def load_data(
         named[usual] = split
     notes = [unused_parts(Path(data), known)] if known and data not in DEMO_TASKS else []
     if list(named) != [WHOLE]:
-        notes.append(unused_splits(list(named), [*needed, *['test'] * (not alone)], data, list(source)))
+        notes.append(unused_splits(list(named), needed, data, list(source)))
     splits = with_ids({name: named[name] for name in (WHOLE, *SPLITS) if name in named})
     known = asked or known or prepared.get('task')
     task, column = find_task(splits, wanted, known, data, expected, shown, words)
@@ -119,7 +119,9 @@ def load_data(
     splits = {name: with_labels(split, task, column, _where(data, name), called) for name, split in splits.items()}
     groups = find_groups(splits, wanted.group, data, usual_groups or prepared.get('groups'), shown)
     missed = None
-    parted = parted_officially(splits, groups) if groups and wanted.group is None and not alone else ''
+    folded = list(needed) == ['train']  # of which validation and test are no part
+    parted = '' if not groups or wanted.group or wanted.splits or given or alone or folded else parted_officially(
+        splits, groups)
     if parted:
         notes, groups = [*notes, parted], ''
     elif groups:
@@ -141,7 +143,7 @@ def load_data(
         check_learned(splits, data, task)
     checked = check_splits(splits, data, task=task, needed=needed, chooses=not alone)
     if groups:
-        check_groups(checked, groups, data)
+        check_groups({'train': checked['train']} if folded else checked, groups, data)
     return Data(task, checked, groups, made, {
         name: split.select_columns(['image_id', *task.labels])
         for name, split in (*checked.items(), (LEFT_OUT, left_out)) if split is not None and (made or wanted.splits)},

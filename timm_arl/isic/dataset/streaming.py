@@ -75,7 +75,7 @@ def load_streaming(data: str, wanted: Wanted, known: Optional[Task], usual_group
     if 'train' not in tables:
         raise DataError(f'{data} has no split train (it has {", ".join(source)}): the splits must be named '
                         f'{", ".join(SPLITS)}.')
-    notes = [unused_splits(list(source), ('train', 'validation', 'test'), data, list(source))]
+    notes = [unused_splits(list(source), ('train', 'validation'), data, list(source))]
     task, column = find_task(tables, wanted, known, data)
     if not (known or wanted.task or wanted.labels or column):
         notes.append(further_labels(tables, task))

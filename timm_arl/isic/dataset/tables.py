@@ -13,7 +13,7 @@ from .groups import SPLIT_NAMES, WHOLE, split_name
 from .names import IMAGE_COLUMNS, column_named, plain
 from .sources import IMAGE_SUFFIXES, NOTHING, table_text, typed
 
-__all__ = ['read_image_table', 'read_lines', 'renamed', 'typed', 'unique_ids']
+__all__ = ['read_image_table', 'read_lines', 'renamed', 'unique_ids']
 
 NAMED = 3  # missing files in a message
 

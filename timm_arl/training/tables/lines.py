@@ -170,7 +170,9 @@ def _unreachable(out: Path, table: str, row: Row, seed: int) -> str:
     """Why another row that starts from the same weights was not made, where none was."""
     others = [other for other in TABLES[table] if row.weights and other.weights == row.weights]
     made = any(path for other in others for path in (out / 'predictions').glob(f'{other.name}-seed*.csv'))
-    return '' if made else next(filter(None, (reason_of(out, other.name, seed) for other in others)), '')
+    refused = (out / 'runs' / f'{other.name}-seed{seed}.refused' for other in others)
+    return '' if made else next((path.with_suffix('.reason').read_text(encoding='utf-8') for path in refused
+                                 if path.exists() and path.with_suffix('.reason').exists()), '')
 
 
 def table_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str, str]]:
