@@ -62,7 +62,7 @@ def test_another_attention_is_refused(tmp_path):
     lambda text: text[:50], lambda text: '', lambda text: '[]', lambda text: 'null',
     lambda text: text.replace('"arl_cnn14_mixed"', '5'),
     lambda text: text.replace('"model_args": {', '"model_args": [0], "x": {'),
-    lambda text: text.replace('"model_args": {', '"model_args": {"attention": "sideways",')])
+    lambda text: text.replace('"attention": "mixed"', '"attention": "sideways"')])
 def test_a_damaged_config_is_refused(tmp_path, change):
     """Nothing is known of the mask then, and every tensor would fit."""
     save_network(timm.create_model('arl_cnn14_mixed', num_classes=2, **NARROW), tmp_path, **NARROW)
