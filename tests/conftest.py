@@ -1,5 +1,6 @@
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -74,6 +75,8 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])  # which root cannot have
         yield chromium
         chromium.close()
+        for child in multiprocessing.active_children():  # a forked reader's copy of the driver's pipe keeps it open
+            child.kill()
 
 
 @pytest.fixture(scope='session')
