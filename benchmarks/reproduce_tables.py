@@ -270,7 +270,7 @@ def make_runs(args, out):
                 reason.write_text(why, encoding='utf-8')
             else:
                 reason.unlink(missing_ok=True)
-                reason.with_suffix('.refused').unlink(missing_ok=True)
+            reason.with_suffix('.refused').unlink(missing_ok=True)
             if status == 2 and not (row.alpha_zero_of or (out / 'runs' / name / 'run.json').exists()):
                 refused[row.name] = why  # before it began: weights out of reach, for one
                 reason.with_suffix('.refused').touch()
