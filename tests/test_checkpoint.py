@@ -1,6 +1,9 @@
 """What a user calls a trained network: folders, files, names and repos, and what is told of each."""
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -132,3 +135,17 @@ def test_the_mask_of_a_network_that_timm_did_not_create_is_saved(tmp_path):
     save_network(model, tmp_path, **NARROW)
     found = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert (found.attention, found.mask_scale) == ('mixed', 'mean1')
+
+
+@pytest.mark.slow
+def test_what_is_not_known_of_home_stops_nothing(run, tmp_path):
+    """Offline, for one: an evaluation then shows the other clinic's images alone."""
+    script = "from timm_arl.factory import Checkpoint; print(Checkpoint('hf-hub:user/model').home())"
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=200, env={
+        **os.environ, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'empty')})
+    assert done.stdout == '{}\n', done.stderr
+    shutil.copytree(run, tmp_path / 'out')
+    assert Checkpoint(str(tmp_path / 'out')).home() == {}
+    (tmp_path / 'out' / 'results.json').write_text('{"home": {')
+    with pytest.raises(WeightsError, match='results.json is damaged'):
+        Checkpoint(str(tmp_path / 'out')).home()

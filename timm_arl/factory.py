@@ -275,17 +275,17 @@ class Checkpoint:
             for key in keys if source.get(key) is not None}
 
     def home(self) -> Dict[str, Any]:
-        """Statistics of the run's validation images that published weights come with; empty where there are none.
+        """Statistics of the run's validation images that published weights come with; empty where none can be had.
 
         Raises:
-            WeightsError: As arguments.
+            WeightsError: A damaged results.json on this disk.
         """
         try:
             home = _read_record(self._published('results.json')).get('home')
-        except WeightsError as error:
-            if not error.missing:
+        except WeightsError:
+            if self.path is not None:
                 raise
-            return {}
+            return {}  # an evaluation does not depend on them
         return home if isinstance(home, dict) else {}
 
     def arguments(self, published: bool = True) -> Dict[str, Any]:

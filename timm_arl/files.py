@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written under another name, then renamed."""
+"""Files and folders that appear whole or not at all: written under another name, then renamed; and locks on them."""
 import contextlib
 import csv
 import errno

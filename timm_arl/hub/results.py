@@ -17,6 +17,7 @@ from ..files import read_rows
 from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.dataset.sources import CHALLENGE_IDS, ids_digest
 from ..isic.selection import kept_row
+from ..isic.shift import HOME_FILE, STAGED
 from ..isic.task import Task
 from ..pretrained import OWN_WEIGHTS
 
@@ -82,12 +83,11 @@ def results_of(
 
 def _home(run: Path) -> Dict[str, Any]:
     """What is known of the run's validation images, for the external validation of the weights."""
-    path = run / 'home.json'
+    path = run / HOME_FILE
     if not path.is_file():  # an older run
         return {}
     record = read_object(path, 'a finished run of finetune_isic.py')
-    kept = ('shown', 'images', 'labels')
-    return {'home': {key: record[key] for key in kept}} if record.keys() >= set(kept) else {}
+    return {'home': {key: record[key] for key in STAGED}} if set(STAGED) <= record.keys() else {}
 
 
 def evaluated(run: Path, metrics: Dict[str, Any], evaluation: Path, task: Task) -> Dict[str, Any]:

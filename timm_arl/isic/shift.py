@@ -31,7 +31,7 @@ STATISTICS: Dict[str, Tuple[str, np.ndarray]] = {  # what it is, with its unit; 
     'green': ('green, mean of the image', np.linspace(0, 1, 26)),
     'blue': ('blue, mean of the image', np.linspace(0, 1, 26)),
 }
-STAGED = {'shown', 'images', 'labels'}  # of a home record, in results.json; config.json has the rest
+STAGED = ('shown', 'images', 'labels')  # of a home record, in results.json; config.json has the rest
 PROBABILITY_BINS = np.linspace(0, 1, 21)
 
 Home = Dict[str, Any]  # what home_record gives; may lack any key
@@ -145,8 +145,8 @@ def home_of(folder: Path, settings: Dict[str, Any], staged: Optional[Home] = Non
         return content
     own = {key: dict(settings[key]) for key in ('thresholds', 'temperatures', 'biases') if settings.get(key)}
     own.get('thresholds', {}).pop('official', None)
-    if STAGED <= (staged or {}).keys():
-        own.update({key: dict(staged[key]) for key in STAGED})  # type: ignore[index]
+    if staged and set(STAGED) <= staged.keys():
+        own.update({key: dict(staged[key]) for key in STAGED})
     return own
 
 
