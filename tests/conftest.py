@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,9 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])  # which root cannot have
         yield chromium
         chromium.close()
-        for child in multiprocessing.active_children():  # a forked reader's copy of the driver's pipe keeps it open
+        # a forked reader's copy of the driver's pipe keeps it open; by SIGCHLD, torch would raise that one was killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
             child.kill()
 
 
