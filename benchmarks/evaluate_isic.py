@@ -53,7 +53,7 @@ from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, l
 from timm_arl.isic.dataset.columns import words_of
 from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.demo import DEMO_TASKS
-from timm_arl.isic.dataset.duplicates import without_known, without_twins
+from timm_arl.isic.dataset.duplicates import is_against, without_known, without_twins
 from timm_arl.isic.dataset.names import column_named
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
@@ -63,7 +63,15 @@ from timm_arl.isic.metrics import auc_table, compare, interval_text, score_split
 from timm_arl.isic.plots import alpha_plot, curve_plot, reliability_plot, roc_plot
 from timm_arl.isic.predictions import read_predictions, write_predictions
 from timm_arl.isic.report import scores_page, test_of_aucs
-from timm_arl.isic.shift import HOME_FILE, calibration_drift, chosen, home_of, home_record, image_statistics
+from timm_arl.isic.shift import (
+    HOME_FILE,
+    calibration_doubts,
+    calibration_drift,
+    chosen,
+    home_of,
+    home_record,
+    image_statistics,
+)
 from timm_arl.isic.shift_page import External
 from timm_arl.isic.task import Task, label_words
 from timm_arl.isic.transforms import CROPS, EvalCrops
@@ -105,14 +113,14 @@ def build_parser():
     add('--subgroups', nargs='+', metavar='COLUMN',
         help='columns of the data whose groups are scored, with counts (default: sex and age_approximate, where known)')
     add('--map', nargs='+', metavar='LABEL=WORD,WORD',
-        help="external validation: which labels of the data mean which of the checkpoint's; others are not scored, "
-             'thresholds and calibration are those of home (not needed for data with the same labels and no '
-             'validation split)')
+        help="external validation: which labels of the data mean which of the checkpoint's (a word with a comma in "
+             'double quotes); others are not scored, thresholds and calibration are those of home (not needed for data '
+             'with the same labels and no validation split)')
     add('--other-data', action='store_true',
         help="the data are not those of the checkpoint's run, though images have the same names: score them as a whole")
     add('--drop-duplicates', metavar='LIST.csv',
-        help='leave out images that are twins of training images, by this list of pairs; where the data have no split '
-             'train, or with --map, by a list that check made --against the data of the network')
+        help='leave out images that are twins of training images, by this list of pairs; those with a twin in '
+             'the data of the network, where check made the list --against them')
     add('--img-size', type=number(int, 64), help="side of the network's input (default: the checkpoint's)")
     add('--aspect', choices=['keep', 'squash'],
         help="shape of square copies with an aspect_ratio (default: as in the checkpoint's run, or keep)")
@@ -178,8 +186,8 @@ def load_network(args, checkpoint):
     return model.to(memory_format=torch.channels_last).eval(), task
 
 
-def subgroups_of(split, args, task):
-    """The groups of images that get scores of their own."""
+def subgroups_of(split, args, task, needed):
+    """The groups of images that get scores of their own; `needed`: by each column of --subgroups."""
     columns = [c for c, kind in split.features.items() if isinstance(kind, (datasets.Value, datasets.ClassLabel))]
     found = {name: column_named(columns, name) for name in args.subgroups or ()}
     missing = [name for name, column in found.items() if not column]
@@ -188,8 +196,13 @@ def subgroups_of(split, args, task):
                        f'among {", ".join(c for c in columns if c not in ("image_id", *task.labels))}.')
     usual = {column_named(columns, name): name for name in ('sex', 'age_approximate')}
     wanted = dict.fromkeys(found.values() or filter(None, usual))
-    return subgroups({usual.get(column, column): words_of(split, column) if isinstance(
-        split.features[column], datasets.ClassLabel) else list(split[column]) for column in wanted})
+    parts = {column: subgroups({usual.get(column, column): words_of(split, column) if isinstance(
+        split.features[column], datasets.ClassLabel) else list(split[column])}) for column in wanted}
+    unread = [name for name, column in found.items() if not parts[column]]
+    if unread and needed:
+        raise RunError(f'--subgroups: {args.data} has no entry in its column {", ".join(unread)} that can be read: '
+                       f'fix it, or leave it out.')
+    return sum(parts.values(), [])
 
 
 def evaluate(args):
@@ -247,17 +260,15 @@ def evaluate(args):
     same_data = 'train' in splits and ids_digest(splits['train']['image_id']) == saved.get('train_ids')
     training_labels = label_array(splits['train'], task) if same_data else None
     kept_best = saved.get('keep') == 'best' and not saved.get('fold')  # a fold has validation images of its own
-    if args.drop_duplicates and 'train' not in splits:  # another clinic's, by a list that was made --against home
-        before = splits[args.split]
-        splits = {**splits, args.split: without_known(before, args.drop_duplicates)}
-        left_out = {args.split: len(before) - len(splits[args.split])}
-        accelerator.print(f'Left out, since they have a twin in the data of the network: {left_out[args.split]} '
-                          f'{args.split} images.')
-    elif args.drop_duplicates:
-        splits, left_out = without_twins(splits, args.drop_duplicates)
-        accelerator.print('Left out, since they have a twin in train: ' + ', '.join(
-            f'{count} {name} images' for name, count in left_out.items()) + '.')
-        check_usable(splits, f'{args.data} without duplicates', task)
+    if args.drop_duplicates:
+        against = 'train' not in splits or is_against(args.drop_duplicates)  # another clinic's
+        splits, left_out = without_known(splits, args.split, args.drop_duplicates) if against else without_twins(
+            splits, args.drop_duplicates)
+        accelerator.print(
+            f'Left out, since they have a twin in {"the data of the network" if against else "train"}: '
+            + ', '.join(f'{count} {name} images' for name, count in left_out.items()) + '.')
+        if not mapped:
+            check_usable(splits, f'{args.data} without duplicates', task)
     splits = {name: splits[name] for name in dict.fromkeys(('validation', args.split)) if name in splits}
     if 'validation' not in splits and not mapped:
         accelerator.print(f'{args.data} has no validation split: no thresholds and no calibration are chosen.')
@@ -271,7 +282,7 @@ def evaluate(args):
             raise RunError(f'--compare: {error}') from error
     check_images(splits, args, accelerator, data_config, scored, chooses=not mapped)
     note_squares(splits, args, accelerator)
-    parts = {name: subgroups_of(split, args, scored) for name, split in splits.items()}
+    parts = {name: subgroups_of(split, args, scored, name == args.split) for name, split in splits.items()}
     loaders = {name: image_loader(args, split, data_config, accelerator, task=scored, groups=data.groups)
                for name, split in splits.items()}
     truth = {name: loader.dataset.labels.numpy() for name, loader in loaders.items()}
@@ -289,6 +300,8 @@ def evaluate(args):
     choice = home
     if 'validation' in truth and not mapped:
         choice = chosen(truth['validation'], probabilities['validation'], task, training_labels)
+        for doubt in calibration_doubts(truth['validation'], probabilities['validation'], choice):
+            print(doubt)
         if training_labels is None:
             print(f'{args.data} does not have the training images of {args.checkpoint}: calibration is for the mix of '
                   f'its validation images.')

@@ -102,6 +102,8 @@ def parse_args(parser):
         raise RunError('--seeds names a seed twice.')
     if not args.data and args.table not in ('table1', 'table7', 'figures'):
         raise RunError(f'{args.table} needs --data.')
+    if args.table == 'table7' and not args.data and Path(args.output_dir, 'predictions').is_dir():
+        raise RunError(f'table7 needs --data here: its labels score the predictions in {args.output_dir}.')
     if args.table == 'figures' and (len(args.model or ()) != 2 or not (args.data or args.images)):
         raise RunError('figures needs two networks and images: --model A B, and --images FOLDER or --data.')
     rows = TABLES.get(args.table, [])

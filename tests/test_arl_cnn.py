@@ -281,6 +281,8 @@ def test_fx(name):
     traced = torch.fx.symbolic_trace(model)
     assert torch.equal(traced(image()), model(image()))
     assert torch.equal(traced(image(96, batch=1)), model(image(96, batch=1)))
+    again = torch.fx.symbolic_trace(copy.deepcopy(traced))  # as torch.fx.experimental.optimization does
+    assert torch.equal(again(image()), model(image()))
     nodes = create_feature_extractor(model, {'layer2': 'stage'})
     assert torch.equal(nodes(image())['stage'], model.forward_intermediates(image(), indices=[2])[1][0])
     assert torch.allclose(torch.jit.script(nodes)(image())['stage'], nodes(image())['stage'], atol=1e-6)

@@ -182,3 +182,21 @@ def test_inductor_computes_the_same():
         results.append((y, *torch.autograd.grad(y.square().sum(), (residual, shortcut, alpha))))
     for a, b in zip(*results):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_of_a_traced_mask_is_of_the_image_that_it_sees():
+    residual, shortcut = pair((1, 3, 4, 5))
+    larger = pair((1, 3, 7, 2))
+    for attention in ATTENTIONS:
+        def gate(r, s, attention=attention):
+            return attention_residual(r, s, torch.tensor([0.7]), attention, 'mean1')
+        assert torch.allclose(torch.jit.trace(gate, (residual, shortcut))(*larger), gate(*larger))
+
+
+@pytest.mark.parametrize('value', [-95., -1e4])
+def test_a_mixed_mask_of_mean_one_where_every_sigmoid_is_nothing(value):
+    residual = torch.full((1, 3, 4, 5), value, requires_grad=True)
+    mask = attention_mask(residual, 'mixed', 'mean1')
+    assert torch.equal(mask, torch.ones_like(mask))
+    (mask * torch.rand(mask.shape)).sum().backward()
+    assert residual.grad.isfinite().all()

@@ -209,7 +209,11 @@ def test_onnx(tmp_path, shipped, picture):
 
 def test_what_is_refused(tmp_path, trained, shipped, picture):
     (tmp_path / 'text.onnx').write_text('no ONNX')
-    for make, words in ((lambda: tmp_path / 'none.onnx', 'No file'), (lambda: tmp_path / 'text.onnx', 'no ONNX file'),
+    begun = tmp_path / 'begun'
+    begun.mkdir()
+    (begun / 'run.json').touch()
+    for make, words in ((lambda: begun, 'no finished epoch yet: finetune_isic.py --resume --output-dir .*begun'),
+                        (lambda: tmp_path / 'none.onnx', 'No file'), (lambda: tmp_path / 'text.onnx', 'no ONNX file'),
                         (lambda: 'arl_cnn15', 'did you mean'), (lambda: tmp_path, 'holds no config.json'),
                         (lambda: trained(outputs=('a', 'b')), 'What the 2 outputs of .* mean is not known'),
                         (lambda: trained({'crops': 'spiral'}), "crops 'spiral', which are not known")):

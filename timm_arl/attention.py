@@ -94,8 +94,8 @@ def attention_mask(
         ValueError: An unknown ``attention`` or ``mask_scale``, or a ``temperature`` that is not above 0 (a
             ``torch.jit.Error`` once scripted).
     """
-    mask, total, count = _mask_parts(residual, attention, mask_scale, temperature, log_temperature)
-    return mask if total is None else mask * (count / total)
+    mask, total = _mask_parts(residual, attention, mask_scale, temperature, log_temperature)
+    return mask if total is None else mask * (1. / total)
 
 
 def _sharpened(logits: torch.Tensor, temperature: float, log_temperature: Optional[torch.Tensor]) -> torch.Tensor:
@@ -111,32 +111,33 @@ def _mask_parts(
         mask_scale: str,
         temperature: float,
         log_temperature: Optional[torch.Tensor],
-) -> Tuple[torch.Tensor, Optional[torch.Tensor], float]:
-    """Returns (e, total, count); mask = e * count / total, or e where total is None. total: one number per softmax."""
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Returns (e, total); mask = e / total, or e where total is None. total: one number per softmax."""
     check_names(attention, mask_scale)
     if not temperature > 0.:
         raise ValueError(f'The temperature must be above 0, not {temperature}.')
     # promotes half precision to float32 and leaves float64 alone; FX cannot trace torch.promote_types
     wide = residual.new_ones([1], dtype=torch.float32)
-    total: Optional[torch.Tensor] = None
-    # torch.softmax over flattened positions would copy channels_last data to NCHW; this keeps the format. H and W are
-    # reduced one after the other: inductor makes slower loops of both at once (13 ms instead of 11 on a CPU)
+    mean1 = mask_scale == 'mean1'
     if attention == 'mixed':
-        mask = torch.sigmoid(_sharpened(residual * wide, temperature, log_temperature))
-        if mask_scale == 'mean1':
-            total = mask.mean(dim=[1, 2, 3], keepdim=True)
-        return mask, total, 1.
+        logits = _sharpened(residual * wide, temperature, log_temperature)
+        if not mean1:
+            return torch.sigmoid(logits), None
+        logs = F.logsigmoid(logits)  # relative to the largest: all sigmoids of a sample may be 0
+        mask = (logs - logs.detach().amax(dim=[1, 2, 3], keepdim=True)).exp()
+        return mask, mask.mean(dim=[1, 2, 3], keepdim=True)
+    # torch.softmax over flattened positions would copy channels_last data to NCHW; this keeps the format. H and W are
+    # reduced one after the other: inductor makes slower loops of both at once (13 ms instead of 11 on a CPU). A mean,
+    # and not the sum and H * W, which would become constants of what is traced
     if attention == 'spatial':
         top = residual.detach().amax(dim=2, keepdim=True).amax(dim=3, keepdim=True)
         mask = _sharpened(residual - top * wide, temperature, log_temperature).exp()
-        total = mask.sum(dim=2, keepdim=True).sum(dim=3, keepdim=True)
-        size = residual.shape[2] * residual.shape[3]
-    else:
-        top = residual.detach().amax(dim=1, keepdim=True)
-        mask = _sharpened(residual - top * wide, temperature, log_temperature).exp()
-        total = mask.sum(dim=1, keepdim=True)
-        size = residual.shape[1]
-    return mask, total, float(size) if mask_scale == 'mean1' else 1.
+        if mean1:
+            return mask, mask.mean(dim=2, keepdim=True).mean(dim=3, keepdim=True)
+        return mask, mask.sum(dim=2, keepdim=True).sum(dim=3, keepdim=True)
+    top = residual.detach().amax(dim=1, keepdim=True)
+    mask = _sharpened(residual - top * wide, temperature, log_temperature).exp()
+    return mask, mask.mean(dim=1, keepdim=True) if mean1 else mask.sum(dim=1, keepdim=True)
 
 
 def attention_residual(
@@ -169,8 +170,8 @@ def attention_residual(
     Raises:
         ValueError: An unknown ``attention`` or ``mask_scale`` (a ``torch.jit.Error`` once scripted).
     """
-    mask, total, count = _mask_parts(residual, attention, mask_scale, temperature, log_temperature)
-    gate = mask * (alpha if total is None else alpha * count / total)  # one pass fewer than alpha times the mask
+    mask, total = _mask_parts(residual, attention, mask_scale, temperature, log_temperature)
+    gate = mask * (alpha if total is None else alpha / total)  # one pass fewer than alpha times the mask
     if add_shortcut:
         gate = gate + 1.
     return torch.addcmul(residual.to(gate.dtype), gate, shortcut.to(gate.dtype)).to(residual.dtype)
@@ -308,6 +309,10 @@ def gated_sum(
             residual, shortcut, alpha, attention, mask_scale, add_shortcut, temperature, log_temperature)
         return y.relu() if relu else y
     else:
+        if isinstance(residual, torch.fx.Proxy):  # a copied graph that is traced again, where FX has lost its leaves
+            return residual.tracer.create_proxy('call_function', gated_sum, (
+                residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu, inplace, temperature,
+                log_temperature), {})
         return fused_attention_residual(
             residual, shortcut, alpha, attention, mask_scale, add_shortcut, relu, inplace=inplace,
             temperature=temperature, log_temperature=log_temperature)

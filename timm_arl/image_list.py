@@ -66,7 +66,8 @@ def write_image_list(
                 raise InputError(
                     'The list on standard input is empty.' if argument == '-' else
                     f'{argument} holds no images: it is searched, with all folders below it, for names that end in '
-                    f'{", ".join(SUFFIXES)}.' if os.path.isdir(argument) else f'No file matches {argument}.')
+                    f'{", ".join(SUFFIXES)} (evaluate_isic.py reads images in Parquet files).'
+                    if os.path.isdir(argument) else f'No file matches {argument}.')
     return count
 
 

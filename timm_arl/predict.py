@@ -93,7 +93,10 @@ def sentence_of(error: Exception) -> str:
 def _ratio(text: str) -> float:
     """A width / height such as 1.5 or 4/3."""
     width, _, height = text.partition('/')
-    ratio = float(width) / (float(height or 1) or math.inf)
+    try:
+        ratio = float(width) / (float(height or 1) or math.inf)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be width / height, such as 1.5 or 3/2, not {text}') from None
     if not 0.2 <= ratio <= 5:
         raise argparse.ArgumentTypeError(f'must be between 0.2 and 5, not {text}')
     return ratio

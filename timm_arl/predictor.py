@@ -178,8 +178,9 @@ class Predictor:
     def _load_checkpoint(self, threads: int) -> Tuple[Task, Dict[str, Any], Dict[str, Any]]:
         checkpoint = Checkpoint(self.name)
         if checkpoint.path is None and not self.name.startswith('hf-hub:') and not checkpoint.label_names():
-            raise WeightsError(f'{self.name} has no weights that know skin lesions: name the output folder of a '
-                               f'network that you trained, or {" or ".join(sorted(OWN_WEIGHTS))}.')
+            own = [name for name in sorted(OWN_WEIGHTS) if name.partition('.')[0] == self.name] or sorted(OWN_WEIGHTS)
+            raise WeightsError(f'The weights that {self.name} loads do not know skin lesions: name the output folder '
+                               f'of a network that you trained, or {" or ".join(own)}.')
         model: Any = checkpoint.network()
         task = Task.of_network(model, checkpoint.config())
         if task is None:

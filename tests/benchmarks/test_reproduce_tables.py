@@ -240,7 +240,7 @@ def test_masks_and_maps_of_the_trained_networks(call, few, made):
     for row in masks:
         value = float(row['measured'])
         if row['label'] == 'effective share':
-            assert 0.25 <= value <= 1
+            assert 0.25 <= value <= 1 + 1e-6  # but for rounding
         if row['label'] == 'largest mask value':  # a mean over the images; a flat mask has one over positions
             assert 1 / positions[row['row']] <= value + 1e-4 <= 1
     maps = {(row['row'], row['label']): row for row in read(out / 'maps.csv')}

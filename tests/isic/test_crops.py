@@ -60,7 +60,7 @@ def test_no_patch_is_enlarged():
     assert decode(encoded(picture(4000, 3000)), shorter_side_for(224)).size == (2000, 1500)
 
 
-def test_modes_and_faults():
+def test_modes_and_faults(tmp_path):
     for mode in ('CMYK', 'L'):
         small = decode(encoded(picture().convert(mode)), 300)
         assert small.mode == 'RGB' and small.size == (400, 300)
@@ -70,3 +70,7 @@ def test_modes_and_faults():
             decode({'bytes': whole[:len(whole) * 3 // 4], 'path': None}, side)
     with pytest.raises(OSError, match='not an image in a format that Pillow knows'):
         decode({'bytes': b'no picture', 'path': None}, 300)
+    (tmp_path / 'a.jpg').touch()
+    for cell in ({'bytes': b'', 'path': None}, {'bytes': None, 'path': str(tmp_path / 'a.jpg')}):
+        with pytest.raises(OSError, match='it is empty'):
+            decode(cell, 300)

@@ -10,7 +10,7 @@ from timm_arl.isic.calibration import subgroup_table
 from timm_arl.isic.intervals import delong_covariance, delong_interval, delong_test, unit_of
 from timm_arl.isic.metrics import auc, compare, score_split
 from timm_arl.isic.report import few_images
-from timm_arl.isic.task import LABELS
+from timm_arl.isic.task import LABELS, TASKS
 
 
 def structural_components(truth, scores):
@@ -182,3 +182,25 @@ def test_no_interval_from_fewer_than_five_images():
 def test_what_intervals_are_over():
     assert [unit_of(column) for column in ('', 'Patient_ID', 'lesion_id', 'case_no')] == [
         'images', 'patients', 'lesions', 'groups of case_no']
+
+
+def test_no_interval_where_all_resamples_agree():
+    """Labels that are told apart, and the same probability for all: the bootstrap would say that nothing is unsure."""
+    truth = np.tile(np.arange(50) < 10, (len(LABELS), 1)).T.astype(float)
+    apart, constant = truth * 0.5 + 0.2, np.full(truth.shape, 0.5)
+    for probabilities, value in ((apart, 1), (constant, 0.5)):
+        scores = score_split(truth, probabilities, 50)
+        assert scores['mean_auc'] == scores[LABELS[0]]['auc'] == value
+        assert scores['mean_auc_ci95'] is scores[LABELS[0]]['auc_ci95'] is None
+    assert compare(truth, constant, apart, 50)[LABELS[0]]['difference_ci95'] is None
+    assert compare(truth, apart, apart, 50)[LABELS[0]]['difference_ci95'] == (0, 0)  # the same network
+
+
+def test_balanced_accuracy_has_no_interval_where_a_class_is_rare():
+    rng, task = np.random.default_rng(0), TASKS['ham10000']
+    for rare, defined in ((4, False), (5, True)):
+        classes = np.r_[np.zeros(rare, int), rng.permutation(np.arange(200) % 6 + 1)]
+        truth, probabilities = np.eye(7)[classes], rng.dirichlet(np.ones(7), len(classes))
+        assert (score_split(truth, probabilities, 50, task=task)['balanced_accuracy_ci95'] is not None) == defined
+        different = compare(truth, probabilities, probabilities[::-1], 50, task=task)['balanced_accuracy']
+        assert (different['difference_ci95'] is not None) == defined

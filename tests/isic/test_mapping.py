@@ -59,6 +59,7 @@ def test_columns_of_the_same_name_are_read_before_they_are_replaced():
     (['nevus=NV'], '--map nevus=NV: OUT has no label nevus, it knows melanoma, seborrheic_keratosis.'),
     (['melanoma=MEL,MEL'], '--map gives MEL to melanoma twice'),
     (['melanoma=MEL', 'melanoma=MEL'], '--map gives MEL to melanoma twice'),
+    (['melanoma=MEL', 'seborrheic_keratosis=BKL,mel'], '--map gives mel to melanoma and to seborrheic_keratosis'),
     (['melanoma=scc'], 'OTHER has no label scc, it has MEL, NV, BCC, AKIEC, BKL, DF, VASC.'),
     (['melanoma'], '--map melanoma is not LABEL=WORD,WORD'), (['melanoma=MEL,'], 'is not LABEL=WORD,WORD'),
     (['melanoma=DF', 'seborrheic_keratosis=VASC'], 'test images: 0 of melanoma, 0 of seborrheic_keratosis), so that'),
@@ -68,3 +69,8 @@ def test_what_cannot_be_mapped(entries, message):
     with pytest.raises(DataError) as error:
         mapped(['MEL', 'NV'], *entries)
     assert message in str(error.value)
+
+
+def test_a_word_with_a_comma_is_in_quotes():
+    words = read_map(['melanoma="Melanoma, NOS",mel'], ISIC2017, 'OUT')
+    assert words == {'melanoma': ['Melanoma, NOS', 'mel']}

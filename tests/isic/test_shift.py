@@ -10,6 +10,7 @@ from PIL import Image
 from timm_arl.isic.dataset import DataError
 from timm_arl.isic.shift import (
     STATISTICS,
+    calibration_doubts,
     calibration_drift,
     chosen,
     home_of,
@@ -93,3 +94,29 @@ def test_a_damaged_record(tmp_path, content):
     (tmp_path / 'home.json').write_text(content)
     with pytest.raises(DataError, match='home.json is damaged .* delete it'):
         home_of(tmp_path, {})
+
+
+def test_no_ratio_from_a_handful_of_positives():
+    """Four of 60, or one patient's 20: an interval of their bootstrap would be far too narrow."""
+    p, patients = np.full(60, 0.2), [f'p{k // 20}' for k in range(60)]
+    for positives, groups, expected in ((4, None, None), (5, None, tuple), (20, patients, None), (20, None, tuple)):
+        found = calibration_drift((np.arange(60) < positives).astype(float), p, None, groups)['as_given']
+        assert found['ratio'] == pytest.approx(12 / positives)
+        assert type(found['ratio_ci95']) is (expected or type(None))
+
+
+def test_a_calibration_that_its_images_do_not_determine_is_told():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.05, 0.95, (60, 2))
+    truth = (rng.uniform(size=(60, 2)) < p).astype(float)
+    assert calibration_doubts(truth, p, chosen(truth, p)) == []
+    rare, split = truth.copy(), p.copy()
+    rare[:, 0] = np.arange(60) == 0
+    split[:, 1] = np.where(truth[:, 1] == 1, 0.8, 0.2)  # told apart by every threshold between
+    assert calibration_doubts(rare, split, chosen(rare, split)) == [
+        'Do not use the calibration of melanoma: 1 of 60 validation images are melanoma.',
+        'Do not use the calibration of seborrheic_keratosis: all validation images with it have higher probabilities '
+        'than those without.']
+    wrong = np.stack([1 - p[:, 0], p[:, 1]], 1)  # an AUC below 0.5
+    assert calibration_doubts(truth, wrong, chosen(truth, wrong)) == [
+        'Do not use the calibration of melanoma: its temperature is at the end of its range, 20.']

@@ -15,11 +15,12 @@ from .metrics import operating_point, score_task
 from .task import ISIC2017, OFFICIAL_THRESHOLD, DataError, Task, calibrate, label_words
 
 __all__ = [
-    'AGE_BANDS', 'calibrate', 'calibration_scores', 'expected_calibration_error', 'fit_calibration', 'reliability',
-    'subgroup_table', 'subgroups',
+    'AGE_BANDS', 'LEAST_TEMPERATURE', 'MOST_TEMPERATURE', 'calibrate', 'calibration_scores',
+    'expected_calibration_error', 'fit_calibration', 'reliability', 'subgroup_table', 'subgroups',
 ]
 
 AGE_BANDS = ((0, 30), (30, 50), (50, 70), (70, 200))  # years; the upper end is not part of the band
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.05, 20.
 MANY = 50  # groups of one column
 Subgroup = Tuple[str, np.ndarray]
 
@@ -65,7 +66,8 @@ def fit_calibration(
             theirs.
 
     Returns:
-        T, between 0.05 and 20, and b, between -20 and 20.
+        T, between LEAST_TEMPERATURE and MOST_TEMPERATURE, and b, between -20 and 20. At an end of its range, T is not
+        determined by the images: they are all told apart, or the order of the probabilities is wrong.
     """
     logits = logit(np.clip(np.asarray(probabilities, np.float64), 1e-12, 1 - 1e-12))
     positive = np.asarray(truth, bool)
@@ -78,7 +80,8 @@ def fit_calibration(
         errors = weights * (expit(z) - positive)
         return float(weights @ np.logaddexp(0, np.where(positive, -z, z))), np.array([errors @ logits, errors.sum()])
     # bounds, which LogisticRegression lacks: a slope below 0 would turn the order round
-    found = minimize(cross_entropy, [1., 0.], jac=True, bounds=[(0.05, 20), (-20, 20)], method='L-BFGS-B')
+    slopes = 1 / MOST_TEMPERATURE, 1 / LEAST_TEMPERATURE
+    found = minimize(cross_entropy, [1., 0.], jac=True, bounds=[slopes, (-20, 20)], method='L-BFGS-B')
     return 1 / float(found.x[0]), float(found.x[1])
 
 

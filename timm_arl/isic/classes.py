@@ -1,5 +1,5 @@
 """Scores of a multiclass task that need all its labels at once: the most probable label of an image is its class."""
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 from ..extras import require
 
@@ -8,7 +8,7 @@ require('train', __name__)
 import numpy as np
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
-from .intervals import with_interval
+from .intervals import LEAST_GROUPS, group_counts, with_interval
 from .task import Task
 
 __all__ = ['CLASS_SCORES', 'balanced_accuracy', 'class_scores', 'mean_recalls']
@@ -41,27 +41,39 @@ def mean_recalls(
         probabilities: np.ndarray,
         times: np.ndarray,
         task: Task,
+        groups: Optional[Sequence[str]] = None,
 ) -> Tuple[float, np.ndarray]:
     """balanced_accuracy, and that of each bootstrap sample; NaN for one that lacks a class.
+
+    All are NaN where fewer than LEAST_GROUPS groups have a class: its share of the score could not be told.
 
     Args:
         truth, probabilities, task: Of balanced_accuracy.
         times: How often each image is in each sample, shape (R, N).
+        groups: Patient or lesion of each image; None: each image is a group.
     """
     true, called = _classes(truth, probabilities, task)
     images = true[:, None] == np.unique(true)
     found = images & (true == called)[:, None]
     with np.errstate(invalid='ignore'):
         shares = (times @ found.astype(float)) / (times @ images.astype(float))
-    return balanced_accuracy(truth, probabilities, task), shares.mean(1)
+    rare = any(group_counts(of, groups)[0] < LEAST_GROUPS for of in images.T)
+    return balanced_accuracy(truth, probabilities, task), np.full(len(times), np.nan) if rare else shares.mean(1)
 
 
-def class_scores(truth: np.ndarray, probabilities: np.ndarray, times: np.ndarray, task: Task) -> Dict[str, Any]:
+def class_scores(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        times: np.ndarray,
+        task: Task,
+        groups: Optional[Sequence[str]] = None,
+) -> Dict[str, Any]:
     """Scores of one split.
 
     Args:
         truth, probabilities, task: Of balanced_accuracy.
         times: How often each image is in each bootstrap sample, shape (R, N).
+        groups: Of mean_recalls.
 
     Returns:
         balanced_accuracy, top1 (the share of images that are called right) and brier (the squared distance of the
@@ -74,7 +86,7 @@ def class_scores(truth: np.ndarray, probabilities: np.ndarray, times: np.ndarray
     errors = np.square(probabilities.astype(np.float64) - truth).sum(1)
     drawn = times.sum(1)
     return {
-        **with_interval('balanced_accuracy', *mean_recalls(truth, probabilities, times, task)),
+        **with_interval('balanced_accuracy', *mean_recalls(truth, probabilities, times, task, groups)),
         **with_interval('top1', accuracy_score(true, called), times @ (true == called).astype(float) / drawn),
         **with_interval('brier', errors.mean(), times @ errors / drawn),
         'confusion_matrix': {

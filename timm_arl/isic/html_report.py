@@ -289,6 +289,9 @@ def _share(
         interval: Any = None
     elif times is None:
         interval = binomtest(part, whole).proportion_ci(method='wilson')
+    elif part in (0, whole):  # resamples would all agree: as if each group were one image
+        having = group_counts(images, groups)[0]
+        interval = binomtest(having if part else 0, having).proportion_ci(method='wilson')
     else:
         with np.errstate(invalid='ignore'):
             interval = percentile_interval(times[:, images & right].sum(1) / times[:, images].sum(1))

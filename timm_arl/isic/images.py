@@ -1,5 +1,6 @@
 """From an image file to an upright RGB picture of 8 bits."""
 import io
+import os
 import re
 import warnings
 from functools import partial
@@ -50,7 +51,8 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
                 bits = tags.get(BITS_PER_SAMPLE, (16,))[0]  # a TIFF may have 12
                 return to_rgb(_upright(file), bits, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
     except UnidentifiedImageError as error:
-        raise OSError('it is not an image in a format that Pillow knows') from error
+        empty = not (source.getbuffer().nbytes if isinstance(source, io.BytesIO) else os.path.getsize(source))
+        raise OSError('it is empty' if empty else 'it is not an image in a format that Pillow knows') from error
     except (MemoryError, OSError):
         raise
     except Image.DecompressionBombError as error:

@@ -1,4 +1,5 @@
 """Labels of another clinic's data in the words of a network: which of theirs mean which of ours."""
+import csv
 from typing import Dict, List, NamedTuple, Sequence
 
 from ..extras import require
@@ -33,17 +34,18 @@ def read_map(entries: Sequence[str], task: Task, network: str) -> Dict[str, List
     """What --map says: for each label of the network, words of the data, in the order of the task.
 
     Args:
-        entries: Such as ``melanoma=MEL,mel``.
+        entries: Such as ``melanoma=MEL,mel``; a word with a comma is in double quotes.
         task: Of the network.
         network: What messages call it.
 
     Raises:
-        DataError: An entry of another form, a label that the network lacks, or a word twice for one label.
+        DataError: An entry of another form, a label that the network lacks, a word twice for one label, or a word for
+            two labels that exclude each other.
     """
     found: Dict[str, List[str]] = {}
     for entry in entries:
         label, _, words = entry.partition('=')
-        sources = [word.strip() for word in words.split(',')]
+        sources = [word.strip() for word in next(csv.reader([words], skipinitialspace=True), None) or ['']]
         if not label or not all(sources):
             raise DataError(f'--map {entry} is not LABEL=WORD,WORD: a label of {network} ({", ".join(task.labels)}), '
                             f'and the words of the data that mean it.')
@@ -56,6 +58,13 @@ def read_map(entries: Sequence[str], task: Task, network: str) -> Dict[str, List
         twice = [word for word in sources if sources.count(word) > 1]
         if twice:
             raise DataError(f'--map gives {twice[0]} to {label} twice: give it once.')
+    if task.exclusive:
+        of: Dict[str, str] = {}
+        for label, sources in found.items():
+            for word in sources:
+                if of.setdefault(word.lower(), label) != label:
+                    raise DataError(f'--map gives {word} to {of[word.lower()]} and to {label}, but {network} knows one '
+                                    f'diagnosis of an image: give it to one.')
     return {label: found[label] for label in task.labels if label in found}
 
 
@@ -85,10 +94,11 @@ def map_labels(data: Data, task: Task, wanted: Dict[str, List[str]], split: str,
         here = [(word, meaning.get(word, loose.get(word.lower()))) for word in words]
         # MEL,mel: the data may write either
         known = {word.lower() for word, name in here if name}
+        quotes = '. A word with a comma is in double quotes: LABEL="WORD, MORE"' * (len(words) > 1)
         absent = [word for word, name in here if not name and word.lower() not in known]
         if absent:
             raise DataError(f'--map {label}={",".join(words)}: {where} has no label {absent[0]}, it has '
-                            f'{", ".join(names)}.')
+                            f'{", ".join(names)}{quotes}.')
         sources[label] = list(dict.fromkeys(name for _, name in here if name))
     columns = {label: np.any([values[name] > 0 for name in some], axis=0).astype(np.int8)
                for label, some in sources.items()}

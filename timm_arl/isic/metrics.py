@@ -149,8 +149,8 @@ def _just_below(probabilities: np.ndarray, lowest_positive: float) -> float:
     """
     lower = np.unique(np.asarray(probabilities, np.float64))
     lower = lower[lower < lowest_positive]
-    lowest_positive = min(lowest_positive, 1.)  # infinite where nothing is positive
-    return (float(lowest_positive) + (float(lower[-1]) if len(lower) else 0.)) / 2
+    middle = (min(float(lowest_positive), 1.) + (float(lower[-1]) if len(lower) else 0.)) / 2  # infinite: no positive
+    return middle if middle < lowest_positive else max(float(np.nextafter(lowest_positive, -1)), 0.)  # neighbours
 
 
 def score_task(truth: np.ndarray, probabilities: np.ndarray, threshold: float = OFFICIAL_THRESHOLD) -> Dict[str, Any]:
@@ -191,7 +191,7 @@ def score_split(
     Intervals are 95 % percentile bootstrap intervals over images or, where they are known, groups; the same resamples
     serve all scores. Resamples in which a score is undefined are left out; where three quarters are, there is no
     interval. Nor has an AUC one where fewer than LEAST_GROUPS groups (images, where there are none) have, or lack, the
-    label.
+    label, the balanced accuracy where fewer have a class, and any score where all resamples agree.
 
     Args:
         truth: 0 or 1, shape (N, labels), columns in the order of the task's labels.
@@ -228,7 +228,7 @@ def score_split(
                 point.update(_net_benefits(t, p, point['threshold']))
     return {
         **scores, **with_interval('mean_auc', np.mean(values), np.mean(distributions, axis=0)),
-        **(class_scores(truth, probabilities, times, task) if task.kind == 'multiclass' else {}),
+        **(class_scores(truth, probabilities, times, task, groups) if task.kind == 'multiclass' else {}),
         **({} if groups is None else {'intervals_over': unit, 'groups': len(set(groups))})}
 
 
@@ -278,7 +278,7 @@ def compare(
     result['mean_auc'] = with_interval('difference', np.mean(values), np.mean(distributions, axis=0))
     if task.kind == 'multiclass':
         value, distribution = (np.subtract(*pair) for pair in zip(
-            *(mean_recalls(truth, p, times, task) for p in (second, first))))
+            *(mean_recalls(truth, p, times, task, groups) for p in (second, first))))
         result['balanced_accuracy'] = with_interval('difference', value, distribution)
     return result
 

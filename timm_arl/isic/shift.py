@@ -1,7 +1,7 @@
 """What a run keeps of its validation images, and how another clinic's images and scores differ from it."""
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..extras import require
 
@@ -9,15 +9,15 @@ require('train', __name__)
 
 import numpy as np
 
-from .calibration import calibrate, expected_calibration_error, fit_calibration
+from .calibration import LEAST_TEMPERATURE, MOST_TEMPERATURE, calibrate, expected_calibration_error, fit_calibration
 from .images import decode, stored_size
-from .intervals import percentile_interval, resampled_times
+from .intervals import LEAST_GROUPS, group_counts, percentile_interval, resampled_times
 from .metrics import threshold_for_sensitivity, youden_threshold
 from .task import ISIC2017, DataError, Task
 
 __all__ = [
-    'HOME_FILE', 'STAGED', 'STATISTICS', 'Home', 'calibration_drift', 'chosen', 'home_of', 'home_record',
-    'image_statistics', 'probability_counts', 'standard_difference',
+    'HOME_FILE', 'STAGED', 'STATISTICS', 'Home', 'calibration_doubts', 'calibration_drift', 'chosen', 'home_of',
+    'home_record', 'image_statistics', 'probability_counts', 'standard_difference',
 ]
 
 HOME_FILE = 'home.json'
@@ -96,6 +96,28 @@ def chosen(
             'biases': {label: bias for label, (_, bias) in fitted.items()}}
 
 
+def calibration_doubts(truth: np.ndarray, probabilities: np.ndarray, choice: Home) -> List[str]:
+    """A sentence about each label whose calibration its validation images do not determine.
+
+    Args:
+        truth, probabilities: Of chosen.
+        choice: What it gave.
+    """
+    doubts = []
+    for (label, temperature), t, p in zip(choice['temperatures'].items(), truth.T, probabilities.T):
+        fewest = int(min(t.sum(), len(t) - t.sum()))
+        why = ''
+        if fewest < LEAST_GROUPS:
+            why = f'{fewest} of {len(t)} validation images {"are" if t.sum() == fewest else "are not"} {label}'
+        elif p[t == 1].min() > p[t == 0].max():
+            why = 'all validation images with it have higher probabilities than those without'
+        elif not 1.001 * LEAST_TEMPERATURE < temperature < MOST_TEMPERATURE / 1.001:
+            why = f'its temperature is at the end of its range, {temperature:.3g}'
+        if why:
+            doubts.append(f'Do not use the calibration of {label}: {why}.')
+    return doubts
+
+
 def home_record(
         images: Any,
         truth: np.ndarray,
@@ -168,16 +190,17 @@ def calibration_drift(
 
     Returns:
         images, positives, and, as_given and calibrated, expected (positives), ratio (expected to observed, with
-        ratio_ci95; None without a positive), ece and brier; calibrated is None where it is not known.
+        ratio_ci95; None without a positive, and the interval with fewer than LEAST_GROUPS groups, or images, that have
+        one), ece and brier; calibrated is None where it is not known.
     """
     times = resampled_times(len(truth), seed=seed, groups=groups)
 
     def of(p: np.ndarray) -> Dict[str, Any]:
         tops, bottoms = times @ p, times @ np.asarray(truth, np.float64)
         ratios = np.where(bottoms > 0, tops / np.maximum(bottoms, 1), np.nan)
-        some = bool(truth.sum())
+        some, enough = bool(truth.sum()), group_counts(truth, groups)[0] >= LEAST_GROUPS
         return {'expected': float(p.sum()), 'ratio': float(p.sum() / truth.sum()) if some else None,
-                'ratio_ci95': percentile_interval(ratios) if some else None,
+                'ratio_ci95': percentile_interval(ratios) if enough else None,
                 'ece': expected_calibration_error(truth, p), 'brier': float(np.mean((p - truth) ** 2))}
     p = np.asarray(probabilities, np.float64)
     return {'images': len(truth), 'positives': int(truth.sum()), 'as_given': of(p),

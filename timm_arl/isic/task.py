@@ -93,7 +93,8 @@ class Task:
         fill(self, 'title', self.title or self.name)
         if len(self.labels) < 1 + multiclass:
             raise DataError(f'A {self.kind} task needs at least {1 + multiclass} labels, but has '
-                            f'{", ".join(self.labels) or "none"}.')
+                            f'{", ".join(self.labels) or "none"}'
+                            + ': add images of another diagnosis.' * bool(self.labels) + '.' * (not self.labels))
         names = [*self.classes, *[self.rest] * bool(multiclass and self.rest)]
         for label in names:
             check_label(label)

@@ -138,7 +138,8 @@ def print_mapping(accelerator, mapped, home, args):
     if one_class:
         accelerator.print(f'No AUC of {", ".join(one_class)}: all images are of one class.')
     accelerator.print(
-        'Thresholds and calibration are those of home.' if 'temperatures' in home else
+        'Thresholds and calibration are those of home' + ', where alphas were not 0' * args.alpha_zero + '.'
+        if 'temperatures' in home else
         'Thresholds of home are known, its calibration is not.' if home.get('thresholds') else
         f'No thresholds and no calibration of home are known, so decisions are at 0.5: score {args.checkpoint} on its '
         f'own data first, which records them.')

@@ -3,7 +3,14 @@ import datasets
 import pytest
 
 from timm_arl.isic.dataset import DataError
-from timm_arl.isic.dataset.duplicates import pairs_among, read_pairs, twins_of_training, without_twins
+from timm_arl.isic.dataset.duplicates import (
+    is_against,
+    pairs_among,
+    read_pairs,
+    twins_of_training,
+    without_known,
+    without_twins,
+)
 
 
 def split(ids, **columns):
@@ -39,3 +46,18 @@ def test_a_list_of_other_images_is_refused(listed):
     assert twins_of_training(splits, listed()) == set()
     assert read_pairs(listed(('a.jpg', 'd.jpg'))) == [('a.jpg', 'd.jpg')]
     assert pairs_among(listed(('a', 'b'), ('a', 'd'), ('b', 'a')), ['a', 'b']) == [('a', 'b'), ('b', 'a')]
+
+
+def test_images_of_a_network_are_left_out_of_data_that_have_training_images_too(tmp_path):
+    splits = {'train': split(['a', 'b']), 'validation': split(['c', 'd']), 'test': split(['e', 'f'])}
+    path = tmp_path / 'twins.csv'
+    path.write_text('image_id_a,image_id_b,split_a,split_b\ne,x,test,against train\nd,y,validation,against test\n'
+                    'f,a,test,train\n')
+    assert is_against(path)
+    left, lost = without_known(splits, 'test', path)
+    assert {name: each['image_id'][:] for name, each in left.items()} == {
+        'train': ['a', 'b'], 'validation': ['c'], 'test': ['f']}
+    assert lost == {'validation': 1, 'test': 1}
+    path.write_text('image_id_a,image_id_b,split_a,split_b\nd,y,validation,against test\n')
+    with pytest.raises(DataError, match='names no image of these data with a twin in the data of the network'):
+        without_known(splits, 'test', path)

@@ -171,7 +171,7 @@ def test_images_with_a_twin_are_left_out_of_every_figure(runs, truth):
         pairs = scores[found == 1][:, None] - scores[found == 0][None]
         values.append(((pairs > 0) + (pairs == 0) / 2).mean())
     line = lines['arl_cnn14', 'melanoma']
-    assert line['measured'] == f'{np.mean(values):.4f}' != whole['arl_cnn14', 'melanoma']['measured']
+    assert line['measured'] == f'{np.mean(values):.8f}' != whole['arl_cnn14', 'melanoma']['measured']
     assert line['images'] == lines['arl_cnn14 - resnet14', 'mean']['images'] == str(len(left))
     assert line['command'].endswith('--seeds 0 1 2 --drop-duplicates twins.csv')
     assert (line['ci_low'], line['ci_high']) != tuple(whole['arl_cnn14', 'melanoma'][k] for k in ('ci_low', 'ci_high'))
@@ -181,9 +181,9 @@ def test_t_test_of_the_paper_is_corrected(truth):
     """t(18) from the ten printed runs is -24.75, not -78.26, which follows from a slip in the sums of squares."""
     figures = {line['label']: (float(line['printed']), float(line['measured']))
                for line in table7_lines(Arguments, {}, {})[0] if line['row'] == 'printed'}
-    assert figures['s_w'] == (0.04, 0.1265)
+    assert figures['s_w'] == (0.04, pytest.approx(0.1265, abs=5e-5))
     assert figures['t(18)'] == (-78.26, pytest.approx(-24.75, abs=0.005))
-    assert figures['critical t(18) at 0.01'] == (-2.5176, -2.5524)
+    assert figures['critical t(18) at 0.01'] == (-2.5176, pytest.approx(-2.5524, abs=5e-5))
 
 
 def test_t_test_of_our_seeds(truth):
@@ -219,11 +219,12 @@ def test_check_finds_a_copied_number(tmp_path):
     path = tmp_path / 'table3.csv'
     assert differences(path, lines, {}, '') == []
     before, page = path.read_text(), path.with_suffix('.md')
-    path.write_text(before.replace('0.8000', '0.9000'))
-    assert differences(path, lines, {}, '') == ['arl_cnn14 mean: measured is 0.9000, computed again it is 0.8000']
+    path.write_text(before.replace('0.80000000', '0.90000000'))
+    assert differences(path, lines, {}, '') == [
+        'arl_cnn14 mean: measured is 0.90000000, computed again it is 0.80000000']
     assert len(differences(path, lines[:1], {}, '')) == 2
     forged = [*before.splitlines()]
-    path.write_text('\n'.join([forged[0], forged[1].replace('0.8000', '0.9990'), *forged[1:]]) + '\n')
+    path.write_text('\n'.join([forged[0], forged[1].replace('0.80000000', '0.99900000'), *forged[1:]]) + '\n')
     assert differences(path, lines, {}, '') == ['arl_cnn14 mean: 2 lines']
     path.write_text(before)
     page.write_text(page.read_text().replace('0.800', '0.999'))
@@ -256,3 +257,16 @@ def test_page_of_crops_tells_how_good_the_masks_are(tmp_path):
     page = (tmp_path / 'table6.md').read_text()
     assert 'a Dice of 0.800 [0.700, 0.900] and an IoU of 0.800 [0.700, 0.900] on 150 validation images' in page
     assert '| lesion_masks' not in page and 'on the 600 test images' in page
+
+
+def test_figures_are_rounded_once():
+    """0.86246 is 0.862, though 0.8625 would be 0.863."""
+    page = markdown_page('table3', [cell('a', 'mean', None, (0.86246, 0.64249, 0.90253), images=600)], {}, 'x')
+    assert '0.862 [0.642, 0.903]' in page
+
+
+def test_table7_is_not_written_without_the_scores_that_it_has(call, tmp_path):
+    (tmp_path / 'predictions').mkdir()
+    done = call('reproduce_tables', 'table7', '--output-dir', tmp_path)
+    assert done.returncode == 2 and f'table7 needs --data here: its labels score the predictions in {tmp_path}' in (
+        done.stderr)

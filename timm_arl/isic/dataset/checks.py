@@ -144,13 +144,16 @@ def check_labels(split: datasets.Dataset, where: str, task: Task, may_have_other
     for label in task.labels:
         wrong = [(i, v) for i, v in zip(split['image_id'], split[label]) if v not in (0, 1)]
         if wrong:
+            others = ', '.join([repr(value) for value in dict.fromkeys(value for _, value in wrong)][1:4])
             raise DataError(f'{where}: {label} must be 0 or 1, but is {wrong[0][1]!r} for image {wrong[0][0]} '
-                            f'({len(wrong)} such images).')
+                            f'({len(wrong)} such images{"; others have " * bool(others)}{others}).')
     counts = label_array(split, task).sum(1)
     several = np.flatnonzero(counts > 1)
     if task.exclusive and len(several):
-        raise DataError(f'{where}: image {split[int(several[0])]["image_id"]} has more than one label '
-                        f'({" and ".join(task.labels)}; {len(several)} such images): a lesion has one diagnosis.')
+        row = split[int(several[0])]
+        raise DataError(f'{where}: image {row["image_id"]} has more than one label '
+                        f'({" and ".join(label for label in task.labels if row[label] == 1)}; {len(several)} such '
+                        f'images): a lesion has one diagnosis.')
     none = np.flatnonzero(counts == 0)
     if task.kind == 'multiclass' and len(none) and not (task.rest and may_have_others):
         raise DataError(f'{where}: image {split[int(none[0])]["image_id"]} has none of the labels '

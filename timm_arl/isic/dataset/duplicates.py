@@ -162,24 +162,43 @@ def without_twins(splits: Dict[str, Any], path: Union[str, Path]) -> Tuple[Dict[
             {name: len(splits[name]) - len(kept) for name, kept in rows.items()})
 
 
-def without_known(split: Any, path: Union[str, Path]) -> Any:
-    """A split without the images that have a twin in another data set, by a list that was made --against it.
+def is_against(path: Union[str, Path]) -> bool:
+    """Whether a list of pairs has some with another data set, by check --against it.
 
     Args:
-        split: With the column image_id.
         path: As for read_pairs.
+
+    Raises:
+        DataError: As read_pairs does.
+    """
+    read_pairs(path)
+    return any((row.get('split_b') or '').startswith(AGAINST) for row in read_rows(path))
+
+
+def without_known(splits: Dict[str, Any], scored: str, path: Union[str, Path]) -> Tuple[Dict[str, Any], Dict[str, int]]:
+    """The splits without the images that have a twin in another data set, by a list that was made --against it.
+
+    Args:
+        splits: By name, with the column image_id.
+        scored: Name of the split that must lose some.
+        path: As for read_pairs.
+
+    Returns:
+        The splits, and how many images each of those to be scored has lost.
 
     Raises:
         DataError: As read_pairs does; also a list without such pairs, or of other data.
     """
     read_pairs(path)
     known = {row['image_id_a'] for row in read_rows(path) if (row.get('split_b') or '').startswith(AGAINST)}
-    kept = [row for row, image_id in enumerate(split['image_id']) if image_id not in known]
-    if len(kept) == len(split):
+    rows = {name: [row for row, image_id in enumerate(split['image_id']) if image_id not in known]
+            for name, split in splits.items() if name != 'train'}
+    left_out = {name: len(splits[name]) - len(kept) for name, kept in rows.items()}
+    if not left_out[scored]:
         raise DataError(f'{path} names no image of these data with a twin in the data of the network: make it with '
                         f'python -m timm_arl.isic.dataset check OTHER --against HOME --output LIST.csv; if it finds '
                         f'none, leave out --drop-duplicates.')
-    return split.select(kept)
+    return {**splits, **{name: splits[name].select(kept) for name, kept in rows.items()}}, left_out
 
 
 def _unit(pictures: np.ndarray) -> np.ndarray:

@@ -285,8 +285,8 @@ def typed(values: Sequence[str], name: str = '', nothing: Sequence[str] = ()) ->
 
 
 def years_of(cell: Any) -> Optional[float]:
-    """The age in a cell: as number, and '85+' is 85."""
-    return number(cell.strip().removesuffix('+') if isinstance(cell, str) else cell)
+    """The age in a cell: as number, and '85+' is 85, '62,5' 62.5."""
+    return number(cell.strip().removesuffix('+').replace(',', '.') if isinstance(cell, str) else cell)
 
 
 def _word(text: Optional[str]) -> Optional[str]:

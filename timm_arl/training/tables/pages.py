@@ -37,7 +37,7 @@ def cell(
         note: Why there is none, or a remark.
         **settings: The other columns.
     """
-    measured = [f'{value:.4f}' for value in figure or ()]
+    measured = [f'{value:.8f}' for value in figure or ()]
     line = dict.fromkeys(COLUMNS, '')
     line.update(row=row, label=label, printed='' if printed is None else f'{printed:g}', note=note,
                 **dict(zip(('measured', 'ci_low', 'ci_high'), measured)), **{k: str(v) for k, v in settings.items()})
