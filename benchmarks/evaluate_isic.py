@@ -113,9 +113,9 @@ def build_parser():
     add('--subgroups', nargs='+', metavar='COLUMN',
         help='columns of the data whose groups are scored, with counts (default: sex and age_approximate, where known)')
     add('--map', nargs='+', metavar='LABEL=WORD,WORD',
-        help="external validation: which labels of the data mean which of the checkpoint's (a word with a comma in "
-             'double quotes); others are not scored, thresholds and calibration are those of home (not needed for data '
-             'with the same labels and no validation split)')
+        help="external validation: which labels of the data mean which of the checkpoint's (a word with a comma: "
+             '\'LABEL="WORD, MORE"\'); others are not scored, thresholds and calibration are those of home (not needed '
+             'for data with the same labels and no validation split)')
     add('--other-data', action='store_true',
         help="the data are not those of the checkpoint's run, though images have the same names: score them as a whole")
     add('--drop-duplicates', metavar='LIST.csv',
@@ -262,8 +262,7 @@ def evaluate(args):
     kept_best = saved.get('keep') == 'best' and not saved.get('fold')  # a fold has validation images of its own
     if args.drop_duplicates:
         against = 'train' not in splits or is_against(args.drop_duplicates)  # another clinic's
-        splits, left_out = without_known(splits, args.split, args.drop_duplicates) if against else without_twins(
-            splits, args.drop_duplicates)
+        splits, left_out = (without_known if against else without_twins)(splits, args.drop_duplicates)
         accelerator.print(
             f'Left out, since they have a twin in {"the data of the network" if against else "train"}: '
             + ', '.join(f'{count} {name} images' for name, count in left_out.items()) + '.')
@@ -300,7 +299,8 @@ def evaluate(args):
     choice = home
     if 'validation' in truth and not mapped:
         choice = chosen(truth['validation'], probabilities['validation'], task, training_labels)
-        for doubt in calibration_doubts(truth['validation'], probabilities['validation'], choice):
+        for doubt in calibration_doubts(
+                truth['validation'], probabilities['validation'], choice, groups['validation']):
             print(doubt)
         if training_labels is None:
             print(f'{args.data} does not have the training images of {args.checkpoint}: calibration is for the mix of '

@@ -73,7 +73,7 @@ def build_parser():
     add = parser.add_argument
     add('table', choices=[*TITLES, 'figures'],
         help='; '.join(f'{name}: {title}' for name, title in TITLES.items()) + '; figures: pictures of two networks')
-    add('--data', metavar='DIR|HUB_ID|demo', help='as for finetune_isic.py; table1, table7 and figures need none')
+    add('--data', metavar='DIR|HUB_ID|demo', help='as for finetune_isic.py; table1, figures and table7 alone need none')
     add('--output-dir', required=True, metavar='O', help='folder for tables, predictions and runs')
     add('--seeds', type=number(int, 0, 2 ** 32 - 1), nargs='+', default=[0, 1, 2],
         help='a run for each (default: 0 1 2)')
@@ -102,7 +102,8 @@ def parse_args(parser):
         raise RunError('--seeds names a seed twice.')
     if not args.data and args.table not in ('table1', 'table7', 'figures'):
         raise RunError(f'{args.table} needs --data.')
-    if args.table == 'table7' and not args.data and Path(args.output_dir, 'predictions').is_dir():
+    if args.table == 'table7' and not args.data and any(
+            Path(args.output_dir, 'predictions').glob('*-seed*.csv')):
         raise RunError(f'table7 needs --data here: its labels score the predictions in {args.output_dir}.')
     if args.table == 'figures' and (len(args.model or ()) != 2 or not (args.data or args.images)):
         raise RunError('figures needs two networks and images: --model A B, and --images FOLDER or --data.')

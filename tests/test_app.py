@@ -289,10 +289,11 @@ def test_a_phone_and_a_screen_reader(open_page, tmp_path):
     assert page.evaluate(widest) == 390
     drop(page, picture_file(tmp_path / f'{"long_name" * 12}.png'))
     answered(page)
-    for width in (390, 360):
+    for width in (1200, 1024, 390, 360):
         page.set_viewport_size({'width': width, 'height': 800})
         page.wait_for_timeout(300)
         assert page.evaluate(widest) == width
+        assert page.locator('.arl-card').evaluate_all('all => all.every(card => card.scrollWidth <= card.clientWidth)')
     assert page.locator('img:not([alt])').count() == 0
     for alt in page.locator('#maps img').evaluate_all('images => images.map(image => image.alt)'):
         assert len(alt) > 5

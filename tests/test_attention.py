@@ -111,9 +111,10 @@ def test_shape_dtype_and_format_are_kept(attention, dtype, memory_format, shape)
         y = attention_residual(residual, shortcut, torch.tensor([0.5], dtype=alpha_dtype), attention)
         assert y.shape == residual.shape and y.dtype == dtype
         assert y.is_contiguous(memory_format=memory_format)
-    mask = attention_mask(residual, attention)
-    assert mask.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert mask.is_contiguous(memory_format=memory_format)
+    for mask_scale in MASK_SCALES:
+        mask = attention_mask(residual, attention, mask_scale)
+        assert mask.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert mask.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize('attention', ATTENTIONS)

@@ -212,7 +212,7 @@ def test_what_is_refused(tmp_path, trained, shipped, picture):
     begun = tmp_path / 'begun'
     begun.mkdir()
     (begun / 'run.json').touch()
-    for make, words in ((lambda: begun, 'no finished epoch yet: finetune_isic.py --resume --output-dir .*begun'),
+    for make, words in ((lambda: begun, 'begun has no finished epoch yet: go on with it, by finetune_isic.py --resume'),
                         (lambda: tmp_path / 'none.onnx', 'No file'), (lambda: tmp_path / 'text.onnx', 'no ONNX file'),
                         (lambda: 'arl_cnn15', 'did you mean'), (lambda: tmp_path, 'holds no config.json'),
                         (lambda: trained(outputs=('a', 'b')), 'What the 2 outputs of .* mean is not known'),

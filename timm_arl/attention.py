@@ -123,7 +123,9 @@ def _mask_parts(
         logits = _sharpened(residual * wide, temperature, log_temperature)
         if not mean1:
             return torch.sigmoid(logits), None
-        logs = F.logsigmoid(logits)  # relative to the largest: all sigmoids of a sample may be 0
+        # logarithms of the sigmoids, relative to the largest, since all of a sample may be 0; F.logsigmoid would give
+        # channels_last data back as NCHW, and ONNX would make it log(sigmoid)
+        logs = -F.softplus(-logits, threshold=60.)
         mask = (logs - logs.detach().amax(dim=[1, 2, 3], keepdim=True)).exp()
         return mask, mask.mean(dim=[1, 2, 3], keepdim=True)
     # torch.softmax over flattened positions would copy channels_last data to NCHW; this keeps the format. H and W are

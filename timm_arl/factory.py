@@ -215,8 +215,8 @@ class Checkpoint:
             raise WeightsError(f'{self.path} holds several runs: choose one of the folders listed in its runs.csv.')
         missing = [name for name in ('config.json', 'model.safetensors') if not (self.path / name).is_file()]
         if len(missing) == 2 and (self.path / 'run.json').is_file() and not (self.path / 'summary.csv').is_file():
-            raise WeightsError(f'The run in {self.path} has no finished epoch yet: finetune_isic.py --resume '
-                               f'--output-dir {self.path} goes on with it.')
+            raise WeightsError(f'The run in {self.path} has no finished epoch yet: go on with it, by finetune_isic.py '
+                               f'--resume --output-dir and that folder (of a cross-validation, the folder of all).')
         if self.path.is_dir() and missing:
             raise WeightsError(f'{self.path} holds no {" and no ".join(missing)}: pass the output folder of '
                                f'finetune_isic.py, or the name of a model.')

@@ -33,8 +33,12 @@ def thresholds_shown(settings: Dict[str, Any]) -> Dict[str, float]:
 
 def captions(files: PredictionFiles, row: Dict[str, Any], thresholds: Dict[str, float]) -> List[str]:
     """For each label what was found: 'melanoma 0.031 (not above 0.277)'."""
-    return [f'{label_words(label)} {row[label]:.3f} ({"above" if row[decision] else "not above"} '
-            f'{thresholds[label]:.3f})' for label, decision in zip(files.labels, files.decisions)]
+    texts = []
+    for label, decision in zip(files.labels, files.decisions):
+        digits = 3 if f'{row[label]:.3f}' != f'{thresholds[label]:.3f}' else 6  # or they would look the same
+        texts.append(f'{label_words(label)} {row[label]:.{digits}f} ({"above" if row[decision] else "not above"} '
+                     f'{thresholds[label]:.{digits}f})')
+    return texts
 
 
 def report(files: PredictionFiles, record: Dict[str, Any], speed: float) -> None:

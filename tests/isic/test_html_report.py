@@ -189,25 +189,36 @@ def test_a_label_of_one_class_is_undefined_and_not_zero():
     assert 'All images are of one class.' in page.text and 'Sensitivity undefined.' in page.text
 
 
-def test_few_groups_are_counted_and_have_no_interval(no_charts):
-    task, rng = Task('mine', ('scar', 'ulcer'), 'multiclass'), np.random.default_rng(0)
-    truth = np.eye(2)[[0] * 40 + [1] * 10]
-    p = rng.dirichlet([2, 2], 50).astype(np.float32)
-    groups = [f'c{k}' for k in range(40)] + [f'd{k % 3}' for k in range(10)]
+def page_of_groups(truth, p, groups):
+    task = Task('mine', ('scar', 'ulcer'), 'multiclass')
     scores = score_split(truth, p, 50, task=task, groups=groups, unit='groups of case_no')
     for label in task.labels:
         scores[label]['calibration'] = {'ece': 0.1, 'temperature': None, 'bias': None, 'ece_calibrated': None,
                                         'mean_calibrated': None}
-    scores['subgroups'] = subgroup_table(truth, p, subgroups({'sex': ['male'] * 50}), task, groups)
+    scores['subgroups'] = subgroup_table(truth, p, subgroups({'sex': ['male'] * len(truth)}), task, groups)
     record = {'timm_arl': '1', 'img_size': 64, 'crops': 'center', 'aspect': 'keep', 'seed': 0, 'alpha_zero': False}
-    page = Page(html_report('OUT', 'mine.csv', 'test', {'test': scores}, {'test': truth}, {'test': p}, record,
+    return Page(html_report('OUT', 'mine.csv', 'test', {'test': scores}, {'test': truth}, {'test': p}, record,
                             Training([], [], False), examples(), None, task, {'test': groups}))
+
+
+def test_few_groups_are_counted_and_have_no_interval(no_charts):
+    p = np.random.default_rng(0).dirichlet([2, 2], 50).astype(np.float32)
+    groups = [f'c{k}' for k in range(40)] + [f'd{k % 3}' for k in range(10)]
+    page = page_of_groups(np.eye(2)[[0] * 40 + [1] * 10], p, groups)
     assert ('Only 3 groups of case_no have ulcer (10 images): figures from so few are uncertain, and below 5 there is '
             'no interval.') in page.text
     assert 'Too few groups of case_no for an interval.' in page.text and 'All images are of one class' not in page.text
     assert re.search(r'ulcer.*Sensitivity 0\.\d+, \d of 10\.', page.text)  # without brackets
     assert "Intervals are Obuchowski's" in page.text and 'those of calling the most probable class' in page.text
     assert 'official' not in page.text and 'challenge' not in page.text
+
+
+def test_all_images_of_some_patients_are_found_but_that_is_not_certain(no_charts):
+    """Wilson's interval of 6 of 6 is [0.610, 1], and patients with two images each count once."""
+    truth = np.eye(2)[[0] * 40 + [1] * 12]
+    p = np.where(truth == 1, 0.9, 0.1)
+    page = page_of_groups(truth, p, [f'c{k}' for k in range(40)] + [f'd{k // 2}' for k in range(12)])
+    assert 'Sensitivity 1.000 [0.610, 1.000], 12 of 12.' in page.text
 
 
 def luminance(colour):

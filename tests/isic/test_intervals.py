@@ -192,7 +192,10 @@ def test_no_interval_where_all_resamples_agree():
         scores = score_split(truth, probabilities, 50)
         assert scores['mean_auc'] == scores[LABELS[0]]['auc'] == value
         assert scores['mean_auc_ci95'] is scores[LABELS[0]]['auc_ci95'] is None
-    assert compare(truth, constant, apart, 50)[LABELS[0]]['difference_ci95'] is None
+    for other in (constant, apart * 0.9 + 0.05):  # one of another AUC, and one of the same
+        different = compare(truth, other, apart, 50)[LABELS[0]]
+        assert different['difference_ci95'] is None
+    assert compare(truth, constant, apart, 50)[LABELS[0]]['p_value'] is None
     assert compare(truth, apart, apart, 50)[LABELS[0]]['difference_ci95'] == (0, 0)  # the same network
 
 

@@ -79,17 +79,17 @@ def percentile_interval(distribution: np.ndarray) -> Tuple[float, float]:
     return float(low), float(high)
 
 
-def with_interval(name: str, value: Any, distribution: np.ndarray) -> Dict[str, Any]:
+def with_interval(name: str, value: Any, distribution: np.ndarray, equal: bool = False) -> Dict[str, Any]:
     """A score and the 95 % interval of its bootstrap distribution; None for both where the score is undefined.
 
     The interval is None, too, where most resamples lack a class that the score needs (with many rare classes, few have
-    images of all), and where all resamples agree, as on an AUC of 1: it would have no width. A difference of 0 between
-    equal networks is certain.
+    images of all), and where all resamples agree, as on an AUC of 1: it would have no width. `equal` says that this is
+    so because the score is the difference of equal predictions.
     """
     if not np.isfinite(value):
         return {name: None, f'{name}_ci95': None}
     defined = np.isfinite(distribution).mean() >= LEAST_DEFINED and (
-        np.nanmax(distribution) - np.nanmin(distribution) > 1e-12 or name == 'difference' and value == 0)
+        np.nanmax(distribution) - np.nanmin(distribution) > 1e-12 or equal)
     return {name: float(value), f'{name}_ci95': percentile_interval(distribution) if defined else None}
 
 

@@ -94,7 +94,7 @@ def map_labels(data: Data, task: Task, wanted: Dict[str, List[str]], split: str,
         here = [(word, meaning.get(word, loose.get(word.lower()))) for word in words]
         # MEL,mel: the data may write either
         known = {word.lower() for word, name in here if name}
-        quotes = '. A word with a comma is in double quotes: LABEL="WORD, MORE"' * (len(words) > 1)
+        quotes = '. A word with a comma is in double quotes: \'LABEL="WORD, MORE"\'' * (len(words) > 1)
         absent = [word for word, name in here if not name and word.lower() not in known]
         if absent:
             raise DataError(f'--map {label}={",".join(words)}: {where} has no label {absent[0]}, it has '

@@ -261,7 +261,7 @@ def compare(
     Returns:
         For each label, for mean_auc and, of a multiclass task, for balanced_accuracy: difference and difference_ci95
         (bootstrap); for the labels also DeLong's z and p_value. None where a score is undefined: z and p_value with
-        fewer than LEAST_GROUPS groups, or images, of a class; z alone where the difference has no variance.
+        fewer than LEAST_GROUPS groups, or images, of a class, and where a difference has no variance.
     """
     times = resampled_times(len(truth), resamples, seed, groups)
     result: Dict[str, Any] = {}
@@ -273,13 +273,14 @@ def compare(
                              np.full(len(times), np.nan))
         z, p_value = delong_test(t, a, b, groups) if enough else (None, None)
         result[label] = {
-            **with_interval('difference', values[-1], distributions[-1]),
-            'z': z if z is not None and np.isfinite(z) else None, 'p_value': p_value}
-    result['mean_auc'] = with_interval('difference', np.mean(values), np.mean(distributions, axis=0))
+            **with_interval('difference', values[-1], distributions[-1], np.array_equal(a, b)),
+            **({'z': z, 'p_value': p_value} if z is not None and np.isfinite(z) else {'z': None, 'p_value': None})}
+    result['mean_auc'] = with_interval(
+        'difference', np.mean(values), np.mean(distributions, axis=0), np.array_equal(first, second))
     if task.kind == 'multiclass':
         value, distribution = (np.subtract(*pair) for pair in zip(
             *(mean_recalls(truth, p, times, task, groups) for p in (second, first))))
-        result['balanced_accuracy'] = with_interval('difference', value, distribution)
+        result['balanced_accuracy'] = with_interval('difference', value, distribution, np.array_equal(first, second))
     return result
 
 

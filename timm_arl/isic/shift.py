@@ -96,19 +96,26 @@ def chosen(
             'biases': {label: bias for label, (_, bias) in fitted.items()}}
 
 
-def calibration_doubts(truth: np.ndarray, probabilities: np.ndarray, choice: Home) -> List[str]:
+def calibration_doubts(
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        choice: Home,
+        groups: Optional[Sequence[str]] = None,
+) -> List[str]:
     """A sentence about each label whose calibration its validation images do not determine.
 
     Args:
         truth, probabilities: Of chosen.
         choice: What it gave.
+        groups: Patient or lesion of each image; None: each image is a group.
     """
     doubts = []
     for (label, temperature), t, p in zip(choice['temperatures'].items(), truth.T, probabilities.T):
-        fewest = int(min(t.sum(), len(t) - t.sum()))
+        positive, negative = group_counts(t, groups)
         why = ''
-        if fewest < LEAST_GROUPS:
-            why = f'{fewest} of {len(t)} validation images {"are" if t.sum() == fewest else "are not"} {label}'
+        if min(positive, negative) < LEAST_GROUPS:
+            what = 'validation images' if groups is None else 'patients or lesions'
+            why = f'{positive} {what} have it and {negative} do not, but {LEAST_GROUPS} of each are needed'
         elif p[t == 1].min() > p[t == 0].max():
             why = 'all validation images with it have higher probabilities than those without'
         elif not 1.001 * LEAST_TEMPERATURE < temperature < MOST_TEMPERATURE / 1.001:

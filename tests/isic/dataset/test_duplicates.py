@@ -54,10 +54,10 @@ def test_images_of_a_network_are_left_out_of_data_that_have_training_images_too(
     path.write_text('image_id_a,image_id_b,split_a,split_b\ne,x,test,against train\nd,y,validation,against test\n'
                     'f,a,test,train\n')
     assert is_against(path)
-    left, lost = without_known(splits, 'test', path)
+    left, lost = without_known(splits, path)
     assert {name: each['image_id'][:] for name, each in left.items()} == {
         'train': ['a', 'b'], 'validation': ['c'], 'test': ['f']}
     assert lost == {'validation': 1, 'test': 1}
-    path.write_text('image_id_a,image_id_b,split_a,split_b\nd,y,validation,against test\n')
+    path.write_text('image_id_a,image_id_b,split_a,split_b\nz,y,validation,against test\n')
     with pytest.raises(DataError, match='names no image of these data with a twin in the data of the network'):
-        without_known(splits, 'test', path)
+        without_known(splits, path)

@@ -267,6 +267,7 @@ def test_figures_are_rounded_once():
 
 def test_table7_is_not_written_without_the_scores_that_it_has(call, tmp_path):
     (tmp_path / 'predictions').mkdir()
+    (tmp_path / 'predictions' / 'resnet14-seed0.csv').touch()
     done = call('reproduce_tables', 'table7', '--output-dir', tmp_path)
     assert done.returncode == 2 and f'table7 needs --data here: its labels score the predictions in {tmp_path}' in (
         done.stderr)

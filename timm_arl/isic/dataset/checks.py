@@ -144,7 +144,7 @@ def check_labels(split: datasets.Dataset, where: str, task: Task, may_have_other
     for label in task.labels:
         wrong = [(i, v) for i, v in zip(split['image_id'], split[label]) if v not in (0, 1)]
         if wrong:
-            others = ', '.join([repr(value) for value in dict.fromkeys(value for _, value in wrong)][1:4])
+            others = ', '.join(list(dict.fromkeys(repr(value) for _, value in wrong))[1:4])
             raise DataError(f'{where}: {label} must be 0 or 1, but is {wrong[0][1]!r} for image {wrong[0][0]} '
                             f'({len(wrong)} such images{"; others have " * bool(others)}{others}).')
     counts = label_array(split, task).sum(1)

@@ -175,16 +175,15 @@ def is_against(path: Union[str, Path]) -> bool:
     return any((row.get('split_b') or '').startswith(AGAINST) for row in read_rows(path))
 
 
-def without_known(splits: Dict[str, Any], scored: str, path: Union[str, Path]) -> Tuple[Dict[str, Any], Dict[str, int]]:
+def without_known(splits: Dict[str, Any], path: Union[str, Path]) -> Tuple[Dict[str, Any], Dict[str, int]]:
     """The splits without the images that have a twin in another data set, by a list that was made --against it.
 
     Args:
         splits: By name, with the column image_id.
-        scored: Name of the split that must lose some.
         path: As for read_pairs.
 
     Returns:
-        The splits, and how many images each of those to be scored has lost.
+        The splits, and how many images each but train has lost.
 
     Raises:
         DataError: As read_pairs does; also a list without such pairs, or of other data.
@@ -194,7 +193,7 @@ def without_known(splits: Dict[str, Any], scored: str, path: Union[str, Path]) -
     rows = {name: [row for row, image_id in enumerate(split['image_id']) if image_id not in known]
             for name, split in splits.items() if name != 'train'}
     left_out = {name: len(splits[name]) - len(kept) for name, kept in rows.items()}
-    if not left_out[scored]:
+    if not any(left_out.values()):
         raise DataError(f'{path} names no image of these data with a twin in the data of the network: make it with '
                         f'python -m timm_arl.isic.dataset check OTHER --against HOME --output LIST.csv; if it finds '
                         f'none, leave out --drop-duplicates.')
