@@ -203,7 +203,8 @@ def test_float32_is_the_equations(kernels, attention, mask_scale, memory_format,
             for i, (e, f, p) in enumerate(zip(exact, found, plain)):
                 assert f.dtype == torch.float32
                 tolerance = 3e-6 if i else 1e-6  # in gradients, differences of numbers of like size
-                plain_error = (p - e).abs().max() * (5 if norms == 'training' else 1.5)  # a norm may enlarge errors
+                # a norm may enlarge errors, and that of one number, alpha's gradient, may be small by luck
+                plain_error = (p - e).abs().max() * (5 if norms == 'training' else 3 if e.numel() == 1 else 1.5)
                 assert (f - e).abs().max() <= tolerance * e.abs().max().clamp(min=1) + plain_error
             layers = [None if norms == 'none' else norm_layer(
                 shape[1], norms == 'training', torch.float32, i) for i in (0, 1)]
