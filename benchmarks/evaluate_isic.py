@@ -37,7 +37,6 @@ from timm_arl.extras import require
 
 require('train', __name__)
 
-import datasets
 import timm
 import torch
 from accelerate.utils import set_seed
@@ -48,13 +47,11 @@ from timm_arl.attention import alphas_of
 from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, tensors_sha256
 from timm_arl.files import git_commit, make_folder, same_place, write_json
-from timm_arl.isic.calibration import calibration_scores, subgroup_table, subgroups
+from timm_arl.isic.calibration import calibration_scores, subgroup_table
 from timm_arl.isic.dataset import DataError, add_data_arguments, check_usable, load_data, wanted_of
-from timm_arl.isic.dataset.columns import words_of
 from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.demo import DEMO_TASKS
 from timm_arl.isic.dataset.duplicates import is_against, without_known, without_twins
-from timm_arl.isic.dataset.names import column_named
 from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.html_report import Comparison, Training, html_report
 from timm_arl.isic.intervals import unit_of
@@ -86,6 +83,7 @@ from timm_arl.training.evaluations import (
     print_replaced,
     replacing_evaluation,
     seed_of_data,
+    subgroups_of,
     training_names,
 )
 from timm_arl.training.examples import report_examples
@@ -184,25 +182,6 @@ def load_network(args, checkpoint):
             for alpha in alphas.values():
                 alpha.zero_()
     return model.to(memory_format=torch.channels_last).eval(), task
-
-
-def subgroups_of(split, args, task, needed):
-    """The groups of images that get scores of their own; `needed`: by each column of --subgroups."""
-    columns = [c for c, kind in split.features.items() if isinstance(kind, (datasets.Value, datasets.ClassLabel))]
-    found = {name: column_named(columns, name) for name in args.subgroups or ()}
-    missing = [name for name, column in found.items() if not column]
-    if missing:
-        raise RunError(f'--subgroups: {args.data} has no numbers or words in a column {", ".join(missing)}: choose '
-                       f'among {", ".join(c for c in columns if c not in ("image_id", *task.labels))}.')
-    usual = {column_named(columns, name): name for name in ('sex', 'age_approximate')}
-    wanted = dict.fromkeys(found.values() or filter(None, usual))
-    parts = {column: subgroups({usual.get(column, column): words_of(split, column) if isinstance(
-        split.features[column], datasets.ClassLabel) else list(split[column])}) for column in wanted}
-    unread = [name for name, column in found.items() if not parts[column]]
-    if unread and needed:
-        raise RunError(f'--subgroups: {args.data} has no entry in its column {", ".join(unread)} that can be read: '
-                       f'fix it, or leave it out.')
-    return sum(parts.values(), [])
 
 
 def evaluate(args):

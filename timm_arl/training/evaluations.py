@@ -1,13 +1,18 @@
-"""The folders that evaluate_isic.py reads and fills, and what it says of another clinic's images."""
+"""The folders that evaluate_isic.py reads and fills, its groups of images, and what it says of another clinic's."""
 import contextlib
 import os
 import shutil
 from pathlib import Path
 
+import datasets
+
 from ..files import alone_in, read_rows, same_place
+from ..isic.calibration import subgroups
 from ..isic.dataset import label_array
+from ..isic.dataset.columns import words_of
 from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.dataset.groups import read_split_file
+from ..isic.dataset.names import column_named
 from ..isic.dataset.sources import ids_digest
 from ..isic.metrics import interval_text
 from ..isic.task import label_words
@@ -16,7 +21,7 @@ from .runs import check_output_dir, looks_in
 
 __all__ = [
     'check_free', 'epochs_of', 'is_home', 'print_drift', 'print_mapping', 'print_replaced',
-    'replacing_evaluation', 'seed_of_data', 'training_names']
+    'replacing_evaluation', 'seed_of_data', 'subgroups_of', 'training_names']
 
 FILES = {  # all that this program may leave, apart from looks.csv, which grows
     'metrics.json', 'metrics.md', 'evaluation.json', 'report.html', 'curves.png', 'alphas.png',
@@ -124,6 +129,35 @@ def print_replaced(out, digest):
     path = out / 'evaluation.json'
     if path.is_file() and f'"{digest}"' not in path.read_text(encoding='utf-8'):
         print(f'{out} held an evaluation of other weights: it is replaced, and looks.csv goes on.')
+
+
+def subgroups_of(split, args, task, needed):
+    """The groups of images that get scores of their own.
+
+    Args:
+        split: Whose images they are.
+        args: Of evaluate_isic.py.
+        task: Whose labels are no groups.
+        needed: Whether each column of --subgroups must give some.
+
+    Raises:
+        RunError: A column that is not there, or (needed) of which nothing can be read.
+    """
+    columns = [c for c, kind in split.features.items() if isinstance(kind, (datasets.Value, datasets.ClassLabel))]
+    found = {name: column_named(columns, name) for name in args.subgroups or ()}
+    missing = [name for name, column in found.items() if not column]
+    if missing:
+        raise RunError(f'--subgroups: {args.data} has no numbers or words in a column {", ".join(missing)}: choose '
+                       f'among {", ".join(c for c in columns if c not in ("image_id", *task.labels))}.')
+    usual = {column_named(columns, name): name for name in ('sex', 'age_approximate')}
+    wanted = dict.fromkeys(found.values() or filter(None, usual))
+    parts = {column: subgroups({usual.get(column, column): words_of(split, column) if isinstance(
+        split.features[column], datasets.ClassLabel) else list(split[column])}) for column in wanted}
+    unread = [name for name, column in found.items() if not parts[column]]
+    if unread and needed:
+        raise RunError(f'--subgroups: {args.data} has no entry in its column {", ".join(unread)} that can be read: '
+                       f'fix it, or leave it out.')
+    return sum(parts.values(), [])
 
 
 def print_mapping(accelerator, mapped, home, args):
