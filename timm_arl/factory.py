@@ -278,7 +278,7 @@ class Checkpoint:
             for key in keys if source.get(key) is not None}
 
     def home(self) -> Dict[str, Any]:
-        """Statistics of the run's validation images that published weights come with; empty where none can be had.
+        """Statistics of the run's validation images that published weights come with; {} if not available.
 
         Raises:
             WeightsError: A damaged results.json on this disk.

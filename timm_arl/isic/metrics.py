@@ -272,9 +272,11 @@ def compare(
         distributions.append(resampled_auc(t, b, times) - resampled_auc(t, a, times) if enough else
                              np.full(len(times), np.nan))
         z, p_value = delong_test(t, a, b, groups) if enough else (None, None)
+        if z is not None and not np.isfinite(z):
+            z = p_value = None
         result[label] = {
             **with_interval('difference', values[-1], distributions[-1], np.array_equal(a, b)),
-            **({'z': z, 'p_value': p_value} if z is not None and np.isfinite(z) else {'z': None, 'p_value': None})}
+            'z': z, 'p_value': p_value}
     result['mean_auc'] = with_interval(
         'difference', np.mean(values), np.mean(distributions, axis=0), np.array_equal(first, second))
     if task.kind == 'multiclass':

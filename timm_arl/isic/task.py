@@ -94,7 +94,7 @@ class Task:
         if len(self.labels) < 1 + multiclass:
             raise DataError(f'A {self.kind} task needs at least {1 + multiclass} labels, but has '
                             f'{", ".join(self.labels) or "none"}'
-                            + ': add images of another diagnosis.' * bool(self.labels) + '.' * (not self.labels))
+                            + (': add images of another diagnosis.' if self.labels else '.'))
         names = [*self.classes, *[self.rest] * bool(multiclass and self.rest)]
         for label in names:
             check_label(label)
