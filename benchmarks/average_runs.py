@@ -2,14 +2,17 @@
 """Average the weights of several runs of finetune_isic.py into one network, which costs no more than one of them.
 
     python benchmarks/average_runs.py --runs RUN0 RUN1 RUN2 --data path/to/isic2017 --output-dir OUT
-    python benchmarks/average_runs.py --runs RUN0 --half --data path/to/isic2017 --output-dir OUT
+    python benchmarks/average_runs.py --runs RUN0 --half --img-size 160 --data path/to/isic2017 --output-dir OUT
 
 Wortsman et al., `Model soups` - https://arxiv.org/abs/2203.05482
+Touvron et al., `Fixing the train-test resolution discrepancy` - https://arxiv.org/abs/1906.06423
 
 The runs differ in their seeds alone and started from the same weights, but for a new classifier, which each seed draws.
 Networks from random weights cannot be averaged.
 The statistics of batch norms are measured again on the training images (not those that --freeze-bn has kept). The
-validation split is scored, the test split is not. --half stores the weights in half precision, with one run as well.
+validation split is scored, the test split is not. With one run as well, --half stores the weights in half precision,
+and --img-size shows the network images of another size from now on: random crops in training enlarge what is in them,
+so it can score higher on images somewhat larger than those it was trained on.
 The output folder is like that of a run:
     config.json, model.safetensors   timm.create_model('local-dir:OUT', pretrained=True)
     metrics.json, predictions_validation.csv, home.json, run.json
@@ -30,7 +33,6 @@ require('train', __name__)
 import safetensors.torch
 import torch
 from accelerate.utils import set_seed
-from timm.data import resolve_model_data_config
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
@@ -49,6 +51,7 @@ from timm_arl.isic.task import Task
 from timm_arl.training.accelerator import create_accelerator
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
 from timm_arl.training.images import check_images, image_loader, predict, shown_as
+from timm_arl.training.networks import config_for_size
 from timm_arl.training.options import build_parser as training_parser
 from timm_arl.training.runs import check_output_dir
 
@@ -64,6 +67,7 @@ def build_parser():
     add('--data', required=True, metavar='DIR|FILE.csv|HUB_ID|demo', help='the data of these runs')
     add('--output-dir', required=True, metavar='OUT', help='folder for the network; it must not exist')
     add('--half', action='store_true', help='store the weights in half precision (norms, biases and alphas stay)')
+    add('--img-size', type=number(int, 64), help="side of the network's input from now on (default: as in training)")
     add('--workers', type=number(int, 0), default=2, help='data loading processes (default: %(default)s)')
     add('--cpu-threads', type=number(int, 1), help='threads per process')
     add('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="(default: accelerate's configuration)")
@@ -147,7 +151,7 @@ def average_runs(args):
     networks = [Checkpoint(folder).network() for folder in args.runs]
     network = average(networks).to(memory_format=torch.channels_last)
     task = Task.of_network(network, Checkpoint(args.runs[0]).config())
-    data_config = resolve_model_data_config(network)
+    data_config = config_for_size(network, args.img_size, 'The network')
 
     seed = saved.seed if saved.division_seed is None else saved.division_seed
     data = load_data(args.data, wanted_of(saved)._replace(splits=None), seed, expected=task,

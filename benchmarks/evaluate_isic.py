@@ -40,7 +40,6 @@ require('train', __name__)
 import timm
 import torch
 from accelerate.utils import set_seed
-from timm.data import resolve_model_data_config
 
 import timm_arl
 from timm_arl.attention import alphas_of
@@ -88,6 +87,7 @@ from timm_arl.training.evaluations import (
 )
 from timm_arl.training.examples import report_examples
 from timm_arl.training.images import check_images, has_masks, image_loader, note_squares, predict, shown_as
+from timm_arl.training.networks import config_for_size
 from timm_arl.training.runs import record_look
 
 
@@ -201,9 +201,7 @@ def evaluate(args):
     args.seed = saved.get('seed', 0) if args.seed is None else args.seed
     set_seed(args.seed)
     select = saved.get('select') or 'mean_auc'
-    data_config = resolve_model_data_config(model)
-    if args.img_size:
-        data_config['input_size'] = (3, args.img_size, args.img_size)
+    data_config = config_for_size(model, args.img_size, args.checkpoint)
 
     wanted = read_map(args.map, task, args.checkpoint) if args.map else None
     data = load_data(args.data, wanted_of(args), division_seed, needed=(args.split,), whole=args.split,

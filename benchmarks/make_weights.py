@@ -9,7 +9,8 @@ again, so the same command goes on where it was stopped. Started several times a
     W/made_by.json what the weights are made by; another command is refused there
     W/seed-S/      finetune_isic.py with the recipe "weights", without a look at the test split
     W/average/     average_runs.py: the mean of these runs
-    W/network/     average_runs.py --half: the average or the best of the runs, by validation, in half precision
+    W/network/     average_runs.py --half: the average or the best of the runs, by validation, in half precision;
+                   arl_cnn14 is trained at 128 px, and sees 160 px from now on
     W/evaluation/  evaluate_isic.py --report: the first look at the test split
     W/alpha_zero/  evaluate_isic.py --alpha-zero, compared with it: the second
     W/staged/      what python -m timm_arl.hub stage makes of them, with its card
@@ -41,16 +42,18 @@ class Weights(NamedTuple):
         start: The weights that training starts from, a timm name; '' for random ones.
         teachers: What is learned from beside the labels, timm names with weights.
         seeds: Of the runs, whose average or best is taken; one where they start from random weights.
+        img_size: Side of the finished network's input, where it is not that of training: chosen on held-out images.
     """
     start: str = ''
     teachers: Tuple[str, ...] = ()
     seeds: Tuple[int, ...] = (0, 1, 2)
+    img_size: int = 0
 
 
 WEIGHTS = {
     'arl_tf_efficientnet_lite0.isic2017': Weights('arl_tf_efficientnet_lite0.in1k'),
     'arl_cnn50.isic2017': Weights('arl_cnn50.tv_in1k'),
-    'arl_cnn14.isic2017': Weights(teachers=('arl_tf_efficientnet_lite0.isic2017',), seeds=(0,)),
+    'arl_cnn14.isic2017': Weights(teachers=('arl_tf_efficientnet_lite0.isic2017',), seeds=(0,), img_size=160),
 }
 
 
@@ -160,6 +163,8 @@ def make_weights(args):
             if status:
                 raise RunError(f'{program}: {why} (status {status})')
 
+    of_recipe = args.recipe == 'weights' and not args.img_size  # another size in training, another afterwards
+    img_size = WEIGHTS[args.name].img_size if of_recipe else 0
     runs = [out / f'seed-{seed}' for seed in seeds]
     for seed, run in zip(seeds, runs):
         with locked(out / f'seed-{seed}.lock') as lock:
@@ -183,7 +188,8 @@ def make_weights(args):
             print(f'Mean AUC on validation: {validation_score(average):.3f} of the average, '
                   f'{validation_score(best):.3f} of the best run. Chosen: {chosen}', flush=True)
         step('average_runs.py', network, [
-            '--runs', *map(str, runs if chosen == average else [best]), '--half', '--data', args.data], lock)
+            '--runs', *map(str, runs if chosen == average else [best]), '--half', '--data', args.data,
+            *[f'--img-size={img_size}'] * bool(img_size)], lock)
         record = json.loads((network / 'run.json').read_text(encoding='utf-8'))
         write_json(network / 'run.json', {**record, 'candidates': {  # which validation has compared
             run.name: validation_score(run) for run in (*runs, *[average] * (len(runs) > 1))}})

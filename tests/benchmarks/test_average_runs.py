@@ -10,7 +10,7 @@ import timm
 import torch
 from test_finetune_isic import SMALL, read_csv
 
-from timm_arl.factory import create_trained
+from timm_arl.factory import create_trained, save_network
 from timm_arl.hub import stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('threads', 'no_pictures')]
@@ -133,6 +133,35 @@ def test_half_precision_of_one_run(call, few, runs, tmp_path):
     assert load(staged)['fc.weight'].dtype == torch.float16
     assert all(p.dtype == torch.float32 for p in create_trained(staged).parameters())
     assert 'half precision' in (staged / 'README.md').read_text()
+
+
+def test_images_of_another_size_from_now_on(call, few, runs, tmp_path):
+    done = average(call, few, runs[:1], tmp_path / 'out', '--img-size', 96)
+    assert done.returncode == 0, done.stderr
+    assert create_trained(tmp_path / 'out').pretrained_cfg['input_size'] == (3, 96, 96)
+    done = call('evaluate_isic', '--data', few, '--checkpoint', runs[0], '--split', 'validation', '--workers', 0,
+                '--img-size', 96, '--output-dir', tmp_path / 'R')
+    assert done.returncode == 0, done.stderr
+    at_64, at_96, expected = (
+        np.array([float(row['melanoma']) for row in read_csv(folder / 'predictions_validation.csv')])
+        for folder in (runs[0], tmp_path / 'out', tmp_path / 'R'))
+    assert np.allclose(at_96, expected, atol=1e-5) and not np.allclose(at_96, at_64, atol=1e-3)
+    # thresholds are of images of that size, and the card says both
+    home = json.loads((tmp_path / 'out' / 'home.json').read_text())
+    assert home['shown']['img_size'] == 96
+    staged = stage(tmp_path / 'out', tmp_path / 'staged')
+    assert '| image size | 96 px; trained at 64 px |' in (staged / 'README.md').read_text()
+
+
+def test_a_size_that_the_network_does_not_take_is_refused(call, few, runs, tmp_path):
+    vit = tmp_path / 'vit'
+    shutil.copytree(runs[0], vit)
+    save_network(timm.create_model('vit_tiny_patch16_224', num_classes=2), vit, ['melanoma', 'seborrheic_keratosis'])
+    done = average(call, few, [vit], tmp_path / 'out', '--img-size', 96)
+    assert done.returncode == 2 and 'does not take images of 96 px (--img-size)' in done.stderr
+    assert not (tmp_path / 'out').exists()
+    done = call('evaluate_isic', '--data', few, '--checkpoint', vit, '--img-size', 96, '--output-dir', tmp_path / 'R')
+    assert done.returncode == 2 and 'does not take images of 96 px (--img-size)' in done.stderr
 
 
 def test_bad_input_is_refused(call, few, isic_sample, runs, tmp_path):

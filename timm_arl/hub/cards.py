@@ -163,6 +163,7 @@ def _training(results: Dict[str, Any]) -> str:
     run = results['run']
     arguments, averaged = run['arguments'], run.get('averaged', [])  # of average_runs.py
     epochs = [str(each['epoch']) for each in averaged] or [str(results['kept_epoch'])]
+    trained_at = arguments.get('img_size', results['img_size'])
     start = (results['base_model'] or arguments.get('init_checkpoint')
              or (arguments.get('pretrained') and arguments.get('model')))
     images = f', {arguments["train_images"]:,} images' if 'train_images' in arguments else ''
@@ -183,7 +184,8 @@ def _training(results: Dict[str, Any]) -> str:
           if arguments.get('teacher') else []),
         ('recipe', arguments['recipe']),
         ('seed', ', '.join(str(each['seed']) for each in averaged or [arguments])),
-        ('image size', f'{results["img_size"]} px'),
+        ('image size', f'{results["img_size"]} px' + (
+            f'; trained at {trained_at} px' if trained_at != results['img_size'] else '')),
         ('crops', f'{arguments.get("crops")}; their probabilities are averaged'),
         ('commit', run.get('commit') or 'unknown'),
         ('versions', ', '.join(f'{key} {value}' for key, value in run['versions'].items())),

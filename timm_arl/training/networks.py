@@ -1,4 +1,6 @@
 """The networks of a run: created and tried before any image is read, and what the optimizer is told of them."""
+from typing import Any, Dict, Optional
+
 import torch
 from accelerate.utils import set_seed
 from timm.data import resolve_model_data_config
@@ -12,7 +14,7 @@ from ..isic.transforms import CROP_PCT
 from .arguments import RunError
 from .distillation import Teachers
 
-__all__ = ['create_networks', 'parameter_groups']
+__all__ = ['config_for_size', 'create_networks', 'parameter_groups']
 
 SET_BY_FLAGS = {  # and so not by --model-kwargs
     'model_name', 'name', 'num_classes', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path',
@@ -22,6 +24,31 @@ SET_BY_FLAGS = {  # and so not by --model-kwargs
 def given(model_kwargs):
     """The arguments as the command has them."""
     return ' '.join(f'{name}={value}' for name, value in model_kwargs.items())
+
+
+def config_for_size(model, img_size: Optional[int], what: str) -> Dict[str, Any]:
+    """timm's data config of a trained network, for images of another side than its own, if one is given.
+
+    Raises:
+        RunError: A network that takes no such images.
+    """
+    data_config = resolve_model_data_config(model)
+    if img_size:
+        reason = _size_refused(model, img_size)
+        if reason:
+            raise RunError(f'{what} does not take images of {img_size} px (--img-size): {reason}')
+        data_config['input_size'] = (3, img_size, img_size)
+    return data_config
+
+
+def _size_refused(model, img_size: int) -> Optional[Exception]:
+    """Why a network does not take images of this side, or None."""
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, img_size, img_size).contiguous(memory_format=torch.channels_last))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        return error
+    return None
 
 
 def create_networks(args, accelerator, task: Task = ISIC2017):
@@ -50,13 +77,8 @@ def create_networks(args, accelerator, task: Task = ISIC2017):
     model = model.to(memory_format=torch.channels_last)
     data_config = resolve_model_data_config(model)
 
-    def refused(side):  # why, or None
-        try:
-            with torch.inference_mode():
-                model.eval()(torch.zeros(1, 3, side, side).contiguous(memory_format=torch.channels_last))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            return error
-        return None
+    def refused(side):
+        return _size_refused(model, side)
 
     # a size that only the recipe sets gives way to the model's own
     own_size = data_config['input_size'][-1]
