@@ -33,6 +33,7 @@ require('train', __name__)
 import safetensors.torch
 import torch
 from accelerate.utils import set_seed
+from timm.data import resolve_model_data_config
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
@@ -53,7 +54,7 @@ from timm_arl.training.arguments import RunError, check_not_empty, number, progr
 from timm_arl.training.images import check_images, image_loader, predict, shown_as
 from timm_arl.training.networks import config_for_size
 from timm_arl.training.options import build_parser as training_parser
-from timm_arl.training.runs import check_output_dir
+from timm_arl.training.runs import check_output_dir, looks_in
 
 # data: the training images are compared; content: with or without a test split
 MAY_DIFFER = {
@@ -113,6 +114,14 @@ def read_runs(folders):
     return records
 
 
+def kept_epoch_of(folder, arguments):
+    """The row of a run's summary.csv whose network was kept."""
+    try:
+        return kept_row(read_rows(Path(folder, 'summary.csv')), arguments['keep'], arguments['select'])
+    except (ValueError, LookupError) as error:
+        raise RunError(f'{folder}/summary.csv is damaged: restore it, or train the run again.') from error
+
+
 def average(networks):
     """The mean of the tensors of networks, in the first of them; counts are those of the first."""
     states = [network.state_dict() for network in networks]
@@ -139,8 +148,7 @@ def average_runs(args):
     if out.exists():
         raise RunError(f'{out} exists already: choose another --output-dir.')
     records = read_runs(args.runs)
-    kept = [kept_row(read_rows(Path(folder, 'summary.csv')), record['arguments']['keep'], record['arguments']['select'])
-            for folder, record in zip(args.runs, records)]
+    kept = [kept_epoch_of(folder, record['arguments']) for folder, record in zip(args.runs, records)]
     saved = Namespace(**{**records[0]['arguments'], 'data': args.data, 'workers': args.workers, 'tracker': 'none',
                          'cpu_threads': args.cpu_threads, 'mixed_precision': args.mixed_precision, 'epochs': 1,
                          'start_size': None, 'output_dir': args.output_dir, 'skip_test': True})
@@ -151,6 +159,7 @@ def average_runs(args):
     networks = [Checkpoint(folder).network() for folder in args.runs]
     network = average(networks).to(memory_format=torch.channels_last)
     task = Task.of_network(network, Checkpoint(args.runs[0]).config())
+    own_config = resolve_model_data_config(network)
     data_config = config_for_size(network, args.img_size, 'The network')
 
     seed = saved.seed if saved.division_seed is None else saved.division_seed
@@ -161,8 +170,8 @@ def average_runs(args):
     if ids_digest(data.splits['train']['image_id']) != saved.train_ids:
         raise RunError(f'{args.data} has other training images than {args.runs[0]}: pass the data of these runs.')
     check_images(data.splits, saved, accelerator, data_config, task)
-    loaders = {name: image_loader(saved, split, data_config, accelerator, name == 'train', task, data.groups)
-               for name, split in data.splits.items()}
+    loaders = {name: image_loader(saved, data.splits[name], config, accelerator, name == 'train', task, data.groups)
+               for name, config in (('train', own_config), ('validation', data_config))}
     loaders['train'].set_epoch(0)
     network = network.to(accelerator.device)
     measured = len(args.runs) > 1 and not saved.freeze_bn
@@ -185,8 +194,7 @@ def average_runs(args):
             truth, probabilities, seed=saved.seed, task=task, groups=groups, unit=unit_of(data.groups))}
         if len(args.runs) == 1:
             shutil.copyfile(Path(args.runs[0], 'summary.csv'), new / 'summary.csv')
-        looks = [row for folder in args.runs if Path(folder, 'looks.csv').is_file()
-                 for row in read_rows(Path(folder, 'looks.csv'))]
+        looks = [row for folder in args.runs for row in looks_in(folder)]
         if looks:  # at the test split, by the runs
             write_rows(new / 'looks.csv', looks, list(dict.fromkeys(key for row in looks for key in row)))
         write_predictions(new / 'predictions_validation.csv', loaders['validation'].dataset.image_ids, probabilities,
@@ -196,7 +204,8 @@ def average_runs(args):
             label_array(data.splits['train'], task)))
         write_json(new / 'run.json', {
             **records[0], 'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]),
-            'arguments': {**records[0]['arguments'], 'half': args.half}, 'statistics_measured': measured,
+            'arguments': {**records[0]['arguments'], 'half': args.half, 'trained_at': own_config['input_size'][-1]},
+            'statistics_measured': measured,
             'averaged': [{
                 'run': Path(folder).name, 'seed': record['arguments']['seed'], 'command': record['command'],
                 'commit': record['commit'], 'epoch': int(row['epoch']), 'learned_masks': 'train_mask_loss' in row,

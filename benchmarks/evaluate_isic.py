@@ -202,6 +202,9 @@ def evaluate(args):
     set_seed(args.seed)
     select = saved.get('select') or 'mean_auc'
     data_config = config_for_size(model, args.img_size, args.checkpoint)
+    how = shown_as(args, data_config)
+    usual = {**saved, 'img_size': config_for_size(model, None, args.checkpoint)['input_size'][-1]}
+    as_usual = all(usual.get(name) in (None, value) for name, value in how.items())
 
     wanted = read_map(args.map, task, args.checkpoint) if args.map else None
     data = load_data(args.data, wanted_of(args), division_seed, needed=(args.split,), whole=args.split,
@@ -223,7 +226,7 @@ def evaluate(args):
         home = home_of(folder, saved, checkpoint.home())
         mapped = map_labels(data, task, wanted, args.split, args.data)
         data = mapped.data
-        print_mapping(accelerator, mapped, home, args)
+        print_mapping(accelerator, mapped, home, args, how)
     elif data.task.labels != task.labels:
         raise RunError(f'{args.data} has the labels {", ".join(data.task.labels)}, but {args.checkpoint} knows '
                        f'{", ".join(task.labels)}: choose data or a checkpoint with the same, or say by --map which of '
@@ -322,8 +325,7 @@ def evaluate(args):
         elif (folder / 'run.json').is_file():
             print(f'{folder} cannot be written to: this look at the {args.split} split is recorded in {out} alone.')
 
-    how = shown_as(args, data_config)
-    if same_data and 'validation' in splits and not (args.alpha_zero or args.drop_duplicates) and (
+    if same_data and as_usual and 'validation' in splits and not (args.alpha_zero or args.drop_duplicates) and (
             folder / 'run.json').is_file() and os.access(folder, os.W_OK) and not (folder / HOME_FILE).exists():
         write_json(folder / HOME_FILE, home_record(
             splits['validation'], truth['validation'], probabilities['validation'], task, how,

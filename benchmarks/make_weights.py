@@ -26,8 +26,8 @@ require('train', __name__)
 from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, tensors_sha256
 from timm_arl.files import locked, make_folder, write_json
-from timm_arl.hub import HubError, push, stage
-from timm_arl.isic.dataset import DataError, load_data
+from timm_arl.hub import HubError, check_tag, check_target, push, stage
+from timm_arl.isic.dataset import SPLITS, DataError, load_data
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
 from timm_arl.training.runs import check_output_dir
 from timm_arl.training.tables.processes import run_program
@@ -85,7 +85,11 @@ def check_command(args, out):
         raise RunError('--seeds names a seed twice.')
     if len(seeds) > 1 and not (args.init_checkpoint or WEIGHTS[args.name].start):
         raise RunError(f'{args.name} starts from random weights, and such runs cannot be averaged: pass one seed.')
-    if load_data(args.data).division:
+    if args.tag is not None:
+        check_tag(args.tag)
+    if args.push:
+        check_target(args.push)
+    if load_data(args.data, needed=SPLITS).division:
         raise RunError(f'{args.data} has no splits of its own, and the runs would have other images: divide it first, '
                        f'with python -m timm_arl.isic.dataset prepare.')
     for teacher in args.teacher or WEIGHTS[args.name].teachers:  # one that cannot be loaded is told now
@@ -163,7 +167,8 @@ def make_weights(args):
             if status:
                 raise RunError(f'{program}: {why} (status {status})')
 
-    of_recipe = args.recipe == 'weights' and not args.img_size  # another size in training, another afterwards
+    # which was chosen for the size of training that the recipe has for random weights
+    of_recipe = args.recipe == 'weights' and not (args.img_size or args.init_checkpoint)
     img_size = WEIGHTS[args.name].img_size if of_recipe else 0
     runs = [out / f'seed-{seed}' for seed in seeds]
     for seed, run in zip(seeds, runs):

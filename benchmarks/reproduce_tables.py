@@ -153,7 +153,7 @@ def lesion_masks(args, out):
             status, why = run_program(PROGRAMS / 'segment_lesions.py', [
                 '--data', str(data), *(f'--{key.replace("_", "-")}={value}' for key, value in flags.items()),
                 '--output-dir', str(folder),
-                '--encoder-weights', args.files.get(PLAIN, 'hub'), '--workers', str(args.workers),
+                '--encoder-weights', args.files.get(PLAIN, 'hub'), *machine_flags(args),
                 *['--resume'] * (folder / 'run.json').exists()], lock)
         if not status:
             with replacing(out / 'predictions' / f'{MASKS}.json') as temporary:
@@ -290,6 +290,7 @@ def page_of(args):
 
 def write_scores(args, out):
     """Write the table from the predictions that are there; one process at a time, so that the last sees them all."""
+    make_folder(out / 'runs')  # which results copied from elsewhere lack
     with locked(out / 'runs' / 'tables.lock', wait=True):
         lines, about = table_lines(args, out)
         write_table(out, page_of(args), lines, about, args.about_images)

@@ -158,7 +158,7 @@ def main() -> int:
         rows = [row for path in args.results for row in read_csv(path)]
         table = markdown_table(rows) + growth_table(rows)
         bar_chart(rows, args.chart)
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         parser.error(f'cannot read results of throughput.py: {error}')
     print(f'{table}\nwritten: {args.chart}')
     return 0

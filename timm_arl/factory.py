@@ -267,7 +267,8 @@ class Checkpoint:
             arguments = {}
             unknown.append(error)
         home = _read_record(self.folder and self.folder / 'home.json')
-        if any(arguments.get(key) not in (None, value) for key, value in (home.get('shown') or {}).items()):
+        used = {**arguments, 'img_size': (config.get('pretrained_cfg', {}).get('input_size') or [None])[-1]}
+        if any(used.get(key) not in (None, value) for key, value in (home.get('shown') or {}).items()):
             home = {}
         home, config = (  # temperatures alone are those of an older version, whose calibration was another
             {k: v for k, v in source.items() if k != 'temperatures' or 'biases' in source} for source in (home, config))

@@ -12,6 +12,8 @@ from test_finetune_isic import SMALL, read_csv
 
 from timm_arl.factory import create_trained, save_network
 from timm_arl.hub import stage
+from timm_arl.predictor import Predictor
+from timm_arl.training.distillation import Teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('threads', 'no_pictures')]
 
@@ -149,8 +151,30 @@ def test_images_of_another_size_from_now_on(call, few, runs, tmp_path):
     # thresholds are of images of that size, and the card says both
     home = json.loads((tmp_path / 'out' / 'home.json').read_text())
     assert home['shown']['img_size'] == 96
+    predictor = Predictor(tmp_path / 'out')
+    assert predictor.img_size == 96 and 'youden on validation' in predictor.thresholds and predictor.temperatures
     staged = stage(tmp_path / 'out', tmp_path / 'staged')
     assert '| image size | 96 px; trained at 64 px |' in (staged / 'README.md').read_text()
+    assert 'trained at' not in (stage(runs[0], tmp_path / 'usual') / 'README.md').read_text()
+    # as a teacher it is shown what it was trained on
+    for folder in (tmp_path / 'out', staged):
+        assert Teacher(str(folder), timm.data.resolve_model_data_config(predictor.network)).img_size == 64
+
+
+def test_statistics_of_batch_norms_are_those_of_training_images(call, few, runs, tmp_path):
+    for name, flags in (('usual', []), ('larger', ['--img-size', 96])):
+        done = average(call, few, runs, tmp_path / name, *flags)
+        assert done.returncode == 0, done.stderr
+    usual, larger = load(tmp_path / 'usual'), load(tmp_path / 'larger')
+    assert all(torch.equal(usual[name], larger[name]) for name in usual)
+
+
+def test_evaluations_at_another_size_leave_no_thresholds_behind(call, few, runs, tmp_path):
+    (runs[0] / 'home.json').unlink()
+    for size, kept in ((96, False), (64, True)):
+        done = call('evaluate_isic', '--data', few, '--checkpoint', runs[0], '--split', 'validation', '--workers', 0,
+                    '--img-size', size, '--output-dir', tmp_path / str(size))
+        assert done.returncode == 0 and (runs[0] / 'home.json').exists() == kept, done.stderr
 
 
 def test_a_size_that_the_network_does_not_take_is_refused(call, few, runs, tmp_path):
@@ -176,6 +200,9 @@ def test_bad_input_is_refused(call, few, isic_sample, runs, tmp_path):
     assert 'other training images than' in refusal(runs, data=isic_sample)
     assert 'is an average already' in refusal([copy_of(runs[0], tmp_path / 'average', averaged=[{}])])
     assert 'is fold-0 of a cross-validation' in refusal([copy_of(runs[0], tmp_path / 'fold', fold='fold-0')])
+    damaged = copy_of(runs[0], tmp_path / 'damaged')
+    (damaged / 'summary.csv').write_text('')
+    assert 'summary.csv is damaged' in refusal([damaged])
     (runs[1] / 'metrics.json').unlink()
     assert f'go on with --resume --output-dir {runs[1]}' in refusal(runs)
     for key, value, message in (

@@ -103,7 +103,9 @@ def test_bad_input_is_refused(call, tmp_path, few):
             (['arl_cnn14.isic2017', '--teacher', 'no_such'], 'no_such'),
             (['arl_cnn50.isic2017', '--init-checkpoint', tmp_path / 'nothing.safetensors'], 'No weights at'),
             (['arl_cnn50.isic2017', '--seeds', 1, 1], 'names a seed twice'),
-            (['arl_cnn14.isic2017', '--seeds', 0, 1], 'starts from random weights')):
+            (['arl_cnn14.isic2017', '--seeds', 0, 1], 'starts from random weights'),
+            (['arl_cnn14.isic2017', '--tag', 'a/b'], "'a/b' cannot be a tag"),
+            (['arl_cnn14.isic2017', '--push', 'model'], "'model' is neither a repo (user/name) nor a folder")):
         done = call('make_weights', *args, '--data', few, '--output-dir', tmp_path / 'W')
         shutil.rmtree(tmp_path / 'W', ignore_errors=True)
         assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr

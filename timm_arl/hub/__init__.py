@@ -3,8 +3,8 @@ from ..extras import require
 
 require('train', __name__)
 
-from .publish import push, verify
-from .results import HubError
+from .publish import check_target, push, verify
+from .results import HubError, check_tag
 from .staging import card, stage
 
-__all__ = ['HubError', 'card', 'push', 'stage', 'verify']
+__all__ = ['HubError', 'card', 'check_tag', 'check_target', 'push', 'stage', 'verify']

@@ -163,7 +163,7 @@ def _training(results: Dict[str, Any]) -> str:
     run = results['run']
     arguments, averaged = run['arguments'], run.get('averaged', [])  # of average_runs.py
     epochs = [str(each['epoch']) for each in averaged] or [str(results['kept_epoch'])]
-    trained_at = arguments.get('img_size', results['img_size'])
+    trained_at = arguments.get('trained_at', results['img_size'])
     start = (results['base_model'] or arguments.get('init_checkpoint')
              or (arguments.get('pretrained') and arguments.get('model')))
     images = f', {arguments["train_images"]:,} images' if 'train_images' in arguments else ''

@@ -19,7 +19,7 @@ from .cards import read_results
 from .results import HubError
 from .staging import NEEDED, PICTURES
 
-__all__ = ['staged_files', 'push', 'usual_repo', 'verify']
+__all__ = ['check_target', 'push', 'staged_files', 'usual_repo', 'verify']
 
 LOADING = re.compile(r'''timm\.create_model\((['"])(?:hf-hub|local-dir):.*?\1''')
 
@@ -62,7 +62,7 @@ def push(folder: Path, to: str, yes: bool = False, private: bool = False, tag: O
             for name in stale:
                 (there / name).unlink()
         return changed + [f'removal of {name}' for name in stale]
-    _check_repo(to)
+    check_target(to)
     if tag is not None and not re.fullmatch(r'(?!main$)[A-Za-z0-9][A-Za-z0-9._-]*', tag):
         why = 'is the name of the default branch: choose another' if tag == 'main' else (
             'cannot be the name of a tag: use letters, digits, . and -')
@@ -119,7 +119,7 @@ def verify(source: str, against: Path) -> Dict[str, str]:
             if not found.is_dir():
                 raise HubError(f'No folder {source}: push {against} to it first, or name a repo (user/name).')
         else:
-            _check_repo(repo)
+            check_target(repo)
             try:
                 huggingface_hub.model_info(repo, revision=revision or None, timeout=10)  # the next call has no timeout
                 with plain_http():
@@ -175,14 +175,21 @@ def _sha256(content: Union[str, bytes]) -> str:
     return sha256_of(Path(content)) if isinstance(content, str) else hashlib.sha256(content).hexdigest()
 
 
-def _check_repo(repo: str) -> None:
+def check_target(name: str) -> None:
+    """Refuse what is neither a folder nor the name of a repo, and a repo where the Hub must not be asked.
+
+    Raises:
+        HubError: In one sentence.
+    """
+    if _is_folder(name):
+        return
     try:
-        validate_repo_id(repo)
-        good = '/' in repo
+        validate_repo_id(name)
+        good = '/' in name
     except HFValidationError:
         good = False
     if not good:
-        raise HubError(f'{repo!r} is neither a repo (user/name) nor a folder (./name).')
+        raise HubError(f'{name!r} is neither a repo (user/name) nor a folder (./name).')
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise HubError('HF_HUB_OFFLINE is set: unset it, or name a folder (./name).')
 

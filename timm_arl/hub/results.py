@@ -21,7 +21,7 @@ from ..isic.shift import HOME_FILE, STAGED
 from ..isic.task import Task
 from ..pretrained import OWN_WEIGHTS
 
-__all__ = ['UNKNOWN_LICENSE', 'HubError', 'brief', 'evaluated', 'read_object', 'results_of']
+__all__ = ['UNKNOWN_LICENSE', 'HubError', 'brief', 'check_tag', 'evaluated', 'read_object', 'results_of']
 
 UNKNOWN_LICENSE = 'unknown'  # one of the Hub's abbreviations
 
@@ -57,7 +57,7 @@ def results_of(
     record['command'] = _without_folders(record['command'])
     record['arguments'] = {key: _without_folder(value) for key, value in record['arguments'].items()}
     official = _official_splits(record['arguments'], run, evaluation)
-    tag = _check_tag(tag) if tag is not None else _usual_tag(config['architecture'], record['arguments'], official)
+    tag = check_tag(tag) if tag is not None else _usual_tag(config['architecture'], record['arguments'], official)
     start = record['arguments']['model'] if record['arguments'].get('pretrained') else None
     versions = {'timm_arl': record['versions']['timm_arl'], 'timm': timm.__version__}
     if license is not None and not re.fullmatch('[a-z0-9][a-z0-9.-]*', license):
@@ -161,7 +161,12 @@ def _slug(text: str) -> str:
     return re.sub('[^a-z0-9]+', '-', text.lower()).strip('-')
 
 
-def _check_tag(tag: str) -> str:
+def check_tag(tag: str) -> str:
+    """A tag of weights, as it was given.
+
+    Raises:
+        HubError: It cannot be part of the name of a repo.
+    """
     try:
         validate_repo_id(f'user/model.{tag}')
         good = bool(tag) and '/' not in tag

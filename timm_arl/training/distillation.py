@@ -16,6 +16,7 @@ from torch.nn.functional import (
 )
 from torchvision.transforms.v2.functional import resize
 
+from ..download import WeightsError
 from ..factory import Checkpoint
 from ..isic.task import Task
 from .arguments import RunError
@@ -134,7 +135,11 @@ class Teacher(nn.Module):
         self.task = Task.of_network(self.network, checkpoint.config())
         self.network.eval().requires_grad_(False)
         own = resolve_model_data_config(self.network)
-        self.img_size = own['input_size'][-1]
+        try:
+            record = checkpoint.arguments()
+        except WeightsError:  # a repo's results.json that cannot be loaded now
+            record = {}
+        self.img_size = record.get('trained_at') or own['input_size'][-1]  # by average_runs.py --img-size, not the same
         mean, std, own_mean, own_std = (
             torch.tensor(config[key]).view(1, 3, 1, 1) for config in (data_config, own) for key in ('mean', 'std'))
         self.scale: torch.Tensor

@@ -160,7 +160,7 @@ def subgroups_of(split, args, task, needed):
     return sum(parts.values(), [])
 
 
-def print_mapping(accelerator, mapped, home, args):
+def print_mapping(accelerator, mapped, home, args, how):
     """Say what is scored, what is not, and where thresholds and calibration come from."""
     scored = '; '.join(f'{label} = {", ".join(words)}' for label, words in mapped.sources.items())
     accelerator.print(f'External validation on {args.data}: {scored}.' + (
@@ -177,8 +177,7 @@ def print_mapping(accelerator, mapped, home, args):
         'Thresholds of home are known, its calibration is not.' if home.get('thresholds') else
         f'No thresholds and no calibration of home are known, so decisions are at 0.5: score {args.checkpoint} on its '
         f'own data first, which records them.')
-    differ = [f'{name} {value}' for name, value in home.get('shown', {}).items() if getattr(args, name) not in (
-        None, value)]
+    differ = [f'{name} {value}' for name, value in home.get('shown', {}).items() if how.get(name) not in (None, value)]
     if differ:
         accelerator.print(f'The thresholds of home belong to {", ".join(differ)}, which is not what is used here.')
 

@@ -1,7 +1,6 @@
 """Several runs of finetune_isic.py in one folder, cross-validation and seeds, and what a run may start from."""
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -11,7 +10,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
 from ..factory import Checkpoint
-from ..files import write_json, write_rows
+from ..files import same_place, write_json, write_rows
 from ..isic.dataset import Data, DataError, label_array
 from ..isic.dataset.duplicates import pairs_among
 from ..isic.dataset.sources import ids_digest
@@ -112,7 +111,7 @@ def check_unseen(args: Any, splits: Dict[str, Any]) -> None:
         checkpoint = Checkpoint(name, paths)
         folder = checkpoint.run_folder() or checkpoint.folder
         data = checkpoint.arguments(published=False).get('data')
-        if not folder or os.path.realpath(data or '') != os.path.realpath(args.data):  # ids may mean other images
+        if not folder or not same_place(args.data, data):  # ids may mean other images
             continue
         for split in ['train'] if args.folds else sorted(splits.keys() - {'train'}):  # folds hold out images of train
             seen = training_names(folder, map(str, splits[split]['image_id']))
