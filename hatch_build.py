@@ -54,7 +54,7 @@ def compile_all(folder: Path) -> List[Path]:
     # two dots: what walks through packages would take native-any.so for a module
     paths = [folder / f'native.{kind}.so' for kind in kinds]
     for path, options in zip(paths, kinds.values()):
-        temporary = path.with_suffix('.part')
+        temporary = path.with_suffix(f'.{os.getpid()}.part')  # two installations may build here at once
         command = [os.environ.get('CC') or 'cc']
         try:
             given = shlex.split(os.environ.get('CFLAGS') or '')
@@ -62,6 +62,8 @@ def compile_all(folder: Path) -> List[Path]:
             command = [*shlex.split(command[0]), *flags, version, str(source), '-o', str(temporary)]
             done = subprocess.run(command, capture_output=True, text=True)
             problem = done.returncode and (done.stderr.strip() or f'exit status {done.returncode}')
+            if not problem:
+                temporary.replace(path)
         except (OSError, ValueError) as error:  # a quote that is not closed, for one
             problem = str(error)
         if problem:
@@ -70,7 +72,6 @@ def compile_all(folder: Path) -> List[Path]:
                     old.unlink()
             print(f'timm-arl: no C kernels, since `{shlex.join(command)}` failed: {problem}', file=sys.stderr)
             return []
-        temporary.replace(path)
     return paths
 
 

@@ -445,9 +445,13 @@ def test_gradient_maps_of_checkpointed_and_compiled_networks(layer):
     assert torch.allclose(gradient_map(model, images, 1, layer), expected)
     assert model.grad_checkpointing
     model.set_grad_checkpointing(False)
+    gates = gate_maps(model, images)
     compiled = torch.compile(model, backend='eager')
     assert torch.allclose(gradient_map(compiled, images, 1, layer), expected)
+    assert gate_maps(compiled, images).keys() == gates.keys()
     model.compile(backend='aot_eager')
     with torch.no_grad():
         model(images)
+    again = gate_maps(model, images)
+    assert again.keys() == gates.keys() and all(torch.allclose(again[name].mask, gates[name].mask) for name in gates)
     assert torch.allclose(gradient_map(model, images, 1, layer), expected)

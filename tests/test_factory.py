@@ -167,8 +167,8 @@ def test_a_file_by_timms_overlay_is_loaded_whole(tmp_path, classes, overlay):
     given = dict(pretrained=True, pretrained_cfg_overlay=dict(
         file=str(save(saved, tmp_path / 'w.safetensors')), **overlay))
     if overlay.get('num_classes') == 1000:  # what the caller says of the file is wrong: nothing is guessed
-        with torch.no_grad():
-            assert timm.create_model('arl_cnn14', num_classes=2, **given).conv1.weight.equal(saved.conv1.weight)
+        with pytest.raises(WeightsError, match='has the 2 outputs of the model, but num_classes of its config is 1000'):
+            timm.create_model('arl_cnn14', num_classes=2, **given)  # timm would leave a random classifier
         with pytest.raises(WeightsError, match=r'w.safetensors has 2 outputs, not 1000: pass num_classes=2\.'):
             timm.create_model('arl_cnn14', **given)
         return
@@ -195,6 +195,11 @@ def test_a_file_by_timms_overlay_that_does_not_fit(tmp_path, kwargs):
 def test_what_to_pass_where_the_ends_alone_differ():
     saved = timm.create_model('arl_cnn14', num_classes=2, in_chans=1).state_dict()
     given = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=saved))
+    for classes in ({}, dict(num_classes=2)):  # it says how many it has
+        found = timm.create_model('arl_cnn14', in_chans=1, **given, **classes).state_dict()
+        assert all(found[key].equal(value) for key, value in saved.items())
+    assert timm.create_model('arl_cnn14', in_chans=1, num_classes=7, **given).conv1.weight.equal(saved['conv1.weight'])
+    given['pretrained_cfg_overlay']['num_classes'] = 1000
     with pytest.raises(WeightsError, match='The given state_dict has 2 outputs, not 1000: pass num_classes=2'):
         timm.create_model('arl_cnn14', in_chans=1, **given)
     given['pretrained_cfg_overlay']['num_classes'] = 2

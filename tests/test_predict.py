@@ -100,6 +100,15 @@ def test_thresholds_and_calibration(predict, photographs, tmp_path):
     assert not np.allclose(values(found('--crops', 'center')[0]), raw, atol=1e-3)
 
 
+def test_files_of_the_user_are_kept(predict, tiny, photographs, tmp_path):
+    (tmp_path / 'out').mkdir()
+    for name in ('images.jsonl', '.lock'):
+        (tmp_path / 'out' / name).write_text('mine')
+    assert predict(photographs / 'a', '--model', tiny).returncode == 0
+    assert {path.name: path.read_text() for path in (tmp_path / 'out').iterdir() if 'predictions' not in path.name} == {
+        'images.jsonl': 'mine', '.lock': 'mine'}
+
+
 def test_json_lines_and_parquet(predict, photographs, tiny, tmp_path):
     done = predict(photographs / 'a', '--model', tiny, '--format', 'jsonl')
     lines = [json.loads(line) for line in (tmp_path / 'out' / 'predictions.jsonl').read_text().splitlines()]
@@ -224,7 +233,8 @@ def test_remarks_are_made_once(predict, tiny, tmp_path):
         Image.new('RGB', (300, 300), (250, 240, 235)).save(tmp_path / f'white{k}.png')
     done = predict('.', '--model', tiny)
     assert done.returncode == 0
-    lines = done.stderr.splitlines()
+    first, *lines = done.stderr.splitlines()
+    assert 'How ' in first and 'was evaluated is not known (no run.json or results.json)' in first
     assert len(lines) == 3 and all('note: ' in line and '0.png' in line for line in lines), lines
     assert 'no colours' in done.stderr and '64 x 64 px' in done.stderr and 'nearly one colour' in done.stderr
 
@@ -315,6 +325,8 @@ def test_what_the_environment_says_wrong_is_not_an_unreadable_image(
 
 def test_an_empty_rank_is_none(predict, photographs, tiny, monkeypatch):
     monkeypatch.setenv('RANK', '')
+    monkeypatch.setenv('WORLD_SIZE', 'x')  # 1 would mean that the run is complete
+    assert predict('.', '--model', tiny, cwd=photographs).returncode == 2
     monkeypatch.setenv('WORLD_SIZE', '')
     assert predict('.', '--model', tiny, cwd=photographs).returncode in (0, 1)
 
@@ -406,7 +418,7 @@ def test_the_core_install_is_enough(photographs, tmp_path):
     assert done.returncode == 0 and done.stderr == '', done.stderr
     (status, said), *others = map(json.loads, done.stdout.splitlines())
     assert (status, said) == (0, '') and len(others) == 2
-    for (status, said), words in zip(others, ('needs pyarrow', "pip install 'timm-arl[export]'")):
+    for (status, said), words in zip(others, ('needs pyarrow', 'not installed: pip install onnxruntime')):
         assert status == 2 and words in said and 'Traceback' not in said, said
     found, predictor = rows(tmp_path / 'out'), Predictor()
     assert len(found) == 8

@@ -212,9 +212,12 @@ def gate_maps(model: nn.Module, images: torch.Tensor) -> Dict[str, GateMap]:
         ValueError: A network without such blocks.
     """
     maps: Dict[str, GateMap] = {}
+    model = getattr(model, '_orig_mod', model)  # of torch.compile
+    compiled = any(getattr(m, '_compiled_call_impl', None) for m in model.modules())  # whose graphs know no new hooks
+    eager = torch.compiler.set_stance('force_eager') if compiled else contextlib.nullcontext()
     hooks = [hook for name, block in _gates(model).items() for hook in _watch(name, block, maps)]
     try:
-        with _evaluating(model), torch.no_grad():
+        with _evaluating(model), torch.no_grad(), eager:
             model(images)
     finally:
         for hook in hooks:

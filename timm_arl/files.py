@@ -24,8 +24,13 @@ PathLike = Union[str, Path]
 
 
 @contextlib.contextmanager
-def replacing(path: PathLike) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; rename it to `path` on success, remove it on an exception."""
+def replacing(path: PathLike, durable: bool = False) -> Iterator[Path]:
+    """Give a temporary name beside `path` to write to; rename it to `path` on success, remove it on an exception.
+
+    Args:
+        path: The file.
+        durable: Whether its content must be on the disk, in case of a power failure, when this returns.
+    """
     path = Path(path)
     if not path.name or path.is_dir():
         raise IsADirectoryError(f'{path} is a folder: name a file in it.')
@@ -34,6 +39,9 @@ def replacing(path: PathLike) -> Iterator[Path]:
         raise FileNotFoundError(f'No folder {path.parent} for {path.name}: make it first.')
     try:
         yield temporary
+        if durable:
+            with open(temporary, 'rb+') as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

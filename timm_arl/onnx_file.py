@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union, cast
 
@@ -106,9 +107,10 @@ class OnnxModel:
         """
         try:
             import onnxruntime  # of the extra, all that running a file needs
-        except ImportError:
-            require('export', __name__)
-            raise
+        except ImportError as error:
+            if find_spec('onnxruntime') is None:
+                raise ImportError('ONNX Runtime is not installed: pip install onnxruntime') from error
+            raise  # a broken one says what it lacks
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])

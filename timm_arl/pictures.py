@@ -1,4 +1,5 @@
 """Images read one by one, in worker processes: the crops of each, or the reason why there are none."""
+import errno
 import itertools
 import math
 import os
@@ -17,6 +18,9 @@ from .predictor import Cutter, read_picture
 __all__ = ['REMARKS', 'Pictures', 'Seen', 'collate', 'remark_on']
 
 LONGEST_REASON = 300  # characters
+PASSING = {  # errors of the machine or its network, not of an image
+    errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH}
 REMARKS = {
     'small': 'is smaller than what the network looks at ({side} x {side} px): expect less of its probabilities',
     'grey': 'has no colours, and the network was trained on colour photographs of skin',
@@ -35,6 +39,7 @@ class Seen(NamedTuple):
     picture: Optional[Image.Image] = None
     reason: str = ''
     remark: str = ''  # one of REMARKS
+    stop: bool = False  # the reason is the machine's, and may pass: no row may say that the image is damaged
 
 
 class Pictures(Dataset):
@@ -51,7 +56,7 @@ class Pictures(Dataset):
         self.cutter, self.folder, self.keep, self.aspect = cutter, folder, keep, aspect
 
     def __getitem__(self, listed: Tuple[str, str]) -> Seen:
-        name, stem = listed
+        (name, stem), stop = listed, False
         path = os.path.join(self.folder, name)
         try:
             with warnings.catch_warnings():
@@ -65,15 +70,17 @@ class Pictures(Dataset):
                 if self.aspect:
                     picture = restore_aspect(picture, self.aspect)
                 crops, _ = self.cutter(picture, Path(name).stem)
-        except OSError as error:
-            reason = error.strerror or str(error) or type(error).__name__
+        except (OSError, MemoryError) as error:
+            stop = isinstance(error, MemoryError) or error.errno in PASSING
+            reason = 'too little memory' if isinstance(error, MemoryError) else error.strerror or str(error) or type(
+                error).__name__
         except Exception as error:  # decoders raise what they like about a damaged file, and the others are to be done
             reason = f'{type(error).__name__}: {error}'
         else:
             return Seen(name, stem, crops, picture if self.keep else None, '',
                         remark_on(picture, crops[0], self.cutter.crops.img_size))
         words = ''.join(c if c.isprintable() else ' ' for c in reason).split()  # decoders quote bytes of the file
-        return Seen(name, stem, torch.empty(0), reason=' '.join(words)[:LONGEST_REASON])
+        return Seen(name, stem, torch.empty(0), reason=' '.join(words)[:LONGEST_REASON], stop=stop)
 
 
 def remark_on(picture: Image.Image, crop: torch.Tensor, side: int) -> str:

@@ -224,10 +224,13 @@ def begin_or_go_on(
         files.start(record)
         return record, 0
     for key, value in settings.items():
-        if record['settings'].get(key) != value:
-            raise InputError(f'The run in {files.folder} was started with other settings ({key} '
-                             f'{record["settings"].get(key)!r}, not {value!r}): resume it with the same ones, or '
-                             f'choose another --output-dir.')
+        earlier = record['settings'].get(key)
+        if earlier != value:
+            if key == 'images' and isinstance(earlier, list):  # a shell may have written out a pattern
+                odd = next(iter({*earlier} ^ {*value}), 'another order')
+                earlier, value = f'{len(earlier)} names', f'{len(value)} ({odd})'
+            raise InputError(f'The run in {files.folder} was started with other settings ({key} {earlier!r}, not '
+                             f'{value!r}): resume it with the same ones, or choose another --output-dir.')
     if record.pop(NOT_BEGUN, False):  # killed before its first row
         files.start(record)
     if record['complete']:
@@ -314,6 +317,10 @@ def predict_rows(
     with files.writer(rank, processes, done) as writer, tqdm(
             total=record['images'] - done, unit=' images', disable=True if rank else None) as bar:
         for seen, crops in loader if len(own) else ():
+            for image in seen:
+                if image.stop:
+                    raise OSError(f'{image.name} cannot be read now ({image.reason}), and others may be in the same '
+                                  f'way.')
             rows = [{'image': image.name, 'error': image.reason} for image in seen]
             readable = [i for i, image in enumerate(seen) if not image.reason]
             if readable:
@@ -360,7 +367,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OSError as error:  # a full disk, for one
         say(f'{parser.prog}: error: {sentence_of(error)} {again}', file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except Exception as error:  # status 1 would mean that the run is complete
         if isinstance(error, torch.OutOfMemoryError):
             what = 'The GPU has too little memory for the batch: choose a smaller --batch-size.'
         elif 'DataLoader worker' in str(error):

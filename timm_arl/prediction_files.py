@@ -45,8 +45,9 @@ class PredictionFiles:
         self.folder, self.form, self.labels = folder, form, tuple(labels)
         self.path = folder / f'predictions.{form}'
         self.rows = folder / f'predictions.{"csv" if form == "csv" else "jsonl"}'
-        self.list, self.overlays, self.parts = folder / 'images.jsonl', folder / 'overlays', folder / 'parts'
-        self.record_file, self._lock_file = folder / 'predictions.json', folder / '.lock'
+        self.list, self.overlays = folder / 'predictions.list.jsonl', folder / 'overlays'
+        self.parts, self.record_file = folder / 'parts', folder / 'predictions.json'
+        self._lock_file = folder / '.predictions.lock'
         self.decisions = tuple(f'{label}_decision' for label in labels)
         self.columns = ('image', *self.labels, *[MOST_PROBABLE] * exclusive, *self.decisions, 'error')
         self._lock: Optional[IO] = None
@@ -224,7 +225,8 @@ class PredictionFiles:
 
         kinds = {**dict.fromkeys(self.labels, pyarrow.float64()), **dict.fromkeys(self.decisions, pyarrow.bool_())}
         schema = pyarrow.schema([(column, kinds.get(column, pyarrow.string())) for column in self.columns])
-        with replacing(self.path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+        with (replacing(self.path, durable=True) as temporary,
+              pyarrow.parquet.ParquetWriter(temporary, schema) as writer):
             rows: List[Dict[str, Any]] = []
             for row in self.read():
                 # a name that is not UTF-8, as the other formats show it

@@ -191,8 +191,9 @@ class Predictor:
             saved = checkpoint.settings(unknown)
         except WeightsError as error:
             saved, unknown = {}, [error]
-        self.remarks += [f'How {self.name} was evaluated is not known ({error.cause}): using crops {USUAL_CROPS}.'
-                         for error in unknown]
+        causes = [error.cause for error in unknown] or ['no run.json or results.json'] * ('crops' not in saved)
+        self.remarks += [f'How {self.name} was evaluated is not known ({cause}): using crops {USUAL_CROPS}, without '
+                         f'grey-world.' for cause in causes]
         self.sha256 = tensors_sha256(Path(model.pretrained_cfg['file']))
         self.network = model.to(self.device, memory_format=torch.channels_last).eval()
         return task, resolve_model_data_config(model), saved

@@ -67,8 +67,10 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         raise WeightsError(f'No pretrained weights exist for {variant}' + (
             f'.{cfg.tag}: choose {tags}.' if tags else f': leave pretrained out, or {LOCAL_FILE}.'))
     by_config = cfg.source in ('hf-hub', 'local-dir')  # a config.json, whose own file and state_dict are ignored
-    if overlay.get('state_dict') if by_config else cfg.state_dict:
-        return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'source': ''}}
+    given = overlay.get('state_dict') if by_config else cfg.state_dict
+    if given:
+        classes = {} if by_config else _num_classes(given, cfg.to_dict())
+        return {**kwargs, 'pretrained_cfg_overlay': {**classes, **overlay, 'source': ''}}
     file = overlay.get('file') if by_config else cfg.file
     if file or cfg.source == 'local-dir':
         path = check_file(Path(file or Path(cfg.file, 'model.safetensors')))
@@ -92,7 +94,8 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         path = fetch_weights(repo, safe_name(cfg.hf_hub_filename), revision or None, sha256, kwargs.get('cache_dir'))
     if cfg.source == 'hf-hub':
         _check_described(repo, path.with_name('config.json'))
-    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **only_file(path)}}
+    classes = {} if by_config else _num_classes(path, cfg.to_dict())
+    return {**kwargs, 'pretrained_cfg_overlay': {**classes, **overlay, **only_file(path)}}
 
 
 def build_with_local_weights(
@@ -183,9 +186,9 @@ def check_file(path: Path) -> Path:
     return path
 
 
-def _num_classes(path: Path, cfg: Dict[str, Any]) -> Dict[str, int]:
-    """Number of classes of a file's classifier, as an overlay; empty where it has none."""
-    shapes = (_weight_shape(path, name) for name in classifiers_of(cfg))
+def _num_classes(weights: Union[Path, Dict[str, torch.Tensor]], cfg: Dict[str, Any]) -> Dict[str, int]:
+    """Number of classes of the classifier in a file or state_dict, as an overlay; empty where it has none."""
+    shapes = (_weight_shape(weights, name) for name in classifiers_of(cfg))
     return next(({'num_classes': shape[0]} for shape in shapes if shape), {})
 
 
@@ -195,9 +198,11 @@ def _channels(path: Union[str, Path], first_conv: Any) -> int:
     return shape[1] if len(shape) == 4 else 0
 
 
-def _weight_shape(path: Union[str, Path], layer: Any) -> List[int]:
-    """Shape of a layer's weight in a file, empty where it has none; DDP's and the compiler's prefixes do not count."""
-    with safetensors.safe_open(path, 'pt') as file:
+def _weight_shape(weights: Union[str, Path, Dict[str, torch.Tensor]], layer: Any) -> List[int]:
+    """Shape of a layer's weight, empty where there is none; DDP's and the compiler's prefixes do not count."""
+    if isinstance(weights, dict):
+        return list(getattr(clean_state_dict(weights).get(f'{layer}.weight'), 'shape', ()))
+    with safetensors.safe_open(weights, 'pt') as file:
         name = clean_state_dict({key: key for key in file.keys()}).get(f'{layer}.weight')
         return file.get_slice(name).get_shape() if name else []
 
@@ -226,6 +231,11 @@ def check_loadable(state_dict: Dict[str, torch.Tensor], model: Any, features_onl
     what = cfg.get('file') or 'The given state_dict'
     free = {f'{name}.{part}' for name in classifiers_of(cfg) for part in ('weight', 'bias')}
     may_differ = free if features_only or getattr(model, 'num_classes', None) != cfg['num_classes'] else set()
+    dropped = {key for key in may_differ if not features_only and key in state_dict and key in own}
+    if dropped and all(state_dict[key].shape == own[key].shape for key in dropped):  # and the model's would be random
+        raise WeightsError(f'{what} has the {model.num_classes} outputs of the model, but num_classes of its config is '
+                           f'{cfg["num_classes"]}: pass pretrained_cfg_overlay=dict(num_classes={model.num_classes}) '
+                           f'too.')
     first = f'{cfg.get("first_conv")}.weight'
     shapes: List[Tuple[int, ...]] = [tuple(t[first].shape) if first in t else () for t in (state_dict, own)]
     in_channels_alone = shapes[0][:1] + shapes[0][2:] == shapes[1][:1] + shapes[1][2:]

@@ -1,14 +1,17 @@
 """A file in 8 bits says nearly what it said in float32."""
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 import torch.nn as nn
 from test_arl_cnn import create, with_alpha
 from test_onnx_file import randomise
 
 from timm_arl.export import ExportError, OnnxModel, export_onnx, quantize_onnx
+from timm_arl.export.calibration import measure_loss
 
 MEAN, STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
 
@@ -70,3 +73,11 @@ def test_networks_that_do_not_begin_with_a_convolution_and_that_have_none(tmp_pa
     onnx.save(model, tmp_path / 'e.onnx')
     with pytest.raises(ExportError, match='does not say how its images are normalised'):
         quantize_onnx(tmp_path / 'e.onnx', tmp_path / 'd.onnx', batches(side=32))
+
+
+def test_labels_of_one_class_have_no_auc():
+    validation = [(torch.full((1, 1), k / 8), torch.tensor([k % 2, 0])) for k in range(8)]
+    images = SimpleNamespace(validation=validation, crops=[], normalise=nn.Identity())
+    loss = measure_loss(
+        lambda x: np.repeat(x, 2, 1), lambda x: np.repeat(x, 2, 1), images, torch.sigmoid, ['a', 'b'], [.5, .5])
+    assert loss.aucs.keys() == {'a'} and loss.images == 8 and not loss.worse()

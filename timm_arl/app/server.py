@@ -87,6 +87,7 @@ def create_app(page: gr.Blocks) -> FastAPI:
             # values that name a file: Gradio would copy or fetch it, also on a new block
             (Block, 'move_resource_to_block_cache', _no_file), (Block, 'async_move_resource_to_block_cache', _no_file),
             (SessionState, '_update_value_in_config', _keep_no_value)):
-        getattr(of, name)  # a Gradio that calls it otherwise must not start unguarded
+        if not hasattr(of, name):  # must not start unguarded
+            raise ImportError(f'Gradio {gr.__version__} is not known here: pip install "gradio>=6.0,<7".')
         setattr(of, name, instead)
     return gr.mount_gradio_app(app, page, path='/', theme=THEME, css=CSS, footer_links=[], show_error=False)

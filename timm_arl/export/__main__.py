@@ -21,6 +21,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -78,6 +79,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (ExportError, WeightsError, ImportError, OSError, ValueError) as error:
         print(f'python -m timm_arl.export: error: {error}', file=sys.stderr)
         return 2
+    except Exception:  # status 1 would mean that the file is written
+        traceback.print_exc()
+        print('python -m timm_arl.export: error: this was not foreseen; nothing was written', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print('Interrupted: nothing was written.', file=sys.stderr)
         return 130
@@ -89,8 +94,10 @@ def export(args: argparse.Namespace) -> int:
     model: Any = checkpoint.network() if checkpoint else create_for_task(args.model)
     unknown: List[WeightsError] = []
     settings = checkpoint.settings(unknown) if checkpoint else None
-    for error in unknown:
-        print(f'How {args.model} was evaluated is not known ({error.cause}): the file does not say it.')
+    causes = [error.cause for error in unknown] or ['no run.json or results.json'] * (
+        settings is not None and 'crops' not in settings)
+    for cause in causes:
+        print(f'How {args.model} was evaluated is not known ({cause}): the file does not say it.')
     if settings and args.img_size not in (None, model.pretrained_cfg['input_size'][-1]):
         if any([settings.pop(key, None) for key in ('thresholds', 'temperatures', 'biases')]):
             print(f'Thresholds and calibration of {args.model} were chosen with images of '
@@ -150,6 +157,9 @@ def to_int8(
     where = 'validation images' if loss.aucs else 'images of the calibration'
     for label, (one, other) in loss.aucs.items():
         print(f'{label_words(label)}: AUC {one:.4f} in float32, {other:.4f} in 8 bits ({other - one:+.4f})')
+    of_one_class = [label for label in labels if images.validation is not None and label not in loss.aucs]
+    if of_one_class:
+        print(f'no AUC of {", ".join(map(label_words, of_one_class))}: all validation images are of one class')
     if loss.aucs:
         print(f'no AUC is lower by more than {TOLERANCE}: {"no, " + loss.worse() if loss.worse() else "yes"}')
     else:

@@ -136,7 +136,7 @@ class Loss(NamedTuple):
 
     Attributes:
         images: On how many images it was measured.
-        aucs: Label -> AUC in float32 and in 8 bits; empty where there are no labels.
+        aucs: Label -> AUC in float32 and in 8 bits; without labels of which all images or none are positive.
         largest, mean: Differences of the probabilities.
         decisions: How many of the decisions differ, and how many there are.
     """
@@ -186,6 +186,6 @@ def measure_loss(
     if truth:
         from ..isic.metrics import auc
         aucs = {label: (float(auc(t, a)), float(auc(t, b)))
-                for label, t, a, b in zip(labels, np.array(truth).T, p.T, q.T)}
+                for label, t, a, b in zip(labels, np.array(truth).T, p.T, q.T) if t.min() != t.max()}
     differ = (p > thresholds) != (q > thresholds)
     return Loss(len(p), aucs, float(np.abs(p - q).max()), float(np.abs(p - q).mean()), (int(differ.sum()), differ.size))

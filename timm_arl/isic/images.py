@@ -45,6 +45,8 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # 100 megapixels are a photograph here
             with Image.open(source) as file:
+                if file.format == 'EPS':  # Pillow would start Ghostscript, which runs what the file says
+                    raise OSError('it is EPS, which is not opened')
                 if shorter_side:
                     _reduce(file, shorter_side)
                 tags = getattr(file, 'tag_v2', {})

@@ -106,6 +106,11 @@ class Task:
         if self.is_softmax and not self.exclusive:
             raise DataError('--head softmax needs images with one label at most, but these may have several: choose '
                             'sigmoid.')
+        meaning: Dict[str, str] = {}
+        for word, label in (*self.aliases, *zip(self.classes, self.classes)):
+            other = meaning.setdefault(word, label)
+            if other != label:
+                raise DataError(f'The word {word} stands for {other} and for {label}: give it to one label.')
         unknown = sorted({label for _, label in self.aliases} - set(self.classes))
         if unknown:
             raise DataError(f'A word stands for {unknown[0]}, which is no label: choose {", ".join(self.classes)}.')

@@ -58,6 +58,8 @@ def test_images_of_a_network_are_left_out_of_data_that_have_training_images_too(
     assert {name: each['image_id'][:] for name, each in left.items()} == {
         'train': ['a', 'b'], 'validation': ['c'], 'test': ['f']}
     assert lost == {'validation': 1, 'test': 1}
+    path.write_text('image_id_a,image_id_b,split_a,split_b\na,y,train,against test\n')
+    assert without_known(splits, path)[1] == {'validation': 0, 'test': 0}  # of these data, and none of those scored
     path.write_text('image_id_a,image_id_b,split_a,split_b\nz,y,validation,against test\n')
     with pytest.raises(DataError, match='names no image of these data with a twin in the data of the network'):
         without_known(splits, path)

@@ -18,7 +18,7 @@ from PIL import Image
 from small_data import jpeg
 from test_sources import challenge, edit, picture, truth, write_csv
 
-from timm_arl.isic.dataset import decode, load_data, load_splits
+from timm_arl.isic.dataset import DataError, decode, load_data, load_splits
 
 
 @pytest.fixture
@@ -93,6 +93,8 @@ def test_killed_and_run_again(run, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
+    with pytest.raises(DataError, match='is not finished: it has no .* it goes on'):
+        load_data(str(target))
     with pytest.raises(ProcessLookupError):  # its workers end with it
         while time.time() < deadline:
             os.killpg(process.pid, 0)

@@ -1,6 +1,7 @@
 """From the columns that data have to a task and a column of 0 and 1 for each of its labels."""
 import re
 import shlex
+import unicodedata
 from pathlib import PurePath
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -8,7 +9,7 @@ import datasets
 import numpy as np
 
 from ..task import TASKS, DataError, Task
-from .names import ABOUT, CLASS_COLUMNS, COLUMNS, column_named, looks_like_groups, plain
+from .names import ABOUT, CLASS_COLUMNS, COLUMNS, TEXT, column_named, looks_like_groups, plain
 from .options import Wanted
 
 __all__ = ['find_task', 'further_labels', 'with_ids', 'with_labels', 'words_of']
@@ -27,7 +28,7 @@ def words_of(split: datasets.Dataset, column: str) -> List[Optional[str]]:
         return [None if value is None or value < 0 else feature.int2str(value) for value in values]
     return [None if value is None or value != value or value == '' else
             str(int(value)) if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()) else
-            str(value) for value in values]
+            unicodedata.normalize('NFC', str(value)) for value in values]
 
 
 def find_task(
@@ -207,7 +208,7 @@ def with_labels(
     """
     if not column:
         for label in task.labels:  # '0' and '1' are numbers too
-            if getattr(split.features[label], 'dtype', '') == 'string' and set(split[label]) <= {'0', '1'}:
+            if getattr(split.features[label], 'dtype', '') in TEXT and set(split[label]) <= {'0', '1'}:
                 split = split.cast_column(label, datasets.Value('int8'))
         return split
     ids = [str(image_id) for image_id in split['image_id']]

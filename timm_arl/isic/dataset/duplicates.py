@@ -193,7 +193,7 @@ def without_known(splits: Dict[str, Any], path: Union[str, Path]) -> Tuple[Dict[
     rows = {name: [row for row, image_id in enumerate(split['image_id']) if image_id not in known]
             for name, split in splits.items() if name != 'train'}
     left_out = {name: len(splits[name]) - len(kept) for name, kept in rows.items()}
-    if not any(left_out.values()):
+    if known.isdisjoint(image_id for split in splits.values() for image_id in split['image_id']):
         raise DataError(f'{path} names no image of these data with a twin in the data of the network: make it with '
                         f'python -m timm_arl.isic.dataset check OTHER --against HOME --output LIST.csv; if it finds '
                         f'none, leave out --drop-duplicates.')

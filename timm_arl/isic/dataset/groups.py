@@ -1,5 +1,6 @@
 """Patients and lesions that stay together, and splits made where the data have none."""
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
@@ -160,7 +161,8 @@ def _spellings(splits: Mapping[str, datasets.Dataset], column: str) -> Dict[str,
 
 
 def _spelling(cell: Any) -> str:
-    text = '' if cell is None else re.sub(r'^(\d+)\.0*$', r'\1', ' '.join(str(cell).split()))
+    words = [] if cell is None else unicodedata.normalize('NFC', str(cell)).split()
+    text = re.sub(r'^(\d+)\.0*$', r'\1', ' '.join(words))
     return '' if text.casefold() in NOT_KNOWN else text
 
 

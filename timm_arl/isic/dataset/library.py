@@ -3,7 +3,7 @@ import glob
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Sequence, Tuple, TypeVar
+from typing import Any, Mapping, Sequence, Tuple, TypeVar
 
 import datasets
 import pyarrow
@@ -67,18 +67,23 @@ def _cache_of(folder: Path) -> str:
     return os.path.join(datasets.config.HF_DATASETS_CACHE, f'timm_arl-{digest.hexdigest()[:24]}')
 
 
-def check_rows(folder: Path, split: datasets.Dataset) -> None:
+def check_rows(data: Path, splits: Mapping[str, datasets.Dataset]) -> None:
     """Refuse images without a row in the metadata of their folder, which the datasets library leaves out silently."""
-    if not any((folder / f'metadata.{ending}').is_file() for ending in ('csv', 'jsonl')):
+    tables = [data / path for path in sorted({
+        path.relative_to(data).parent for ending in ('csv', 'jsonl', 'parquet')
+        for path in data.rglob(f'metadata.{ending}')})]
+    if not tables:
         return
-    columns = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]  # masks too
-    loaded = {os.path.realpath(cell['path']) for column in columns
-              for cell in undecoded(split, column, str(folder))[column] if cell and cell['path']}
-    alone = [str(path.relative_to(folder)) for path in sorted(folder.rglob('*')) if os.path.realpath(path) not in loaded
-             and path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith('_superpixels')]
-    if alone:
-        raise DataError(f'{folder}: there is no row of metadata for {alone[0]} ({len(alone)} such images): add it, or '
-                        f'take the image out.')
+    loaded = {os.path.realpath(cell['path']) for split in splits.values()
+              for column, feature in split.features.items() if isinstance(feature, datasets.Image)  # masks too
+              for cell in undecoded(split, column, str(data))[column] if cell and cell['path']}
+    for folder in tables:
+        images = {str(path.relative_to(folder)): os.path.realpath(path) for path in sorted(folder.rglob('*'))
+                  if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith('_superpixels')}
+        alone = [name for name, place in images.items() if place not in loaded]
+        if alone and len(alone) < len(images):  # a folder of which nothing is loaded is no split of these data
+            raise DataError(f'{folder}: there is no row of metadata for {alone[0]} ({len(alone)} such images): add it, '
+                            f'or take the image out.')
 
 
 def undecoded(split: AnySplit, column: str, where: str) -> AnySplit:

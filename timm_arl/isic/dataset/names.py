@@ -1,15 +1,17 @@
 """How columns are called: what people and the challenges write, and what it is called here."""
 import re
+import unicodedata
 from typing import Iterable, Optional, Sequence
 
 from ..task import TASKS, DataError, Task
 from .options import NO_GROUPS, Wanted
 
 __all__ = [
-    'ABOUT', 'CLASS_COLUMNS', 'COLUMNS', 'IMAGE_COLUMNS', 'LESION', 'NOT_KEPT', 'PATIENT', 'column_named',
+    'ABOUT', 'CLASS_COLUMNS', 'COLUMNS', 'IMAGE_COLUMNS', 'LESION', 'NOT_KEPT', 'PATIENT', 'TEXT', 'column_named',
     'looks_like_groups', 'plain', 'with_known_names',
 ]
 
+TEXT = ('string', 'large_string')  # types of columns of words
 PATIENT, LESION = 'patient_id', 'lesion_id'  # a patient may have several lesions
 CLASS_COLUMNS = ('diagnosis', 'dx', 'label', 'class', 'target', 'diagnostic', 'category')
 IMAGE_COLUMNS = (
@@ -33,7 +35,7 @@ NOT_OF_GROUPS = {  # words of columns that tell something else of a patient or l
 
 def plain(name: str) -> str:
     """The name without regard to case, spaces, underscores and the like."""
-    return re.sub(r'[\W_]+', '', name.casefold())
+    return re.sub(r'[\W_]+', '', unicodedata.normalize('NFC', name).casefold())
 
 
 def column_named(columns: Iterable[str], name: str) -> str:

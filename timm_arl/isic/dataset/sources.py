@@ -42,7 +42,7 @@ FEATURES = datasets.Features({
 
 def ids_digest(image_ids: Iterable[str]) -> str:
     """sha256 of the sorted ids, one a line: by which two sets of images are known to be the same."""
-    return hashlib.sha256('\n'.join(sorted(image_ids)).encode()).hexdigest()
+    return hashlib.sha256('\n'.join(sorted(map(str, image_ids))).encode()).hexdigest()
 
 
 def read_folder(folder: Path) -> Optional[datasets.DatasetDict]:
@@ -177,14 +177,22 @@ def read_table(path: Path, required: Iterable[str]) -> Dict[str, Dict[str, str]]
             io.StringIO(text, newline=''), skipinitialspace=True, delimiter=delimiter_of(text))
         columns = [(name or '').strip() for name in reader.fieldnames or ()]
         reader.fieldnames = columns
-        rows = list(reader)
+        rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise DataError(f'{path} cannot be read as CSV: {error}') from error
     absent = [column for column in required if column not in columns]
     if absent:
         raise DataError(f'{path} has no column {", ".join(absent)} (it has {", ".join(columns)}).')
     table: Dict[str, Dict[str, str]] = {}
-    for number, row in enumerate(rows, 2):
+    twice = sorted({column for column in columns if column and columns.count(column) > 1})
+    if twice:
+        raise DataError(f'{path} has the column {twice[0]} twice: rename or remove one.')
+    for number, row in rows:
+        if any(value.strip() for value in row.get(None) or ()):  # type: ignore[call-overload]  # beyond the columns
+            raise DataError(f'{path}, line {number}: it has more values than the {len(columns)} columns; put quotes '
+                            f'around text that holds commas.')
+        if not any((value or '').strip() for key, value in row.items() if isinstance(key, str)):
+            continue
         values = {key: (value or '').strip() for key, value in row.items() if isinstance(key, str)}
         image_id = values[required[0]]
         check_image_id(image_id, f'{path}, line {number}')

@@ -3,7 +3,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import AbstractSet, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import datasets
 
@@ -30,7 +30,7 @@ from .groups import (
     without_entry,
 )
 from .library import check_rows, load_library, with_names
-from .names import with_known_names
+from .names import TEXT, with_known_names
 from .options import Wanted, load_task
 from .sources import ids_digest, read_folder
 from .streaming import NO_SHARDS, load_streaming
@@ -97,9 +97,11 @@ def load_data(
     wanted = with_known_names(wanted, (asked, expected))
     prepared = _prepared(data)
     if streaming:
+        _check_finished(data)
         if data in DEMO_TASKS or _is_table(data) or (Path(data).is_dir() and _read_files(Path(data))[1] is not None):
             raise DataError(NO_SHARDS.format(data))
         return load_streaming(data, wanted, asked or prepared.get('task'), prepared.get('groups'))
+    _check_finished(data)
     known, source, shown = _read(data, wanted, seed)
     named: Dict[str, datasets.Dataset] = {}
     for name, split in source.items():
@@ -165,6 +167,7 @@ def load_splits(data: str, seed: int = 0, streaming: bool = False) -> Dict[str, 
     """
     wanted = Wanted(task=ISIC2017.name)
     if not streaming:
+        _check_finished(data)
         return check_splits(_read(data, wanted, seed)[1], data)
     return load_data(data, wanted, seed, streaming, SPLITS).splits
 
@@ -194,8 +197,8 @@ def _read(
         if folder:
             check_has_labels(folder)
         source = load_library(data)
-        for name, split in source.items() if folder else ():
-            check_rows(Path(data) / name, split)
+        if folder:
+            check_rows(folder, source)
     shown = next(iter(source.values())).column_names
     named = {name: with_names(split, wanted.columns, data) for name, split in source.items()}
     return known, named if len(named) > 1 else by_split_column(next(iter(named.values())), data) or named, shown
@@ -222,6 +225,20 @@ def prepared_record(data: str) -> Dict[str, Any]:
         return {key: content[key] for key in ('task', 'groups') if content.get(key)}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
+
+
+def _check_finished(data: str) -> None:
+    """Refuse a folder that prepare has not finished: the shards that are there would be taken for all images."""
+    try:
+        plan = json.loads(Path(data, 'prepare.json').read_text(encoding='utf-8'))
+        shards = {name: -(-count // plan['shard']) for name, count in plan['images'].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a copy that has its own shards
+        return
+    missing = [path for name, count in shards.items() for i in range(count)
+               if not (path := Path(data, 'data', f'{name}-{i:05d}-of-{count:05d}.parquet')).is_file()]
+    if missing:
+        raise DataError(f'{data} is not finished: it has no {missing[0].name} ({len(missing)} such files). Run the '
+                        f'command that makes it again (python -m timm_arl.isic.dataset prepare); it goes on.')
 
 
 def _prepared(data: str) -> Dict[str, Any]:
@@ -251,6 +268,7 @@ def _as_in_file(
     new, gone = set(ids) - by_id.keys(), by_id.keys() - set(ids)
     if of_run:
         if not known and not same:
+            _check_renamed(ids, by_id.keys(), data, file)
             return None
         check_labels(everything, data, task, True)
         here = dict(zip(ids, map(task.diagnosis, label_array(everything, task))))
@@ -277,6 +295,23 @@ def _as_in_file(
             for rows in [[row for row, image_id in enumerate(ids) if by_id[image_id] == name]] if rows}
 
 
+def _check_renamed(ids: Sequence[str], known: AbstractSet[str], data: str, file: Union[str, Path]) -> None:
+    """Refuse images whose ids are those of a run but for folders in them: a table of other images has other ids."""
+    def endings(image_id: str) -> Iterator[str]:  # a-b-001: b-001, 001
+        while '-' in image_id:
+            image_id = image_id.partition('-')[2]
+            yield image_id
+
+    longer = {ending: image_id for image_id in known for ending in endings(image_id)}
+    alike = {image_id: found for image_id in ids for found in [longer.get(image_id) or next(
+        (ending for ending in endings(image_id) if ending in known), None)] if found}
+    if len(alike) * 2 >= len(ids):
+        here, there = next(iter(alike.items()))
+        raise DataError(f'{len(alike)} of the {len(ids)} images of {data} are called as images in {file}, but for '
+                        f'folders ({here} here, {there} there): pass --splits FILE.csv with a split for each image, or '
+                        f'--other-data if they are other images.')
+
+
 def _of_equal_types(splits: Sequence[datasets.Dataset]) -> List[datasets.Dataset]:
     """Splits whose columns have one type, where a table of one has 55 and that of another 55.0, or words."""
     kinds: Dict[str, Set[str]] = {}
@@ -284,8 +319,8 @@ def _of_equal_types(splits: Sequence[datasets.Dataset]) -> List[datasets.Dataset
         for column, feature in split.features.items():
             if isinstance(feature, datasets.Value) and feature.dtype != 'null':  # which fits to all
                 kinds.setdefault(column, set()).add(feature.dtype)
-    differ = {column: datasets.Value('string' if 'string' in found else 'float64')
-              for column, found in kinds.items() if len(found) > 1 and found <= {'string', *NUMBERS}}
+    differ = {column: datasets.Value('string' if found & set(TEXT) else 'float64')
+              for column, found in kinds.items() if len(found) > 1 and found <= {*TEXT, *NUMBERS}}
     return [split.cast(datasets.Features({**split.features, **{
         column: kind for column, kind in differ.items() if column in split.features}})) for split in splits]
 
@@ -330,7 +365,7 @@ def _arranged(
     there = set(needed) <= splits.keys() and (needed or whole or not none_given)  # prepare divides what it can
     if there and (WHOLE not in splits or len(splits) > 1):
         return splits, '', ()
-    if whole and len(splits) == 1:
+    if whole and list(splits) in ([WHOLE], ['train']):  # one that is called validation or test says what it is
         return {whole: next(iter(splits.values()))}, '', ()
     if not none_given:
         return splits, '', ()

@@ -11,6 +11,7 @@ from .columns import class_numbers, find_task, further_labels, one_hot, with_lab
 from .data import SPLITS, Data, StreamedSplit
 from .groups import check_groups, find_groups, groups_missed, parted_officially, with_groups, without_entry
 from .library import load_library, undecoded, with_names
+from .names import TEXT
 from .options import Wanted
 from .tables import renamed
 
@@ -100,7 +101,7 @@ def _labelled(stream: datasets.IterableDataset, task: Task, column: str) -> data
     """The stream with a column of 0 and 1 for each label."""
     if not column:
         for label in task.labels:  # '0' and '1', as check_splits has seen
-            if getattr(stream.features[label], 'dtype', '') == 'string':
+            if getattr(stream.features[label], 'dtype', '') in TEXT:
                 stream = stream.cast_column(label, datasets.Value('int8'))
         return stream
     feature = stream.features[column]

@@ -2,6 +2,7 @@
 import csv
 import io
 import os
+import unicodedata
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
@@ -199,9 +200,9 @@ def _files(path: Path, names: Sequence[str], numbers: Sequence[int], what: str =
 
 
 def _loose(name: str) -> str:
-    """A name with the ending in small letters, if it is that of an image."""
-    stem, ending = os.path.splitext(name)
-    return stem + ending.lower() if ending.lower() in IMAGE_SUFFIXES else name
+    """A name with the ending in small letters, if it is that of an image, and letters composed as on most systems."""
+    stem, ending = os.path.splitext(unicodedata.normalize('NFC', name))
+    return stem + ending.lower() if ending.lower() in IMAGE_SUFFIXES else stem + ending
 
 
 def _by_name(folder: Path, pattern: str) -> Dict[str, List[Path]]:
@@ -210,7 +211,7 @@ def _by_name(folder: Path, pattern: str) -> Dict[str, List[Path]]:
     for file in sorted(folder.glob(pattern)) if folder.is_dir() else ():
         if file.suffix.lower() in IMAGE_SUFFIXES:
             found.setdefault(_loose(file.name), []).append(file)
-            found.setdefault(file.stem, []).append(file)
+            found.setdefault(_loose(file.stem), []).append(file)
     return found
 
 
