@@ -453,5 +453,10 @@ def test_gradient_maps_of_checkpointed_and_compiled_networks(layer):
     with torch.no_grad():
         model(images)
     again = gate_maps(model, images)
+    other = timm.create_model('resnet18', num_classes=2).eval()
+    other.compile(backend='aot_eager')
+    with pytest.raises(ValueError, match='has no block'):
+        gate_maps(other, images)
+    assert torch._dynamo.eval_frame._stance.stance == 'default'  # what is compiled stays so
     assert again.keys() == gates.keys() and all(torch.allclose(again[name].mask, gates[name].mask) for name in gates)
     assert torch.allclose(gradient_map(model, images, 1, layer), expected)

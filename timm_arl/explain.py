@@ -213,19 +213,22 @@ def gate_maps(model: nn.Module, images: torch.Tensor) -> Dict[str, GateMap]:
     """
     maps: Dict[str, GateMap] = {}
     model = getattr(model, '_orig_mod', model)  # of torch.compile
+    gates = _gates(model)
     compiled = any(getattr(m, '_compiled_call_impl', None) for m in model.modules())  # whose graphs know no new hooks
-    eager = torch.compiler.set_stance('force_eager') if compiled else contextlib.nullcontext()
-    hooks = [hook for name, block in _gates(model).items() for hook in _watch(name, block, maps)]
-    try:
-        with _evaluating(model), torch.no_grad(), eager:
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with _stance_lock if compiled else contextlib.nullcontext():  # the stance is that of all threads
+        hooks = [hook for name, block in gates.items() for hook in _watch(name, block, maps)]
+        try:
+            with (_evaluating(model), torch.no_grad(),
+                  torch.compiler.set_stance('force_eager') if compiled else contextlib.nullcontext()):
+                model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
     return maps
 
 
 Block = Union[ARLBottleneck, ARLInvertedResidual]
+_stance_lock = threading.Lock()
 
 
 def _gates(model: nn.Module) -> Dict[str, Block]:

@@ -319,8 +319,8 @@ def predict_rows(
         for seen, crops in loader if len(own) else ():
             for image in seen:
                 if image.stop:
-                    raise OSError(f'{image.name} cannot be read now ({image.reason}), and others may be in the same '
-                                  f'way.')
+                    raise OSError(f'{image.name} cannot be read now ({image.reason}). If a resumed run stops at it '
+                                  f'again, move it away: its row then says that it is missing.')
             rows = [{'image': image.name, 'error': image.reason} for image in seen]
             readable = [i for i, image in enumerate(seen) if not image.reason]
             if readable:

@@ -140,6 +140,7 @@ class Predictor:
         self.name, self.device = str(name), torch.device(device)
         self.network: Optional[nn.Module] = None
         self.remarks: List[str] = []
+        self._unknown: List[str] = []  # why it is not known how a checkpoint was evaluated
         load = self._load_onnx if self.name.lower().endswith('.onnx') else self._load_checkpoint
         self.task, config, saved = load(threads)
         self.labels = self.task.labels
@@ -148,6 +149,8 @@ class Predictor:
         if self.crops not in CROPS:
             raise WeightsError(f'{self.name} was evaluated with crops {self.crops!r}, which are not known here: choose '
                                f'{", ".join(CROPS)}.')
+        self.remarks += [f'How {self.name} was evaluated is not known ({cause}): using crops {self.crops}, without '
+                         f'grey-world.' for cause in self._unknown]
         self._whole = bool(config.get('with_preprocessing'))
         if self._whole and self.crops != saved.get('crops'):
             raise WeightsError(f'{self.name} cuts pictures itself, with crops {saved.get("crops")}: leave out --crops, '
@@ -191,9 +194,7 @@ class Predictor:
             saved = checkpoint.settings(unknown)
         except WeightsError as error:
             saved, unknown = {}, [error]
-        causes = [error.cause for error in unknown] or ['no run.json or results.json'] * ('crops' not in saved)
-        self.remarks += [f'How {self.name} was evaluated is not known ({cause}): using crops {USUAL_CROPS}, without '
-                         f'grey-world.' for cause in causes]
+        self._unknown = [error.cause for error in unknown] or ['no run.json or results.json'] * ('crops' not in saved)
         self.sha256 = tensors_sha256(Path(model.pretrained_cfg['file']))
         self.network = model.to(self.device, memory_format=torch.channels_last).eval()
         return task, resolve_model_data_config(model), saved

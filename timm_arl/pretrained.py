@@ -188,6 +188,8 @@ def check_file(path: Path) -> Path:
 
 def _num_classes(weights: Union[Path, Dict[str, torch.Tensor]], cfg: Dict[str, Any]) -> Dict[str, int]:
     """Number of classes of the classifier in a file or state_dict, as an overlay; empty where it has none."""
+    if cfg.get('label_offset'):  # timm drops the first outputs
+        return {}
     shapes = (_weight_shape(weights, name) for name in classifiers_of(cfg))
     return next(({'num_classes': shape[0]} for shape in shapes if shape), {})
 

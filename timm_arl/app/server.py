@@ -88,6 +88,6 @@ def create_app(page: gr.Blocks) -> FastAPI:
             (Block, 'move_resource_to_block_cache', _no_file), (Block, 'async_move_resource_to_block_cache', _no_file),
             (SessionState, '_update_value_in_config', _keep_no_value)):
         if not hasattr(of, name):  # must not start unguarded
-            raise ImportError(f'Gradio {gr.__version__} is not known here: pip install "gradio>=6.0,<7".')
+            raise ImportError(f'Gradio {gr.__version__} is not known here: pip install gradio==6.31.0')
         setattr(of, name, instead)
     return gr.mount_gradio_app(app, page, path='/', theme=THEME, css=CSS, footer_links=[], show_error=False)

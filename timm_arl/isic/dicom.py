@@ -50,7 +50,7 @@ def read_dicom(file: Union[str, Path, BinaryIO]) -> Image.Image:
             return _picture(dcmread(io.BytesIO(content)))
     except InvalidDicomError as error:
         raise OSError('it is not a DICOM file') from error
-    except OSError:
+    except (MemoryError, OSError):
         raise
     except Exception as error:  # pydicom and its decoders raise what they like about a damaged file
         raise OSError(f'its picture cannot be decoded: {" ".join(str(error).split())}') from error

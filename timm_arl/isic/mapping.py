@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 
 from .dataset import Data, DataError, label_array
+from .dataset.names import same_letters
 from .task import Task
 
 __all__ = ['Mapped', 'map_labels', 'read_map']
@@ -88,10 +89,10 @@ def map_labels(data: Data, task: Task, wanted: Dict[str, List[str]], split: str,
     truth = label_array(images, own)
     values = {**dict(zip(own.labels, truth.T)), **({own.rest: truth.sum(1) == 0} if own.rest else {})}
     meaning = {**dict(own.aliases), **{name: name for name in names}}
-    loose = {word.lower(): name for word, name in reversed(list(meaning.items()))}
+    loose = {same_letters(word): name for word, name in reversed(list(meaning.items()))}
     sources: Dict[str, List[str]] = {}
     for label, words in wanted.items():
-        here = [(word, meaning.get(word, loose.get(word.lower()))) for word in words]
+        here = [(word, meaning.get(word, loose.get(same_letters(word)))) for word in words]
         # MEL,mel: the data may write either
         known = {word.lower() for word, name in here if name}
         quotes = '. A word with a comma is in double quotes: \'LABEL="WORD, MORE"\'' * (len(words) > 1)

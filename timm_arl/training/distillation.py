@@ -137,7 +137,9 @@ class Teacher(nn.Module):
         own = resolve_model_data_config(self.network)
         try:
             record = checkpoint.arguments()
-        except WeightsError:  # a repo's results.json that cannot be loaded now
+        except WeightsError:
+            if checkpoint.path is not None:  # a damaged file on this disk can be restored
+                raise
             record = {}
         self.img_size = record.get('trained_at') or own['input_size'][-1]  # by average_runs.py --img-size, not the same
         mean, std, own_mean, own_std = (

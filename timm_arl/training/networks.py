@@ -1,4 +1,5 @@
 """The networks of a run: created and tried before any image is read, and what the optimizer is told of them."""
+from functools import partial
 from typing import Any, Dict, Optional
 
 import torch
@@ -77,9 +78,7 @@ def create_networks(args, accelerator, task: Task = ISIC2017):
     model = model.to(memory_format=torch.channels_last)
     data_config = resolve_model_data_config(model)
 
-    def refused(side):
-        return _size_refused(model, side)
-
+    refused = partial(_size_refused, model)  # why, or None
     # a size that only the recipe sets gives way to the model's own
     own_size = data_config['input_size'][-1]
     img_size = args.img_size or own_size

@@ -7,7 +7,7 @@ import pytest
 from any_data import class_folders, lines, picture, table
 
 from timm_arl.isic.dataset import DataError, Wanted, label_array, load_data
-from timm_arl.isic.dataset.columns import with_labels
+from timm_arl.isic.dataset.columns import class_numbers, with_labels
 from timm_arl.isic.dataset.sources import ids_digest, read_table
 from timm_arl.isic.task import Task
 
@@ -25,14 +25,18 @@ def test_data_without_splits_are_scored_as_a_whole(tmp_path):
     assert len(load_data(str(table(tmp_path)), needed=('test',), whole='test').splits['test']) == 40
 
 
-@pytest.mark.parametrize('folders, ending', [(('',), 'csv'), (('training', 'val', 'testing'), 'csv')])
+@pytest.mark.parametrize('folders, ending', [
+    (('',), 'csv'), (('training', 'val', 'testing'), 'csv'), (('',), 'parquet')])
 def test_images_without_a_row_are_named_in_any_folder_of_the_library(tmp_path, folders, ending):
     for number, folder in enumerate(folders):
         for k in range(6):
             picture(tmp_path / folder / f'{number}{k}.png', k)
-        lines(tmp_path / folder / f'metadata.{ending}', ('file_name', 'image_id', 'melanoma', 'seborrheic_keratosis'),
-              [(f'{number}{k}.png', f'I{number}{k}', k % 2, int(k == 2)) for k in range(6)])
+        rows = {'file_name': [f'{number}{k}.png' for k in range(6)], 'image_id': [f'I{number}{k}' for k in range(6)],
+                'melanoma': [k % 2 for k in range(6)], 'seborrheic_keratosis': [int(k == 2) for k in range(6)]}
+        getattr(datasets.Dataset.from_dict(rows), f'to_{ending}')(str(tmp_path / folder / f'metadata.{ending}'))
     whole = dict(needed=('test',), whole='test')
+    assert len(load_data(str(tmp_path), **whole).splits['test']) == 6
+    picture(tmp_path / folders[-1] / '._alone.png')  # of a Mac, which the library leaves out
     assert len(load_data(str(tmp_path), **whole).splits['test']) == 6
     picture(tmp_path / folders[-1] / 'alone.png')
     with pytest.raises(DataError, match=r'no row of metadata for alone.png \(1 such images\)'):
@@ -70,12 +74,17 @@ def test_letters_composed_in_two_ways_are_equal(tmp_path):
     for k in range(40):
         picture(tmp_path / f'{NAEVUS[1]}{k}.png', k)
     lines(tmp_path / 'mine.csv', ('image', 'label', 'patient'), [
-        (f'{NAEVUS[k % 2]}{k}.png', NAEVUS[k // 2 % 2] if k % 3 else 'melanoma', f'{NAEVUS[k // 4 % 2]} {k // 8}')
+        (f'{NAEVUS[k % 2]}{k}.png', NAEVUS[1] if k % 3 else 'melanoma', f'{NAEVUS[k // 4 % 2]} {k // 8}')
         for k in range(40)])
     data = load_data(str(tmp_path / 'mine.csv'), Wanted(group='patient'))
-    assert set(data.task.labels) == {NAEVUS[0], 'melanoma'}
+    assert set(data.task.labels) == {NAEVUS[1], 'melanoma'}
     groups = {group for name in data.splits for group in data.group_ids(name)}
     assert len(groups) == 5
+    assert class_numbers([*NAEVUS, 'x'], Task('t', (NAEVUS[1], 'x'), kind='multiclass'), 'abc', 'data').tolist() == [
+        0, 0, 1]
+    lines(tmp_path / 'both.csv', ('image', 'label'), [(f'{NAEVUS[1]}{k}.png', NAEVUS[k % 2]) for k in range(40)])
+    with pytest.raises(DataError, match='differ in spelling alone'):
+        load_data(str(tmp_path / 'both.csv'))
 
 
 def test_shifted_rows_and_doubled_columns_of_a_challenge_are_refused(tmp_path):

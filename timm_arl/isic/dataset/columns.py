@@ -1,7 +1,6 @@
 """From the columns that data have to a task and a column of 0 and 1 for each of its labels."""
 import re
 import shlex
-import unicodedata
 from pathlib import PurePath
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -9,7 +8,7 @@ import datasets
 import numpy as np
 
 from ..task import TASKS, DataError, Task
-from .names import ABOUT, CLASS_COLUMNS, COLUMNS, TEXT, column_named, looks_like_groups, plain
+from .names import ABOUT, CLASS_COLUMNS, COLUMNS, TEXT, column_named, looks_like_groups, plain, same_letters
 from .options import Wanted
 
 __all__ = ['find_task', 'further_labels', 'with_ids', 'with_labels', 'words_of']
@@ -28,7 +27,7 @@ def words_of(split: datasets.Dataset, column: str) -> List[Optional[str]]:
         return [None if value is None or value < 0 else feature.int2str(value) for value in values]
     return [None if value is None or value != value or value == '' else
             str(int(value)) if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()) else
-            unicodedata.normalize('NFC', str(value)) for value in values]
+            str(value) for value in values]
 
 
 def find_task(
@@ -103,7 +102,7 @@ def find_task(
     if not wanted.labels:
         spelled: Dict[str, str] = {}
         for word in sorted(str(word) for word in found):
-            other = spelled.setdefault(' '.join(word.casefold().split()), word)
+            other = spelled.setdefault(' '.join(same_letters(word).split()), word)
             if other != word:
                 raise DataError(f'{data}: column {column} has {other} and {word}, which differ in spelling alone: '
                                 f'write one of them throughout, or name the classes with --labels or a --task '
@@ -227,11 +226,11 @@ def class_numbers(words: Sequence[Optional[str]], task: Task, image_ids: Sequenc
     meaning: Dict[str, int] = {}
     for word, label in [*task.aliases, *zip(task.labels, task.labels), *[(task.rest, task.rest)] * bool(task.rest)]:
         meaning[word] = task.labels.index(label) if label in task.labels else -1
-    loose = {word.lower(): number for word, number in meaning.items()}
+    loose = {same_letters(word): number for word, number in meaning.items()}
     numbers: List[Optional[int]] = []
     wrong: List[Tuple[str, Optional[str]]] = []
     for image_id, said in zip(image_ids, words):
-        number = None if said is None else meaning.get(said, loose.get(said.lower()))
+        number = None if said is None else meaning.get(said, loose.get(same_letters(said)))
         if number is None:
             wrong.append((image_id, said))
         numbers.append(number)

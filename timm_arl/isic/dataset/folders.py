@@ -7,6 +7,7 @@ import datasets
 
 from ..task import DataError
 from .groups import WHOLE, split_name
+from .library import is_metadata
 from .names import CLASS_COLUMNS, IMAGE_COLUMNS, plain
 from .sources import IMAGE_SUFFIXES, image_files
 from .tables import unique_ids
@@ -28,7 +29,7 @@ def read_class_folders(folder: Path) -> Optional[Dict[str, datasets.Dataset]]:
         DataError: A folder beside those of the splits that is none, a table beside folders of classes without splits,
             or a picture that is in no folder of a class, or that is not read.
     """
-    if any(map(_is_metadata, folder.rglob('metadata.*'))):  # of the datasets library
+    if any(map(is_metadata, folder.rglob('metadata.*'))):  # of the datasets library
         return None
     inside = {part: _classes(part) for part in _folders(folder)}
     by_split = {part: split_name(part.name) for part, classes in inside.items() if classes}
@@ -87,7 +88,7 @@ def check_has_labels(folder: Path) -> None:
     """
     files = [file for file in sorted(folder.rglob('*')) if file.is_file() and not file.name.startswith('.')]
     endings = {file.suffix.lower() for file in files} - set(BESIDE)
-    if not files or not endings <= {*TABLES, *IMAGE_SUFFIXES} or any(map(_is_metadata, files)):
+    if not files or not endings <= {*TABLES, *IMAGE_SUFFIXES} or any(map(is_metadata, files)):
         return
     tables = [str(file) for file in files if file.suffix.lower() in TABLES]
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
@@ -106,16 +107,6 @@ def _names_classes(file: Path) -> bool:
     with file.open(encoding='utf-8-sig', errors='replace') as lines:
         columns = {plain(word) for word in re.split('[,;\t]', lines.readline())}
     return all(columns & set(map(plain, names)) for names in (IMAGE_COLUMNS, CLASS_COLUMNS))
-
-
-def _is_metadata(file: Path) -> bool:
-    """Whether it is a table by which the datasets library tells the labels of the images in a folder."""
-    if file.name == 'metadata.parquet':
-        return True
-    if file.name not in ('metadata.csv', 'metadata.jsonl'):
-        return False
-    with file.open(encoding='utf-8', errors='replace') as lines:
-        return 'file_name' in lines.readline()
 
 
 def _folders(folder: Path) -> List[Path]:

@@ -67,19 +67,30 @@ def _cache_of(folder: Path) -> str:
     return os.path.join(datasets.config.HF_DATASETS_CACHE, f'timm_arl-{digest.hexdigest()[:24]}')
 
 
+def is_metadata(file: Path) -> bool:
+    """Whether it is a table by which the datasets library tells the labels of the images in a folder."""
+    if file.name == 'metadata.parquet':
+        return True
+    if file.name not in ('metadata.csv', 'metadata.jsonl'):
+        return False
+    with file.open(encoding='utf-8', errors='replace') as lines:
+        return 'file_name' in lines.readline()
+
+
 def check_rows(data: Path, splits: Mapping[str, datasets.Dataset]) -> None:
     """Refuse images without a row in the metadata of their folder, which the datasets library leaves out silently."""
-    tables = [data / path for path in sorted({
-        path.relative_to(data).parent for ending in ('csv', 'jsonl', 'parquet')
-        for path in data.rglob(f'metadata.{ending}')})]
+    tables = sorted({path.parent for path in data.rglob('metadata.*') if is_metadata(path)})
     if not tables:
         return
-    loaded = {os.path.realpath(cell['path']) for split in splits.values()
+    loaded = {os.path.realpath(path) for split in splits.values()
               for column, feature in split.features.items() if isinstance(feature, datasets.Image)  # masks too
-              for cell in undecoded(split, column, str(data))[column] if cell and cell['path']}
+              for table in split.select_columns(column).with_format('arrow').iter(1000)
+              for chunk in table[column].chunks for path in chunk.field('path').to_pylist() if path}
     for folder in tables:
         images = {str(path.relative_to(folder)): os.path.realpath(path) for path in sorted(folder.rglob('*'))
-                  if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith('_superpixels')}
+                  if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith('_superpixels')
+                  # the library leaves these out, too
+                  and not any(part.startswith(('.', '__')) for part in path.relative_to(folder).parts)}
         alone = [name for name, place in images.items() if place not in loaded]
         if alone and len(alone) < len(images):  # a folder of which nothing is loaded is no split of these data
             raise DataError(f'{folder}: there is no row of metadata for {alone[0]} ({len(alone)} such images): add it, '

@@ -8,7 +8,7 @@ from .options import NO_GROUPS, Wanted
 
 __all__ = [
     'ABOUT', 'CLASS_COLUMNS', 'COLUMNS', 'IMAGE_COLUMNS', 'LESION', 'NOT_KEPT', 'PATIENT', 'TEXT', 'column_named',
-    'looks_like_groups', 'plain', 'with_known_names',
+    'looks_like_groups', 'plain', 'same_letters', 'with_known_names',
 ]
 
 TEXT = ('string', 'large_string')  # types of columns of words
@@ -33,9 +33,14 @@ NOT_OF_GROUPS = {  # words of columns that tell something else of a patient or l
     'size', 'status', 'type', 'width', 'year', 'years'}
 
 
+def same_letters(word: str) -> str:
+    """A word without regard to case, or to how a system composes accents."""
+    return unicodedata.normalize('NFC', word).casefold()
+
+
 def plain(name: str) -> str:
     """The name without regard to case, spaces, underscores and the like."""
-    return re.sub(r'[\W_]+', '', unicodedata.normalize('NFC', name).casefold())
+    return re.sub(r'[\W_]+', '', same_letters(name))
 
 
 def column_named(columns: Iterable[str], name: str) -> str:

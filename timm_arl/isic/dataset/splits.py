@@ -96,12 +96,11 @@ def load_data(
         raise DataError('--task names the labels: leave out --labels.')
     wanted = with_known_names(wanted, (asked, expected))
     prepared = _prepared(data)
+    _check_finished(data)
     if streaming:
-        _check_finished(data)
         if data in DEMO_TASKS or _is_table(data) or (Path(data).is_dir() and _read_files(Path(data))[1] is not None):
             raise DataError(NO_SHARDS.format(data))
         return load_streaming(data, wanted, asked or prepared.get('task'), prepared.get('groups'))
-    _check_finished(data)
     known, source, shown = _read(data, wanted, seed)
     named: Dict[str, datasets.Dataset] = {}
     for name, split in source.items():
@@ -238,7 +237,8 @@ def _check_finished(data: str) -> None:
                if not (path := Path(data, 'data', f'{name}-{i:05d}-of-{count:05d}.parquet')).is_file()]
     if missing:
         raise DataError(f'{data} is not finished: it has no {missing[0].name} ({len(missing)} such files). Run the '
-                        f'command that makes it again (python -m timm_arl.isic.dataset prepare); it goes on.')
+                        f'command that makes it again (python -m timm_arl.isic.dataset prepare); it goes on. Is it a '
+                        f'copy of some of the files? Then remove images from its prepare.json.')
 
 
 def _prepared(data: str) -> Dict[str, Any]:
