@@ -52,15 +52,15 @@ def trained(tmp_path):
 def test_the_shipped_weights(shipped, picture):
     """As README and card do it step by step."""
     model = timm.create_model('arl_cnn14.isic2017', pretrained=True).eval()
-    crops = eval_transform(128, model.pretrained_cfg['mean'], model.pretrained_cfg['std'], 'multiscale')
+    crops = eval_transform(160, model.pretrained_cfg['mean'], model.pretrained_cfg['std'], 'multiscale')
     with torch.inference_mode():
         expected = probabilities_of(model(crops(picture))).mean(0)
     tensor, boxes = shipped.prepare(picture)
-    assert tensor.shape == (5, 3, 128, 128) and len(boxes) == 5 and boxes[3] == (0, 0, 160, 160)
+    assert tensor.shape == (5, 3, 160, 160) and len(boxes) == 5 and boxes[3] == (0, 0, 160, 160)
     found = shipped.probabilities(tensor)
     assert torch.allclose(found, expected, atol=1e-6)
     assert torch.allclose(shipped.probabilities(torch.stack([tensor, tensor.flip(3)]))[0], expected, atol=1e-6)
-    assert shipped.labels == LABELS and shipped.img_size == 128 and shipped.crops == 'multiscale'
+    assert shipped.labels == LABELS and shipped.img_size == 160 and shipped.crops == 'multiscale'
     assert not shipped.remarks and shipped.network is not None
 
 

@@ -267,7 +267,7 @@ def _icfg(name: str, **kwargs) -> Dict[str, Any]:
 _rsb_papers = ('doi:10.1109/TMI.2019.2893944', 'arXiv:2110.00476')  # the network's paper, then the weights'
 _variants = ('', '_spatial', '_channel', '_mixed')
 default_cfgs = generate_default_cfgs({
-    'arl_cnn14.isic2017': _icfg('arl_cnn14.isic2017', input_size=(3, 128, 128), pool_size=(4, 4)),
+    'arl_cnn14.isic2017': _icfg('arl_cnn14.isic2017', input_size=(3, 160, 160), pool_size=(5, 5)),
     'arl_cnn14.untrained*': _cfg(),  # the default tag: 1,000 outputs at 224 px, as for the other models
     **{f'arl_cnn14{v}.untrained': _cfg() for v in _variants[1:]},
     'arl_cnn26.bt_in1k': _rcfg('resnet26.bt_in1k', crop_pct=0.875, test_crop_pct=0.95),
@@ -282,7 +282,7 @@ default_cfgs = generate_default_cfgs({
 
 @register_model
 def arl_cnn14(pretrained: bool = False, **kwargs) -> ARLCNN:
-    """ARL-CNN14 of the paper: four blocks, spatial attention. Its weights, `isic2017`, have two outputs at 128 px."""
+    """ARL-CNN14 of the paper: four blocks, spatial attention. Its weights, `isic2017`, have two outputs at 160 px."""
     model_args = dict(block=ARLBottleneck, layers=(1, 1, 1, 1))
     return _create_arl_cnn('arl_cnn14', pretrained, **dict(model_args, **kwargs))
 

@@ -21,7 +21,7 @@ __all__ = [
 HUB = os.environ.get('TIMM_ARL_HUB') or 'timm-arl'  # user or organisation of this project's repos on the Hub
 # sha256 of model.safetensors in them: other content is refused, whoever owns the name there
 OWN_WEIGHTS = {
-    'arl_cnn14.isic2017': 'cfdbaaef00e35a485e39ef41a204244221b774279f7020bb7cad89d7083f62d9',
+    'arl_cnn14.isic2017': 'e78a58f5034b9c47ca1574561470a3454cef1f47788064d30dc7433f82982f81',
     'arl_tf_efficientnet_lite0.isic2017': '12353ebfe71f7655e2e1a6069529dd876ed3d63850748595ad4add7401c72ad9',
 }
 LENIENT = 'pretrained_strict'  # false: timm leaves what does not fit

@@ -97,6 +97,13 @@ def test_another_command_is_refused_there(call, made):
         assert done.returncode == 2 and message in done.stderr
 
 
+def test_shipped_weights_are_shown_the_size_that_is_made(benchmarks):
+    from make_weights import WEIGHTS
+    for name, how in WEIGHTS.items():
+        if how.img_size:
+            assert Checkpoint(name).config()['pretrained_cfg']['input_size'] == [3, how.img_size, how.img_size]
+
+
 def test_bad_input_is_refused(call, tmp_path, few):
     for args, message in (
             (['resnet50.isic2017'], 'invalid choice'),

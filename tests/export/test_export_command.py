@@ -88,7 +88,7 @@ def test_thresholds_of_another_size_are_left_out(call, tmp_path):
     done = call('timm_arl.export.__main__', '--model', 'arl_cnn14.isic2017', '--img-size', 64, '--output',
                 tmp_path / 'm.onnx')
     assert done.returncode == 0 and 'Thresholds and calibration of arl_cnn14.isic2017' in done.stdout
-    assert 'were chosen with images of 128 px: they are left out of the file' in done.stdout
+    assert 'were chosen with images of 160 px: they are left out of the file' in done.stdout
     predictor = Predictor(tmp_path / 'm.onnx')
     assert list(predictor.thresholds) == ['official'] and not predictor.temperatures and predictor.img_size == 64
 
@@ -133,7 +133,7 @@ def test_8_bits_of_a_data_set(call, few, tmp_path):
     assert f'no AUC is lower by more than 0.003: {"no" if worse else "yes"}' in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ['m.onnx']
     predictor = Predictor(tmp_path / 'm.onnx')
-    assert list(predictor.thresholds) == ['official']  # the others are of images of 128 px
+    assert list(predictor.thresholds) == ['official']  # the others are of images of 160 px
     assert (len(predictor.remarks) == 2) == worse
     about = OnnxModel(tmp_path / 'm.onnx').about['int8']
     assert about['calibration_images'] == 32 and list(about['auc']) == list(LABELS)
