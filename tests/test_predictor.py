@@ -68,13 +68,14 @@ def test_thresholds_and_calibration_of_the_card(shipped):
     folder = Checkpoint('arl_cnn14.isic2017').folder
     config = json.loads((folder / 'config.json').read_text())
     assert shipped.thresholds == config['thresholds'] and shipped.temperatures == config['temperatures']
-    assert shipped.biases == config['biases'] and all(bias < 0 for bias in shipped.biases.values())
+    assert shipped.biases == config['biases'] and shipped.biases.keys() == set(LABELS)
     assert shipped.point == 'youden on validation' == shipped.operating_point('youden')
     assert shipped.operating_point('sensitivity') == 'sensitivity 0.9 on validation'
     assert shipped.operating_point('speed') == ''
-    between = torch.tensor([0.3, 0.505])  # melanoma above Youden's, seborrheic keratosis above 0.5 alone
+    between = torch.tensor([0.4, 0.28])  # melanoma above Youden's, but not above 0.5
     assert shipped.decide(between) == {'melanoma': True, 'seborrheic_keratosis': False}
-    assert shipped.decide(between, 'official') == {'melanoma': False, 'seborrheic_keratosis': True}
+    assert not any(shipped.decide(between, 'official').values())
+    assert shipped.decide(torch.tensor([0.4, 0.6]), 'official') == {'melanoma': False, 'seborrheic_keratosis': True}
     assert not any(shipped.decide(torch.tensor([0.5, 0.5]), 'official').values())  # as the scorer
     by_hand = expit(logit(between.double().numpy()) / list(config['temperatures'].values())
                     + list(config['biases'].values()))

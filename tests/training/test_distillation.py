@@ -52,7 +52,7 @@ NAMES = ['arl_cnn14.isic2017', 'arl_tf_efficientnet_lite0.isic2017']
 
 @pytest.mark.parametrize('weight, feature_weight', [(0.5, 2.), (0., 2.), (0.5, 0.)])
 def test_several_teachers(weight, feature_weight):
-    """The mean of their probabilities, and the features of each, at their own sizes; computed again by them alone."""
+    """The mean of their probabilities, and the features of each, at the sizes of their training; computed again."""
     pixels = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
     def normalized(mean, std):
@@ -64,11 +64,11 @@ def test_several_teachers(weight, feature_weight):
                           teachers(normalized(CONFIG['mean'], CONFIG['std'])))
 
     probabilities, pooled = [], []
-    for name in NAMES:
+    for name, side in zip(NAMES, (128, 224)):
         network = timm.create_model(name, pretrained=True).eval()
         images = interpolate(
             normalized(network.pretrained_cfg['mean'], network.pretrained_cfg['std']),
-            network.pretrained_cfg['input_size'][1:], mode='bilinear')
+            (side, side), mode='bilinear')
         with torch.no_grad():
             probabilities.append(network(images).sigmoid())
             vectors = network.forward_head(network.forward_features(images), pre_logits=True)
