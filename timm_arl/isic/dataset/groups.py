@@ -171,7 +171,7 @@ def parted_officially(splits: Mapping[str, datasets.Dataset], column: str) -> st
 
     Train may be another, since external images and twins change it.
     """
-    if not all(name in splits and ids_digest(map(str, splits[name]['image_id'])) == CHALLENGE_IDS[name]
+    if not all(name in splits and ids_digest(splits[name]['image_id']) == CHALLENGE_IDS[name]
                for name in ('validation', 'test')):
         return ''
     parted = _parted(with_groups(splits, column), column)
