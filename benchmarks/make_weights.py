@@ -10,7 +10,7 @@ again, so the same command goes on where it was stopped. Started several times a
     W/seed-S/      finetune_isic.py with the recipe "weights", without a look at the test split
     W/average/     average_runs.py: the mean of these runs
     W/network/     average_runs.py --half: the average or the best of the runs, by validation, in half precision;
-                   arl_cnn14 is trained at 128 px, and sees 160 px from now on
+                   arl_cnn14 is trained at 96 to 128 px, and the finished network sees 160 px
     W/evaluation/  evaluate_isic.py --report: the first look at the test split
     W/alpha_zero/  evaluate_isic.py --alpha-zero, compared with it: the second
     W/staged/      what python -m timm_arl.hub stage makes of them, with its card

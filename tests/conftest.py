@@ -22,6 +22,7 @@ from timm_arl.hub import stage
 from timm_arl.isic import LABELS
 from timm_arl.isic.metrics import score_split
 from timm_arl.isic.predictions import write_predictions
+from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.training.accelerator import Bf16Convolutions
 
 REPO = Path(__file__).resolve().parents[1]
@@ -154,6 +155,28 @@ def tiny(tmp_path_factory):
     write_json(folder / 'metrics.json', {'test': {
         'mean_auc': 0.777, 'mean_auc_ci95': [0.711, 0.833], **{label: scores for label in LABELS}}})
     return folder
+
+
+@pytest.fixture(scope='session')
+def photographs(tmp_path_factory):
+    """Eight pictures of lesions in three folders."""
+    folder = tmp_path_factory.mktemp('photographs')
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        path = folder / ('', 'a', 'b/c')[k % 3] / f'lesion{k}.{"jpg" if k % 2 else "png"}'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # a square, or one smaller than the network's input, would be remarked on
+        draw_lesion(('melanoma', 'nevus', 'seborrheic_keratosis')[k % 3], rng, 200).crop((0, 10, 200, 180)).save(path)
+    (folder / 'notes.txt').write_text('no picture')
+    return folder
+
+
+@pytest.fixture
+def predict(call, tmp_path):
+    """The program in this process; --output-dir is out/."""
+    def go(*args, cwd=tmp_path, workers=0):
+        return call('timm_arl.predict', *args, '--output-dir', tmp_path / 'out', '--workers', workers, cwd=cwd)
+    return go
 
 
 @pytest.fixture

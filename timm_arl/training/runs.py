@@ -252,7 +252,7 @@ def publish(out):
 
 
 def _kernels(device: torch.device) -> str:
-    """Those of gates, if the network has some; they tell themselves why faster ones are missing."""
+    """Those of gates, if the network has some; `backend` tells who asks why faster ones are missing."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return backend(torch.ones(1, 1, 1, 1, device=device))
