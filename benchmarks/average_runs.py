@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, load_weights_file, save_network
-from timm_arl.files import git_commit, read_rows, replacing_folder, same_place, write_json, write_rows
+from timm_arl.files import commits_of, git_commit, read_rows, replacing_folder, same_place, write_json, write_rows
 from timm_arl.isic.dataset import DataError, load_data, wanted_of
 from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.sources import ids_digest
@@ -203,12 +203,13 @@ def average_runs(args):
             data.splits['validation'], truth, probabilities, task, shown_as(saved, data_config), groups,
             label_array(data.splits['train'], task)))
         write_json(new / 'run.json', {
-            **records[0], 'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]),
+            **{key: value for key, value in records[0].items() if key != 'resumed'},
+            'command': shlex.join(sys.argv), 'commit': git_commit(sys.argv[0]),
             'arguments': {**records[0]['arguments'], 'half': args.half, 'trained_at': own_config['input_size'][-1]},
             'statistics_measured': measured,
             'averaged': [{
                 'run': Path(folder).name, 'seed': record['arguments']['seed'], 'command': record['command'],
-                'commit': record['commit'], 'epoch': int(row['epoch']), 'learned_masks': 'train_mask_loss' in row,
+                'commit': commits_of(record), 'epoch': int(row['epoch']), 'learned_masks': 'train_mask_loss' in row,
             } for folder, record, row in zip(args.runs, records, kept)]})
         write_json(new / 'metrics.json', metrics)
         division = Path(args.runs[0], 'splits.csv')

@@ -30,6 +30,7 @@ from timm_arl.hub import HubError, check_tag, check_target, push, stage
 from timm_arl.isic.dataset import SPLITS, DataError, load_data
 from timm_arl.training.arguments import RunError, check_not_empty, number, program_parser
 from timm_arl.training.runs import check_output_dir
+from timm_arl.training.tables.lines import read_record
 from timm_arl.training.tables.processes import run_program
 
 PROGRAMS = Path(__file__).resolve().parent
@@ -102,7 +103,7 @@ def check_command(args, out):
         path = out / 'made_by.json'
         if not path.exists() or not (any(out.glob('*/run.json')) or is_busy(out)):  # one that made nothing is corrected
             write_json(path, made_by)
-        earlier = json.loads(path.read_text(encoding='utf-8'))
+        earlier = read_record(path)
     differ = [key for key in made_by if made_by[key] != earlier.get(key)]
     if differ:
         raise RunError(f'{out} was begun with {differ[0].replace("_", "-")} {earlier.get(differ[0])}, not '
@@ -111,7 +112,7 @@ def check_command(args, out):
 
 
 def validation_score(run):
-    return json.loads((run / 'metrics.json').read_text(encoding='utf-8'))['validation']['mean_auc']
+    return read_record(run / 'metrics.json', 'validation', 'mean_auc')
 
 
 def training_flags(args, seed):
@@ -195,7 +196,7 @@ def make_weights(args):
         step('average_runs.py', network, [
             '--runs', *map(str, runs if chosen == average else [best]), '--half', '--data', args.data,
             *[f'--img-size={img_size}'] * bool(img_size)], lock)
-        record = json.loads((network / 'run.json').read_text(encoding='utf-8'))
+        record = read_record(network / 'run.json')
         write_json(network / 'run.json', {**record, 'candidates': {  # which validation has compared
             run.name: validation_score(run) for run in (*runs, *[average] * (len(runs) > 1))}})
         look = ['--data', args.data, '--checkpoint', str(network), '--split', 'test']

@@ -19,7 +19,6 @@ stopped, at any moment, goes on when the same command is given again. Several pr
 `masks` and `maps` measure the networks in runs/: how flat the masks of their gates are, and whether their class
 activation maps lie on the lesion and stay there when hair or bubbles are drawn on the picture.
 """
-import json
 import os
 import shutil
 import signal
@@ -37,10 +36,11 @@ from tqdm import tqdm
 
 from timm_arl.download import WeightsError
 from timm_arl.factory import tensors_sha256
-from timm_arl.files import locked, make_folder, replacing, write_json
+from timm_arl.files import commits_of, locked, make_folder, replacing, write_json
 from timm_arl.isic.dataset import DataError, label_array, load_splits
 from timm_arl.isic.dataset.duplicates import twins_of_training
 from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES, ids_digest
+from timm_arl.isic.predictions import read_predictions
 from timm_arl.isic.task import ISIC2017, label_words
 from timm_arl.kernels import backend
 from timm_arl.predictor import Predictor, read_picture
@@ -61,7 +61,7 @@ from timm_arl.training.tables.lines import (
 )
 from timm_arl.training.tables.networks import network_lines, picture_of
 from timm_arl.training.tables.pages import WITHOUT_DUPLICATES, differences, write_table
-from timm_arl.training.tables.processes import run_program
+from timm_arl.training.tables.processes import as_begun, drop_stale, run_program, write_reason
 from timm_arl.training.tables.rows import MASKS, PLAIN, TABLES, TITLES
 from timm_arl.training.tables.t_test import table7_lines
 
@@ -147,8 +147,7 @@ def lesion_masks(args, out):
             if {key: made.get(key) for key in flags} != flags or made['masked_ids'] != ids:
                 raise RunError(f'The lesion masks in {folder} were made with other flags ({made["data"]}, '
                                f'{made["epochs"]} epochs): give another --output-dir.')
-            if os.path.realpath(made['data']) == os.path.realpath(data):
-                data = made['data']  # as a run that goes on must have it
+            data = as_begun(folder, 'data', data)
         if not (folder / 'metrics.json').exists():
             status, why = run_program(PROGRAMS / 'segment_lesions.py', [
                 '--data', str(data), *(f'--{key.replace("_", "-")}={value}' for key, value in flags.items()),
@@ -161,12 +160,14 @@ def lesion_masks(args, out):
     return status, f'no lesion masks: {why}', folder / 'data'
 
 
-def training_flags(args, row, seed, data):
+def training_flags(args, row, seed, data, folder):
     start = []
     if row.weights:
-        start = ['--init-checkpoint', args.files[row.weights]] if row.weights in args.files else ['--pretrained']
-    return ['--data', str(data), '--model', row.model, *start, '--recipe', 'tables', *settings(args, row),
-            *['--lesion-crop'] * row.lesion_crop, '--seed', str(seed), '--tracker', 'none', *machine_flags(args)]
+        start = ['--init-checkpoint', as_begun(folder, 'init_checkpoint', args.files[row.weights])
+                 ] if row.weights in args.files else ['--pretrained']
+    return ['--data', as_begun(folder, 'data', data), '--model', row.model, *start, '--recipe', 'tables',
+            *settings(args, row), *['--lesion-crop'] * row.lesion_crop, '--seed', str(seed), '--tracker', 'none',
+            *machine_flags(args)]
 
 
 def kernels_of(row, used):
@@ -196,14 +197,13 @@ def make_run(args, out, row, seed, lock):
                 f'--mixed-precision={args.mixed_precision}', *machine_flags(args), '--output-dir', str(folder)], lock)
         else:
             status, why = run_program(PROGRAMS / 'finetune_isic.py', [
-                *training_flags(args, row, seed, data), '--output-dir', str(folder),
+                *training_flags(args, row, seed, data, folder), '--output-dir', str(folder),
                 *['--resume'] * (folder / 'run.json').exists()], lock)
         if status:
             return status, why
-    arguments, launch, commit, versions = (
-        read_record(trained / 'run.json', key) for key in ('arguments', 'launch', 'commit', 'versions'))
-    content = json.loads((trained / 'run.json').read_text(encoding='utf-8'))  # the first runs had less in it
-    processor = content.get('processor', launch['device'])
+    content, arguments, launch, versions = (
+        read_record(trained / 'run.json', *key) for key in ((), ('arguments',), ('launch',), ('versions',)))
+    processor = content.get('processor', launch['device'])  # the first runs had none
     used = content.get('kernels') or backend(torch.ones(1, 1, 1, 1, device=launch['device']))
     if arguments['train_ids'] != ids_digest(args.splits['train']['image_id']):
         raise RunError(f'The run in {trained} has other training images than {args.data}: give another --output-dir.')
@@ -212,25 +212,13 @@ def make_run(args, out, row, seed, lock):
         'row': row.name, 'seed': seed, **how,
         'columns': {
             'image_size': arguments['img_size'], 'epochs': arguments['epochs'],
-            'precision': 'fp32' if precision == 'no' else precision, 'commit': commit,
+            'precision': 'fp32' if precision == 'no' else precision, 'commit': commits_of(content),
             'kernels': kernels_of(row, used)},
-        'processor': processor, 'versions': versions})
+        'processor': processor, 'versions': versions, 'tensors': tensors_sha256(trained / 'model.safetensors')})
     with replacing(kept.with_name(f'{name}.csv')) as temporary:
         shutil.copyfile(folder / 'predictions_test.csv', temporary)
     shutil.rmtree(folder / 'last', ignore_errors=True)  # nothing is left to resume
     return 0, ''
-
-
-def drop_stale(out, row, seed):
-    """Remove what a row without attention has of other weights than its network has now."""
-    name, network = f'{row.name}-seed{seed}', out / 'runs' / f'{row.alpha_zero_of}-seed{seed}' / 'model.safetensors'
-    scored = out / 'runs' / name / 'evaluation.json'
-    if network.is_file() and scored.is_file() and read_record(scored, 'tensors_sha256') != tensors_sha256(network):
-        print(f'{row.alpha_zero_of} was trained again, so {row.name} is scored again.', flush=True)
-        for path in (out / 'predictions').glob(f'{name}.*'):
-            path.unlink()
-        (scored.parent / 'metrics.json').unlink(missing_ok=True)  # first: killed here, it is scored again too
-        shutil.rmtree(scored.parent)
 
 
 def make_runs(args, out):
@@ -240,9 +228,13 @@ def make_runs(args, out):
     """
     chosen = [row for row in TABLES[args.table] if row.model and (not args.row or row.name in args.row)
               and (not args.model or row.model in args.model)]
+    starts, ids = {row.weights for row in chosen}, list(args.splits['test']['image_id'])
     for row in TABLES[args.table]:  # what could not be compared with them is not made
         for record in sorted((out / 'predictions').glob(f'{row.name}-seed*.json')):
+            check_record(args, row, record, images_alone=row.weights not in starts)
             check_flags(args, row, record)
+            if record.with_suffix('.csv').exists():
+                read_predictions(record.with_suffix('.csv'), ids)
     failed, refused = False, {}
     jobs = [(row, seed) for seed in args.seeds for row in chosen]
     first = int(os.environ.get('RANK', 0)) * len(jobs) // int(os.environ.get('WORLD_SIZE', 1))
@@ -251,7 +243,7 @@ def make_runs(args, out):
         reason = out / 'runs' / f'{name}.reason'
         if row.name in refused:  # as with another seed
             if not (out / 'predictions' / f'{name}.csv').exists():
-                reason.write_text(refused[row.name], encoding='utf-8')
+                write_reason(reason, refused[row.name])
             continue
         print(f'--- {args.table}, run {k + 1} of {len(jobs)}: {row.name}, seed {seed}', flush=True)
         with locked(out / 'runs' / f'{name}.lock') as lock:
@@ -266,20 +258,24 @@ def make_runs(args, out):
             if row.alpha_zero_of and not (out / 'predictions' / f'{row.alpha_zero_of}-seed{seed}.csv').exists():
                 print(f'It needs {row.alpha_zero_of}, seed {seed}, which is not there.', flush=True)
                 continue
+            for ending in ('.reason', '.refused'):  # of an earlier attempt
+                reason.with_suffix(ending).unlink(missing_ok=True)
             status, why = make_run(args, out, row, seed, lock)
             if status in (130, -signal.SIGINT):
                 raise KeyboardInterrupt
             if status:
-                reason.write_text(why, encoding='utf-8')
-            else:
-                reason.unlink(missing_ok=True)
-            reason.with_suffix('.refused').unlink(missing_ok=True)
-            if status == 2 and not (row.alpha_zero_of or (out / 'runs' / name / 'run.json').exists()):
-                refused[row.name] = why  # before it began: weights out of reach, for one
+                write_reason(reason, why)
+            from_hub = row.weights and row.weights not in args.files and not row.alpha_zero_of
+            if status == 2 and from_hub and not (out / 'runs' / name / 'run.json').exists():
+                refused[row.name] = why  # before it began: weights out of reach
                 reason.with_suffix('.refused').touch()
             elif status:
                 failed = True
         write_scores(args, out)
+    if failed and int(os.environ.get('WORLD_SIZE', 1)) > 1:  # a launcher ends all its processes at the first status 1
+        for row, seed in jobs:
+            with locked(out / 'runs' / f'{row.name}-seed{seed}.lock', wait=True):
+                pass
     return failed
 
 
@@ -344,13 +340,15 @@ def main():
     try:
         args = parse_args(parser)
         out = Path(args.output_dir)
-        check_output_dir(out)
+        for folder in [] if args.check else (out, out / 'predictions', out / 'runs'):
+            check_output_dir(folder)
         path = out / f'{page_of(args)}.csv'
         if args.check and not path.is_file():
             raise RunError(f'--check: there is no {path}: make the table first, without --check.')
         if args.data:
             load_data(args)  # a fault in it is told before the work
-        make_folder(out)
+        if not args.check:
+            make_folder(out)
         failed = False
         if args.table == 'figures':
             figures(args, out)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from timm_arl.files import git_commit, read_rows, replacing, same_place, write_json, write_rows
+from timm_arl.files import commits_of, git_commit, read_rows, replacing, same_place, write_json, write_rows
 from timm_arl.isic.predictions import read_predictions, write_predictions
 
 
@@ -64,3 +64,8 @@ def test_the_same_data_by_another_path(tmp_path, monkeypatch):
 def test_labels_with_semicolons_in_them(tmp_path):
     write_rows(tmp_path / 'p.csv', [{'image_id': 'a', 'nevus; blue; cellular': 0.5}])
     assert read_rows(tmp_path / 'p.csv') == [{'image_id': 'a', 'nevus; blue; cellular': '0.5'}]
+
+
+def test_commits_of_a_run_that_was_resumed_after_an_update():
+    assert commits_of({'commit': 'a', 'resumed': [{'commit': 'a'}, {'commit': 'b-dirty'}]}) == 'a b-dirty'
+    assert commits_of({'commit': 'a'}) == 'a' and commits_of({'commit': None}) == ''

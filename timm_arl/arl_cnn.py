@@ -182,6 +182,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return state_dict
 
 
+def gate_arguments(model: Any) -> Dict[str, Any]:
+    """What timm must save of a network's gates beside its name: the arguments that are not the default."""
+    defaults = dict(attention='spatial', mask_scale='softmax', mask_temperature=1., learn_temperature=False)
+    return {name: getattr(model, name) for name, value in defaults.items() if getattr(model, name) != value}
+
+
 class ARLCNN(ResNet):
     """ResNet of attention residual learning blocks.
 
@@ -222,6 +228,7 @@ class ARLCNN(ResNet):
         self.mask_scale = block_args['mask_scale']
         self.mask_temperature = block_args['mask_temperature']
         self.learn_temperature = block_args['learn_temperature']
+        self._model_args = gate_arguments(self)
 
 
 def _create_arl_cnn(variant: str, pretrained: bool = False, **kwargs) -> ARLCNN:

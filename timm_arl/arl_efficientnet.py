@@ -25,7 +25,7 @@ from timm.models._efficientnet_builder import (
 )
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 
-from .arl_cnn import GatedBlock, checkpoint_filter_fn
+from .arl_cnn import GatedBlock, checkpoint_filter_fn, gate_arguments
 from .attention import check_gate, gated_sum
 from .pretrained import HUB, build_with_local_weights
 
@@ -53,6 +53,8 @@ class ARLInvertedResidual(GatedBlock, InvertedResidual):
         super().__init__(*args, **kwargs)
         if not self.has_skip:
             raise ValueError('An ARLInvertedResidual needs an identity shortcut: stride 1, as many channels out as in.')
+        if getattr(self, 'conv_s2d', None) is not None:  # timm >= 1.0.31
+            raise ValueError('An ARLInvertedResidual has no space-to-depth: leave s2d out.')
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -105,6 +107,7 @@ class _Gated:
         self.mask_scale = mask_scale
         self.mask_temperature = mask_temperature
         self.learn_temperature = learn_temperature
+        self._model_args = gate_arguments(self)
         blocks: List[Any] = [m for m in cast(nn.Module, self).modules() if type(m) is InvertedResidual and m.has_skip]
         for block in blocks:
             block.__class__ = ARLInvertedResidual  # timm's builder knows no other class for them

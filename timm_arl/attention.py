@@ -257,12 +257,10 @@ def fused_attention_residual(
     off = fuse and not (grad and learned) and alpha.device.type == 'cpu' and alpha.item() == 0
     papers = temperature == 1 and log_temperature is None
     fuse = fuse and papers
+    gate = Gate(attention, mask_scale, add_shortcut, relu)
     if grad and fuse and not off:
         parameters = [getattr(m, name, None) for m in (norm, shortcut_norm) for name in ('weight', 'bias')]
-        return FusedAttentionResidual.apply(
-            residual, shortcut, alpha, norm, shortcut_norm, Gate(attention, mask_scale, add_shortcut, relu),
-            *parameters)
-    gate = Gate(attention, mask_scale, add_shortcut, relu)
+        return FusedAttentionResidual.apply(residual, shortcut, alpha, norm, shortcut_norm, gate, *parameters)
     if norm is not None and papers and compiled.takes(residual, shortcut, alpha):
         states = traced_statistics(residual, norm), traced_statistics(shortcut, shortcut_norm)
         return compiled.gate(residual, shortcut, alpha, gate, *states)

@@ -16,8 +16,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    'alone_in', 'check_writable', 'delimiter_of', 'git_commit', 'hold', 'locked', 'make_folder', 'read_rows',
-    'recover_folder', 'replacing', 'replacing_folder', 'same_place', 'swap_folder', 'write_json', 'write_rows',
+    'alone_in', 'check_writable', 'commits_of', 'delimiter_of', 'git_commit', 'hold', 'locked', 'make_folder',
+    'read_rows', 'recover_folder', 'replacing', 'replacing_folder', 'same_place', 'swap_folder', 'write_json',
+    'write_rows',
 ]
 
 PathLike = Union[str, Path]
@@ -246,3 +247,12 @@ def git_commit(path: PathLike) -> Optional[str]:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
+
+
+def commits_of(record: Dict[str, Any]) -> str:
+    """The commits that made a run, by its run.json: several where it was resumed after an update, '' if none is known.
+
+    Args:
+        record: Content of run.json.
+    """
+    return ' '.join(dict.fromkeys(filter(None, (part.get('commit') for part in (record, *record.get('resumed', ()))))))

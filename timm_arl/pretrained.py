@@ -1,6 +1,8 @@
 """A registered name -> a verified weights file on this disk; and whether its tensors fit a model."""
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Collection, Dict, List, Optional, Tuple, Union
 
@@ -31,7 +33,8 @@ CONVERT = 'save the weights again with safetensors.torch.save_file'
 
 
 def safe_name(file: Optional[str]) -> str:
-    return 'model.safetensors' if file in (None, '', 'pytorch_model.bin') else str(file)  # as timm has it
+    file = file or 'pytorch_model.bin'
+    return 'model.safetensors' if file == 'pytorch_model.bin' else re.sub(r'\.bin$', '.safetensors', file)  # as timm
 
 
 def tags_of(variant: str) -> List[str]:
@@ -59,7 +62,10 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         WeightsError: No such weights, a file that cannot be read, or as fetch_weights.
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
-    if not kwargs.get('pretrained_cfg') and not {'file', 'url', 'hf_hub_id', 'state_dict'} & overlay.keys():
+    default = timm.get_pretrained_cfg(variant, allow_unregistered=True)
+    # timm's scripts fill in the default's config where a name has no tag
+    tagged = kwargs.get('pretrained_cfg') and not (default and kwargs['pretrained_cfg'] == default.to_dict())
+    if not tagged and not {'file', 'url', 'hf_hub_id', 'state_dict'} & overlay.keys():
         kwargs = {**kwargs, 'pretrained_cfg': tag_with_weights(variant) or None}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     if not cfg.has_weights and not cfg.state_dict:
@@ -69,7 +75,7 @@ def local_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     by_config = cfg.source in ('hf-hub', 'local-dir')  # a config.json, whose own file and state_dict are ignored
     given = overlay.get('state_dict') if by_config else cfg.state_dict
     if given:
-        classes = {} if by_config else _num_classes(given, cfg.to_dict())
+        classes = _num_classes(given, replace(cfg, state_dict=None).to_dict())
         return {**kwargs, 'pretrained_cfg_overlay': {**classes, **overlay, 'source': ''}}
     file = overlay.get('file') if by_config else cfg.file
     if file or cfg.source == 'local-dir':
@@ -130,7 +136,8 @@ def build_with_local_weights(
         kwargs = local_weights(variant, kwargs)
         overlay = kwargs['pretrained_cfg_overlay']
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-        if overlay.get('file') and kwargs.get('in_chans', 3) == _channels(overlay['file'], cfg.first_conv) != 3:
+        weights = cfg.state_dict or overlay.get('file')
+        if weights and kwargs.get('in_chans', cfg.input_size[0]) == _channels(weights, cfg.first_conv) != 3:
             first_conv = cfg.first_conv  # hidden, or timm adapts it as if it were for 3 channels
             kwargs = {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'first_conv': None}}
     model = build_model_with_cfg(
@@ -194,9 +201,9 @@ def _num_classes(weights: Union[Path, Dict[str, torch.Tensor]], cfg: Dict[str, A
     return next(({'num_classes': shape[0]} for shape in shapes if shape), {})
 
 
-def _channels(path: Union[str, Path], first_conv: Any) -> int:
-    """Channels of the images that a file's first convolution takes; 0 where it has none."""
-    shape = _weight_shape(path, first_conv)
+def _channels(weights: Union[str, Path, Dict[str, torch.Tensor]], first_conv: Any) -> int:
+    """Channels of the images that the first convolution of a file or state_dict takes; 0 where it has none."""
+    shape = _weight_shape(weights, first_conv)
     return shape[1] if len(shape) == 4 else 0
 
 
@@ -232,6 +239,8 @@ def check_loadable(state_dict: Dict[str, torch.Tensor], model: Any, features_onl
     cfg, own = model.pretrained_cfg, model.state_dict()
     what = cfg.get('file') or 'The given state_dict'
     free = {f'{name}.{part}' for name in classifiers_of(cfg) for part in ('weight', 'bias')}
+    offset = cfg.get('label_offset') or 0  # of the outputs that timm drops
+    state_dict = {key: tensor[offset:] if key in free else tensor for key, tensor in state_dict.items()}
     may_differ = free if features_only or getattr(model, 'num_classes', None) != cfg['num_classes'] else set()
     dropped = {key for key in may_differ if not features_only and key in state_dict and key in own}
     if dropped and all(state_dict[key].shape == own[key].shape for key in dropped):  # and the model's would be random

@@ -1,6 +1,7 @@
 """The paper's tables, made as their users make them."""
 import csv
 import fcntl
+import importlib
 import json
 import re
 import shutil
@@ -14,12 +15,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from in_process import run_here
 from PIL import Image
 
-from timm_arl.factory import save_network, tensors_sha256
+from timm_arl.factory import save_network
 from timm_arl.files import write_json
 from timm_arl.isic.task import Task
 from timm_arl.kernels import backend
+from timm_arl.training.tables.processes import drop_stale
 from timm_arl.training.tables.rows import TABLES
 
 pytestmark = pytest.mark.slow
@@ -58,7 +61,7 @@ def made(repo, few, tmp_path_factory):
         wait_for((out / 'runs' / 'arl_cnn14-seed0' / 'run.json').exists)
         first.kill()
     wait_for(lambda: is_free(out / 'runs' / 'arl_cnn14-seed0.lock'))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = run_here('reproduce_tables', *command[2:])
     assert done.returncode == 0, done.stderr
     return out, args, done
 
@@ -73,10 +76,11 @@ def test_table_is_measured_beside_printed(made):
     assert 0 <= float(ours['ci_low']) <= float(ours['measured']) <= float(ours['ci_high']) <= 1
     assert [ours[key] for key in ('seeds', 'images', 'image_size', 'epochs', 'precision', 'kernels')] == [
         '0', '12', '64', '1', 'fp32', backend(torch.ones(1, 1, 1, 1))]
-    assert '--row arl_cnn14 ' in ours['command'] and ours['commit']
+    assert '--row arl_cnn14 ' in ours['command'] and '--cpu-threads 1' in ours['command'] and ours['commit']
     paper = by_key['arl_cnn50_channel', 'melanoma']
     assert (paper['printed'], paper['measured']) == ('0.861', '') and paper['note']
-    assert by_key['arl_cnn14 - arl_cnn14_alpha_zero', 'mean']['measured']
+    apart = by_key['arl_cnn14 - arl_cnn14_alpha_zero', 'mean']
+    assert apart['measured'] and '--row arl_cnn14 arl_cnn14_alpha_zero ' in apart['command']
     assert {path.name for path in (out / 'predictions').iterdir()} == {
         f'{row}-seed{seed}.{kind}' for row in ('arl_cnn14', 'arl_cnn14_alpha_zero') for seed in [0]
         for kind in ('csv', 'json')}
@@ -207,6 +211,18 @@ def test_weights_out_of_reach_are_an_empty_cell_with_the_reason(call, few, tmp_p
     assert rows[0]['printed'] == '0.857'
 
 
+@pytest.fixture
+def in_process(benchmarks, monkeypatch):
+    """The runs are made in this process: those of `made` are not."""
+    def run_program(program, arguments, lock):
+        print(f'$ python benchmarks/{program.name}')
+        done = run_here(program.stem, *arguments)
+        return done.returncode, done.stderr.strip().rpartition('error: ')[2]
+
+    monkeypatch.setattr(importlib.import_module('reproduce_tables'), 'run_program', run_program)
+
+
+@pytest.mark.usefixtures('in_process')
 def test_lesion_crops_and_colour_constancy(call, few, tmp_path):
     """A network from ImageNet weights, cut to the lesions that another was trained to find, and in grey-world."""
     start, out = tmp_path / 'start.safetensors', tmp_path / 'out'
@@ -283,6 +299,7 @@ def test_figures_of_two_checkpoints_and_a_folder(call, made, tmp_path):
     assert done.returncode == 2 and 'no image' in done.stderr
 
 
+@pytest.mark.usefixtures('in_process')
 def test_a_run_that_fails_after_it_has_begun_does_not_stand_for_its_row(call, few, made, tmp_path):
     """Its seed has the reason, the others are tried, and the program ends with 1."""
     out = shutil.copytree(made[0], tmp_path / 'o')
@@ -316,7 +333,8 @@ def test_a_run_that_fails_after_it_has_begun_does_not_stand_for_its_row(call, fe
     (['table3', '--data', 'demo', '--output-dir', 'o', '--drop-duplicates', 'no.csv'], 'no.csv cannot be read'),
     (['table3', '--data', 'demo', '--output-dir', 'o', '--drop-duplicates', 'twins.csv'], 'No run of table3 is finish'),
 ])
-def test_bad_input_is_one_sentence(call, tmp_path, args, says):
+def test_bad_input_is_one_sentence(call, few, tmp_path, args, says):
+    args = [few if arg == 'demo' else arg for arg in args]  # which takes longer
     if 'twins.csv' in args:
         (tmp_path / 'twins.csv').write_text('image_id_a,image_id_b\n')
     done = call('reproduce_tables', *args, cwd=tmp_path)
@@ -343,19 +361,55 @@ def test_the_kernels_of_a_row_are_those_that_it_uses(benchmarks):
     assert kernels_of(rows['arl_cnn14_temperature'], 'native') == 'torch'
 
 
-def test_a_network_that_was_trained_again_is_scored_again_without_its_attention(benchmarks, tmp_path):
-    import reproduce_tables
-    row, = [row for row in reproduce_tables.TABLES['table5'] if row.name == 'arl_cnn14_alpha_zero']
-    trained, scored = (tmp_path / 'runs' / f'{name}-seed0' for name in ('arl_cnn14', row.name))
-    predictions = [tmp_path / 'predictions' / f'{row.name}-seed0.{ending}' for ending in ('csv', 'json')]
-    for folder in (trained, scored, tmp_path / 'predictions'):
-        folder.mkdir(parents=True)
-    for path in predictions:
-        path.touch()
-    safetensors.torch.save_file({'a': torch.zeros(1)}, trained / 'model.safetensors')
-    write_json(scored / 'evaluation.json', {'tensors_sha256': tensors_sha256(trained / 'model.safetensors')})
-    reproduce_tables.drop_stale(tmp_path, row, 0)
-    assert all(path.exists() for path in predictions)
-    safetensors.torch.save_file({'a': torch.ones(1)}, trained / 'model.safetensors')
-    reproduce_tables.drop_stale(tmp_path, row, 0)
-    assert not any(path.exists() for path in (scored, *predictions))
+def test_a_network_that_was_trained_again_is_scored_again_without_its_attention(call, made, tmp_path):
+    """Also where the runs are not there, as in results that were copied."""
+    out = shutil.copytree(made[0], tmp_path / 'o', ignore=shutil.ignore_patterns('runs'))
+    args = ['table5', '--data', made[1][2], '--output-dir', out, *TINY, '--seeds', 0]
+    assert call('reproduce_tables', *args, '--check').returncode == 0
+    record = out / 'predictions' / 'arl_cnn14-seed0.json'
+    write_json(record, {**json.loads(record.read_text()), 'tensors': 'of another training'})
+    done = call('reproduce_tables', *args, '--check')
+    assert done.returncode == 1 and 'arl_cnn14_alpha_zero mean: measured is' in done.stdout, done.stderr
+    done = call('reproduce_tables', *args, '--row', 'arl_cnn14')
+    note, = {row['note'] for row in read(out / 'table5.csv') if row['row'] == 'arl_cnn14_alpha_zero'}
+    assert 'scored with other weights than arl_cnn14 has now: --row arl_cnn14_alpha_zero scores it again' in note
+    row, = [row for row in TABLES['table5'] if row.name == 'arl_cnn14_alpha_zero']
+    drop_stale(out, row, 0)
+    assert not list((out / 'predictions').glob('arl_cnn14_alpha_zero*'))
+
+
+def test_rows_from_different_weights_are_not_compared(call, made, tmp_path):
+    out = shutil.copytree(made[0], tmp_path / 'o', ignore=shutil.ignore_patterns('runs'))
+    first = out / 'predictions' / 'arl_cnn14-seed0.json'
+    record = json.loads(first.read_text())
+    for name, weights in (('arl_tf_efficientnet_lite0', 'a'), ('arl_tf_efficientnet_lite0_channel', 'b')):
+        write_json(out / 'predictions' / f'{name}-seed0.json', {
+            **record, 'origin': {**record['origin'], 'weights': weights}})
+        shutil.copy(first.with_suffix('.csv'), out / 'predictions' / f'{name}-seed0.csv')
+    done = call('reproduce_tables', 'table5', '--data', made[1][2], '--output-dir', out, *TINY, '--seeds', 0, '--check')
+    assert done.returncode == 2 and 'started from different weights of tf_efficientnet_lite0, a and b' in done.stderr
+
+
+def test_what_cannot_be_used_is_told_before_a_run(call, made, tmp_path):
+    out = shutil.copytree(made[0], tmp_path / 'o')
+    path = out / 'predictions' / 'arl_cnn14-seed0.csv'
+    path.write_text(path.read_text()[:-200])
+    done = call('reproduce_tables', 'table5', '--data', made[1][2], '--output-dir', out, *TINY, '--seeds', 0, '--row',
+                'arl_cnn14_channel')
+    assert done.returncode == 2 and str(path) in done.stderr and 'finetune_isic' not in done.stdout
+
+
+def test_a_run_that_fails_in_its_first_epoch_does_not_stand_for_its_row(call, few, tmp_path, benchmarks, monkeypatch):
+    """It leaves no trace of its own, as one that was refused; the other seeds are tried."""
+    tried = []
+
+    def fails(program, arguments, lock):
+        tried.append(program.name)
+        return 2, f'The loss is nan at epoch 1, step {len(tried)}'
+
+    monkeypatch.setattr(importlib.import_module('reproduce_tables'), 'run_program', fails)
+    done = call('reproduce_tables', 'table3', '--data', few, '--output-dir', tmp_path, *TINY, '--seeds', 0, 1, '--row',
+                'resnet14')
+    assert done.returncode == 1 and len(tried) == 2
+    note, = {row['note'] for row in read(tmp_path / 'table3.csv') if row['row'] == 'resnet14'}
+    assert note == 'seed 0: The loss is nan at epoch 1, step 1; seed 1: The loss is nan at epoch 1, step 2'

@@ -89,11 +89,8 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
                 'arguments': {k: v for k, v in vars(args).items()
                               if k not in NOT_OF_THE_RUN or (k == 'workers' and args.streaming)},
                 'launch': launch,
-                'commit': git_commit(sys.argv[0]),
-                'processor': processor_name(accelerator.device),
+                **_code(accelerator),
                 'kernels': _kernels(accelerator.device),
-                'versions': {'timm_arl': __version__, **{
-                    m.__name__: m.__version__ for m in (timm, torch, accelerate, datasets)}},
                 'python': platform.python_version(),
             })
     accelerator.wait_for_everyone()
@@ -105,9 +102,13 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
         time.sleep(0.5)
     if not args.resume:
         return []
-    saved = json.loads((out / 'run.json').read_text())['launch']
-    if launch != saved:
-        raise RunError(f'The run in {out} was launched with {saved}, not {launch}: resume it in the same way.')
+    record = json.loads((out / 'run.json').read_text())
+    if launch != record['launch']:
+        raise RunError(f'The run in {out} was launched with {record["launch"]}, not {launch}: resume it in the same '
+                       f'way.')
+    code = _code(accelerator)
+    if accelerator.is_main_process and code != {key: (record.get('resumed') or [record])[-1].get(key) for key in code}:
+        write_json(out / 'run.json', {**record, 'resumed': [*record.get('resumed', ()), code]})
     progress = out / 'last' / 'progress.json'
     if not progress.exists():
         if not (args.folds or args.seeds):
@@ -120,6 +121,16 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(_cannot_resume(out, progress, 'is damaged')) from error
     return summary
+
+
+def _code(accelerator):
+    """What a run is made by: it may be resumed after an update, or on another machine."""
+    return {
+        'commit': git_commit(sys.argv[0]),
+        'processor': processor_name(accelerator.device),
+        'versions': {'timm_arl': __version__, **{
+            m.__name__: m.__version__ for m in (timm, torch, accelerate, datasets)}},
+    }
 
 
 def hold_folder(out):

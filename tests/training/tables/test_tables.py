@@ -93,7 +93,7 @@ class Arguments:
     data, output_dir, seeds = None, 'O', [0, 1, 2]
     drop_duplicates, left_out = None, set()
     table, digest, stored, files = 'table3', 'd', '256 x 256 px', {}
-    epochs, img_size, mixed_precision = None, None, 'no'
+    epochs, img_size, mixed_precision, cpu_threads = None, None, 'no', None
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from .rows import MASKS, TABLES, Row, pairs_of, printed_figures
 from .scores import Scores, labels_of
 
 __all__ = [
-    'budget_flags', 'check_flags', 'check_record', 'origin', 'read_record', 'read_scores', 'recorded_sizes', 'settings',
-    'stored_sizes', 'table_lines',
+    'budget_flags', 'check_flags', 'check_record', 'is_stale', 'origin', 'read_record', 'read_scores', 'recorded_sizes',
+    'settings', 'stored_sizes', 'table_lines',
 ]
 
 
@@ -26,12 +26,15 @@ def budget_flags(args: Any) -> List[str]:
     return [f'--{name}={value}' for name, value in (('epochs', args.epochs), ('img-size', args.img_size)) if value]
 
 
-def read_record(path: Path, key: str) -> Any:
-    """What a JSON file of ours says under a key."""
+def read_record(path: Path, *keys: str) -> Any:
+    """What a JSON file of ours says under a key, or a key in that of another; without keys, all of it."""
     try:
-        return json.loads(path.read_text(encoding='utf-8'))[key]
+        found = json.loads(path.read_text(encoding='utf-8'))
+        for key in keys:
+            found = found[key]
+        return found
     except (OSError, ValueError, KeyError, TypeError):
-        what = path.parent if path.name == 'run.json' else path.with_suffix('.*')  # a run outlives its predictions
+        what = path.parent if path.name in ('run.json', 'metrics.json') else path.with_suffix('.*')
         raise RunError(f'{path} is missing or damaged: remove {what}, and run the same command again.') from None
 
 
@@ -53,7 +56,7 @@ def check_record(args: Any, row: Row, path: Path, images_alone: bool = False) ->
         RunError: They were, or the record is missing or damaged.
     """
     made, asked = read_record(path, 'origin'), origin(args, row)
-    if made['data'] != asked['data']:
+    if read_record(path, 'origin', 'data') != asked['data']:
         raise RunError(f'{path} was made with other images than those of {args.data}: give the same --data, or another '
                        f'--output-dir.')
     if made.get('images', asked['images']) != asked['images']:  # the first records had none
@@ -61,7 +64,7 @@ def check_record(args: Any, row: Row, path: Path, images_alone: bool = False) ->
                        f'{asked["images"]}: give the same --data, or another --output-dir.')
     if images_alone:
         return
-    if made['weights'] != asked['weights']:
+    if read_record(path, 'origin', 'weights') != asked['weights']:
         raise RunError(f'{path} was made with other weights, {made["weights"]} and not {asked["weights"]}: give the '
                        f'same, or another --output-dir.')
     check_flags(args, row, path)
@@ -80,10 +83,19 @@ def check_flags(args: Any, row: Row, path: Path) -> None:
                        f'--output-dir, or remove {path.with_suffix(".*")} and {run}.')
 
 
+def is_stale(out: Path, row: Row, seed: int) -> bool:
+    """Whether the predictions of a row without attention are of other weights than its network has now."""
+    paths = [out / 'predictions' / f'{name}-seed{seed}.json' for name in (row.alpha_zero_of, row.name)]
+    if not row.alpha_zero_of or not all(path.exists() for path in paths):
+        return False
+    network, scored = (read_record(path).get('tensors') for path in paths)  # the first records had none
+    return network is not None and network != scored
+
+
 def recorded_sizes(args: Any) -> str:
     """The sizes of the images that the predictions were made from, for what needs labels alone; '' for runs."""
     alone = args.check or args.drop_duplicates
-    records = sorted(Path(args.output_dir, 'predictions').glob('*-seed*.json')) if alone else []
+    records = sorted(Path(args.output_dir, 'predictions').glob('[!.]*-seed*.json')) if alone else []
     return next((read_record(path, 'origin').get('images', '') for path in records), '')
 
 
@@ -103,18 +115,19 @@ def stored_sizes(splits: Sequence[Any]) -> str:
     return ' to '.join(f'{width} x {height}' for width, height in dict.fromkeys((min(sizes), max(sizes)))) + ' px'
 
 
-def row_command(args: Any, row: Row) -> str:
-    """The command that makes one row, or scores those that are made."""
+def row_command(args: Any, *rows: Row) -> str:
+    """The command that makes some rows, or scores those that are made."""
     if args.drop_duplicates:
         return 'python benchmarks/reproduce_tables.py ' + shlex.join([
             args.table, '--data', str(args.data), '--output-dir', args.output_dir, '--seeds', *map(str, args.seeds),
             '--drop-duplicates', args.drop_duplicates])
-    weights = [f'{row.weights}={args.files[row.weights]}'] if row.weights in args.files else []
+    names = dict.fromkeys(name for row in rows for name in (row.alpha_zero_of, row.name) if name)
+    weights = dict.fromkeys(f'{row.weights}={args.files[row.weights]}' for row in rows if row.weights in args.files)
     return 'python benchmarks/reproduce_tables.py ' + shlex.join([
         args.table, '--data', str(args.data), '--output-dir', args.output_dir, '--seeds', *map(str, args.seeds),
-        '--row', *[row.alpha_zero_of] * bool(row.alpha_zero_of), row.name,
-        *(['--weights', *weights] if weights else []), *budget_flags(args),
-        *(['--mixed-precision', args.mixed_precision] if args.mixed_precision != 'no' else [])])
+        '--row', *names, *(['--weights', *weights] if weights else []), *budget_flags(args),
+        *(['--mixed-precision', args.mixed_precision] if args.mixed_precision != 'no' else []),
+        *(['--cpu-threads', str(args.cpu_threads)] if args.cpu_threads else [])])
 
 
 def read_scores(args: Any, out: Path, table: str) -> Tuple[Dict[str, Scores], Dict[str, Dict[str, Any]]]:
@@ -125,17 +138,20 @@ def read_scores(args: Any, out: Path, table: str) -> Tuple[Dict[str, Scores], Di
     truth = label_array(test)[kept]
     scores: Dict[str, Scores] = {}
     columns: Dict[str, Dict[str, Any]] = {}
+    started: Dict[str, Path] = {}  # by the network whose weights they started from
     for row in TABLES[table]:
         paths = {seed: out / 'predictions' / f'{row.name}-seed{seed}.csv' for seed in args.seeds}
-        paths = {seed: path for seed, path in paths.items() if path.exists()}
+        paths = {seed: path for seed, path in paths.items() if path.exists() and not is_stale(out, row, seed)}
         if not paths:
             continue
         for path in paths.values():
             check_record(args, row, path.with_suffix('.json'), images_alone=True)
-        _check_alike(*(path.with_suffix('.json') for path in paths.values()))
+        records = [path.with_suffix('.json') for path in paths.values()]
+        _check_alike(*records)
+        _check_weights(row.weights, started.setdefault(row.weights, records[0]), records[0])
         scores[row.name] = Scores(truth, {
             seed: read_predictions(path, ids)[kept] for seed, path in paths.items()})
-        made = [read_record(path.with_suffix('.json'), 'columns') for path in paths.values()]
+        made = [read_record(path, 'columns') for path in records]
         columns[row.name] = {
             'seeds': ' '.join(map(str, paths)), 'images': len(kept), 'command': row_command(args, row),
             **{key: ' '.join(dict.fromkeys(str(each[key]) for each in made))
@@ -150,6 +166,14 @@ def _check_alike(first: Path, *others: Path) -> None:
             if read_record(other, key) != read_record(first, key):
                 raise RunError(f'{other} was made with other {key} than {first}, {read_record(other, key)} and not '
                                f'{read_record(first, key)}: remove {other.with_suffix(".*")} to make it again.')
+
+
+def _check_weights(network: str, first: Path, second: Path) -> None:
+    """Refuse to compare rows that started from different weights of the same network."""
+    one, two = (read_record(path, 'origin', 'weights') for path in (first, second))
+    if one != two:
+        raise RunError(f'{first} and {second} cannot be compared: they started from different weights of {network}, '
+                       f'{one} and {two}. Make both with the same --weights, in another --output-dir.')
 
 
 def _check_budgets(first: str, second: str, columns: Dict[str, Dict[str, Any]]) -> None:
@@ -179,6 +203,7 @@ def table_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str, s
     """The lines of tableN.csv, from the predictions that are there, and what each row is."""
     printed = printed_figures(args.table)
     scores, columns = read_scores(args, out, args.table)
+    by_name = {row.name: row for row in TABLES[args.table]}
     lines = []
     for row in TABLES[args.table]:
         note = row.about
@@ -186,7 +211,9 @@ def table_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str, s
             missing: Dict[str, List[int]] = {}
             for seed in args.seeds:
                 if row.name not in scores or seed not in scores[row.name].seeds:
-                    why = (reason_of(out, row.name, seed) or reason_of(out, row.alpha_zero_of, seed)
+                    why = (f'scored with other weights than {row.alpha_zero_of} has now: --row {row.name} scores it '
+                           f'again' if is_stale(out, row, seed) else
+                           reason_of(out, row.name, seed) or reason_of(out, row.alpha_zero_of, seed)
                            or _unreachable(out, args.table, row, seed) or f'not run: --row {row.name} makes it')
                     missing.setdefault(why, []).append(seed)
             note = '; '.join(f'seed {", ".join(map(str, seeds))}: {why}' for why, seeds in missing.items())
@@ -203,7 +230,10 @@ def table_lines(args: Any, out: Path) -> Tuple[List[Dict[str, str]], Dict[str, s
         apart = scores[first] - scores[second] if first in scores and second in scores else None
         if apart:
             _check_budgets(first, second, columns)
-        how = {**columns[first], 'seeds': ' '.join(map(str, apart.seeds)), 'command': ''} if apart else {}
+        how = {**{key: ' '.join(dict.fromkeys(' '.join(str(columns[name][key]) for name in (first, second)).split()))
+                  for key in columns[first]},
+               'seeds': ' '.join(map(str, apart.seeds)),
+               'command': row_command(args, by_name[first], by_name[second])} if apart else {}
         for label in labels_of(args.table):
             both = [printed[name, label] for name in (first, second) if (name, label) in printed]
             difference = round(both[0] - both[1], 4) if len(both) == 2 else None

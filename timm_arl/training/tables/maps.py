@@ -14,7 +14,7 @@ from ...isic.transforms import restore_aspect
 from .pages import cell
 from .scores import SEED_OF_IMAGES, measure
 
-__all__ = ['GAUSSIAN', 'MAP_LABELS', 'gaussian_rows', 'map_lines', 'map_rows', 'mask_lines', 'mask_rows']
+__all__ = ['GAUSSIAN', 'MAP_LABELS', 'Rows', 'gaussian_rows', 'map_lines', 'map_rows', 'mask_lines', 'mask_rows']
 
 GAUSSIAN = 'centred_gaussian'
 THRESHOLD = 0.5  # of a map's range, above which it counts as marked

@@ -15,7 +15,7 @@ from ...isic.dataset.sources import ids_digest
 from ...isic.transforms import restore_aspect
 from ..arguments import RunError
 from .lines import check_record, read_record
-from .maps import GAUSSIAN, gaussian_rows, map_lines, map_rows, mask_lines, mask_rows
+from .maps import GAUSSIAN, Rows, gaussian_rows, map_lines, map_rows, mask_lines, mask_rows
 from .rows import TABLES, pairs_of
 
 __all__ = ['network_lines', 'picture_of']
@@ -39,7 +39,7 @@ def network_lines(
     split = args.splits['validation']
     digest = ids_digest(split['image_id'])
     table_rows = {row.name: row for table in ('table3', 'table5') for row in TABLES[table] if not row.alpha_zero_of}
-    found: Dict[str, Dict[int, List[Dict[str, Any]]]] = {}
+    found: Rows = {}
     columns: Dict[str, Dict[str, Any]] = {}
     for name, seed in [(name, seed) for name in table_rows for seed in args.seeds]:
         folder, path = out / 'runs' / f'{name}-seed{seed}', out / args.table / f'{name}-seed{seed}.csv'
@@ -78,10 +78,24 @@ def network_lines(
 
     about = {name: row.about for name, row in table_rows.items()}
     if args.table == 'masks':
+        for name, by_seed in found.items():
+            blocks = max(([row['block'] for row in rows] for rows in by_seed.values()), key=len)
+            _check_complete(out / args.table, {name: by_seed}, 'block', blocks)
         return mask_lines(found, how), about
     pairs = [*pairs_of('table3'), *((name, GAUSSIAN) for name in found)]
-    found[GAUSSIAN] = dict.fromkeys(args.seeds, gaussian_rows(split))
+    gaussian = gaussian_rows(split)
+    _check_complete(out / args.table, found, 'image_id', [row['image_id'] for row in gaussian])
+    found[GAUSSIAN] = dict.fromkeys(args.seeds, gaussian)
     return map_lines(found, pairs, how), {**about, GAUSSIAN: 'a map that has not seen the picture'}
+
+
+def _check_complete(folder: Path, found: Rows, key: str, wanted: List[str]) -> None:
+    """Refuse a file that lacks rows, which would be compared with others of other images."""
+    for name, by_seed in found.items():
+        for seed, rows in by_seed.items():
+            if [row.get(key) for row in rows] != wanted:
+                raise RunError(f'{folder / f"{name}-seed{seed}.csv"} is damaged: it should have {len(wanted)} rows, as '
+                               f'others have. Restore it, or remove it and measure its network again.')
 
 
 def picture_of(split: Any, row: int) -> Image.Image:

@@ -118,7 +118,10 @@ def _text(line: Optional[Dict[str, str]], sign: bool = False) -> str:
 
 
 def _common(lines: Iterable[Dict[str, str]], column: str) -> str:
-    return ', '.join(dict.fromkeys(line[column] for line in lines if line[column]))
+    values = [line[column] for line in lines if line[column]]
+    if column in ('kernels', 'commit'):  # several where the seeds of a row, or both rows of a difference, have others
+        values = ' '.join(values).split()
+    return ', '.join(dict.fromkeys(values))
 
 
 def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str], images: str) -> str:
@@ -187,7 +190,7 @@ def markdown_page(table: str, lines: List[Dict[str, str]], about: Dict[str, str]
             notes.setdefault(note, []).append(name)
     if notes:
         parts += ['## Notes', '\n'.join(f'- {", ".join(of)}: {note}' for note, of in notes.items())]
-    commands = list(dict.fromkeys(line['command'] for line in measured if line['command']))
+    commands = list(dict.fromkeys(line['command'] for line in measured if line['command'] and ' - ' not in line['row']))
     if commands:
         parts += ['## Commands', '```bash\n' + '\n'.join(commands) + '\n```']
     return '\n\n'.join(parts) + '\n'

@@ -1,6 +1,7 @@
 """Runs of our programs in processes of their own, which several processes share between them."""
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,11 @@ from typing import IO, Sequence, Tuple
 
 import torch
 
-__all__ = ['run_program']
+from ...files import replacing
+from .lines import is_stale, read_record
+from .rows import Row
+
+__all__ = ['as_begun', 'drop_stale', 'run_program', 'write_reason']
 
 # what a launcher tells its processes, which the runs must not take for themselves
 LAUNCHER = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT')
@@ -23,6 +28,9 @@ def run_program(program: Path, arguments: Sequence[str], lock: IO) -> Tuple[int,
     """
     environment = {name: value for name, value in os.environ.items()
                    if name not in LAUNCHER and not name.startswith(('TORCHELASTIC_', 'ACCELERATE_', 'ROLE_'))}
+    if 'ACCELERATE_MIXED_PRECISION' in os.environ and environment.get('OMP_NUM_THREADS') == '1' and int(
+            os.environ.get('WORLD_SIZE', 1)) == 1:
+        del environment['OMP_NUM_THREADS']  # accelerate launch sets it where nobody did
     given = os.environ.get('CUDA_VISIBLE_DEVICES')  # without it, a process sees all that there are
     devices = list(map(str, range(torch.cuda.device_count()))) if given is None else given.split(',')
     if 'LOCAL_RANK' in os.environ and len(devices) > 1:  # each process of a launcher has a GPU of its own
@@ -44,3 +52,29 @@ def run_program(program: Path, arguments: Sequence[str], lock: IO) -> Tuple[int,
         return process.returncode, f'{program.name} was killed by {signal.Signals(-process.returncode).name}'
     lines = tail.decode(errors='replace').replace('\r', '\n').strip().splitlines()
     return process.returncode, lines[-1].rpartition('error: ')[2] if lines else ''
+
+
+def as_begun(folder: Path, key: str, path: str) -> str:
+    """A path as the run in a folder was told it, if it is the same: as a run that goes on must be told it."""
+    told = read_record(folder / 'run.json', 'arguments').get(key) if (folder / 'run.json').exists() else None
+    return told if told and os.path.realpath(told) == os.path.realpath(path) else str(path)
+
+
+def drop_stale(out: Path, row: Row, seed: int) -> None:
+    """Remove what a row without attention has of other weights than its network has now."""
+    folder = out / 'runs' / f'{row.name}-seed{seed}'
+    if is_stale(out, row, seed):
+        print(f'{row.alpha_zero_of} was trained again, so {row.name} is scored again.', flush=True)
+        old = folder.with_name(f'{folder.name}.stale')
+        for there in (old, folder):
+            if there.exists():
+                there.replace(old)  # a folder is gone at once, or it would be taken for one that is complete
+                shutil.rmtree(old)
+        for path in (out / 'predictions').glob(f'{folder.name}.*'):  # last: killed before, they are stale still
+            path.unlink()
+
+
+def write_reason(path: Path, why: str) -> None:
+    """Keep why a run was not made, for the table."""
+    with replacing(path) as temporary:
+        temporary.write_text(why, encoding='utf-8')
