@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -132,6 +133,21 @@ def test_what_cannot_start_is_a_sentence(call, arguments, sentence):
     Image.MAX_IMAGE_PIXELS = limit
     assert done.returncode == 2 and sentence.replace('TAKEN', port) in done.stderr and not done.stdout
     assert 'Traceback' not in done.stderr and len(done.stderr.splitlines()[-1:]) == 1
+
+
+def test_no_room_for_temporary_files_is_a_sentence(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'gone'))
+    done = call('timm_arl.app.__main__', '--port', '0')
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f'error: The page cannot start: No such file or directory: {tmp_path / "gone"}' in done.stderr
+
+
+def test_the_first_of_several_frames_is_said_so(tiny):
+    from timm_arl.app.analysis import Analyst
+
+    content, picture = io.BytesIO(), Image.new('RGB', (96, 80), (200, 150, 130))
+    picture.save(content, 'TIFF', save_all=True, append_images=[picture])
+    assert Analyst(str(tiny)).look_at_file('a.tif', content.getvalue()).remark.startswith('holds several pictures')
 
 
 def result_of(coroutine):

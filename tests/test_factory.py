@@ -1,4 +1,5 @@
 """Weights from names and files: what fits is loaded, what does not is named."""
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ from timm.models import save_for_hf
 
 import timm_arl  # noqa: F401  registers the models
 from timm_arl.download import WeightsError
-from timm_arl.factory import create_for_task, load_weights_file, save_network
+from timm_arl.factory import Checkpoint, create_for_task, load_weights_file, save_network
+from timm_arl.files import write_json
 
 NARROW = dict(channels=[8, 16, 32, 64])
 
@@ -319,3 +321,18 @@ def test_features_of_a_file_without_a_classifier(tmp_path):
     assert torch.equal(features[-1], saved.forward_features(images))
     with pytest.raises(WeightsError, match='fc.bias'):
         timm.create_model('arl_cnn14', **given)
+
+
+def test_the_run_of_a_folder_above_is_that_of_its_own_network(run, tmp_path):
+    """Weights of another network that lie somewhere below a run were not trained by it."""
+    outer, inner = tmp_path / 'out', tmp_path / 'out' / 'last' / 'kept'
+    shutil.copytree(run, outer)
+    shutil.copytree(run, inner)
+    (inner / 'run.json').unlink()
+    record = json.loads((outer / 'run.json').read_text())
+    for model, used in (('arl_cnn14', True), ('arl_cnn14.isic2017', True), ('hf-hub:user/model', True),
+                        ('arl_cnn50', False), ('resnet14', False)):
+        write_json(outer / 'run.json', {**record, 'arguments': {**record['arguments'], 'model': model}})
+        assert Checkpoint(str(inner)).run_folder() == (outer if used else None), model
+        assert bool(Checkpoint(str(inner / 'model.safetensors')).arguments()) == used
+        assert Checkpoint(str(outer)).run_folder() == outer  # its own is no guess

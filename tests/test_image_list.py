@@ -33,7 +33,7 @@ def listed(tmp_path, monkeypatch):
 
 def test_a_folder_with_all_below_it(listed):
     listed.make('p/b.JPG', 'p/a.png', 'p/sub/z.tiff', 'p/sub/deep/x.heic', 'p/notes.txt', 'p/Thumbs.db', 'p/README',
-                'p/.hidden.jpg', 'p/.git/a.jpg', 'p/ISIC_1_superpixels.png', 'p/c/1.webp')
+                'p/.hidden.jpg', 'p/.git/a.jpg', 'p/ISIC_1_superpixels.png', 'p/ISIC_1_segmentation.png', 'p/c/1.webp')
     os.symlink('sub', 'p/link')
     os.symlink('gone.jpg', 'p/broken.jpg')
     expected = ['p/a.png', 'p/b.JPG', 'p/broken.jpg', 'p/c/1.webp', 'p/sub/deep/x.heic', 'p/sub/z.tiff']
@@ -43,7 +43,7 @@ def test_a_folder_with_all_below_it(listed):
 
 def test_dicom_without_an_ending(listed, tmp_path):
     listed.make('p/IM0002', 'p/1.2.840')
-    for name in ('p/IM0001', 'p/1.2.841', 'p/scan.txt'):
+    for name in ('p/IM0001', 'p/1.2.841', 'p/scan.txt', 'p/DICOMDIR'):
         save(dataset(np.zeros((4, 4), np.uint8), 'MONOCHROME2'), tmp_path / name)
     assert listed('p') == ['p/1.2.841', 'p/IM0001']
 
@@ -51,6 +51,14 @@ def test_dicom_without_an_ending(listed, tmp_path):
 def test_the_output_is_not_an_input(listed):
     listed.make('a.jpg', 'out/overlays/a.png')
     assert listed('.') == ['./a.jpg']
+
+
+def test_what_earlier_runs_have_drawn_is_not_an_input(listed):
+    listed.make('a.jpg', 'old/predictions.json', 'old/overlays/a.png', 'old/mine.jpg', 'overlays/b.jpg')
+    assert listed('.') == ['./a.jpg', './old/mine.jpg', './overlays/b.jpg']  # those of the user are taken
+    listed.make('predictions.json')  # of a run with --output-dir .
+    assert listed('.') == ['./a.jpg', './old/mine.jpg']
+    assert listed('old/overlays') == ['old/overlays/a.png']  # what is named is taken
 
 
 def test_files_patterns_and_lists(listed):
@@ -85,6 +93,8 @@ def test_what_is_refused(listed, tmp_path, arguments, words):
 
 def test_lines_that_are_not_names(listed):
     for lines, words in (('a.jpg\0b.jpg\0', 'separated by NUL: .*find -print, not -print0'),
+                         *((os.fsdecode('\ufeffa.jpg\næ.jpg\n'.encode(name)), 'is in UTF-16: save the list as UTF-8')
+                           for name in ('utf-16-le', 'utf-16-be')),
                          ('a.jpg ' * 10_000, 'has 60000 characters: give one name on each line')):
         with pytest.raises(InputError, match=words):
             listed('-', lines=lines)

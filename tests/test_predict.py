@@ -23,6 +23,7 @@ from timm_arl.files import write_json
 from timm_arl.isic import LABELS
 from timm_arl.isic.images import decode
 from timm_arl.isic.transforms import restore_aspect
+from timm_arl.predict import main
 from timm_arl.predictor import Predictor, read_picture
 
 CONFIG = json.loads((Checkpoint('arl_cnn14.isic2017').folder / 'config.json').read_text())
@@ -136,7 +137,7 @@ def test_what_is_refused(predict, photographs, tmp_path):
     refused('outputs of arl_cnn14.isic2018|No weights', '.', '--model', 'arl_cnn14.isic2018')
     refused('No file none.onnx', '.', '--onnx', 'none.onnx')
     refused("has 'official', 'youden on validation'|'youden on validation'", '.', '--threshold-name', 'best')
-    refused('--device vulkan9 cannot be used', '.', '--device', 'vulkan9')
+    refused('--device vulkan9 cannot be used: .*. --device cpu works on every machine', '.', '--device', 'vulkan9')
     refused('--device meta computes nothing', '.', '--device', 'meta')
     refused('must be at least 1', '.', '--batch-size', '0')
     refused('not allowed with', '.', '--onnx', 'a.onnx', '--model', 'arl_cnn14.isic2017')
@@ -163,6 +164,43 @@ def test_what_the_environment_says_wrong_is_not_an_unreadable_image(
     done = predict('.', '--model', tiny, cwd=photographs)
     assert done.returncode == 2 and re.search(words, done.stderr) and 'Traceback' not in done.stderr, done.stderr
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('dimensions, error, words', [
+    (4, NotImplementedError("The operator 'aten::x' is not implemented for this device."),
+     "The device cpu cannot be used: The operator 'aten::x' is not implemented for this device.\n"),
+    (5, MemoryError(), 'There is too little memory for the batch: choose a smaller --batch-size. '),
+    (5, torch.OutOfMemoryError('CUDA out of memory.'), 'choose a smaller --batch-size'),
+    (5, RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'choose a smaller --batch-size')])
+def test_what_the_device_cannot_do_is_a_sentence(predict, photographs, tiny, tmp_path, monkeypatch, dimensions, error,
+                                                 words):
+    """An operator that it lacks before any image is read; memory that it lacks with the first batch."""
+    computed = Predictor.probabilities
+
+    def fail(self, tensors):
+        if tensors.ndim == dimensions:
+            raise error
+        return computed(self, tensors)
+
+    monkeypatch.setattr(Predictor, 'probabilities', fail)
+    done = predict('.', '--model', tiny, cwd=photographs)
+    assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert (tmp_path / 'out').exists() == (dimensions == 5)
+
+
+def test_a_damaged_record_of_the_network_is_a_sentence(predict, photographs, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / 'net')
+    (tmp_path / 'net' / 'home.json').write_text('{"thresholds"')
+    done = predict('.', '--model', tmp_path / 'net', cwd=photographs)
+    assert done.returncode == 2 and 'home.json is damaged or cannot be read: restore it' in done.stderr, done.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('name', ['stderr', 'stdout'])
+def test_a_stream_that_is_closed(photographs, tiny, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)  # as Python has it then
+    args = [photographs / 'a', '--output-dir', tmp_path / 'out', '--model', tiny, '--workers', '0']
+    assert main(list(map(str, args))) == 0 and len(rows(tmp_path / 'out')) == 3
 
 
 def test_an_empty_rank_is_none(predict, photographs, tiny, monkeypatch):

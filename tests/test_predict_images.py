@@ -1,5 +1,6 @@
 """Strangers' files: odd images, odd names, and what the program remarks on."""
 import io
+import json
 import os
 import shutil
 import sys
@@ -109,11 +110,15 @@ def test_remarks_are_made_once(predict, tiny, tmp_path):
         draw_lesion('nevus', rng).convert('L').save(tmp_path / f'grey{k}.png')
         draw_lesion('nevus', rng).resize((70, 60)).save(tmp_path / f'small{k}.png')
         Image.new('RGB', (300, 300), (250, 240, 235)).save(tmp_path / f'white{k}.png')
+        draw_lesion('nevus', rng).save(tmp_path / f'pages{k}.png', save_all=True, append_images=[
+            draw_lesion('nevus', rng)])
     done = predict('.', '--model', tiny)
     assert done.returncode == 0
     first, *lines = done.stderr.splitlines()
     assert 'How ' in first and 'was evaluated is not known (no run.json or results.json)' in first
-    assert len(lines) == 3 and all('note: ' in line and '0.png' in line for line in lines), lines
+    assert len(lines) == 4 and all('note: ' in line and '0.png' in line for line in lines), lines
+    assert json.loads((tmp_path / 'out' / 'predictions.json').read_text())['remarks'] == [first.removeprefix('note: ')]
+    assert './pages0.png holds several pictures (frames or pages), of which the first is used' in done.stderr
     assert 'no colours' in done.stderr and '64 x 64 px' in done.stderr and 'nearly one colour' in done.stderr
 
 

@@ -1,5 +1,8 @@
 """A checkpoint used from Python: crops, probabilities, thresholds and temperatures are those it was evaluated with."""
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -7,7 +10,9 @@ import pytest
 import timm
 import torch
 from dicom_files import dataset, save
+from loopback_hub import Hub
 from PIL import Image
+from predict_program import rows
 from scipy.special import expit, logit
 
 from timm_arl import WeightsError
@@ -47,6 +52,20 @@ def trained(tmp_path):
         return tmp_path / 'out'
 
     return make
+
+
+def small_onnx(path, outputs=2, **about):
+    """A file whose logits are sums over the channels' means."""
+    make, sums = onnx.helper, onnx.numpy_helper.from_array(np.ones((3, outputs), np.float32), 'sums')
+    values = [make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in (
+        ('images', ['N', 3, 64, 64]), ('logits', ['N', outputs]))]
+    model = make.make_model(make.make_graph([
+        make.make_node('GlobalAveragePool', ['images'], ['means']), make.make_node('Flatten', ['means'], ['flat']),
+        make.make_node('MatMul', ['flat', 'sums'], ['logits'])], 'small', values[:1], values[1:], [sums]),
+        opset_imports=[make.make_opsetid('', 17)], ir_version=8)
+    set_metadata(model, {'mean': [0.5] * 3, 'std': [0.5] * 3, 'input_size': [3, 64, 64], **about})
+    onnx.save(model, path)
+    return path
 
 
 def test_the_shipped_weights(shipped, picture):
@@ -110,6 +129,81 @@ def test_random_crops_depend_on_the_name_alone(trained, picture):
 def test_three_outputs_give_two_probabilities(trained, picture):
     softmax = Predictor(trained(outputs=('nevus', *LABELS)))
     assert softmax.probabilities(softmax.prepare(picture)[0]).shape == (2,)
+
+
+def refusal(name):
+    with pytest.raises(WeightsError) as refused:
+        Predictor(name)
+    return str(refused.value)
+
+
+def test_outputs_that_nobody_named(trained, tmp_path):
+    assert Predictor(trained({'crops': 'center'}, label_names=None)).remarks[0] == (
+        f'The outputs of {tmp_path / "out"} are taken for melanoma and seborrheic keratosis, because its config.json '
+        f'has no label_names.')
+    folder = tmp_path / 'other'
+    save_network(timm.create_model('test_resnet', num_classes=2), folder)
+    words = refusal(folder)
+    assert f'What the 2 outputs of {folder} mean is not known, because its config.json has no label_names: set' in words
+    entry = words[words.index('"task"'):words.index(' (kind')]  # what it says helps
+    config = json.loads((folder / 'config.json').read_text())
+    write_json(folder / 'config.json', {**config, **json.loads(f'{{{entry}}}')})
+    named = Predictor(folder)
+    assert named.labels == ('nevus', 'melanoma') and named.task.kind == 'multiclass'
+    write_json(folder / 'config.json', {**config, 'label_names': ['scar', 'ulcer']})
+    words = refusal(folder)
+    assert 'only calls them scar, ulcer: set' in words and '"labels": ["scar", "ulcer"]' in words
+
+
+def test_outputs_of_an_onnx_file_that_nobody_named(tmp_path):
+    for outputs in 2, 3:
+        words = refusal(small_onnx(tmp_path / 'm.onnx', outputs))
+        assert f'What the {outputs} outputs of' in words and 'because its metadata has no label_names: set' in words
+        assert words.endswith('in the config.json of the network, and export it again.')
+    names = ['nevus', *LABELS]
+    assert Predictor(small_onnx(tmp_path / 'm.onnx', 3, label_names=names)).labels == LABELS
+
+
+def test_an_onnx_file_runs_on_the_cpu_whatever_the_machine_has(predict, tmp_path, picture):
+    file = small_onnx(tmp_path / 'm.onnx', label_names=LABELS)
+    assert Predictor(file, 'meta').device.type == 'cpu'
+    picture.save(tmp_path / 'a.png')
+    done = predict('a.png', '--model', file, '--device', 'cuda')
+    assert done.returncode == 2 and '--device cuda: an ONNX file runs on the CPU: leave --device out' in done.stderr
+    done = predict('a.png', '--model', file)
+    assert done.returncode == 0 and len(rows(tmp_path / 'out')) == 1, done.stderr
+
+
+@pytest.mark.parametrize('name', ['run.json', 'home.json', 'results.json'])
+def test_a_damaged_record_is_not_replaced_by_defaults(trained, name):
+    folder = trained({'crops': 'center'})
+    if name == 'results.json':  # which is looked for where there is no run.json
+        (folder / 'run.json').unlink()
+    (folder / name).write_text('{"arguments": {')
+    assert f'out/{name} is damaged or cannot be read: restore it, or remove it' in refusal(folder)
+
+
+ASK = """
+import sys
+from timm_arl.predictor import Predictor
+for name in sys.argv[1:]:
+    try:
+        print(*Predictor(name).remarks)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_record_on_the_hub_may_be_missing_but_not_out_of_reach(tiny, tmp_path):
+    files = {name: tiny / name for name in ('config.json', 'model.safetensors')}
+    with Hub({'row/plain': files, 'row/shut': {**files, 'results.json': b'{}'}}) as hub:
+        hub.fault('HEAD /row/shut/resolve/.*results.json', 'status', code=403, times=-1)
+        done = subprocess.run([sys.executable, '-c', ASK, 'hf-hub:row/plain', 'hf-hub:row/shut'], capture_output=True,
+                              env={**os.environ, **hub.env(tmp_path)}, text=True, timeout=200)
+    plain, shut = done.stdout.splitlines()
+    assert 'How hf-hub:row/plain was evaluated is not known (no run.json or results.json)' in plain, done.stderr
+    assert 'results.json of row/shut (revision' in shut and 'could not be loaded' in shut
 
 
 def test_what_a_user_should_know(trained):

@@ -318,15 +318,18 @@ class Checkpoint:
         return arguments if isinstance(arguments, dict) else {}
 
     def run_folder(self) -> Optional[Path]:
-        """Folder with the run.json of finetune_isic.py: that of the weights, or up to three above it; or None.
+        """Folder with the run.json of finetune_isic.py: that of the weights, or one of the three above it whose run
+        trained this architecture; or None.
 
         Raises:
             WeightsError: A run.json that is damaged.
         """
-        for path in dict.fromkeys((self.path.absolute(), self.path.resolve()) if self.path else ()):
+        architecture = _read_json(self.folder and self.folder / 'config.json').get('architecture')
+        for path in dict.fromkeys((self.folder.absolute(), self.folder.resolve()) if self.path and self.folder else ()):
             for folder in (path, *path.parents[:3]):
                 saved = _read_record(folder / 'run.json').get('arguments')
-                if isinstance(saved, dict) and 'train_ids' in saved:  # else another program's
+                if isinstance(saved, dict) and 'train_ids' in saved and (  # else another program's
+                        folder == path or _may_have_trained(saved.get('model'), architecture)):
                     return folder
                 if (folder / 'results.json').is_file():  # a staged folder, whatever it lies in
                     break
@@ -363,6 +366,13 @@ def _read_record(path: Optional[Path]) -> Dict[str, Any]:
     if not content and path is not None and path.is_file():
         raise WeightsError(f'{path} is damaged or cannot be read: restore it, or remove it if nothing is lost by that.')
     return content
+
+
+def _may_have_trained(model: Any, architecture: Any) -> bool:
+    """Whether a run of --model can have made weights of an architecture; so it can where one is not known."""
+    if not (isinstance(model, str) and architecture) or ':' in model:  # a repo or folder, which names no architecture
+        return True
+    return get_deprecated_models().get(model, model).partition('.')[0] == architecture
 
 
 def _near(name: str) -> str:

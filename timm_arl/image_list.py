@@ -1,10 +1,12 @@
 """Which images: files, folders, patterns and lists become one list on the disk, in order, however many they are."""
+import codecs
 import contextlib
 import glob
 import heapq
 import itertools
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, Sequence, Set, Tuple
@@ -13,12 +15,13 @@ from .files import replacing
 from .isic.dicom import SUFFIXES as DICOM_SUFFIXES
 from .isic.dicom import is_dicom
 
-__all__ = ['SUFFIXES', 'InputError', 'OwnImages', 'write_image_list']
+__all__ = ['OVERLAYS', 'RECORD', 'SUFFIXES', 'InputError', 'OwnImages', 'standard_input', 'write_image_list']
 
 # HEIC too, which Pillow alone does not read: better a row with the reason than a photograph that is left out
 SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif', '.jp2', '.j2k', '.jpx',
             '.ppm', '.pgm', '.tga', '.avif', '.heic', '.heif', *DICOM_SUFFIXES)
-NO_PICTURES = ('_superpixels.png',)  # which the challenge's zips hold beside the images
+NO_PICTURES = ('_superpixels.png', '_segmentation.png')  # which the challenge's zips hold beside the images
+RECORD, OVERLAYS = 'predictions.json', 'overlays'  # a file in an output folder, and a folder beside it
 AT_ONCE = 50_000  # names that are sorted in memory
 LONGEST_STEM = 200  # bytes; file systems allow 255 for a name
 LONGEST_LINE = 32_767  # characters, above the longest path of any system
@@ -26,6 +29,12 @@ LONGEST_LINE = 32_767  # characters, above the longest path of any system
 
 class InputError(ValueError):
     """What was asked for cannot be done; the message says why and what to do."""
+
+
+def standard_input() -> Iterator[str]:
+    """Lines of standard input, decoded as names of files are."""
+    with open(0, encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors(), closefd=False) as file:
+        yield from file
 
 
 def write_image_list(
@@ -75,6 +84,8 @@ def _lines(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         line = line.removeprefix('\ufeff').rstrip('\r\n')
         if '\0' in line:
+            if os.fsencode(line).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise InputError('The list on standard input is in UTF-16: save the list as UTF-8.')
             raise InputError('The names on standard input are separated by NUL: give one on each line (find -print, '
                              'not -print0).')
         if len(line) > LONGEST_LINE:
@@ -119,7 +130,7 @@ def _noted(names: Iterable[str], folders: Dict[str, Tuple[bool, int, str]], plac
 
 
 def _below(folder: str, leave_out: str) -> Iterator[str]:
-    """Images of a folder and of those below it; hidden ones and links to folders are left out."""
+    """Images of a folder and of those below it, but hidden ones, links to folders and what an earlier run has drawn."""
     opened = [_entries(folder)]  # this folder, the one below it that is being read, and so on
     while opened:
         path = next(opened[-1], None)
@@ -136,7 +147,8 @@ def _entries(folder: str) -> Iterator[str]:
     try:
         with os.scandir(folder) as entries:
             kept = (entry.name + '/' * entry.is_dir(follow_symlinks=False) for entry in entries
-                    if not entry.name.startswith('.') and (entry.is_dir(follow_symlinks=False) or _is_image(entry)))
+                    if not entry.name.startswith('.') and (
+                        not _is_drawn(entry) if entry.is_dir(follow_symlinks=False) else _is_image(entry)))
             names = _sorted(kept)
             first = next(names, None)  # the folder is read before it is left
     except OSError as error:
@@ -144,8 +156,15 @@ def _entries(folder: str) -> Iterator[str]:
     return (os.path.join(folder, name) for name in itertools.chain([] if first is None else [first], names))
 
 
+def _is_drawn(entry: os.DirEntry) -> bool:
+    """Whether a folder holds the overlays of an earlier run."""
+    return entry.name == OVERLAYS and os.path.exists(os.path.join(os.path.dirname(entry.path), RECORD))
+
+
 def _is_image(entry: os.DirEntry) -> bool:
     name = entry.name.lower()
+    if name == 'dicomdir':  # an index of the DICOM files beside it, and DICOM itself
+        return False
     if name.endswith(SUFFIXES):
         return not name.endswith(NO_PICTURES)
     ending = os.path.splitext(name)[1][1:]

@@ -6,22 +6,28 @@ import os
 import stat
 import warnings
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .isic.crops import Box
+from .isic.images import SEVERAL
 from .isic.transforms import restore_aspect
-from .predictor import Cutter, read_picture
+from .predictor import LARGEST_MAP, Cutter, read_picture, shrunk
 
 __all__ = ['REMARKS', 'Pictures', 'Seen', 'collate', 'remark_on']
 
 LONGEST_REASON = 300  # characters
-PASSING = {  # errors of the machine or its network, not of an image
-    errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN,
-    errno.EHOSTUNREACH}
+PASSING = {  # errors of the machine, its disks or its network, not of an image; a platform may lack some
+    getattr(errno, name, None) for name in (
+        'ENOMEM', 'EMFILE', 'ENFILE', 'EIO', 'ENXIO', 'ENODEV', 'EREMOTEIO', 'ESTALE', 'ENOTCONN', 'ETIMEDOUT',
+        'EHOSTDOWN', 'EHOSTUNREACH')} - {None}
+AGAIN = 'If a resumed run stops at it again, move it away: its row then says that it is missing.'
 REMARKS = {
+    'frames': 'holds several pictures (frames or pages), of which the first is used: save the one that is meant as a '
+              'file of its own',
     'small': 'is smaller than what the network looks at ({side} x {side} px): expect less of its probabilities',
     'grey': 'has no colours, and the network was trained on colour photographs of skin',
     'flat': 'is nearly one colour, unlike a photograph',
@@ -36,27 +42,37 @@ class Seen(NamedTuple):
     name: str
     stem: str
     crops: torch.Tensor  # uint8 (K, 3, S, S); none where there is a reason
-    picture: Optional[Image.Image] = None
+    picture: Optional[Image.Image] = None  # a copy of at most LARGEST_MAP pixels
+    boxes: Sequence[Box] = ()  # where the crops lie in it
     reason: str = ''
     remark: str = ''  # one of REMARKS
-    stop: bool = False  # the reason is the machine's, and may pass: no row may say that the image is damaged
+    stop: str = ''  # what to do where the reason is the machine's: no row may say that the image is damaged
 
 
 class Pictures(Dataset):
     """Reads images by name."""
 
-    def __init__(self, cutter: Cutter, folder: str, keep: bool, aspect: Optional[float] = None) -> None:
+    def __init__(
+            self,
+            cutter: Cutter,
+            folder: str,
+            keep: bool,
+            aspect: Optional[float] = None,
+            arguments: Sequence[str] = (),
+    ) -> None:
         """
         Args:
             cutter: From a picture to crops.
             folder: Where relative names start.
-            keep: Whether to give the pictures too.
+            keep: Whether to give small copies of the pictures too.
             aspect: Width / height of the originals of pictures that are exactly square, which are stretched back to it.
+            arguments: What the images were found by. If a folder among them is gone, none of its images is damaged.
         """
         self.cutter, self.folder, self.keep, self.aspect = cutter, folder, keep, aspect
+        self.arguments = arguments
 
     def __getitem__(self, listed: Tuple[str, str]) -> Seen:
-        (name, stem), stop = listed, False
+        (name, stem), stop = listed, ''
         path = os.path.join(self.folder, name)
         try:
             with warnings.catch_warnings():
@@ -69,23 +85,35 @@ class Pictures(Dataset):
                 picture = read_picture(path, side)
                 if self.aspect:
                     picture = restore_aspect(picture, self.aspect)
-                crops, _ = self.cutter(picture, Path(name).stem)
-        except (OSError, MemoryError) as error:
-            stop = isinstance(error, MemoryError) or error.errno in PASSING
-            reason = 'too little memory' if isinstance(error, MemoryError) else error.strerror or str(error) or type(
-                error).__name__
+                crops, boxes = self.cutter(picture, Path(name).stem)
+        except MemoryError:
+            reason, stop = 'too little memory', f'Choose a smaller --batch-size. {AGAIN}'
+        except OSError as error:
+            reason = error.strerror or str(error) or f'it is damaged ({type(error).__name__})'
+            stop = AGAIN if error.errno in PASSING else self._gone(path) if error.errno == errno.ENOENT else ''
         except Exception as error:  # decoders raise what they like about a damaged file, and the others are to be done
             reason = f'{type(error).__name__}: {error}'
         else:
-            return Seen(name, stem, crops, picture if self.keep else None, '',
-                        remark_on(picture, crops[0], self.cutter.crops.img_size))
+            remark = remark_on(picture, crops[0], self.cutter.crops.img_size)
+            small, boxes = shrunk(picture, boxes, LARGEST_MAP) if self.keep else (None, [])
+            return Seen(name, stem, crops, small, boxes, remark=remark)
         words = ''.join(c if c.isprintable() else ' ' for c in reason).split()  # decoders quote bytes of the file
         return Seen(name, stem, torch.empty(0), reason=' '.join(words)[:LONGEST_REASON], stop=stop)
+
+    def _gone(self, path: str) -> str:
+        """What to do about a missing file that was found in a folder which is no longer there itself; else ''."""
+        for name in self.arguments:
+            folder = os.path.join(self.folder, name, '')
+            if path.startswith(folder) and not os.path.isdir(folder):
+                return f'The folder {name} is gone: bring it back (is its disk connected?).'
+        return ''
 
 
 def remark_on(picture: Image.Image, crop: torch.Tensor, side: int) -> str:
     """One of REMARKS for a picture and its first crop, uint8 (3, H, W), or ''; side: of what the network takes."""
     crop = crop.float()
+    if picture.info.get(SEVERAL):
+        return 'frames'
     if min(picture.size) < side:
         return 'small'
     if crop.std((1, 2)).max() < 4:

@@ -18,6 +18,7 @@ Not a medical device: for research only.
 """
 import argparse
 import io
+import itertools
 import math
 import os
 import shlex
@@ -28,7 +29,7 @@ from contextlib import suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -40,14 +41,14 @@ from . import __version__
 from .arguments import not_empty, number, program_parser
 from .download import WeightsError
 from .files import make_folder, replacing
-from .image_list import InputError, OwnImages, write_image_list
+from .image_list import InputError, OwnImages, standard_input, write_image_list
 from .isic.transforms import CROPS
 from .kernels import problem
 from .overlays import panel
 from .pictures import REMARKS, Pictures, Seen, collate
 from .prediction_files import FORMATS, MOST_PROBABLE, NOT_BEGUN, PredictionFiles
 from .prediction_words import CAVEATS, NAMED, captions, report, say, thresholds_shown
-from .predictor import DEFAULT_MODEL, LARGEST_MAP, Predictor
+from .predictor import DEFAULT_MODEL, Predictor
 
 __all__ = ['main']
 
@@ -140,18 +141,21 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
         torch.set_num_threads(args.cpu_threads)
     if args.onnx and not args.onnx.lower().endswith('.onnx'):
         raise InputError(f'--onnx {args.onnx}: the name of an ONNX file ends in .onnx.')
-    if args.onnx and args.device not in (None, 'cpu'):
+    if (args.onnx or args.model).lower().endswith('.onnx') and args.device not in (None, 'cpu'):
         raise InputError(f'--device {args.device}: an ONNX file runs on the CPU: leave --device out.')
     if problem():
         raise InputError(problem())
     try:
-        return Predictor(args.onnx or args.model, 'cpu' if args.onnx else device or 'cpu', args.crops, args.seed,
-                         args.cpu_threads or 0)
+        predictor = Predictor(args.onnx or args.model, device or 'cpu', args.crops, args.seed, args.cpu_threads or 0)
+        if predictor.network is not None:  # a GPU or an operator that PyTorch has no code for
+            predictor.probabilities(torch.zeros(1, 3, predictor.img_size, predictor.img_size))
+        return predictor
     except (WeightsError, ImportError) as error:
         raise InputError(str(error)) from error
     except (AssertionError, RuntimeError) as error:  # as PyTorch refuses a device
         what = f'--device {args.device}' if args.device else f'The device {device or "cpu"}'
-        raise InputError(f'{what} cannot be used: {start_of(error)}.') from error
+        remedy = '' if str(device or 'cpu').startswith('cpu') else '. --device cpu works on every machine'
+        raise InputError(f'{what} cannot be used: {start_of(error)}{remedy}.') from error
 
 
 def is_exclusive(predictor: Predictor) -> bool:
@@ -184,13 +188,12 @@ def settings_of(args: argparse.Namespace, predictor: Predictor) -> Dict[str, Any
     }
 
 
-def standard_input() -> Iterator[str]:
-    """Lines of standard input, decoded as names of files are."""
-    with open(0, encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors(), closefd=False) as file:
-        yield from file
-
-
-def prepare(args: argparse.Namespace, files: PredictionFiles, settings: Dict[str, Any]) -> Tuple[Dict[str, Any], int]:
+def prepare(
+        args: argparse.Namespace,
+        files: PredictionFiles,
+        settings: Dict[str, Any],
+        remarks: Sequence[str],
+) -> Tuple[Dict[str, Any], int]:
     """The record of the run, and how many rows are done: of a new run, or of one that goes on."""
     if files.record() is not None and not args.resume:
         raise InputError(f'{files.folder} already holds predictions: go on with them by --resume, or choose another '
@@ -199,7 +202,7 @@ def prepare(args: argparse.Namespace, files: PredictionFiles, settings: Dict[str
     make_folder(files.folder)
     files.lock()
     try:
-        return begin_or_go_on(args, files, settings)
+        return begin_or_go_on(args, files, settings, remarks)
     except (InputError, OSError):
         files.unlock()
         if new:
@@ -212,6 +215,7 @@ def begin_or_go_on(
         args: argparse.Namespace,
         files: PredictionFiles,
         settings: Dict[str, Any],
+        remarks: Sequence[str],
 ) -> Tuple[Dict[str, Any], int]:
     """As prepare, in a folder that no other run writes to."""
     record = files.record()
@@ -220,7 +224,7 @@ def begin_or_go_on(
         record = {
             'settings': settings, 'images': count, 'folder': os.getcwd(), 'complete': False, 'timm_arl': __version__,
             'torch': str(torch.__version__), 'command': shlex.join(['python', '-m', 'timm_arl.predict', *sys.argv[1:]]),
-            'caveats': CAVEATS}
+            'remarks': remarks, 'caveats': CAVEATS}
         files.start(record)
         return record, 0
     for key, value in settings.items():
@@ -273,7 +277,7 @@ def predict(args: argparse.Namespace) -> int:
                              f'with torchrun, or unset WORLD_SIZE and RANK.') from error
     files = PredictionFiles(Path(args.output_dir), args.format, predictor.labels, is_exclusive(predictor))
     settings = settings_of(args, predictor)
-    record, done = on_first(lambda: prepare(args, files, settings))
+    record, done = on_first(lambda: prepare(args, files, settings, predictor.remarks))
     for remark in predictor.remarks if rank == 0 else ():
         say(f'note: {remark}', file=sys.stderr)
     if done and rank == 0:
@@ -311,28 +315,28 @@ def predict_rows(
     settings, unsaid = record['settings'], set() if rank else set(REMARKS)
     own = OwnImages(files.list, record['images'], done + rank, processes)
     loader: DataLoader = DataLoader(
-        Pictures(predictor.cutter, record['folder'], args.overlays, args.restore_aspect), args.batch_size, sampler=own,
-        num_workers=min(args.workers, -(-len(own) // args.batch_size)), collate_fn=collate, worker_init_fn=keep_quiet,
-        pin_memory=predictor.device.type == 'cuda')
+        Pictures(predictor.cutter, record['folder'], args.overlays, args.restore_aspect, settings['images']),
+        args.batch_size, sampler=own, num_workers=min(args.workers, -(-len(own) // args.batch_size)),
+        collate_fn=collate, worker_init_fn=keep_quiet, pin_memory=predictor.device.type == 'cuda')
     with files.writer(rank, processes, done) as writer, tqdm(
             total=record['images'] - done, unit=' images', disable=True if rank else None) as bar:
         for seen, crops in loader if len(own) else ():
             for image in seen:
                 if image.stop:
-                    raise OSError(f'{image.name} cannot be read now ({image.reason}). If a resumed run stops at it '
-                                  f'again, move it away: its row then says that it is missing.')
+                    raise OSError(f'{image.name} cannot be read now ({image.reason}). {image.stop}')
             rows = [{'image': image.name, 'error': image.reason} for image in seen]
             readable = [i for i, image in enumerate(seen) if not image.reason]
             if readable:
                 probabilities = torch.cat([
                     predictor.probabilities(predictor.normalise(part.to(predictor.device))) for part in crops])
                 written = predictor.calibrated(probabilities) if args.calibrated else probabilities.numpy()
-                for i, p, values in zip(readable, probabilities, written.tolist()):
+                for i, p, values, cut in zip(readable, probabilities, written.tolist(), itertools.chain(*crops)):
                     rows[i].update(zip(files.labels, values))
                     rows[i][MOST_PROBABLE] = predictor.most_probable(p)
                     rows[i].update(zip(files.decisions, predictor.decide(p, settings['threshold_name']).values()))
                     if args.overlays:
-                        draw(predictor, seen[i], files.overlays, captions(files, rows[i], thresholds_shown(settings)))
+                        texts = captions(files, rows[i], thresholds_shown(settings))
+                        draw(predictor, seen[i], predictor.normalise(cut), files.overlays, texts)
                     if seen[i].remark in unsaid:
                         unsaid.remove(seen[i].remark)
                         remark = REMARKS[seen[i].remark].format(side=predictor.img_size)
@@ -342,17 +346,18 @@ def predict_rows(
             bar.update(len(seen) * processes)
 
 
-def draw(predictor: Predictor, image: Seen, folder: Path, captions: Sequence[str]) -> None:
+def draw(predictor: Predictor, image: Seen, crops: torch.Tensor, folder: Path, captions: Sequence[str]) -> None:
     """Write an image and, beside it, its class activation maps with what was found."""
     assert image.picture is not None
-    maps = predictor.explain(image.picture, gates=False, image_id=Path(image.name).stem)
-    shown = image.picture
-    shown.thumbnail((LARGEST_MAP, LARGEST_MAP))
+    maps = predictor.explain_crops(image.picture, crops, image.boxes, ())
     with replacing(make_folder(folder) / f'{image.stem}.png') as temporary:
-        panel([(shown, image.stem), *zip(maps.values(), captions)], 1 + len(maps)).save(temporary, 'PNG')
+        panel([(image.picture, image.stem), *zip(maps.values(), captions)], 1 + len(maps)).save(temporary, 'PNG')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, 'w', errors='backslashreplace'))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # a name that its encoding lacks, as on stderr
     parser = build_parser()
@@ -368,11 +373,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         say(f'{parser.prog}: error: {sentence_of(error)} {again}', file=sys.stderr)
         return 2
     except Exception as error:  # status 1 would mean that the run is complete
-        if isinstance(error, torch.OutOfMemoryError):
-            what = 'The GPU has too little memory for the batch: choose a smaller --batch-size.'
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error):
+            what = 'There is too little memory for the batch: choose a smaller --batch-size.'
         elif 'DataLoader worker' in str(error):
-            what = (f'A process that reads images died ({" ".join(str(error).split())}): there is too little memory, '
-                    f'or an image makes its decoder crash. --workers 0 reads them one by one.')
+            what = (f'A process that reads images died ({" ".join(str(error).split())}): there is too little memory '
+                    f'(choose a smaller --batch-size), or an image makes its decoder crash (--workers 0 reads them one '
+                    f'by one).')
         else:
             traceback.print_exc()
             what = 'This was not foreseen.'

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Dict, Iterator, List, Optional, Sequence
 
 from .files import hold, make_folder, replacing, write_json
-from .image_list import InputError
+from .image_list import OVERLAYS, RECORD, InputError
 
 __all__ = ['FORMATS', 'MOST_PROBABLE', 'NOT_BEGUN', 'PredictionFiles', 'RowWriter']
 
@@ -45,8 +45,8 @@ class PredictionFiles:
         self.folder, self.form, self.labels = folder, form, tuple(labels)
         self.path = folder / f'predictions.{form}'
         self.rows = folder / f'predictions.{"csv" if form == "csv" else "jsonl"}'
-        self.list, self.overlays = folder / 'predictions.list.jsonl', folder / 'overlays'
-        self.parts, self.record_file = folder / 'parts', folder / 'predictions.json'
+        self.list, self.overlays = folder / 'predictions.list.jsonl', folder / OVERLAYS
+        self.parts, self.record_file = folder / 'parts', folder / RECORD
         self._lock_file = folder / '.predictions.lock'
         self.decisions = tuple(f'{label}_decision' for label in labels)
         self.columns = ('image', *self.labels, *[MOST_PROBABLE] * exclusive, *self.decisions, 'error')

@@ -1,10 +1,12 @@
 """A trained network and how it is to be shown a picture: from a picture to probabilities, decisions and maps."""
+import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 import torch.nn as nn
+from huggingface_hub import constants
 from PIL import Image
 from timm.data import resolve_model_data_config
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -16,13 +18,13 @@ from .factory import Checkpoint, tensors_sha256
 from .isic.crops import Box
 from .isic.dicom import is_dicom, read_dicom
 from .isic.images import read_image, to_rgb
-from .isic.task import ISIC2017, OFFICIAL_THRESHOLD, Task, calibrate, label_words
+from .isic.task import OFFICIAL_THRESHOLD, Task, calibrate, label_words
 from .isic.transforms import CROPS, EvalCrops, grey_world, normalisation, seeded
 from .onnx_file import OnnxModel
 from .overlays import on_picture, overlay
 from .pretrained import OWN_WEIGHTS
 
-__all__ = ['DEFAULT_MODEL', 'Cutter', 'Predictor', 'read_picture']
+__all__ = ['DEFAULT_MODEL', 'LARGEST_MAP', 'Cutter', 'Predictor', 'read_picture', 'shrunk']
 
 DEFAULT_MODEL = 'arl_cnn14.isic2017'
 USUAL_CROPS = 'multiscale'  # as evaluate_isic.py's, where the checkpoint's run is not known
@@ -45,6 +47,14 @@ def read_picture(path: Union[str, Path], shorter_side: Optional[int] = None) -> 
         OSError: It cannot be read.
     """
     return read_dicom(path) if is_dicom(path) else read_image(path, shorter_side)
+
+
+def shrunk(picture: Image.Image, boxes: Sequence[Box], side: int) -> Tuple[Image.Image, List[Box]]:
+    """A copy of a picture whose longer side is at most `side` pixels, and where boxes of the picture lie in it."""
+    copy = picture.copy()
+    copy.thumbnail((side, side))
+    x, y = copy.width / picture.width, copy.height / picture.height
+    return copy, [(left * x, top * y, right * x, bottom * y) for left, top, right, bottom in boxes]
 
 
 class Cutter:
@@ -134,13 +144,13 @@ class Predictor:
             threads: Of ONNX Runtime; 0 for one per core.
 
         Raises:
-            WeightsError: A network that cannot be loaded, or whose outputs nobody named.
+            WeightsError: A network that cannot be loaded, or whose outputs nobody named; a damaged record of its run.
             ImportError: ONNX Runtime is missing.
         """
         self.name, self.device = str(name), torch.device(device)
         self.network: Optional[nn.Module] = None
         self.remarks: List[str] = []
-        self._unknown: List[str] = []  # why it is not known how a checkpoint was evaluated
+        self._unknown: List[WeightsError] = []  # why it is not known how a checkpoint was evaluated
         load = self._load_onnx if self.name.lower().endswith('.onnx') else self._load_checkpoint
         self.task, config, saved = load(threads)
         self.labels = self.task.labels
@@ -149,8 +159,10 @@ class Predictor:
         if self.crops not in CROPS:
             raise WeightsError(f'{self.name} was evaluated with crops {self.crops!r}, which are not known here: choose '
                                f'{", ".join(CROPS)}.')
-        self.remarks += [f'How {self.name} was evaluated is not known ({cause}): using crops {self.crops}, without '
-                         f'grey-world.' for cause in self._unknown]
+        if self.network is not None and 'crops' not in saved:
+            cause = ', '.join(error.cause for error in self._unknown) or 'no run.json or results.json'
+            self.remarks.append(f'How {self.name} was evaluated is not known ({cause}): using crops {self.crops}, '
+                                f'without grey-world.')
         self._whole = bool(config.get('with_preprocessing'))
         if self._whole and self.crops != saved.get('crops'):
             raise WeightsError(f'{self.name} cuts pictures itself, with crops {saved.get("crops")}: leave out --crops, '
@@ -185,16 +197,13 @@ class Predictor:
             raise WeightsError(f'The weights that {self.name} loads do not know skin lesions: name the output folder '
                                f'of a network that you trained, or {" or ".join(own)}.')
         model: Any = checkpoint.network()
-        task = Task.of_network(model, checkpoint.config())
+        config = checkpoint.config()
+        task = Task.of_network(model, config)
         if task is None:
-            raise WeightsError(f'What the {model.num_classes} outputs of {self.name} mean is not known: choose a '
-                               f'network that finetune_isic.py trained on skin lesions, {DEFAULT_MODEL} for one.')
-        unknown: List[WeightsError] = []
-        try:
-            saved = checkpoint.settings(unknown)
-        except WeightsError as error:
-            saved, unknown = {}, [error]
-        self._unknown = [error.cause for error in unknown] or ['no run.json or results.json'] * ('crops' not in saved)
+            raise WeightsError(_not_known(self.name, model.num_classes, 'config.json', config) + ' in it.')
+        self.remarks += filter(None, [task.assumption(self.name, model, config)])
+        # offline, the weights alone may be in the cache
+        saved = checkpoint.settings(self._unknown if constants.HF_HUB_OFFLINE else None)
         self.sha256 = tensors_sha256(Path(model.pretrained_cfg['file']))
         self.network = model.to(self.device, memory_format=torch.channels_last).eval()
         return task, resolve_model_data_config(model), saved
@@ -202,6 +211,7 @@ class Predictor:
     def _load_onnx(self, threads: int) -> Tuple[Task, Dict[str, Any], Dict[str, Any]]:
         if not Path(self.name).is_file():
             raise WeightsError(f'No file {self.name}: python -m timm_arl.export writes one.')
+        self.device = torch.device('cpu')  # whatever was asked for: ONNX Runtime computes there
         try:
             self._onnx = OnnxModel(self.name, threads)
         except ImportError:
@@ -214,10 +224,10 @@ class Predictor:
             raise WeightsError(f'{self.name} does not say how its images are normalised: write it with python -m '
                                f'timm_arl.export.')
         outputs = about.get('outputs') or self._onnx.session.get_outputs()[0].shape[-1]
-        task = Task.of_config(about, outputs, ISIC2017.classes if outputs == len(ISIC2017.classes) else ())
+        task = Task.of_config(about, outputs)
         if task is None:
-            raise WeightsError(f'What the {outputs} outputs of {self.name} mean is not known: export a network that '
-                               f'finetune_isic.py trained on skin lesions, {DEFAULT_MODEL} for one.')
+            raise WeightsError(_not_known(self.name, outputs, 'metadata', about)
+                               + ' in the config.json of the network, and export it again.')
         if (about.get('int8') or {}).get('worse'):
             self.remarks.append(f'{self.name} is in 8 bits, and has a lower AUC than the network that it was made from '
                                 f'({about["int8"]["worse"]}).')
@@ -301,12 +311,8 @@ class Predictor:
             ValueError: Nothing to show: an ONNX file, or a network with another head and no masks.
         """
         tensor, boxes = self.prepare(picture, image_id)
-        shown = to_rgb(picture).copy()
-        shown.thumbnail((LARGEST_MAP, LARGEST_MAP))
-        x, y = shown.width / picture.width, shown.height / picture.height
-        return self.explain_crops(
-            shown, tensor, [(left * x, top * y, right * x, bottom * y) for left, top, right, bottom in boxes],
-            None if gates else ())
+        shown, boxes = shrunk(to_rgb(picture), boxes, LARGEST_MAP)
+        return self.explain_crops(shown, tensor, boxes, None if gates else ())
 
     def explain_crops(
             self,
@@ -354,6 +360,17 @@ class Predictor:
                 picture, heat, f'Attention mask of block {name}, {MASKS[attention]}. alpha = {gate.alpha:.3g}.',
                 (0., max(np.nanmax(heat), 1. if attention == 'mixed' else 2.)))
         return pictures
+
+
+def _not_known(name: str, outputs: Any, where: str, config: Dict[str, Any]) -> str:
+    """That nobody has said what the outputs of a network are, and the entry of a config.json that would."""
+    names = list(config.get('label_names') or ())
+    labels = names if len(names) == outputs else ['nevus', 'melanoma']
+    entry = json.dumps({'task': {'name': 'mine', 'kind': 'multiclass', 'labels': labels}}, ensure_ascii=False)[1:-1]
+    cause = ('has a task that is damaged or of other outputs' if config.get('task') else
+             f'only calls them {", ".join(map(str, names))}' if names else 'has no label_names')
+    return (f'What the {outputs} outputs of {name} mean is not known, because its {where} {cause}: set a key such as '
+            f'{entry} (kind multilabel where an image may have several)')
 
 
 def _numbers(values: Any, labels: Sequence[str]) -> Dict[str, float]:

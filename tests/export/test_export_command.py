@@ -53,6 +53,8 @@ def test_command(call, tmp_path):
     command = ['timm_arl.export.__main__', '--model', tmp_path / 'run', '--img-size', '64']
     done = call(*command, '--output', tmp_path / 'deep' / 'm.onnx')
     assert done.returncode == 0 and 'm.onnx' in done.stdout, done.stderr
+    assert 'are taken for melanoma and seborrheic keratosis, because its config.json has no label_names' in done.stdout
+    assert Predictor(tmp_path / 'deep' / 'm.onnx').labels == LABELS  # and the file names them
     with torch.inference_mode():
         expected = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True).eval()(image())
     assert np.allclose(OnnxModel(tmp_path / 'deep' / 'm.onnx')(image().numpy()), expected, atol=1e-4, rtol=1e-3)
@@ -64,6 +66,15 @@ def test_command(call, tmp_path):
         done = call(*command, '--output', tmp_path / 'x.onnx', *wrong)
         assert done.returncode == 2 and sentence in done.stderr
     assert not (tmp_path / 'x.onnx').exists()
+
+
+def test_a_file_that_could_not_be_written_is_told_before_anything_is_loaded(call, tmp_path):
+    (tmp_path / 'file').touch()
+    for output, sentence in (('m.onx', "m.onx: the name of an ONNX file ends in .onnx."),
+                             ('file/m.onnx', 'Cannot make the folder')):
+        done = call('timm_arl.export.__main__', '--model', 'no_such_model', '--output', tmp_path / output)
+        assert done.returncode == 2 and sentence in done.stderr and 'no_such_model' not in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
 def weights_of(path):

@@ -1,6 +1,7 @@
 """DICOM files of every colour interpretation look like the picture that they were made from."""
 import io
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -141,7 +142,9 @@ def test_what_is_refused(tmp_path, ramp, monkeypatch):
     assert 'it holds 3 frames' in refused(save(frames, tmp_path / 'f.dcm'))
     report = dataset(ramp, 'MONOCHROME2')
     del report.PixelData
-    assert 'no picture' in refused(save(report, tmp_path / 'r.dcm'))
+    assert refused(save(report, tmp_path / 'r.dcm')) == 'it holds no picture, as reports and indexes (DICOMDIR) do not'
+    report.FloatPixelData = np.zeros((16, 16), np.float32).tobytes()
+    assert refused(save(report, tmp_path / 'p.dcm')) == 'it has floating-point pixels'
     short = dataset(ramp, 'MONOCHROME2', PixelData=ramp.tobytes()[:100])
     assert 'cannot be decoded' in refused(save(short, tmp_path / 's.dcm'))
     whole = save(dataset(ramp, 'MONOCHROME2'), tmp_path / 'w.dcm').read_bytes()
@@ -157,6 +160,17 @@ def test_what_is_refused(tmp_path, ramp, monkeypatch):
     assert 'compressed as a whole (deflated)' in refused(save(bomb, tmp_path / 'd.dcm'))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
     assert 'above the limit' in refused(tmp_path / 'w.dcm')
+
+
+def test_a_film_is_refused_without_its_pixels_in_memory(tmp_path):
+    film = save(dataset(np.zeros((12_000, 1000), np.uint8), 'MONOCHROME2', Rows=1000, NumberOfFrames=12),
+                tmp_path / 'f.dcm')
+    tracemalloc.start()
+    try:
+        assert 'it holds 12 frames' in refused(film)
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_they_are_known_by_their_content(tmp_path, ramp):

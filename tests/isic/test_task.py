@@ -3,8 +3,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import timm
 import torch
 
+import timm_arl  # noqa: F401  registers the models
 from timm_arl.isic.task import ISIC2017, LABELS, TASKS, DataError, Task, balancing_weights, probabilities_of
 
 OWN = Task('own', ('a', 'b', 'c'), 'multiclass', 'else')
@@ -20,7 +22,18 @@ def test_isic_2017_is_as_it_was():
         assert torch.equal(task.probabilities(logits), probabilities_of(logits))
         assert torch.equal(probabilities_of(logits), logits.sigmoid() if task is ISIC2017 else logits.softmax(1)[:, 1:])
         assert task.config() is None and Task.of_config({'label_names': list(task.outputs)}, len(task.outputs)) == task
-    assert Task.of_config({}, 2) == ISIC2017 and Task.of_config({}, 3) is None  # names of a registered model are known
+    assert Task.of_config({}, 2) is None and Task.of_config({}, 2, LABELS) == ISIC2017
+
+
+def test_outputs_that_nobody_named_have_no_labels_but_for_networks_of_this_package():
+    ours, other = (timm.create_model(name, num_classes=2) for name in ('resnet14', 'test_resnet'))
+    assert Task.of_network(ours) == ISIC2017 and Task.of_network(other) is None
+    assert Task.of_network(other, {'label_names': list(LABELS)}) == ISIC2017
+    assert Task.of_network(timm.create_model('resnet14', num_classes=3)) is None
+    assert ISIC2017.assumption('OUT', ours) == (
+        'The outputs of OUT are taken for melanoma and seborrheic keratosis, because its config.json has no '
+        'label_names.')
+    assert ISIC2017.assumption('OUT', ours, {'label_names': list(LABELS)}) == ''
 
 
 @pytest.mark.parametrize('name, labels, classes', [

@@ -23,6 +23,7 @@ from PIL import Image
 from ..arguments import number, program_parser
 from ..download import WeightsError
 from ..kernels import problem
+from ..predict import sentence_of
 from ..predictor import DEFAULT_MODEL
 from .analysis import MAX_PIXELS, Analyst
 
@@ -106,6 +107,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             serve(args.model, sock, folder)
     except (StartError, WeightsError, ImportError) as error:
         print(f'{parser.prog}: error: {error}', file=sys.stderr)
+        return 2
+    except OSError as error:  # no room for temporary files, for one
+        print(f'{parser.prog}: error: The page cannot start: {sentence_of(error)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('\nStopped.')

@@ -27,7 +27,7 @@ from ..isic.synthetic import draw_lesion
 from ..isic.task import label_words
 from ..pictures import REMARKS, remark_on
 from ..prediction_files import MOST_PROBABLE, PredictionFiles
-from ..predictor import Predictor
+from ..predictor import Predictor, shrunk
 
 __all__ = [
     'LARGEST_FACTOR', 'MAX_BYTES', 'MAX_PIXELS', 'NOT_FOR', 'Analysis', 'Analyst', 'Block', 'PictureError',
@@ -194,10 +194,7 @@ class Analyst:
 
     def _look(self, name: str, picture: Image.Image, size: Tuple[int, int], synthetic: bool) -> Analysis:
         crops, boxes = self.predictor.cutter(picture, Path(name).stem)
-        shown = picture.copy()
-        shown.thumbnail((SHOWN, SHOWN))
-        x, y = shown.width / picture.width, shown.height / picture.height
-        boxes = [(left * x, top * y, right * x, bottom * y) for left, top, right, bottom in boxes]
+        shown, boxes = shrunk(picture, boxes, SHOWN)
         tensor = self.predictor.normalise(crops)
         with self._turn:
             probabilities, blocks = self.predictor.probabilities(tensor), self._blocks(tensor)

@@ -24,7 +24,7 @@ import tempfile
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 
@@ -32,7 +32,7 @@ from ..arguments import number, program_parser
 from ..download import WeightsError
 from ..extras import require
 from ..factory import Checkpoint, create_for_task
-from ..files import make_folder, replacing
+from ..files import check_writable, replacing
 from ..isic.task import OFFICIAL_THRESHOLD, Task, label_words
 from ..kernels import problem
 from ..onnx_file import ExportError, OnnxModel, export_onnx, metadata_of
@@ -66,6 +66,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     if Path(args.output).is_dir():
         parser.error(f'--output {args.output} is a folder: name a file in it.')
+    if not args.output.lower().endswith('.onnx'):
+        parser.error(f'--output {args.output}: the name of an ONNX file ends in .onnx.')
     if args.int8 and not args.calibration:
         parser.error(f'--int8 needs --calibration: a folder of {FEWEST}, better {USUAL} pictures like those that the '
                      f'network will see, or the data set of its training.')
@@ -89,20 +91,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
+    check_writable(args.output)
     trained = args.pretrained or ':' in args.model or '.' in args.model or Path(args.model).exists()
     checkpoint = Checkpoint(args.model) if trained else None
     model: Any = checkpoint.network() if checkpoint else create_for_task(args.model)
-    unknown: List[WeightsError] = []
-    settings = checkpoint.settings(unknown) if checkpoint else None
-    causes = [error.cause for error in unknown] or ['no run.json or results.json'] * (
-        settings is not None and 'crops' not in settings)
-    for cause in causes:
-        print(f'How {args.model} was evaluated is not known ({cause}): the file does not say it.')
+    settings = checkpoint.settings() if checkpoint else None
+    if settings is not None and 'crops' not in settings:
+        print(f'How {args.model} was evaluated is not known (no run.json or results.json): the file does not say it.')
     if settings and args.img_size not in (None, model.pretrained_cfg['input_size'][-1]):
         if any([settings.pop(key, None) for key in ('thresholds', 'temperatures', 'biases')]):
             print(f'Thresholds and calibration of {args.model} were chosen with images of '
                   f'{model.pretrained_cfg["input_size"][-1]} px: they are left out of the file.')
-    task = Task.of_network(model, checkpoint.config()) if checkpoint else None
+    config = checkpoint.config() if checkpoint else {}
+    task = Task.of_network(model, config) if checkpoint else None
+    assumed = task and task.assumption(args.model, model, config)
+    if task and assumed:
+        print(assumed)
+        model.pretrained_cfg['label_names'] = task.outputs  # which the file keeps
     if args.with_preprocessing and task is None:
         raise ExportError(f'--with-preprocessing: what the {model.num_classes} outputs of {args.model} mean is not '
                           f'known: export a network that finetune_isic.py trained.')
@@ -119,7 +124,6 @@ def export(args: argparse.Namespace) -> int:
             path, loss = to_int8(path, Path(folder) / 'int8.onnx', images, probabilities, labels)
         if args.with_preprocessing:
             path = add_preprocessing(path, Path(folder) / 'whole.onnx', probabilities, labels)
-        make_folder(Path(args.output).parent)
         with replacing(args.output) as temporary:
             shutil.copyfile(path, temporary)
     output = Path(args.output)

@@ -1,5 +1,5 @@
 """From a DICOM file to an RGB picture of 8 bits, as a viewer shows it. Needs the extra `dicom`; pydicom decodes."""
-import io
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, Tuple, Union
@@ -42,31 +42,49 @@ def read_dicom(file: Union[str, Path, BinaryIO]) -> Image.Image:
     from pydicom.errors import InvalidDicomError
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter('ignore')  # pydicom's remarks on files that it reads all the same
-            content = file.read() if hasattr(file, 'read') else Path(file).read_bytes()
-            if DEFLATED in content:  # pydicom would inflate it without a limit, before anything is known of it
+            content: Any = file if hasattr(file, 'read') else stack.enter_context(open(file, 'rb'))
+            if _is_deflated(content):  # pydicom would inflate it without a limit, before anything is known of it
                 raise OSError('it is compressed as a whole (deflated): save it without that')
-            return _picture(dcmread(io.BytesIO(content)))
+            content.seek(0)
+            _check_size(dcmread(content, stop_before_pixels=True))  # before its pixels, which may be a long film
+            content.seek(0)
+            return _picture(dcmread(content))
     except InvalidDicomError as error:
         raise OSError('it is not a DICOM file') from error
     except (MemoryError, OSError):
         raise
     except Exception as error:  # pydicom and its decoders raise what they like about a damaged file
-        raise OSError(f'its picture cannot be decoded: {" ".join(str(error).split())}') from error
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise OSError(f'its picture cannot be decoded: {reason}') from error
+
+
+def _is_deflated(file: BinaryIO) -> bool:
+    before = b''
+    while chunk := file.read(1 << 20):  # a film must not fill the memory
+        if DEFLATED in before + chunk:
+            return True
+        before = chunk[-len(DEFLATED):]
+    return False
+
+
+def _check_size(ds: Any) -> None:
+    frames, pixels = int(ds.get('NumberOfFrames') or 1), (ds.get('Rows') or 0) * (ds.get('Columns') or 0)
+    if frames > 1:
+        raise OSError(f'it holds {frames} frames: save the one that is meant as a file of its own')
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # as Pillow's own
+    if 0 < limit < pixels:
+        raise OSError(f'it has {pixels / 1e6:.0f} megapixels, above the limit of {limit / 1e6:.0f}')
 
 
 def _picture(ds: Any) -> Image.Image:
     from pydicom.pixels import apply_color_lut, pixel_array
 
+    if 'FloatPixelData' in ds or 'DoubleFloatPixelData' in ds:
+        raise OSError('it has floating-point pixels')
     if 'PixelData' not in ds:
-        raise OSError('it holds no picture of whole numbers')
-    frames = int(ds.get('NumberOfFrames') or 1)
-    if frames > 1:
-        raise OSError(f'it holds {frames} frames: save the one that is meant as a file of its own')
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # as Pillow's own
-    if 0 < limit < ds.Rows * ds.Columns:
-        raise OSError(f'it has {ds.Rows * ds.Columns / 1e6:.0f} megapixels, above the limit of {limit / 1e6:.0f}')
+        raise OSError('it holds no picture, as reports and indexes (DICOMDIR) do not')
     photometric = str(ds.PhotometricInterpretation)
     pixels = pixel_array(ds)  # colour comes as RGB
     if photometric.startswith('MONOCHROME'):

@@ -1,6 +1,6 @@
 """From an image file to an upright RGB picture of 8 bits."""
+import codecs
 import io
-import os
 import re
 import warnings
 from functools import partial
@@ -12,7 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader
 
 __all__ = [
-    'decode', 'decode_mask', 'read_image', 'readings', 'reason_of', 'stored_size', 'to_rgb', 'unreadable_images',
+    'SEVERAL', 'decode', 'decode_mask', 'read_image', 'readings', 'reason_of', 'stored_size', 'to_rgb',
+    'unreadable_images',
 ]
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
@@ -22,12 +23,16 @@ TURNS = {  # by its values
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90}
 WHITE_IS_ZERO = 0  # value of PHOTOMETRIC, which Pillow applies to 8 bits alone
+OF_FRAMES = ('TIFF', 'GIF', 'PNG', 'WEBP', 'AVIF')  # not MPO, whose others are views of the same
+SEVERAL = 'several_frames'  # in Image.info of the first of several
+HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1')  # brands
 
 
 def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Image:
     """Decode an undecoded image cell to an RGB picture, turned as its EXIF orientation says.
 
-    16-bit grey is scaled to 8 bits, CMYK and palettes are converted, an alpha channel is dropped.
+    16-bit grey is scaled to 8 bits, CMYK and palettes are converted, an alpha channel is dropped. Of several frames or
+    pages it is the first, and `info[SEVERAL]` says so.
 
     Args:
         cell: ``{'bytes': ..., 'path': ...}``, one of them None.
@@ -51,17 +56,48 @@ def decode(cell: Optional[Dict], shorter_side: Optional[int] = None) -> Image.Im
                     _reduce(file, shorter_side)
                 tags = getattr(file, 'tag_v2', {})
                 bits = tags.get(BITS_PER_SAMPLE, (16,))[0]  # a TIFF may have 12
-                return to_rgb(_upright(file), bits, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
+                picture = to_rgb(_upright(file), bits, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
+                picture.info.update({SEVERAL: True} if _has_frames(file) else {})
+                return picture
     except UnidentifiedImageError as error:
-        empty = not (source.getbuffer().nbytes if isinstance(source, io.BytesIO) else os.path.getsize(source))
-        raise OSError('it is empty' if empty else 'it is not an image in a format that Pillow knows') from error
-    except (MemoryError, OSError):
+        raise OSError(_unknown(source)) from error
+    except MemoryError:
         raise
     except Image.DecompressionBombError as error:
         pixels, limit = (int(number) / 1e6 for number in re.findall(r'\d+', str(error))[:2])
         raise OSError(f'it has {pixels:.0f} megapixels, above the limit of {limit:.0f}') from error
     except Exception as error:  # Pillow raises almost anything for a damaged file
-        raise OSError(str(error)) from error
+        if isinstance(error, OSError) and str(error):
+            raise
+        raise OSError(str(error) or f'it is damaged ({type(error).__name__})') from error
+
+
+def _has_frames(file: Image.Image) -> bool:
+    try:
+        return file.format in OF_FRAMES and getattr(file, 'is_animated', False)
+    except Exception:  # what follows the first is damaged
+        return False
+
+
+def _unknown(source: Any) -> str:
+    """Why Pillow does not know a file, and what to do with it."""
+    with io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else open(source, 'rb') as file:
+        head = file.read(512)
+    if not head:
+        return 'it is empty'
+    kind = (', but HEIC: convert it to JPEG' if head[4:8] == b'ftyp' and head[8:12] in HEIC else
+            ', but a ZIP file: unpack it' if head.startswith(b'PK\3\4') else
+            ', but plain text: a list of files is given by - < FILE' if _is_text(head) else '')
+    return f'it is not an image in a format that Pillow knows{kind}'
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether the beginning of a file is text in UTF-8."""
+    try:
+        text = codecs.getincrementaldecoder('utf-8-sig')().decode(head)  # which may be cut inside a letter
+    except UnicodeDecodeError:
+        return False
+    return all(c.isprintable() or c.isspace() for c in text)
 
 
 def _upright(file: Image.Image) -> Image.Image:

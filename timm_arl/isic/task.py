@@ -8,6 +8,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
+from timm.models import is_model, model_entrypoint
 
 __all__ = [
     'DIAGNOSES', 'HEADS', 'ISIC2017', 'KINDS', 'LABELS', 'OFFICIAL_THRESHOLD', 'TASKS', 'DataError', 'Task',
@@ -247,20 +248,40 @@ class Task:
             except DataError:
                 return None
         else:
-            names = tuple(config.get('label_names') or label_names or LABELS)
+            names = tuple(config.get('label_names') or label_names)
             found = next((task for task in map(ISIC2017.with_head, HEADS) if task.outputs == names), None)
         return found if found and len(found.outputs) == outputs else None
 
     @classmethod
     def of_network(cls, model: Any, config: Mapping[str, Any] = {}) -> Optional['Task']:  # noqa: B006  # is not changed
-        """The task of a timm model, or None, as of_config.
+        """The task of a timm model, or None, as of_config; of an architecture of this package ISIC 2017 where no config
+        names its outputs, which `assumption` then says.
 
         Args:
             model: It.
             config: Content of the config.json that it was loaded from, if it was.
         """
-        names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ()
-        return cls.of_config(config, model.num_classes, names)
+        cfg = getattr(model, 'pretrained_cfg', None) or {}
+        own = _is_own(cfg.get('architecture') or '')
+        return cls.of_config(config, model.num_classes, cfg.get('label_names') or (LABELS if own else ()))
+
+    def assumption(self, name: str, model: Any, config: Mapping[str, Any] = {}) -> str:  # noqa: B006  # is not changed
+        """What a user should know of a model whose outputs no config names; '' where one does.
+
+        Args:
+            name: As the user calls the model.
+            model, config: As for of_network, which gave this task.
+        """
+        if config.get('task') or config.get('label_names') or (model.pretrained_cfg or {}).get('label_names'):
+            return ''
+        return (f'The outputs of {name} are taken for {words_list(self.outputs)}, because its config.json has no '
+                f'label_names.')
+
+
+def _is_own(architecture: str) -> bool:
+    """Whether this package has registered a timm architecture."""
+    package = __name__.partition('.')[0]
+    return is_model(architecture) and model_entrypoint(architecture).__module__.partition('.')[0] == package
 
 
 ISIC2017 = Task('isic2017', ('melanoma', 'seborrheic_keratosis'), rest='nevus', exclusive=True,
