@@ -4,31 +4,20 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import datasets
-import numpy as np
 import pytest
-import safetensors.torch
-import timm
-import torch
-from accelerate.state import AcceleratorState
+from in_process import run_here
 
-from timm_arl.factory import save_network
-from timm_arl.files import write_json, write_rows
-from timm_arl.hub import stage
-from timm_arl.isic import LABELS
-from timm_arl.isic.metrics import score_split
-from timm_arl.isic.predictions import write_predictions
-from timm_arl.isic.synthetic import draw_lesion
-from timm_arl.training.accelerator import Bf16Convolutions
+# xdist's own process reads this file before it starts its workers: what takes long to import, fixtures import
 
 REPO = Path(__file__).resolve().parents[1]
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # workers share the cores: a thread each, also in programs they start
+    import torch
+
     os.environ.setdefault('OMP_NUM_THREADS', '1')
+    os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')
     torch.set_num_threads(1)
 
 
@@ -37,24 +26,10 @@ def repo() -> Path:
     return REPO
 
 
-@pytest.fixture
-def call(repo, monkeypatch, capsys):
-    """Run a program in this process, for what needs no process of its own: a tenth of the time."""
-    def run(program, *args, cwd=None):
-        monkeypatch.syspath_prepend(repo / 'benchmarks')
-        monkeypatch.setattr(sys, 'argv', [f'{program}.py', *map(str, args)])
-        if cwd is not None:
-            monkeypatch.chdir(cwd)
-        try:
-            status = importlib.import_module(program).main()
-        except SystemExit as stopped:
-            status = stopped.code
-        captured = capsys.readouterr()
-        return SimpleNamespace(returncode=status or 0, stdout=captured.out, stderr=captured.err)
-
-    yield run
-    AcceleratorState._reset_state(reset_partial_state=True)
-    Bf16Convolutions.leave()
+@pytest.fixture(scope='session')
+def call():
+    """Run a program in this process, for what needs no process of its own."""
+    return run_here
 
 
 @pytest.fixture(scope='session')
@@ -86,6 +61,9 @@ def browser():
 @pytest.fixture(scope='session')
 def few(isic_sample, tmp_path_factory):
     """32/12/12 images of the sample, as many of each diagnosis as of another where there are."""
+    import datasets
+    import numpy as np
+
     folder = tmp_path_factory.mktemp('few')
     for name, split in datasets.load_dataset(isic_sample).items():
         diagnoses = np.array(split['melanoma']) + 2 * np.array(split['seborrheic_keratosis'])
@@ -98,6 +76,10 @@ def few(isic_sample, tmp_path_factory):
 @pytest.fixture(scope='session')
 def resnet50_file(tmp_path_factory) -> Path:
     """A checkpoint as timm/resnet50.a1_in1k holds it, with random weights."""
+    import safetensors.torch
+    import timm
+    import torch
+
     torch.manual_seed(0)
     model = timm.create_model('resnet50', zero_init_last=False)
     path = tmp_path_factory.mktemp('resnet50') / 'model.safetensors'
@@ -108,6 +90,14 @@ def resnet50_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope='session')
 def run(tmp_path_factory):
     """The output folder of a finished run, as finetune_isic.py leaves it."""
+    import timm
+    import torch
+
+    from timm_arl.factory import save_network
+    from timm_arl.files import write_json, write_rows
+    from timm_arl.isic.metrics import score_split
+    from timm_arl.isic.predictions import write_predictions
+
     folder = tmp_path_factory.mktemp('run') / 'out'
     torch.manual_seed(0)
     model = timm.create_model('arl_cnn14', num_classes=2, channels=[8, 16, 32, 64])
@@ -134,12 +124,20 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def staged(run, tmp_path_factory):
+    from timm_arl.hub import stage
     return stage(run, tmp_path_factory.mktemp('staged') / 'arl_cnn14.isic2017')
 
 
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory):
     """The output folder of a run of a network so small that an answer takes milliseconds."""
+    import timm
+    import torch
+
+    from timm_arl.factory import save_network
+    from timm_arl.files import write_json
+    from timm_arl.isic import LABELS
+
     folder = tmp_path_factory.mktemp('tiny') / 'out'
     torch.manual_seed(0)
     model = timm.create_model('arl_cnn14', num_classes=2, channels=[8, 16, 32, 64], alpha_init=2.)
@@ -160,6 +158,10 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope='session')
 def photographs(tmp_path_factory):
     """Eight pictures of lesions in three folders."""
+    import numpy as np
+
+    from timm_arl.isic.synthetic import draw_lesion
+
     folder = tmp_path_factory.mktemp('photographs')
     rng = np.random.default_rng(0)
     for k in range(8):
@@ -177,14 +179,6 @@ def predict(call, tmp_path):
     def go(*args, cwd=tmp_path, workers=0):
         return call('timm_arl.predict', *args, '--output-dir', tmp_path / 'out', '--workers', workers, cwd=cwd)
     return go
-
-
-@pytest.fixture
-def threads():
-    """A run in this process sets the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -69,8 +69,8 @@ def test_parameters_with_two_outputs(name, millions, blocks):
 
 
 @pytest.mark.parametrize('name, plain', [
-    ('arl_cnn14', 'resnet14'), ('arl_cnn26', 'resnet26'), ('arl_cnn50', 'resnet50'), ('arl_cnn50_channel', 'resnet50'),
-    ('arl_cnn50_mixed', 'resnet50')])
+    ('arl_cnn14', 'resnet14'), ('arl_cnn14_channel', 'resnet14'), ('arl_cnn14_mixed', 'resnet14'),
+    ('arl_cnn26', 'resnet26'), ('arl_cnn50', 'resnet50')])
 def test_alpha_zero_is_timms_resnet_bit_for_bit(name, plain):
     arl, resnet = create(name, alpha_init=0., num_classes=2), create(plain, num_classes=2)
     missing, unexpected = arl.load_state_dict(resnet.state_dict(), strict=False)

@@ -11,14 +11,15 @@ from timm_arl.download import WeightsError
 from timm_arl.explain import gate_maps
 from timm_arl.factory import create_trained, load_weights_file, save_network
 
-NETWORKS = ['arl_cnn14', 'arl_tf_efficientnet_lite0']
+NARROW = dict(channels=[16, 32, 64, 128])
+NETWORKS = {'arl_cnn14': NARROW, 'arl_tf_efficientnet_lite0': {}}
 KWARGS = [dict(mask_temperature=0.25), dict(learn_temperature=True), dict(mask_temperature=0.5, learn_temperature=True)]
 ATTENTIONS = pytest.mark.parametrize('attention', ['spatial', 'channel', 'mixed'])
 
 
 def create(name='arl_cnn14', alpha=3., **kwargs):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=2, **kwargs).eval()
+    model = timm.create_model(name, num_classes=2, **NETWORKS[name], **kwargs).eval()
     for p in alphas_of(model).values():
         torch.nn.init.constant_(p, alpha)
     for name, p in model.named_parameters():
@@ -93,7 +94,7 @@ def test_timms_promises(name, kwargs):
         traced = torch.fx.symbolic_trace(model)
         assert torch.equal(traced(images()), expected)
         assert torch.allclose(torch.jit.script(traced)(images()), expected, atol=1e-5)
-    features = timm.create_model(name, features_only=True, **kwargs)(images())
+    features = timm.create_model(name, features_only=True, **NETWORKS[name], **kwargs)(images())
     assert len(features) == 5
     model.train()(images()).sum().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
@@ -102,7 +103,8 @@ def test_timms_promises(name, kwargs):
 @pytest.mark.parametrize('name', NETWORKS)
 def test_alpha_zero_is_timms_network_bit_for_bit(name):
     model = create(name, alpha=0., mask_temperature=0.1)
-    plain = timm.create_model(name.replace('arl_cnn', 'resnet').removeprefix('arl_'), num_classes=2).eval()
+    plain = name.replace('arl_cnn', 'resnet').removeprefix('arl_')
+    plain = timm.create_model(plain, num_classes=2, **NETWORKS[name]).eval()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.endswith('.alpha')})
     with torch.inference_mode():
         assert torch.equal(model(images()), plain(images()))
@@ -138,7 +140,8 @@ def test_saved_networks_keep_their_temperature(tmp_path):
     model = create(mask_temperature=0.5, learn_temperature=True)
     for p in temperatures_of(model).values():
         torch.nn.init.constant_(p, -0.3)
-    save_network(model, tmp_path, ['melanoma', 'seborrheic_keratosis'], mask_temperature=0.5, learn_temperature=True)
+    save_network(model, tmp_path, ['melanoma', 'seborrheic_keratosis'], mask_temperature=0.5, learn_temperature=True,
+                 **NARROW)
     assert torch.equal(create_trained(tmp_path).eval()(images()), model(images()))
     again = create(learn_temperature=True)
     load_weights_file(again, tmp_path)  # the file holds what was learned, from whichever start
@@ -148,7 +151,7 @@ def test_saved_networks_keep_their_temperature(tmp_path):
 
 
 def test_weights_without_temperatures_start_at_the_given_one(tmp_path):
-    save_network(create(alpha=0.7), tmp_path / 'plain', ['melanoma', 'seborrheic_keratosis'])
+    save_network(create(alpha=0.7), tmp_path / 'plain', ['melanoma', 'seborrheic_keratosis'], **NARROW)
     learned = create(learn_temperature=True)
     load_weights_file(learned, tmp_path / 'plain')
     assert all(p.item() == pytest.approx(0.7) for p in alphas_of(learned).values())

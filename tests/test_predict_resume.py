@@ -5,15 +5,20 @@ import re
 import resource
 import signal
 import time
+from functools import partial
 
 import numpy as np
-import psutil
 import pytest
-from predict_program import rows, run, start, values
+from forked import Forked
+from in_process import run_here
+from predict_program import rows, run, values
 
 from timm_arl.files import write_json
 from timm_arl.isic.synthetic import draw_lesion
 from timm_arl.prediction_files import NOT_BEGUN
+
+PICTURES = ['p', '--crops', 'center']
+predict = partial(Forked, 'timm_arl.predict')
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +32,7 @@ def many(tmp_path_factory):
         drawn[k % 3].rotate(k).save(folder / 'p' / f'{k:03d},\n.jpg')
     for k in (7, 65):
         (folder / 'p' / f'{k:03d},\n.jpg').write_text('bad')
-    done = run('p', '--output-dir', folder / 'whole', cwd=folder)
+    done = run_here('timm_arl.predict', *PICTURES, '--output-dir', folder / 'whole', '--workers', 0, cwd=folder)
     assert done.returncode == 1, done.stderr
     return folder, rows(folder / 'whole')
 
@@ -40,34 +45,33 @@ def same(found, expected):
     assert np.allclose(values(found[k] for k in good), values(expected[k] for k in good), atol=1e-6)
 
 
-def wait_for_rows(process, out, enough):
+def wait_for_rows(program, out, enough):
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and program.returncode is None:
         written = sum(path.read_bytes().count(b'jpg"') for path in (
             *out.glob('predictions.csv'), *out.glob('parts/*')) if path.exists())
         if written >= enough:
             break
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
-def kill_when(process, out, enough):
+def kill_when(program, out, enough):
     """SIGKILL for all processes of a run once so many rows are there."""
-    wait_for_rows(process, out, enough)
-    for each in (*psutil.Process(process.pid).children(recursive=True), process):
-        each.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, 'the run was over before it could be killed'
+    wait_for_rows(program, out, enough)
+    program.kill()
+    assert {process.exitcode for process in program.processes} == {-signal.SIGKILL}, (
+        'the run was over before it could be killed')
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(many, tmp_path):
+def test_killed_and_resumed(many, call, tmp_path):
     folder, expected = many
-    args = ['p', '--output-dir', tmp_path / 'out', '--batch-size', 2]
+    args = [*PICTURES, '--output-dir', tmp_path / 'out', '--batch-size', 2]
     for enough in (10, 30):
-        kill_when(start(*args, *['--resume'] * (enough > 10), cwd=folder), tmp_path / 'out', enough)
+        kill_when(predict(*args, *['--resume'] * (enough > 10), cwd=folder), tmp_path / 'out', enough)
         with open(tmp_path / 'out' / 'predictions.csv', 'ab') as file:
             file.write(b'"p/999,\n.jp')  # as a full disk leaves it
-    done = run(*args, '--resume', cwd=folder)
+    done = call('timm_arl.predict', *args, '--resume', '--workers', 0, cwd=folder)
     assert done.returncode == 1 and '2 of 80 images could not be read' in done.stderr
     assert 30 <= int(re.search(r'(\d+) of 80 images were done before', done.stdout).group(1)) < 80
     same(rows(tmp_path / 'out'), expected)
@@ -75,14 +79,19 @@ def test_killed_and_resumed(many, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk(many, tmp_path):
+def test_a_full_disk(many, call, tmp_path):
     """No file may grow beyond 3000 bytes: it stops in the middle of a row, and goes on when there is room."""
     folder, expected = many
-    args = ['p', '--output-dir', tmp_path / 'out', '--workers', 0]
-    done = run(*args, cwd=folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)))
+    args = [*PICTURES, '--output-dir', tmp_path / 'out', '--workers', 0]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        done = call('timm_arl.predict', *args, cwd=folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert done.returncode == 2 and 'error: File too large. ' in done.stderr and '--resume goes on' in done.stderr
     assert (tmp_path / 'out' / 'predictions.csv').stat().st_size == 3000
-    assert run(*args, '--resume', cwd=folder).returncode == 1
+    assert call('timm_arl.predict', *args, '--resume', cwd=folder).returncode == 1
     same(rows(tmp_path / 'out'), expected)
 
 
@@ -90,10 +99,10 @@ def test_a_full_disk(many, tmp_path):
 def test_several_processes_killed_and_resumed(many, tmp_path):
     """Two processes, killed; three, from elsewhere, which relative names do not notice; joined in order."""
     folder, expected = many
-    args = ['p', '--output-dir', tmp_path / 'out', '--batch-size', 2]
-    kill_when(start(*args, processes=2, cwd=folder), tmp_path / 'out', 20)
+    args = [*PICTURES, '--output-dir', tmp_path / 'out', '--batch-size', 2]
+    kill_when(predict(*args, processes=2, cwd=folder), tmp_path / 'out', 20)
     assert len(list((tmp_path / 'out' / 'parts').iterdir())) == 2
-    done = run(*args, '--resume', processes=3, cwd=tmp_path)
+    done = predict(*args, '--resume', processes=3, cwd=tmp_path).wait()
     assert '2 of 80 images could not be read' in done.stderr, done.stderr
     assert done.stdout.count('Written:') == 1
     same(rows(tmp_path / 'out'), expected)
@@ -109,27 +118,24 @@ def test_all_of_several_processes_stop_at_an_error(tmp_path):
 
 @pytest.mark.slow
 def test_interrupted(many, tmp_path):
-    process = start('p', '--output-dir', tmp_path / 'out', '--batch-size', 1, cwd=many[0])
-    wait_for_rows(process, tmp_path / 'out', 5)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and '--resume goes on' in stderr and 'Traceback' not in stderr, stderr
+    program = predict(*PICTURES, '--output-dir', tmp_path / 'out', '--batch-size', 1, cwd=many[0])
+    wait_for_rows(program, tmp_path / 'out', 5)
+    os.kill(program.processes[0].pid, signal.SIGINT)
+    stderr = program.wait(60).stderr
+    assert program.returncode == 130 and '--resume goes on' in stderr and 'Traceback' not in stderr, stderr
 
 
 @pytest.mark.slow
-def test_killed_before_its_first_row(many, tmp_path):
+def test_killed_before_its_first_row(many, call, tmp_path):
     """At the one moment when the run is recorded, and the file of its rows is not there."""
     folder, expected = many
-    done = run('p', '--output-dir', tmp_path / 'out', cwd=folder)
-    assert done.returncode == 1, done.stderr
-    finished = json.loads((tmp_path / 'out' / 'predictions.json').read_text())
-    process = start('p', '--output-dir', tmp_path / 'late', '--batch-size', 2, cwd=folder)
-    kill_when(process, tmp_path / 'late', 1)
+    args = [*PICTURES, '--output-dir', tmp_path / 'late', '--batch-size', 2]
+    kill_when(predict(*args, cwd=folder), tmp_path / 'late', 1)
     record = json.loads((tmp_path / 'late' / 'predictions.json').read_text())
-    assert record['settings'] == finished['settings']
+    assert record['settings'] == json.loads((folder / 'whole' / 'predictions.json').read_text())['settings']
     (tmp_path / 'late' / 'predictions.csv').unlink()
     write_json(tmp_path / 'late' / 'predictions.json', {**record, NOT_BEGUN: True})
-    done = run('p', '--output-dir', tmp_path / 'late', '--resume', '--batch-size', 2, cwd=folder)
+    done = call('timm_arl.predict', *args, '--resume', '--workers', 0, cwd=folder)
     assert done.returncode == 1, done.stderr
     same(rows(tmp_path / 'late'), expected)
     assert NOT_BEGUN not in json.loads((tmp_path / 'late' / 'predictions.json').read_text())

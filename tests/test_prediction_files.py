@@ -6,8 +6,6 @@ import json
 import multiprocessing
 import os
 import random
-import subprocess
-import sys
 import time
 import tracemalloc
 
@@ -178,42 +176,42 @@ def test_killed_while_parts_were_joined(tmp_path, form, whole):
     assert files.join() == 40 and content(files) == whole
 
 
-LOCK = """
-import sys
-from pathlib import Path
-from timm_arl.prediction_files import PredictionFiles
-files = PredictionFiles(Path(sys.argv[1]), 'csv', ())
-try:
-    files.lock(shared=sys.argv[2] == 'shared')
-    print('held', flush=True)
-    sys.stdin.read()
-except ValueError as error:
-    print(error)
-"""
+fork = multiprocessing.get_context('fork')
 
 
-def holder(folder, shared=''):
-    process = subprocess.Popen([sys.executable, '-c', LOCK, folder, shared], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)
-    return process, process.stdout.readline().strip()
+def hold_until_killed(folder, shared, pipe):
+    files = PredictionFiles(folder, 'csv', ())
+    try:
+        files.lock(shared=shared)
+        pipe.send('held')
+        pipe.poll(120)
+    except ValueError as error:
+        pipe.send(str(error))
 
 
-@pytest.mark.slow
+def holder(folder, shared=False):
+    """Another process that wants to hold a folder, and what it says."""
+    here, there = fork.Pipe()
+    process = fork.Process(target=hold_until_killed, args=(folder, shared, there), daemon=True)
+    process.start()
+    return process, here.recv()
+
+
 def test_one_run_at_a_time(tmp_path):
     first, said = holder(tmp_path)
     assert said == 'held'
     assert holder(tmp_path)[1] == f'Another run is writing to {tmp_path}: let it finish, or end its processes.'
-    mate, said = holder(tmp_path, 'shared')
+    mate, said = holder(tmp_path, shared=True)
     assert said == 'held'
     first.kill()
-    first.wait()
+    first.join()
     assert holder(tmp_path)[1].startswith('Another run')  # an orphan of the killed run still writes
     mate.kill()
-    mate.wait()
+    mate.join()
     last, said = holder(tmp_path)
     assert said == 'held'
     last.kill()
-    last.wait()
+    last.join()
 
 
 @pytest.mark.parametrize('number, refused', [(errno.EAGAIN, True), (errno.EACCES, True), (errno.ENOSYS, False),
@@ -243,7 +241,7 @@ def take_turns(folder):
 
 def test_runs_that_fail_at_the_same_moment_never_share_a_folder(tmp_path):
     """Each lets go of the folder and removes the file that is locked, while others are about to lock it."""
-    with multiprocessing.get_context('fork').Pool(3) as pool:
+    with fork.Pool(3) as pool:
         assert min(pool.map(take_turns, [tmp_path] * 3, chunksize=1)) > 0
 
 

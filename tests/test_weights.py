@@ -32,6 +32,41 @@ for line in sys.stdin:  # as often as it is told
     except timm_arl.WeightsError as error:
         print(error.repo, error.revision, error.cause, flush=True)
 """
+# a process for each, since huggingface_hub reads the environment when it is imported; the slow imports are shared
+RUN_EACH = """
+import json, os, sys, tempfile
+import torchvision
+assert 'huggingface_hub' not in sys.modules
+for line in sys.stdin:
+    environment, code = json.loads(line)
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if not child:
+            os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+            os.environ.update(environment)
+            exec(code)
+            sys.exit()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        print(json.dumps([status, said.read().decode()]), flush=True)
+"""
+
+
+@pytest.fixture(scope='module')
+def python():
+    """Runs code in a process of its own, whose environment has some changes: what it says."""
+    process = subprocess.Popen([sys.executable, '-c', RUN_EACH], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True)
+
+    def run(environment, code):
+        process.stdin.write(json.dumps([environment, code]) + '\n')
+        process.stdin.flush()
+        status, said = json.loads(process.stdout.readline())
+        assert status == 0, said
+        return said
+
+    yield run
+    process.communicate(timeout=60)
 
 
 @pytest.mark.slow
@@ -63,7 +98,7 @@ def test_a_stranger_who_has_the_name_injects_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stranger_who_has_the_name_does_not_say_what_they_mean(tmp_path):
+def test_a_stranger_who_has_the_name_does_not_say_what_they_mean(tmp_path, python):
     """The genuine weights, with a config.json that calls melanoma something else and has other thresholds."""
     folder, repo = shipped_weights(NAME), f'timm-arl/{NAME}'
     config = json.loads((folder / 'config.json').read_text())
@@ -71,7 +106,7 @@ def test_a_stranger_who_has_the_name_does_not_say_what_they_mean(tmp_path):
     config['thresholds'] = {'youden on validation': {'melanoma': 0.999, 'seborrheic_keratosis': 0.999}}
     with Hub({repo: {'model.safetensors': folder / 'model.safetensors', 'config.json': json.dumps(config).encode(),
                      'results.json': b'{"run": {"arguments": {"crops": "center"}}}'}}) as hub:
-        script = (
+        said = python(hub.env(tmp_path), (
             'import timm, timm_arl\n'
             'from timm_arl.predictor import Predictor\n'
             f'p = Predictor("hf-hub:{repo}")\n'
@@ -79,12 +114,10 @@ def test_a_stranger_who_has_the_name_does_not_say_what_they_mean(tmp_path):
             'try:\n'
             f'    timm.create_model("hf-hub:{repo}", pretrained=True)\n'
             'except timm_arl.WeightsError as error:\n'
-            '    print(error)\n')
-        done = subprocess.run([sys.executable, '-c', script], env={**os.environ, **hub.env(tmp_path)},
-                              capture_output=True, text=True, timeout=200)
-    assert done.stdout.splitlines()[-2:] == [
+            '    print(error)\n'))
+    assert said.splitlines()[-2:] == [
         "('melanoma', 'seborrheic_keratosis') multiscale True",
-        f'The config.json of {repo} is not that of the weights that have this name: load {NAME}.'], done.stderr
+        f'The config.json of {repo} is not that of the weights that have this name: load {NAME}.'], said
 
 
 @OWN
@@ -97,19 +130,15 @@ def test_the_images_of_home_are_known(name):
 
 
 @pytest.mark.slow
-def test_thresholds_do_not_need_a_record_of_the_evaluation(tmp_path):
+def test_thresholds_do_not_need_a_record_of_the_evaluation(tmp_path, python):
     """timm caches config.json and the weights; offline, results.json is then out of reach."""
     files = {name: shipped_weights(NAME) / name for name in ('config.json', 'model.safetensors')}
     with Hub({'row/arl': files}) as hub:
-        load = 'import timm, timm_arl; timm.create_model("hf-hub:row/arl", pretrained=True)'
-        env = {**os.environ, **hub.env(tmp_path)}
-        subprocess.run([sys.executable, '-c', load], env=env, check=True, timeout=200)
-        ask = ('from timm_arl.predictor import Predictor; p = Predictor("hf-hub:row/arl"); '
-               'print(len(p.thresholds), bool(p.temperatures), *p.remarks)')
-        done = subprocess.run([sys.executable, '-c', ask], env={**env, 'HF_HUB_OFFLINE': '1'}, capture_output=True,
-                              text=True, timeout=200)
-    assert done.stdout.startswith('3 True How hf-hub:row/arl was evaluated is not known'), done.stdout + done.stderr
-    assert 'no thresholds' not in done.stdout
+        python(hub.env(tmp_path), 'import timm, timm_arl; timm.create_model("hf-hub:row/arl", pretrained=True)')
+        said = python({**hub.env(tmp_path), 'HF_HUB_OFFLINE': '1'}, (
+            'from timm_arl.predictor import Predictor; p = Predictor("hf-hub:row/arl"); '
+            'print(len(p.thresholds), bool(p.temperatures), *p.remarks)'))
+    assert '3 True How hf-hub:row/arl was evaluated is not known' in said and 'no thresholds' not in said, said
 
 
 @OWN
@@ -129,16 +158,16 @@ def test_labels_and_preprocessing_travel_with_them(isic_sample, name):
 
 
 @pytest.mark.slow
-def test_another_repo_of_that_name_is_another(tmp_path):
+def test_another_repo_of_that_name_is_another(tmp_path, python):
     """Whose weights are called arl_cnn14.isic2017 too: they are not exchanged for those of the package."""
     ours = safetensors.torch.load_file(shipped_weights(NAME) / 'model.safetensors')
     theirs = safetensors.torch.save({k: v + 1 if k == 'fc.bias' else v for k, v in ours.items()})
     config = (shipped_weights(NAME) / 'config.json').read_bytes()
     with Hub({f'lab/{NAME}': {'model.safetensors': theirs, 'config.json': config}}) as hub:
-        env = {**os.environ, **hub.env(tmp_path / 'home'), 'TIMM_ARL_HUB': 'lab'}
-        done = subprocess.run([sys.executable, '-c', LOAD.replace(NAME, f'hf-hub:lab/{NAME}')], env=env,
-                              input='load\n', capture_output=True, text=True, timeout=200)
-    assert float(done.stdout) == pytest.approx(ours['fc.bias'].sum().item() + 2, abs=1e-5), done.stderr
+        said = python({**hub.env(tmp_path / 'home'), 'TIMM_ARL_HUB': 'lab'}, (
+            'import timm, timm_arl\n'
+            f'print(timm.create_model("hf-hub:lab/{NAME}", pretrained=True).fc.bias.sum().item())\n'))
+    assert float(said.splitlines()[-1]) == pytest.approx(ours['fc.bias'].sum().item() + 2, abs=1e-5), said
 
 
 def test_model_without_its_tag():

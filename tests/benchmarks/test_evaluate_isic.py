@@ -5,8 +5,6 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import threading
 import time
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from in_process import run_here
 from pages import Page
 from PIL import Image
 
@@ -26,11 +25,6 @@ from timm_arl.isic.dataset.sources import ids_digest
 from timm_arl.isic.metrics import auc, interval_text
 from timm_arl.isic.task import LABELS
 from timm_arl.training.evaluations import replacing_evaluation
-
-
-def run(repo, *args, cwd=None):
-    return subprocess.run([sys.executable, str(repo / 'benchmarks' / 'evaluate_isic.py'), *map(str, args)],
-                          capture_output=True, text=True, timeout=280, cwd=cwd)
 
 
 def rows(path):
@@ -61,9 +55,10 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def evaluated(repo, isic_sample, checkpoint, tmp_path_factory):
+def evaluated(isic_sample, checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp('evaluation') / 'deep' / 'r'
-    done = run(repo, '--data', isic_sample, '--checkpoint', checkpoint, '--output-dir', out, '--report', '--workers', 1)
+    done = run_here('evaluate_isic', '--data', isic_sample, '--checkpoint', checkpoint, '--output-dir', out, '--report',
+                    '--workers', 1)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 

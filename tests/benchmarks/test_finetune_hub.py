@@ -8,7 +8,7 @@ import pytest
 import timm
 from loopback_hub import Hub
 from small_data import rows, write
-from test_finetune_isic import read_csv
+from test_finetune_isic import TINY, read_csv
 from timm.models import save_for_hf
 
 # several runs in a process of its own, since the libraries read the environment when they are imported
@@ -51,7 +51,7 @@ def test_data_from_a_hub(repo, hub, tmp_path):
             [str(repo / 'benchmarks'), os.environ.get('PYTHONPATH', '')])})
 
     def run(out, *args, token=''):
-        args = [*args, '--model', 'resnet14', '--epochs', 1, '--img-size', 64, '--batch-size', 8,
+        args = [*args, '--model', 'resnet14', *TINY, '--epochs', 1, '--img-size', 64, '--batch-size', 8,
                 '--crops', 'center', '--workers', 0, '--tracker', 'none', '--output-dir', tmp_path / out]
         process.stdin.write(json.dumps([token, *map(str, args)]) + '\n')
         process.stdin.flush()

@@ -1,13 +1,12 @@
 """The training program, run as its users run it."""
 import csv
 import json
-import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
+import time
 
 import datasets
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from accelerate.state import AcceleratorState
+from forked import Forked
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -31,20 +30,15 @@ OUTPUTS = {'config.json', 'model.safetensors', 'summary.csv', 'metrics.json', 'r
            'predictions_validation.csv', 'predictions_test.csv', 'tensorboard', 'looks.csv', 'home.json'}
 
 
-def command(repo, *args, launch=()):
-    return [*map(str, launch or [sys.executable]), str(repo / 'benchmarks' / 'finetune_isic.py'), *map(str, args)]
-
-
-def run(repo, *args, launch=(), **kwargs):
-    return subprocess.run(command(repo, *args, launch=launch), capture_output=True, text=True, timeout=280, **kwargs)
+def launch(repo, processes, *args):
+    command = [*LAUNCH, *['--multi_gpu'] * (processes > 1), '--num_processes', processes,
+               repo / 'benchmarks' / 'finetune_isic.py', *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
 
 
 def read_csv(path):
     with open(path, newline='') as file:
         return list(csv.DictReader(file))
-
-
-pytestmark = pytest.mark.usefixtures('threads')
 
 
 @pytest.fixture(scope='session')
@@ -53,7 +47,7 @@ def finished(repo, few, tmp_path_factory):
     args = ['--data', few, *SMALL, 'attention=channel', 'mask_scale=mean1', 'drop_path_rate=0.2', '--tracker',
             'tensorboard', '--workers', 1, '--batch-size', 8, '--patches-per-image', 3, '--epochs', 3, '--seed', 7,
             '--mixup', 0.2, '--ema', 0.9, '--gradient-accumulation-steps', 2]
-    done = run(repo, *args, '--output-dir', out, launch=[*LAUNCH, '--num_processes', '1'])
+    done = launch(repo, 1, *args, '--output-dir', out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout, args
 
@@ -130,17 +124,13 @@ def test_output_is_a_model_repo_of_timm(finished, few):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_as_undisturbed(finished, repo, call, tmp_path, monkeypatch):
+def test_killed_and_resumed_is_as_undisturbed(finished, call, tmp_path, monkeypatch):
     out, args = tmp_path / 'killed', finished[2]
-    process = subprocess.Popen(
-        command(repo, *args, '--output-dir', out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    bar = b''
-    while not re.search(rb'epoch 2/3: +[1-9]', bar):  # its progress bar: gradients are gathered, averages half made
-        some = os.read(process.stderr.fileno(), 4096)
-        assert some, bar[-2000:]
-        bar += some
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    program = Forked('finetune_isic', *args, '--output-dir', out)
+    while not re.search('epoch 2/3: +[1-9]', program.stderr):  # its bar: gradients are gathered, averages half made
+        assert program.returncode is None, program.stderr
+        time.sleep(0.01)
+    program.kill()
     assert not (out / 'metrics.json').exists()
     epochs = len(json.loads((out / 'last' / 'progress.json').read_text())['summary'])
     # as after a kill in the middle of the next epoch's saving, too
@@ -150,12 +140,11 @@ def test_killed_and_resumed_is_as_undisturbed(finished, repo, call, tmp_path, mo
 
     refused = call('finetune_isic', *args, '--output-dir', out)
     assert refused.returncode == 2 and 'already holds a run' in refused.stderr
-    AcceleratorState._reset_state(reset_partial_state=True)
     with monkeypatch.context() as environment:
         environment.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')  # as accelerate launch hands it on
         refused = call('finetune_isic', '--output-dir', out, '--resume')
     assert 'resume it in the same way' in refused.stderr
-    done = run(repo, '--output-dir', out, '--resume', '--workers', 0)  # the other arguments are remembered
+    done = call('finetune_isic', '--output-dir', out, '--resume', '--workers', 0)  # the others are remembered
     assert epochs in (1, 2)  # as fast as the signal arrives
     assert done.returncode == 0 and f'Resuming after epoch {epochs} of 3' in done.stdout, done.stderr
     assert {p.name for p in out.iterdir()} == OUTPUTS
@@ -231,8 +220,7 @@ def test_two_processes_are_one(repo, call, few, tmp_path):
         out = tmp_path / str(processes)
         args = ['--data', few, *IMAGES, '--model', 'arl_cnn14', *TINY, '--batch-size', batch_size, '--epochs', 2,
                 '--freeze-bn', '--optimizer', 'momentum', '--lr', 0.01, '--output-dir', out]
-        done = (call('finetune_isic', *args) if processes == 1 else
-                run(repo, *args, launch=[*LAUNCH, '--multi_gpu', '--num_processes', processes]))
+        done = call('finetune_isic', *args) if processes == 1 else launch(repo, processes, *args)
         assert done.returncode == 0, done.stderr
         assert f'{processes} process(es)' in done.stdout and done.stdout.count('Output folder') == 1
         predictions = read_csv(out / 'predictions_test.csv')
@@ -324,11 +312,10 @@ def test_folds_do_not_start_from_what_saw_the_held_out_images(finished, call, fe
 
 
 @pytest.mark.slow
-def test_streaming_by_two_processes_and_a_softmax(repo, call, few, tmp_path):
+def test_streaming_by_two_processes_and_a_softmax(call, few, tmp_path):
     out = tmp_path / 'out'
-    done = run(repo, '--data', few, *SMALL, '--batch-size', 8, '--epochs', 2, '--streaming', '--head', 'softmax',
-               '--output-dir', out,
-               launch=[*LAUNCH, '--multi_gpu', '--num_processes', '2'])
+    done = Forked('finetune_isic', '--data', few, *SMALL, '--batch-size', 8, '--epochs', 2, '--streaming', '--head',
+                  'softmax', '--output-dir', out, processes=2).wait()
     assert done.returncode == 0 and '32 train' in done.stdout, done.stderr
     model = timm.create_model(f'local-dir:{out}', pretrained=True)
     assert model.num_classes == 3
@@ -384,8 +371,8 @@ def test_init_checkpoint_and_other_timm_models(call, few, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_does_not_go_on_with_other_images(unfinished, call, few):
+def test_a_run_does_not_go_on_with_other_images(unfinished, call, few, isic_sample):
     record = (unfinished / 'run.json').read_text()
-    (unfinished / 'run.json').write_text(record.replace(json.dumps(few), '"demo"'))
+    (unfinished / 'run.json').write_text(record.replace(json.dumps(few), json.dumps(isic_sample)))
     done = call('finetune_isic', '--output-dir', unfinished, '--resume', '--workers', 0)
-    assert done.returncode == 2 and 'had other training images than demo has now' in done.stderr
+    assert done.returncode == 2 and f'had other training images than {isic_sample} has now' in done.stderr

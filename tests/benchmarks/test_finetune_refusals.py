@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 from test_finetune_isic import OUTPUTS, SMALL, read_csv
 
-pytestmark = pytest.mark.usefixtures('threads')
-
 
 @pytest.mark.parametrize('args, message', [
     (['--model', 'arl_cnn15'], 'Unknown model arl_cnn15: did you mean'),

@@ -1,18 +1,27 @@
 """The one command that makes published weights, end to end on a small network."""
 import json
+import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from in_process import run_here
 
 from timm_arl.factory import Checkpoint, create_trained
 from timm_arl.isic.shift import home_of
 
 pytestmark = pytest.mark.slow
+
+
+def program_here(program, arguments, lock):
+    """As run_program does it, but in this process."""
+    assert program.is_file() and not lock.closed
+    print(f'$ python benchmarks/{shlex.join([program.name, *arguments])}')
+    done = run_here(program.stem, *arguments)
+    print(done.stdout)
+    return done.returncode, done.stderr.strip().rpartition('\n')[2].rpartition('error: ')[2]
 
 
 @pytest.fixture(scope='module')
@@ -22,14 +31,16 @@ def made(repo, few, tmp_path_factory):
     torch.manual_seed(0)
     safetensors.torch.save_file(
         timm.create_model('tf_efficientnet_lite0').state_dict(), folder / 'start.safetensors')
-    command = [
-        sys.executable, str(repo / 'benchmarks' / 'make_weights.py'), 'arl_tf_efficientnet_lite0.isic2017',
-        '--data', few, '--output-dir', 'W', '--init-checkpoint', 'start.safetensors', '--seeds', '3', '4',
-        '--epochs', '1', '--img-size', '64', '--workers', '0', '--cpu-threads', '1', '--note', 'a few images',
-        '--push', './pushed']
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    arguments = [
+        'arl_tf_efficientnet_lite0.isic2017', '--data', few, '--output-dir', 'W', '--init-checkpoint',
+        'start.safetensors', '--seeds', '3', '4', '--epochs', '1', '--img-size', '64', '--workers', '0',
+        '--cpu-threads', '1', '--note', 'a few images', '--push', './pushed']
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(repo / 'benchmarks')
+        patch.setattr('make_weights.run_program', program_here)
+        done = run_here('make_weights', *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return folder, command, done.stdout
+    return folder, arguments, done.stdout
 
 
 def test_everything_is_made(made):
@@ -56,18 +67,18 @@ def test_everything_is_made(made):
 
 
 def test_again_makes_nothing_twice(call, made):
-    folder, command, _ = made
+    folder, arguments, _ = made
     before = {path: path.stat().st_mtime_ns for path in (folder / 'W').glob('*/metrics.json')}
-    done = call('make_weights', *command[2:], cwd=folder)
+    done = call('make_weights', *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert '$ python' not in done.stdout and 'everything is there already' in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (folder / 'W').glob('*/metrics.json')}
 
 
 def test_what_the_card_says_can_be_changed(call, made):
-    folder, command, _ = made
+    folder, arguments, _ = made
     shutil.copytree(folder / 'W', folder / 'V')
-    arguments = ['V' if part == 'W' else part for part in command[2:]]
+    arguments = ['V' if part == 'W' else part for part in arguments]
     done = call('make_weights', *arguments[:-4], '--note', 'clinic two', '--tag', 'two', cwd=folder)
     assert done.returncode == 0 and '$ python' not in done.stdout, done.stderr
     results = json.loads((folder / 'V' / 'staged' / 'results.json').read_text())
@@ -79,21 +90,23 @@ def test_what_the_card_says_can_be_changed(call, made):
     assert home_of(staged.folder, {}, staged.home())['labels'] == results['home']['labels']
 
 
-def test_a_command_that_failed_can_be_corrected(call, few, tmp_path):
+def test_a_command_that_failed_can_be_corrected(call, benchmarks, monkeypatch, few, tmp_path):
     arguments = ['arl_cnn14.isic2017', '--data', few, '--output-dir', tmp_path / 'W', '--teacher',
                  'arl_cnn14.isic2017', '--epochs', 1]
     done = call('make_weights', *arguments, '--recipe', 'wieghts')
     assert done.returncode == 2
+    assert 'error: finetune_isic.py: ' in done.stderr and '(status 2)' in done.stderr  # a process of its own
+    monkeypatch.setattr('make_weights.run_program', program_here)
     for _ in range(2):  # a run with that name of a recipe was begun nowhere
         done = call('make_weights', *arguments, '--recipe', 'wights')
         assert done.returncode == 2 and 'was begun with' not in done.stderr
 
 
 def test_another_command_is_refused_there(call, made):
-    folder, command, _ = made
+    folder, arguments, _ = made
     for change, message in ((['--epochs', '2'], 'was begun with epochs 1, not 2'),
                             (['--seeds', '3'], r'was begun with seeds [3, 4], not [3]')):
-        done = call('make_weights', *command[2:], *change, cwd=folder)
+        done = call('make_weights', *arguments, *change, cwd=folder)
         assert done.returncode == 2 and message in done.stderr
 
 
@@ -104,7 +117,8 @@ def test_shipped_weights_are_shown_the_size_that_is_made(benchmarks):
             assert Checkpoint(name).config()['pretrained_cfg']['input_size'] == [3, how.img_size, how.img_size]
 
 
-def test_bad_input_is_refused(call, tmp_path, few):
+def test_bad_input_is_refused(call, benchmarks, monkeypatch, tmp_path, few):
+    monkeypatch.setattr('make_weights.run_program', program_here)
     for args, message in (
             (['resnet50.isic2017'], 'invalid choice'),
             (['arl_cnn14.isic2017', '--teacher', 'no_such'], 'no_such'),

@@ -5,9 +5,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import time
 
 import datasets
 import numpy as np
@@ -17,6 +17,8 @@ import scipy.ndimage
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from forked import Forked
+from in_process import run_here
 from PIL import Image, ImageDraw
 from small_data import FEATURES
 
@@ -67,14 +69,6 @@ def ellipses(tmp_path_factory):
     return write(tmp_path_factory.mktemp('ellipses') / 'drawn')
 
 
-def command(repo, *args):
-    return [sys.executable, str(repo / 'benchmarks' / 'segment_lesions.py'), *map(str, args)]
-
-
-def run(repo, *args, **kwargs):
-    return subprocess.run(command(repo, *args), capture_output=True, text=True, timeout=280, **kwargs)
-
-
 def lesion(mask):
     return np.asarray(Image.open(io.BytesIO(mask['bytes'])).convert('L')) > 127
 
@@ -88,10 +82,10 @@ def iou(first, second):
 
 
 @pytest.fixture(scope='session')
-def finished(repo, ellipses, tmp_path_factory):
+def finished(ellipses, tmp_path_factory):
     out = tmp_path_factory.mktemp('run') / 'out'
     args = ['--data', ellipses, *SMALL, '--epochs', 8, '--lr', 3e-3, '--seed', 3]
-    done = run(repo, *args, '--output-dir', out)
+    done = run_here('segment_lesions', *args, '--output-dir', out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout, args
 
@@ -170,18 +164,14 @@ def test_the_network_is_one_of_the_library(finished):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_as_undisturbed(finished, repo, call, tmp_path):
+def test_killed_and_resumed_is_as_undisturbed(finished, call, tmp_path):
     from timm_arl.isic.dataset import load_splits
     out, args = tmp_path / 'killed', finished[2]
-    process = subprocess.Popen(
-        command(repo, *args, '--output-dir', out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    bar = b''
-    while not re.search(rb'epoch 3/8: +\d+%[^\r]* [1-9]/5', bar):
-        some = os.read(process.stderr.fileno(), 4096)
-        assert some, bar[-2000:]
-        bar += some
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    program = Forked('segment_lesions', *args, '--output-dir', out)
+    while not re.search(r'epoch 3/8: +\d+%.* [1-9]/5', program.stderr):
+        assert program.returncode is None, program.stderr
+        time.sleep(0.01)
+    program.kill()
     assert not (out / 'metrics.json').exists() and not (out / 'data').exists()
     epochs = len(json.loads((out / 'last' / 'progress.json').read_text())['summary'])
     # as after a kill in the middle of the next epoch's saving, too, and of the writing of the data
@@ -195,7 +185,7 @@ def test_killed_and_resumed_is_as_undisturbed(finished, repo, call, tmp_path):
     assert refused.returncode == 2 and 'already holds a run' in refused.stderr
     refused = call('segment_lesions', '--output-dir', out, '--resume', '--seed', 4)
     assert refused.returncode == 2 and 'has --seed 3, not 4' in refused.stderr
-    done = run(repo, '--output-dir', out, '--resume')  # the arguments are remembered
+    done = call('segment_lesions', '--output-dir', out, '--resume')  # the arguments are remembered
     assert done.returncode == 0 and f'Resuming after epoch {epochs} of 8' in done.stdout, done.stderr
     assert {path.name for path in out.iterdir()} == OUTPUTS
     for name in ('summary.csv', 'metrics.json'):
@@ -232,8 +222,10 @@ def test_weights_reach_the_encoder_and_a_network_goes_on(call, ellipses, finishe
 
 @pytest.mark.slow
 def test_the_hub_out_of_reach(repo, ellipses, tmp_path):
-    done = run(repo, '--data', ellipses, '--output-dir', 'out', cwd=tmp_path, env=dict(
-        os.environ, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'hf'), HF_HUB_CACHE=str(tmp_path / 'hf')))
+    done = subprocess.run(
+        [sys.executable, repo / 'benchmarks' / 'segment_lesions.py', '--data', ellipses, '--output-dir', 'out'],
+        capture_output=True, text=True, timeout=280, cwd=tmp_path, env=dict(
+            os.environ, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'hf'), HF_HUB_CACHE=str(tmp_path / 'hf')))
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     assert '--encoder-weights hub: it is not in the cache and HF_HUB_OFFLINE is set; pass a .safetensors file' in (
         done.stderr)

@@ -1,11 +1,10 @@
 """The harness, run for real on small networks: its columns, its files, and what it says of bad input."""
 import resource
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
+from forked import Forked
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,15 +23,12 @@ def harness(benchmarks):
 
 
 @pytest.mark.slow
-def test_two_processes(repo, call, tmp_path):
+def test_two_processes(call, tmp_path):
     path = tmp_path / 'deep' / 'r.csv'
     arguments = ['--models', 'resnet14', 'arl_cnn14', '--mode', 'train', '--batch-size', '2', '--img-size', '32',
                  '--repetitions', '2', '--restarts', '1', '--warmup', '0', '--seconds', '0',
                  '--results-file', str(path)]
-    done = subprocess.run(
-        [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines',
-         '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '29611',
-         str(repo / 'benchmarks' / 'throughput.py'), *arguments], capture_output=True, text=True, timeout=280)
+    done = Forked('throughput', *arguments, processes=2).wait()
     assert done.returncode == 0, done.stderr
     table = read_rows(path)
     assert [(r['model'], r['mode'], r['train_batch_size']) for r in table] == [

@@ -125,7 +125,7 @@ def test_steps_of_a_repetition(compile):
     from accelerate import PartialState
     from throughput_worker import steps_per_repetition
     PartialState(cpu=True)
-    durations = [0.5] * (3 if compile else 1)
+    durations = [0.1] * (3 if compile else 1)
     steps = steps_per_repetition(
         lambda: time.sleep(durations.pop() if durations else 0), dict(SPEC, compile=compile, seconds=1.),
         torch.device('cpu'))

@@ -42,7 +42,7 @@ STEPS = [('spatial', 'softmax', torch.channels_last, False), ('spatial', 'mean1'
 
 @pytest.mark.parametrize('attention, mask_scale, memory_format, bf16, backend, kwargs', [
     *((*case, 'aot_eager', kwargs) for case in STEPS for kwargs in ({}, {'dynamic': True})),
-    *(pytest.param(*case, 'inductor', {'mode': 'reduce-overhead'}, marks=pytest.mark.slow) for case in STEPS[:2])])
+    *(pytest.param(*case, 'inductor', {'mode': 'reduce-overhead'}, marks=pytest.mark.slow) for case in STEPS[:1])])
 def test_a_training_step_is_that_of_eager_mode(attention, mask_scale, memory_format, bf16, backend, kwargs):
     model = block(attention=attention, mask_scale=mask_scale).to(memory_format=memory_format)
     model.bn3.momentum, model.downsample[-1].eps = 0.3, 0.1

@@ -105,7 +105,7 @@ def check(shape, dtype, layout, gate, norms, seed=0):
 
 @both_layouts
 def test_every_gate(attention, layout):
-    for mask_scale, add_shortcut, relu, norms in KINDS:
+    for mask_scale, add_shortcut, relu, norms in KINDS[FORMATS.index(layout)::2]:  # the other half in the other layout
         check((2, 5, 4, 3), torch.float32, layout, Gate(attention, mask_scale, add_shortcut, relu), norms)
 
 
@@ -113,7 +113,10 @@ def test_every_gate(attention, layout):
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_every_shape(attention, layout, dtype):
     large = LARGE[attention][:{torch.float32: None, torch.bfloat16: 1}.get(dtype, 0) if triton.INTERPRETED else None]
-    for i, shape in enumerate(SMALL + large):
+    shapes = list(enumerate(SMALL + large))
+    if triton.INTERPRETED and dtype != torch.float32:
+        shapes = shapes[FORMATS.index(layout)::2]  # the other half in the other layout
+    for i, shape in shapes:
         mask_scale, add_shortcut, relu, norms = KINDS[7 * i % len(KINDS)]
         check(shape, dtype, layout, Gate(attention, mask_scale, add_shortcut, relu), norms, i)
 

@@ -11,8 +11,6 @@ from timm_arl.isic.task import ISIC2017, Task
 from timm_arl.training.arguments import RunError
 from timm_arl.training.distillation import Teachers, mask_loss
 
-pytestmark = pytest.mark.usefixtures('threads')
-
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('no_pictures')

@@ -47,6 +47,8 @@ def split(tmp_path_factory):
 def network(name='arl_cnn14', **kwargs):
     torch.manual_seed(0)
     kwargs = {'zero_init_last': False, 'alpha_init': 2., **kwargs} if name.startswith('arl') else kwargs
+    if 'cnn14' in name or 'resnet14' in name:
+        kwargs = {'channels': [16, 32, 64, 128], **kwargs}
     return timm.create_model(name, num_classes=kwargs.pop('num_classes', len(LABELS)), **kwargs).eval()
 
 

@@ -1,17 +1,22 @@
 """The images of a run: read once, by all processes together, and kept; augmented with workers as without."""
+import json
+import multiprocessing
 import os
-import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from forked import Forked
 from small_data import WITH_ASPECT, jpeg, rows, write
 
 from timm_arl.isic.dataset import DataError, decode, load_splits
+from timm_arl.isic.images import unreadable_images
 from timm_arl.isic.loading import IsicSplit
 from timm_arl.isic.transforms import eval_transform, train_transform
 from timm_arl.training import images as run_images
@@ -119,21 +124,17 @@ def test_bad_images_are_named_with_the_reason(tmp_path, accelerator):
     assert [row for _, rows in loader for row in rows.tolist()] == [0, 1, 2, 3]
 
 
-@pytest.mark.slow
-def test_files_that_may_not_be_read_are_told_from_damaged_ones(tmp_path, accelerator):
+def read_as_another_user(file, pipe):
+    split = datasets.Dataset.from_dict(
+        {'image': [str(file)]}, features=datasets.Features({'image': datasets.Image(decode=False)}))
+    os.setuid(65534)
+    pipe.send(unreadable_images(split))
+
+
+def test_files_that_may_not_be_read_are_told_from_damaged_ones(tmp_path):
     """The check runs as another user, since root may read everything."""
     if os.geteuid() != 0:
         pytest.skip('only root can become another user')
-    script = f'''
-import os, sys
-sys.path[:0] = {sys.path!r}
-from timm_arl.isic.images import unreadable_images
-import datasets
-split = datasets.Dataset.from_dict(
-    {{'image': [sys.argv[1]]}}, features=datasets.Features({{'image': datasets.Image(decode=False)}}))
-os.setuid(65534)
-print(unreadable_images(split))
-'''
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents:  # of pytest's own, down from /tmp
         if parent.stat().st_uid == 0 and parent.name.startswith('pytest'):
@@ -141,8 +142,10 @@ print(unreadable_images(split))
     file = tmp_path / 'i.jpg'
     file.write_bytes(jpeg())
     file.chmod(0o600)
-    done = subprocess.run([sys.executable, '-c', script, str(file)], capture_output=True, text=True, timeout=200)
-    assert f'Permission denied: {file}' in done.stdout, done.stderr
+    fork = multiprocessing.get_context('fork')
+    here, there = fork.Pipe()
+    fork.Process(target=read_as_another_user, args=(file, there), daemon=True).start()
+    assert here.poll(100) and f'Permission denied: {file}' in here.recv()[0]
 
 
 def test_large_jpegs_are_decoded_small(tmp_path, accelerator):
@@ -160,49 +163,38 @@ def test_large_jpegs_are_decoded_small(tmp_path, accelerator):
     assert decode({'bytes': jpeg(size=(1023, 1024)), 'path': None}, 64).size[0] != 128  # a square would be stretched
 
 
-TWO = '''
-import sys
-import torch
-from types import SimpleNamespace
-sys.path[:0] = {path!r}
-from accelerate import Accelerator
-from test_run_images import CONFIG, options
-from timm_arl.isic.dataset import load_splits
-from timm_arl.training.images import check_images, image_loader, predict
-accelerator, args = Accelerator(cpu=True), options(skip_bad_images=True)
-splits = load_splits(sys.argv[1])
-check_images(splits, args, accelerator, CONFIG)
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
-loader = image_loader(args, splits['validation'], CONFIG, accelerator)
-print(accelerator.num_processes, len(loader.images.kept), list(splits['validation']['image_id']),
-      predict(accelerator, model, loader, '').tolist(), file=open(sys.argv[2] + str(accelerator.process_index), 'w'))
-accelerator.end_training()
-'''
+def read_and_predict(data, accelerator):
+    """How many images this process has read at the start; and all images, with what a network says of them."""
+    splits, args = load_splits(data), options(skip_bad_images=True)
+    check_images(splits, args, accelerator, CONFIG)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    loader = image_loader(args, splits['validation'], CONFIG, accelerator)
+    read = len(loader.images.kept)
+    return read, f'{list(splits["validation"]["image_id"])} {predict(accelerator, model, loader, "").tolist()}'
+
+
+def main():
+    accelerator = Accelerator(cpu=True)
+    said = read_and_predict(sys.argv[1], accelerator)
+    Path(sys.argv[2], f'of-{accelerator.process_index}').write_text(json.dumps(said))
+    accelerator.end_training()
 
 
 @pytest.mark.slow
-def test_processes_share_the_reading_and_agree(tmp_path):
+def test_processes_share_the_reading_and_agree(tmp_path, accelerator, capsys):
     content = coloured(8, 100)
     content[3]['image'] = {'bytes': b'', 'path': None}
     content[4]['melanoma'] = 1.  # each label still has both values
     data = write(tmp_path / 'd', validation=content)
-    (tmp_path / 'two.py').write_text(TWO.format(path=[os.path.dirname(__file__), *sys.path]))
-    said = []
-    for count in (1, 2):
-        done = subprocess.run(
-            [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(count), '--master-port', '0',
-             '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0', tmp_path / 'two.py', data,
-             tmp_path / f'{count}-'],
-            capture_output=True, text=True, timeout=250)
-        assert done.returncode == 0, done.stderr
-        lines = [path.read_text() for path in sorted(tmp_path.glob(f'{count}-*'))]
-        assert len(lines) == count
-        assert 'Leaving out 1 of 8 validation images that cannot be read: ISIC_0000103' in done.stdout
-        said.append(sorted(line.split(' ', 2)[1:] for line in lines))
-    (alone, scores), = said[0]
-    assert alone == '7' and {other for _, other in said[1]} == {scores}
-    assert sum(int(count) for count, _ in said[1]) < 14  # neither has read them all at the start
+    done = Forked('test_run_images', data, tmp_path, processes=2).wait()
+    assert done.returncode == 0, done.stderr
+    alone, scores = read_and_predict(data, accelerator)
+    both = [json.loads((tmp_path / f'of-{rank}').read_text()) for rank in range(2)]
+    assert alone == 7 and {other for _, other in both} == {scores}
+    assert sum(read for read, _ in both) < 14  # neither has read them all at the start
+    for stdout in (done.stdout, capsys.readouterr().out):
+        assert 'Leaving out 1 of 8 validation images that cannot be read: ISIC_0000103' in stdout
 
 
 def test_images_that_may_have_been_squashed_are_noted(tmp_path, splits, accelerator, capsys):

@@ -1,6 +1,5 @@
 """The output folder of a run."""
-import subprocess
-import sys
+import multiprocessing
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +8,8 @@ from timm_arl.files import read_rows
 from timm_arl.training import runs
 from timm_arl.training.arguments import RunError
 from timm_arl.training.runs import FolderTaken, discard_start, hold_folder, record_look, release_folders
+
+fork = multiprocessing.get_context('fork')
 
 
 @pytest.fixture
@@ -54,12 +55,20 @@ def test_what_is_not_of_a_run_stays(out, tmp_path):
     assert {path.name for path in (tmp_path / 'other').iterdir()} == {'seed-0', 'tensorboard'}
 
 
+def look_often(together, folder, checkpoint, *of):
+    together.wait()
+    for _ in range(20):
+        record_look(folder, checkpoint, {'mean_auc': 0.5}, *of)
+
+
 def test_no_look_is_lost_where_two_evaluations_end_together(tmp_path):
-    program = ('import sys; from timm_arl.training.runs import record_look\n'
-               'for _ in range(20): record_look(sys.argv[1], sys.argv[2], {"mean_auc": 0.5}, *sys.argv[3:])')
-    both = [subprocess.Popen([sys.executable, '-c', program, str(tmp_path), *of])
-            for of in (['first'], ['second', 'other'])]
-    assert [process.wait(120) for process in both] == [0, 0]
+    together = fork.Barrier(2)
+    both = [fork.Process(target=look_often, args=(together, tmp_path, *of)) for of in (['first'], ['second', 'other'])]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
     looks = read_rows(tmp_path / 'looks.csv')
     assert sorted(look['checkpoint'] for look in looks) == ['first'] * 20 + ['second'] * 20
     assert [path.name for path in tmp_path.iterdir()] == ['looks.csv']
@@ -76,28 +85,37 @@ def test_a_folder_that_another_machine_cannot_see(tmp_path, monkeypatch):
         runs.prepare_output_dir(args, second, tmp_path / 'out')
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from timm_arl.training.runs import hold_folder
-hold_folder(Path(sys.argv[1]))
-print('held', flush=True)
-sys.stdin.read()
-"""
+def hold_until_killed(folder, pipe):
+    runs._held.clear()  # what this process was forked from holds is not its own
+    try:
+        hold_folder(folder)
+        pipe.send('held')
+        pipe.poll(120)
+    except FolderTaken as error:
+        pipe.send(str(error))
+
+
+def holder(folder):
+    """Another process that wants to hold a folder, and what it says."""
+    here, there = fork.Pipe()
+    process = fork.Process(target=hold_until_killed, args=(folder, there), daemon=True)
+    process.start()
+    return process, here.recv()
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     """Also one that is resumed while it still runs."""
-    with subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path)], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == 'held\n'
-        with pytest.raises(FolderTaken, match='Another run is writing to .*: let it finish'):
-            hold_folder(tmp_path)
-        other.kill()
+    other, said = holder(tmp_path)
+    assert said == 'held'
+    with pytest.raises(FolderTaken, match='Another run is writing to .*: let it finish'):
+        hold_folder(tmp_path)
+    other.kill()
+    other.join()
     hold_folder(tmp_path)  # whatever a killed one has left
     hold_folder(tmp_path)
-    done = subprocess.run([sys.executable, '-c', HOLD, str(tmp_path)], capture_output=True, text=True, input='')
-    assert done.returncode and 'FolderTaken' in done.stderr
+    other, said = holder(tmp_path)
+    assert 'Another run is writing to' in said
+    other.join()
     release_folders()
     assert not list(tmp_path.iterdir())
 

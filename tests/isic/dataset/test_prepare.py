@@ -1,10 +1,9 @@
 """`python -m timm_arl.isic.dataset`, run as its users run it: prepare and check."""
 import contextlib
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -14,10 +13,12 @@ import psutil
 import pytest
 import yaml
 from any_data import class_folders, table
+from forked import Forked
 from PIL import Image
 from small_data import jpeg
 from test_sources import challenge, edit, picture, truth, write_csv
 
+from timm_arl.files import hold
 from timm_arl.isic.dataset import DataError, decode, load_data, load_splits
 
 
@@ -71,28 +72,28 @@ def test_killed_and_run_again(run, tmp_path):
         picture(i, (250, 200)).save(source / 'ISIC-2017_Training_Data' / f'ISIC_0{i:06d}.jpg')
     edit(truth(source), lambda t: t + ''.join(f'ISIC_0{i:06d},0.0,0.0\n' for i in range(3, 1000)))
     target = tmp_path / 'parquet'
-    command = [sys.executable, '-m', 'timm_arl.isic.dataset', 'prepare', str(source), str(target), '--workers', '2']
+    command = ['prepare', source, target, '--workers', 2]
     deadline = time.time() + 60
     slow = source / 'ISIC-2017_Training_Data' / 'ISIC_0000005.jpg'
     slow.unlink()
     os.mkfifo(slow)  # whoever reads it waits
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while not list(target.glob('data/*.parquet')) and time.time() < deadline:  # of the worker that does not wait
-            time.sleep(0.01)
-        for worker in psutil.Process(process.pid).children():  # as the system does where the memory is full
-            with contextlib.suppress(psutil.NoSuchProcess):
-                worker.kill()
-        errors = process.stderr.read()
+    program = Forked('timm_arl.isic.dataset.__main__', *command)
+    while not list(target.glob('data/*.parquet')) and time.time() < deadline:  # of the worker that does not wait
+        time.sleep(0.01)
+    for worker in psutil.Process(program.processes[0].pid).children():  # as the system does where the memory is full
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
+    errors = program.wait().stderr
     slow.unlink()
     picture(5, (250, 200)).save(slow)
     shutil.rmtree(target)
-    assert process.returncode == 2 and 'with fewer --workers than 2' in errors and 'Traceback' not in errors, errors
-    process = subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert program.returncode == 2 and 'with fewer --workers than 2' in errors and 'Traceback' not in errors, errors
+    program = Forked('timm_arl.isic.dataset.__main__', *command)
+    process, = program.processes
     while not list(target.glob('data/train-*.parquet')) and time.time() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     with pytest.raises(DataError, match='is not finished: it has no .* it goes on'):
         load_data(str(target))
     with pytest.raises(ProcessLookupError):  # its workers end with it
@@ -102,7 +103,7 @@ def test_killed_and_run_again(run, tmp_path):
     there = {path: path.stat().st_mtime_ns for path in target.glob('data/*.parquet')}
     assert 0 < len(there) < 6
     (target / 'data' / '.train-00003-of-00004.parquet.tmp').write_bytes(b'half')
-    done = run(*command[3:])
+    done = run(*command)
     assert done.returncode == 0 and f'{len(there)} of 6 shards are there' in done.stdout, done.stderr
     assert all(path.stat().st_mtime_ns == t for path, t in there.items())
     assert len(load_splits(str(target))['train']) == 1000
@@ -238,25 +239,24 @@ def test_a_column_of_groups_keeps_its_name(run, tmp_path):
     assert load_data(str(tmp_path / 'out')).groups == 'age'
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from timm_arl.files import hold
-held = hold(Path(sys.argv[1]))
-print('held', flush=True)
-sys.stdin.read()
-"""
+def hold_until_killed(path, pipe):
+    held = hold(path)
+    pipe.send(held is not None)
+    pipe.poll(120)
 
 
 @pytest.mark.slow
 def test_one_process_at_a_time_writes_to_a_target(run, source, tmp_path):
     (tmp_path / 'p').mkdir()
-    with subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path / 'p' / '.lock')], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == 'held\n'
-        done = run('prepare', source, tmp_path / 'p', '--workers', 1)
-        assert done.returncode == 2 and 'Another process is writing to' in done.stderr
-        other.kill()
+    fork = multiprocessing.get_context('fork')
+    here, there = fork.Pipe()
+    other = fork.Process(target=hold_until_killed, args=(tmp_path / 'p' / '.lock', there), daemon=True)
+    other.start()
+    assert here.recv()
+    done = run('prepare', source, tmp_path / 'p', '--workers', 1)
+    assert done.returncode == 2 and 'Another process is writing to' in done.stderr
+    other.kill()
+    other.join()
     done = run('prepare', source, tmp_path / 'p', '--workers', 1)
     assert done.returncode == 0 and not (tmp_path / 'p' / '.lock').exists(), done.stderr
 
