@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from timm_arl.download import WeightsError
 from timm_arl.factory import Checkpoint, load_weights_file, save_network
-from timm_arl.files import commits_of, git_commit, read_rows, replacing_folder, same_place, write_json, write_rows
+from timm_arl.files import git_commit, parts_of, read_rows, replacing_folder, same_place, write_json, write_rows
 from timm_arl.isic.dataset import DataError, load_data, wanted_of
 from timm_arl.isic.dataset.data import label_array
 from timm_arl.isic.dataset.sources import ids_digest
@@ -209,7 +209,8 @@ def average_runs(args):
             'statistics_measured': measured,
             'averaged': [{
                 'run': Path(folder).name, 'seed': record['arguments']['seed'], 'command': record['command'],
-                'commit': commits_of(record), 'epoch': int(row['epoch']), 'learned_masks': 'train_mask_loss' in row,
+                'commit': parts_of(record, 'commit'), 'epoch': int(row['epoch']),
+                'learned_masks': 'train_mask_loss' in row,
             } for folder, record, row in zip(args.runs, records, kept)]})
         write_json(new / 'metrics.json', metrics)
         division = Path(args.runs[0], 'splits.csv')

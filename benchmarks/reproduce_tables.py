@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from timm_arl.download import WeightsError
 from timm_arl.factory import tensors_sha256
-from timm_arl.files import commits_of, locked, make_folder, replacing, write_json
+from timm_arl.files import locked, make_folder, parts_of, replacing, write_json
 from timm_arl.isic.dataset import DataError, label_array, load_splits
 from timm_arl.isic.dataset.duplicates import twins_of_training
 from timm_arl.isic.dataset.sources import IMAGE_SUFFIXES, ids_digest
@@ -204,7 +204,7 @@ def make_run(args, out, row, seed, lock):
     content, arguments, launch, versions = (
         read_record(trained / 'run.json', *key) for key in ((), ('arguments',), ('launch',), ('versions',)))
     processor = content.get('processor', launch['device'])  # the first runs had none
-    used = content.get('kernels') or backend(torch.ones(1, 1, 1, 1, device=launch['device']))
+    used = parts_of(content, 'kernels') or backend(torch.ones(1, 1, 1, 1, device=launch['device']))
     if arguments['train_ids'] != ids_digest(args.splits['train']['image_id']):
         raise RunError(f'The run in {trained} has other training images than {args.data}: give another --output-dir.')
     precision = launch['mixed_precision']
@@ -212,7 +212,7 @@ def make_run(args, out, row, seed, lock):
         'row': row.name, 'seed': seed, **how,
         'columns': {
             'image_size': arguments['img_size'], 'epochs': arguments['epochs'],
-            'precision': 'fp32' if precision == 'no' else precision, 'commit': commits_of(content),
+            'precision': 'fp32' if precision == 'no' else precision, 'commit': parts_of(content, 'commit'),
             'kernels': kernels_of(row, used)},
         'processor': processor, 'versions': versions, 'tensors': tensors_sha256(trained / 'model.safetensors')})
     with replacing(kept.with_name(f'{name}.csv')) as temporary:
@@ -265,17 +265,26 @@ def make_runs(args, out):
                 raise KeyboardInterrupt
             if status:
                 write_reason(reason, why)
-            from_hub = row.weights and row.weights not in args.files and not row.alpha_zero_of
-            if status == 2 and from_hub and not (out / 'runs' / name / 'run.json').exists():
-                refused[row.name] = why  # before it began: weights out of reach
+            if status == 2 and 'could not be loaded from' in why:  # weights on the Hub, as with any seed
+                refused[row.name] = why
                 reason.with_suffix('.refused').touch()
             elif status:
                 failed = True
         write_scores(args, out)
-    if failed and int(os.environ.get('WORLD_SIZE', 1)) > 1:  # a launcher ends all its processes at the first status 1
-        for row, seed in jobs:
-            with locked(out / 'runs' / f'{row.name}-seed{seed}.lock', wait=True):
-                pass
+    return failed
+
+
+def share_runs(args, out):
+    """Make the runs, as one of the processes of a launcher, which ends all of them at the first status 1.
+
+    Returns whether a run failed after it had begun.
+    """
+    with locked(out / 'runs' / f'process-{os.environ.get("RANK", 0)}.lock'):
+        failed = make_runs(args, out)
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    for rank in range(world if failed and world > 1 else 0):
+        with locked(out / 'runs' / f'process-{rank}.lock', wait=True):
+            pass
     return failed
 
 
@@ -340,7 +349,8 @@ def main():
     try:
         args = parse_args(parser)
         out = Path(args.output_dir)
-        for folder in [] if args.check else (out, out / 'predictions', out / 'runs'):
+        makes_runs = args.table in TABLES and not args.check and not args.drop_duplicates
+        for folder in [*[out] * (not args.check), *[out / 'predictions', out / 'runs'] * makes_runs]:
             check_output_dir(folder)
         path = out / f'{page_of(args)}.csv'
         if args.check and not path.is_file():
@@ -360,9 +370,9 @@ def main():
         elif args.table in ('masks', 'maps'):
             lines, about = network_lines(args, out, Predictor)
         else:
-            for name in ('predictions', 'runs') * (not args.check and not args.drop_duplicates):
+            for name in ('predictions', 'runs') * makes_runs:
                 make_folder(out / name)
-            failed = False if args.check or args.drop_duplicates else make_runs(args, out)
+            failed = share_runs(args, out) if makes_runs else False
             lines, about = table_lines(args, out)
             if args.drop_duplicates and not any(line['measured'] for line in lines):
                 raise RunError(f'No run of {args.table} is finished in {out}: make the table first, without '

@@ -12,7 +12,10 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / 'benchmarks'
 
 
 def run_here(program, *args, cwd=None):
-    """What a program's main() said and returned; it leaves this process as it was."""
+    """What a program's main() said and returned.
+
+    Arguments, paths, folder, threads and what Accelerate remembers are as before afterwards; random numbers are not.
+    """
     import torch
     from accelerate.state import AcceleratorState
 
@@ -22,7 +25,7 @@ def run_here(program, *args, cwd=None):
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        patch.setattr(sys, 'argv', [f'{program}.py', *map(str, args)])
+        patch.setattr(sys, 'argv', [str(BENCHMARKS / f'{program}.py'), *map(str, args)])
         if cwd is not None:
             patch.chdir(cwd)
         try:

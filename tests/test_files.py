@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from timm_arl.files import commits_of, git_commit, read_rows, replacing, same_place, write_json, write_rows
+from timm_arl.files import git_commit, parts_of, read_rows, replacing, same_place, write_json, write_rows
 from timm_arl.isic.predictions import read_predictions, write_predictions
 
 
@@ -67,5 +67,7 @@ def test_labels_with_semicolons_in_them(tmp_path):
 
 
 def test_commits_of_a_run_that_was_resumed_after_an_update():
-    assert commits_of({'commit': 'a', 'resumed': [{'commit': 'a'}, {'commit': 'b-dirty'}]}) == 'a b-dirty'
-    assert commits_of({'commit': 'a'}) == 'a' and commits_of({'commit': None}) == ''
+    later = {'commit': 'b-dirty', 'kernels': 'torch'}
+    record = {'commit': 'a', 'kernels': 'native', 'resumed': [{'commit': 'a'}, later]}
+    assert parts_of(record, 'commit') == 'a b-dirty' and parts_of(record, 'kernels') == 'native torch'
+    assert parts_of({'commit': 'a'}, 'commit') == 'a' and parts_of({'commit': None}, 'commit') == ''

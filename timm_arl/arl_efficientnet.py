@@ -48,7 +48,7 @@ class ARLInvertedResidual(GatedBlock, InvertedResidual):
             **kwargs: Its keyword arguments, and those of GatedBlock.
 
         Raises:
-            ValueError: As GatedBlock, or a block without an identity shortcut, of stride 2 or another width.
+            ValueError: As GatedBlock, a block without an identity shortcut (of stride 2 or another width), or ``s2d``.
         """
         super().__init__(*args, **kwargs)
         if not self.has_skip:

@@ -16,7 +16,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    'alone_in', 'check_writable', 'commits_of', 'delimiter_of', 'git_commit', 'hold', 'locked', 'make_folder',
+    'alone_in', 'check_writable', 'delimiter_of', 'git_commit', 'hold', 'locked', 'make_folder', 'parts_of',
     'read_rows', 'recover_folder', 'replacing', 'replacing_folder', 'same_place', 'swap_folder', 'write_json',
     'write_rows',
 ]
@@ -249,10 +249,11 @@ def git_commit(path: PathLike) -> Optional[str]:
     return done.stdout.strip() or None
 
 
-def commits_of(record: Dict[str, Any]) -> str:
-    """The commits that made a run, by its run.json: several where it was resumed after an update, '' if none is known.
+def parts_of(record: Dict[str, Any], key: str) -> str:
+    """The commits or kernels that made a run, by its run.json: several where it was resumed after an update.
 
     Args:
         record: Content of run.json.
+        key: 'commit' or 'kernels'.
     """
-    return ' '.join(dict.fromkeys(filter(None, (part.get('commit') for part in (record, *record.get('resumed', ()))))))
+    return ' '.join(dict.fromkeys(filter(None, (part.get(key) for part in (record, *record.get('resumed', ()))))))

@@ -200,7 +200,8 @@ class Predictor:
         config = checkpoint.config()
         task = Task.of_network(model, config)
         if task is None:
-            raise WeightsError(_not_known(self.name, model.num_classes, 'config.json', config) + ' in it.')
+            remedy = ' in it.' if checkpoint.path is not None else ''
+            raise WeightsError(_not_known(self.name, model.num_classes, 'config.json', config, remedy))
         self.remarks += filter(None, [task.assumption(self.name, model, config)])
         # offline, the weights alone may be in the cache
         saved = checkpoint.settings(self._unknown if constants.HF_HUB_OFFLINE else None)
@@ -226,8 +227,8 @@ class Predictor:
         outputs = about.get('outputs') or self._onnx.session.get_outputs()[0].shape[-1]
         task = Task.of_config(about, outputs)
         if task is None:
-            raise WeightsError(_not_known(self.name, outputs, 'metadata', about)
-                               + ' in the config.json of the network, and export it again.')
+            raise WeightsError(_not_known(self.name, outputs, 'metadata', about,
+                                          ' in the config.json of the network, and export it again.'))
         if (about.get('int8') or {}).get('worse'):
             self.remarks.append(f'{self.name} is in 8 bits, and has a lower AUC than the network that it was made from '
                                 f'({about["int8"]["worse"]}).')
@@ -362,15 +363,22 @@ class Predictor:
         return pictures
 
 
-def _not_known(name: str, outputs: Any, where: str, config: Dict[str, Any]) -> str:
-    """That nobody has said what the outputs of a network are, and the entry of a config.json that would."""
+def _not_known(name: str, outputs: Any, where: str, config: Dict[str, Any], remedy: str) -> str:
+    """That nobody has said what the outputs of a network are, and the entry of a config.json that would.
+
+    Args:
+        remedy: Where to set it; '' where the user cannot.
+    """
     names = list(config.get('label_names') or ())
-    labels = names if len(names) == outputs else ['nevus', 'melanoma']
+    labels = names if len(names) == outputs else ['nevus', 'melanoma', *map(str, range(3, 1 + int(outputs)))][:outputs]
     entry = json.dumps({'task': {'name': 'mine', 'kind': 'multiclass', 'labels': labels}}, ensure_ascii=False)[1:-1]
     cause = ('has a task that is damaged or of other outputs' if config.get('task') else
              f'only calls them {", ".join(map(str, names))}' if names else 'has no label_names')
-    return (f'What the {outputs} outputs of {name} mean is not known, because its {where} {cause}: set a key such as '
-            f'{entry} (kind multilabel where an image may have several)')
+    if not remedy or len(labels) > 20:
+        remedy = f'choose a network that was trained on skin lesions, {DEFAULT_MODEL} for one.'
+    else:
+        remedy = f'set a key such as {entry} (kind multilabel where an image may have several){remedy}'
+    return f'What the {outputs} outputs of {name} mean is not known, because its {where} {cause}: {remedy}'
 
 
 def _numbers(values: Any, labels: Sequence[str]) -> Dict[str, float]:

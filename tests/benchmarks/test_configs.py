@@ -32,6 +32,7 @@ def test_launch(repo, tmp_path, name, nodes, processes):
         process.start()
     for process in started:
         process.join(200)
+        process.kill()  # if it has not ended, pytest would wait for it for ever
     assert [process.exitcode for process in started] == [0] * nodes
     assert {p.name: p.read_text() for p in (tmp_path / 'ranks').iterdir()} == {
         str(rank): f'{processes} bf16' for rank in range(processes)}

@@ -105,7 +105,9 @@ def check(shape, dtype, layout, gate, norms, seed=0):
 
 @both_layouts
 def test_every_gate(attention, layout):
-    for mask_scale, add_shortcut, relu, norms in KINDS[FORMATS.index(layout)::2]:  # the other half in the other layout
+    for i, (mask_scale, add_shortcut, relu, norms) in enumerate(KINDS):
+        if triton.INTERPRETED and (i + i // 3 + i // 6) % 2 != FORMATS.index(layout):
+            continue  # the other half in the other layout
         check((2, 5, 4, 3), torch.float32, layout, Gate(attention, mask_scale, add_shortcut, relu), norms)
 
 

@@ -1,13 +1,14 @@
 """The output folder of a run."""
+import json
 import multiprocessing
 from types import SimpleNamespace
 
 import pytest
 
-from timm_arl.files import read_rows
+from timm_arl.files import read_rows, write_json
 from timm_arl.training import runs
 from timm_arl.training.arguments import RunError
-from timm_arl.training.runs import FolderTaken, discard_start, hold_folder, record_look, release_folders
+from timm_arl.training.runs import FolderTaken, discard_start, hold_folder, note_code, record_look, release_folders
 
 fork = multiprocessing.get_context('fork')
 
@@ -20,6 +21,15 @@ def out(tmp_path):
     hold_folder(tmp_path / 'out')
     yield tmp_path / 'out'
     release_folders()
+
+
+def test_what_a_run_goes_on_with_after_an_update_is_noted(tmp_path):
+    old, new = ({'commit': name, 'kernels': 'native'} for name in ('a', 'b'))
+    write_json(tmp_path / 'run.json', {'command': 'x', **old})
+    for code, resumed in ((old, []), (new, [new]), (new, [new]), (old, [new, old])):
+        note_code(tmp_path, code)
+        record = json.loads((tmp_path / 'run.json').read_text())
+        assert record == {'command': 'x', **old, **({'resumed': resumed} if resumed else {})}
 
 
 def test_a_failed_start_of_several_runs_leaves_nothing(out):

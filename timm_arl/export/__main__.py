@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
+from huggingface_hub import constants
 
 from ..arguments import number, program_parser
 from ..download import WeightsError
@@ -95,7 +96,8 @@ def export(args: argparse.Namespace) -> int:
     trained = args.pretrained or ':' in args.model or '.' in args.model or Path(args.model).exists()
     checkpoint = Checkpoint(args.model) if trained else None
     model: Any = checkpoint.network() if checkpoint else create_for_task(args.model)
-    settings = checkpoint.settings() if checkpoint else None
+    # offline, the weights alone may be in the cache
+    settings = checkpoint.settings([] if constants.HF_HUB_OFFLINE else None) if checkpoint else None
     if settings is not None and 'crops' not in settings:
         print(f'How {args.model} was evaluated is not known (no run.json or results.json): the file does not say it.')
     if settings and args.img_size not in (None, model.pretrained_cfg['input_size'][-1]):

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..files import commits_of
+from ..files import parts_of
 from ..isic.dataset.demo import DEMO_TASKS
 from ..isic.dataset.options import NO_GROUPS
 from ..isic.report import (
@@ -188,7 +188,7 @@ def _training(results: Dict[str, Any]) -> str:
         ('image size', f'{results["img_size"]} px' + (
             f'; trained at {trained_at} px' if trained_at != results['img_size'] else '')),
         ('crops', f'{arguments.get("crops")}; their probabilities are averaged'),
-        ('commit', commits_of(run) or 'unknown'),
+        ('commit', parts_of(run, 'commit') or 'unknown'),
         ('versions', ', '.join(f'{key} {value}' for key, value in run['versions'].items())),
         ('device', f'{run["launch"]["processes"]} process(es), '
                    f'{run.get("processor") or run["launch"]["device"]}, mixed precision '

@@ -87,7 +87,7 @@ def _unknown(source: Any) -> str:
         return 'it is empty'
     kind = (', but HEIC: convert it to JPEG' if head[4:8] == b'ftyp' and head[8:12] in HEIC else
             ', but a ZIP file: unpack it' if head.startswith(b'PK\3\4') else
-            ', but plain text: a list of files is given by - < FILE' if _is_text(head) else '')
+            ', but plain text' if _is_text(head) else '')
     return f'it is not an image in a format that Pillow knows{kind}'
 
 

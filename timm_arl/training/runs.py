@@ -89,9 +89,7 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
                 'arguments': {k: v for k, v in vars(args).items()
                               if k not in NOT_OF_THE_RUN or (k == 'workers' and args.streaming)},
                 'launch': launch,
-                **_code(accelerator),
-                'kernels': _kernels(accelerator.device),
-                'python': platform.python_version(),
+                **_code(accelerator.device),
             })
     accelerator.wait_for_everyone()
     start = time.monotonic()
@@ -102,13 +100,9 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
         time.sleep(0.5)
     if not args.resume:
         return []
-    record = json.loads((out / 'run.json').read_text())
-    if launch != record['launch']:
-        raise RunError(f'The run in {out} was launched with {record["launch"]}, not {launch}: resume it in the same '
-                       f'way.')
-    code = _code(accelerator)
-    if accelerator.is_main_process and code != {key: (record.get('resumed') or [record])[-1].get(key) for key in code}:
-        write_json(out / 'run.json', {**record, 'resumed': [*record.get('resumed', ()), code]})
+    saved = json.loads((out / 'run.json').read_text())['launch']
+    if launch != saved:
+        raise RunError(f'The run in {out} was launched with {saved}, not {launch}: resume it in the same way.')
     progress = out / 'last' / 'progress.json'
     if not progress.exists():
         if not (args.folds or args.seeds):
@@ -123,14 +117,23 @@ def prepare_output_dir(args, accelerator, out, score='validation_mean_auc'):
     return summary
 
 
-def _code(accelerator):
+def _code(device):
     """What a run is made by: it may be resumed after an update, or on another machine."""
     return {
         'commit': git_commit(sys.argv[0]),
-        'processor': processor_name(accelerator.device),
+        'processor': processor_name(device),
+        'kernels': _kernels(device),
         'versions': {'timm_arl': __version__, **{
             m.__name__: m.__version__ for m in (timm, torch, accelerate, datasets)}},
+        'python': platform.python_version(),
     }
+
+
+def note_code(out, code):
+    """Add to run.json what a run goes on with, if it is not what the last part of it was made by."""
+    record = json.loads((out / 'run.json').read_text())
+    if code != {key: (record.get('resumed') or [record])[-1].get(key) for key in code}:
+        write_json(out / 'run.json', {**record, 'resumed': [*record.get('resumed', ()), code]})
 
 
 def hold_folder(out):
@@ -192,6 +195,7 @@ def load_progress(accelerator, network, averaged, out):
     try:
         if accelerator.is_main_process:
             publish(out)
+            note_code(out, _code(accelerator.device))
     except FileNotFoundError as error:
         raise RunError(_cannot_resume(out, last / 'kept', 'is incomplete')) from error
     accelerator.wait_for_everyone()

@@ -10,6 +10,7 @@ from typing import IO, Sequence, Tuple
 
 import torch
 
+from ...factory import tensors_sha256
 from ...files import replacing
 from .lines import is_stale, read_record
 from .rows import Row
@@ -62,16 +63,20 @@ def as_begun(folder: Path, key: str, path: str) -> str:
 
 def drop_stale(out: Path, row: Row, seed: int) -> None:
     """Remove what a row without attention has of other weights than its network has now."""
-    folder = out / 'runs' / f'{row.name}-seed{seed}'
-    if is_stale(out, row, seed):
+    if not row.alpha_zero_of:
+        return
+    folder, network = out / 'runs' / f'{row.name}-seed{seed}', out / 'runs' / f'{row.alpha_zero_of}-seed{seed}'
+    scored, weights = folder / 'evaluation.json', network / 'model.safetensors'
+    if is_stale(out, row, seed) or scored.is_file() and weights.is_file() and (
+            read_record(scored, 'tensors_sha256') != tensors_sha256(weights)):
         print(f'{row.alpha_zero_of} was trained again, so {row.name} is scored again.', flush=True)
         old = folder.with_name(f'{folder.name}.stale')
         for there in (old, folder):
             if there.exists():
                 there.replace(old)  # a folder is gone at once, or it would be taken for one that is complete
                 shutil.rmtree(old)
-        for path in (out / 'predictions').glob(f'{folder.name}.*'):  # last: killed before, they are stale still
-            path.unlink()
+        for ending in ('csv', 'json'):  # last, and in this order: killed before the second, they are stale still
+            (out / 'predictions' / f'{folder.name}.{ending}').unlink(missing_ok=True)
 
 
 def write_reason(path: Path, why: str) -> None:
