@@ -300,7 +300,7 @@ def test_a_config_that_names_other_weights(client, hub, weights):
         result, _ = client(name='HF-Hub:bad/bin-alone', plain=plain)
         assert 'there is no such file in the repo' in result['error']
     assert 'sum' in client(name='hf-hub:row/other-name')[0]
-    for repo, message in (('name', 'evil.bin of bad/name .*it is no .safetensors file'),
+    for repo, message in (('name', r'evil.safetensors of bad/name .*weights in another format \(.bin\) are not opened'),
                           ('path', r'\.\./model.safetensors of bad/path .*it is no .safetensors file'),
                           ('config', 'hf-hub:bad/config cannot be created with its weights|no such file in the repo'),
                           ('args', 'hf-hub:bad/args cannot be created with its weights')):
