@@ -276,12 +276,11 @@ def evaluate(args):
         return
 
     # Chosen on validation, or at home
-    choice = home
+    choice, doubts = home, {}
     if 'validation' in truth and not mapped:
         choice = chosen(truth['validation'], probabilities['validation'], task, training_labels)
-        for doubt in calibration_doubts(
-                truth['validation'], probabilities['validation'], choice, groups['validation']):
-            print(doubt)
+        doubts = calibration_doubts(truth['validation'], probabilities['validation'], choice, groups['validation'])
+        print(*[f'{doubt}\n' for doubt in doubts.values()], sep='', end='')
         if training_labels is None:
             print(f'{args.data} does not have the training images of {args.checkpoint}: calibration is for the mix of '
                   f'its validation images.')
@@ -296,7 +295,8 @@ def evaluate(args):
             truth[name], probabilities[name], seed=bootstrap, operating_points=points, task=scored,
             groups=groups[name], unit=unit_of(data.groups))
         for label, t, p, calibration in zip(scored.labels, truth[name].T, probabilities[name].T, calibrations):
-            scores[label]['calibration'] = calibration_scores(t, p, calibration)
+            scores[label]['calibration'] = {
+                **calibration_scores(t, p, calibration), **({'doubt': doubts[label]} if label in doubts else {})}
         scores['subgroups'] = subgroup_table(truth[name], probabilities[name], parts[name], scored, groups[name])
     external = None
     if mapped:

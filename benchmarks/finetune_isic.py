@@ -126,7 +126,7 @@ def train(args, accelerator, data, out, networks=None):
     with_masks = learns_masks(args, splits['train'])
     if args.mask_weight:
         accelerator.print("The lesions' masks are learned too." if with_masks else
-                          'The training images have no masks: --mask-weight has no effect.')
+                          'The training images have no lesion masks: the network learns from the diagnoses alone.')
     student = teachers is not None or with_masks
     if student:
         model = Student(model, img_size, teachers and teachers.width, with_masks)

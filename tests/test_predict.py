@@ -74,6 +74,19 @@ def test_thresholds_and_calibration(predict, photographs, tmp_path):
     assert not np.allclose(values(found('--crops', 'center')[0]), raw, atol=1e-3)
 
 
+def test_a_calibration_that_was_not_determined_is_doubted(predict, photographs, tiny, tmp_path):
+    run = shutil.copytree(tiny, tmp_path / 'run')
+    values = dict.fromkeys(LABELS, 1.)
+    write_json(run / 'home.json', {'thresholds': {}, 'temperatures': values, 'biases': values, 'doubts': [
+        'Do not use the calibration of melanoma: too few.']})
+    for flags, times in (((), 0), (('--calibrated',), 1)):
+        shutil.rmtree(tmp_path / 'out', ignore_errors=True)
+        done = predict(photographs / 'a', '--model', run, *flags)
+        assert done.returncode == 0 and done.stderr.count('Do not use the calibration of melanoma: too few.') == times
+        noted = json.loads((tmp_path / 'out' / 'predictions.json').read_text())['remarks']
+        assert len([note for note in noted if 'too few' in note]) == times
+
+
 def test_files_of_the_user_are_kept(predict, tiny, photographs, tmp_path):
     (tmp_path / 'out').mkdir()
     for name in ('images.jsonl', '.lock'):

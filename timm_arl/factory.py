@@ -253,7 +253,8 @@ class Checkpoint:
                 returned. None: the error is raised.
 
         Returns:
-            Those of task, thresholds, temperatures, biases, crops, grey_world, lesion_crop and aspect that are known.
+            Those of task, thresholds, temperatures, biases, doubts (about them), crops, grey_world, lesion_crop and
+            aspect that are known.
 
         Raises:
             WeightsError: A config.json or results.json that could not be loaded from the Hub, or as arguments.
@@ -273,7 +274,7 @@ class Checkpoint:
         home, config = (  # temperatures alone are those of an older version, whose calibration was another
             {k: v for k, v in source.items() if k != 'temperatures' or 'biases' in source} for source in (home, config))
         return {key: source[key] for source, keys in (
-            (home, ('thresholds', 'temperatures', 'biases')),
+            (home, ('thresholds', 'temperatures', 'biases', 'doubts')),
             (config, ('task', 'thresholds', 'temperatures', 'biases')),
             (arguments, ('crops', 'grey_world', 'lesion_crop', 'aspect')))
             for key in keys if source.get(key) is not None}
@@ -376,5 +377,6 @@ def _may_have_trained(model: Any, architecture: Any) -> bool:
 
 
 def _near(name: str) -> str:
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    names = timm.list_models() if '.' not in name else [*timm.list_models(), *timm.list_pretrained()]
+    near = difflib.get_close_matches(name, names, n=3)
     return f'did you mean {" or ".join(near)}? ' if near else ''

@@ -115,7 +115,8 @@ def _images(argument: str, leave_out: str, must_exist: bool = False) -> Iterator
         if not found and not must_exist:
             yield argument
     else:
-        raise InputError(f'No file or folder {argument or "with an empty name"}.')
+        raise InputError(f'No file or folder {argument or "with an empty name"}: give the path of an image, or of a '
+                         f'folder of images.')
 
 
 def _noted(names: Iterable[str], folders: Dict[str, Tuple[bool, int, str]], places: Dict[str, str]) -> Iterator[str]:

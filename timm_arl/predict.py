@@ -277,6 +277,7 @@ def predict(args: argparse.Namespace) -> int:
                              f'with torchrun, or unset WORLD_SIZE and RANK.') from error
     files = PredictionFiles(Path(args.output_dir), args.format, predictor.labels, is_exclusive(predictor))
     settings = settings_of(args, predictor)
+    predictor.remarks += predictor.doubts if args.calibrated else []
     record, done = on_first(lambda: prepare(args, files, settings, predictor.remarks))
     for remark in predictor.remarks if rank == 0 else ():
         say(f'note: {remark}', file=sys.stderr)

@@ -175,6 +175,7 @@ class Predictor:
         self.temperatures, self.biases = (_numbers(saved.get(name), self.labels) for name in ('temperatures', 'biases'))
         if not self.biases:  # an ONNX file of an older version, whose calibration was another
             self.temperatures = {}
+        self.doubts = [str(doubt) for doubt in saved.get('doubts') or ()]  # about the calibration
         self.thresholds.setdefault('official', dict.fromkeys(self.labels, OFFICIAL_THRESHOLD))
         self.point = self.operating_point('youden') or 'official'
         if len(self.thresholds) == 1:

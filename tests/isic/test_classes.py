@@ -97,6 +97,12 @@ def test_many_rare_classes_have_no_interval_of_all_together():
     json.dumps(scores, allow_nan=False)
 
 
+def test_so_few_images_have_no_interval():
+    _, truth, probabilities = sample(images=16)
+    scores = score_split(truth, probabilities, task=TASK, groups=[str(k % 4) for k in range(16)])
+    assert all(scores[name] is not None and scores[f'{name}_ci95'] is None for name in CLASS_SCORES)
+
+
 def test_lesions_are_resampled_together():
     _, truth, probabilities = sample(90, 4)
     again = np.repeat(np.arange(90), 3)

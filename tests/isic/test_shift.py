@@ -109,17 +109,19 @@ def test_a_calibration_that_its_images_do_not_determine_is_told():
     rng = np.random.default_rng(0)
     p = rng.uniform(0.05, 0.95, (60, 2))
     truth = (rng.uniform(size=(60, 2)) < p).astype(float)
-    assert calibration_doubts(truth, p, chosen(truth, p)) == []
+    assert calibration_doubts(truth, p, chosen(truth, p)) == {}
     rare, split = truth.copy(), p.copy()
     rare[:, 0] = np.arange(60) == 0
     split[:, 1] = np.where(truth[:, 1] == 1, 0.8, 0.2)  # told apart by every threshold between
-    assert calibration_doubts(rare, split, chosen(rare, split)) == [
+    assert list(calibration_doubts(rare, split, chosen(rare, split)).values()) == [
         'Do not use the calibration of melanoma: 1 validation images have it and 59 do not, but 5 of each are '
         'needed.',
         'Do not use the calibration of seborrheic_keratosis: all validation images with it have higher probabilities '
         'than those without.']
+    kept = home_record(images('brown'), rare, split, ISIC2017, {})['doubts']
+    assert len(kept) == 2 and kept[0].startswith('Do not use the calibration of melanoma: ')
     wrong = np.stack([1 - p[:, 0], p[:, 1]], 1)  # an AUC below 0.5
-    assert calibration_doubts(truth, wrong, chosen(truth, wrong)) == [
+    assert list(calibration_doubts(truth, wrong, chosen(truth, wrong)).values()) == [
         'Do not use the calibration of melanoma: its temperature is at the end of its range, 20.']
     patients = [f'p{k // 15}' for k in range(60)]
     assert len(calibration_doubts(truth, p, chosen(truth, p), patients)) == len(LABELS)

@@ -85,6 +85,8 @@ def class_scores(
     labels = [*task.labels, *[task.rest] * bool((true == len(task.labels)).any())]
     errors = np.square(probabilities.astype(np.float64) - truth).sum(1)
     drawn = times.sum(1)
+    if len(true if groups is None else set(groups)) < LEAST_GROUPS:
+        drawn = np.full(len(times), np.nan)  # no interval of so few
     return {
         **with_interval('balanced_accuracy', *mean_recalls(truth, probabilities, times, task, groups)),
         **with_interval('top1', accuracy_score(true, called), times @ (true == called).astype(float) / drawn),

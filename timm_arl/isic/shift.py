@@ -1,7 +1,7 @@
 """What a run keeps of its validation images, and how another clinic's images and scores differ from it."""
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 from ..extras import require
 
@@ -101,15 +101,15 @@ def calibration_doubts(
         probabilities: np.ndarray,
         choice: Home,
         groups: Optional[Sequence[str]] = None,
-) -> List[str]:
-    """A sentence about each label whose calibration its validation images do not determine.
+) -> Dict[str, str]:
+    """A sentence about each label whose calibration its validation images do not determine, by label.
 
     Args:
         truth, probabilities: Of chosen.
         choice: What it gave.
         groups: Patient or lesion of each image; None: each image is a group.
     """
-    doubts = []
+    doubts = {}
     for (label, temperature), t, p in zip(choice['temperatures'].items(), truth.T, probabilities.T):
         positive, negative = group_counts(t, groups)
         why = ''
@@ -121,7 +121,7 @@ def calibration_doubts(
         elif not 1.001 * LEAST_TEMPERATURE < temperature < MOST_TEMPERATURE / 1.001:
             why = f'its temperature is at the end of its range, {temperature:.3g}'
         if why:
-            doubts.append(f'Do not use the calibration of {label}: {why}.')
+            doubts[label] = f'Do not use the calibration of {label}: {why}.'
     return doubts
 
 
@@ -145,7 +145,8 @@ def home_record(
         learned: Of chosen.
     """
     choice = chosen(truth, probabilities, task, learned)
-    return {**choice, 'shown': shown, 'images': image_statistics(images), 'labels': {
+    doubts = calibration_doubts(truth, probabilities, choice, groups)
+    return {**choice, 'doubts': list(doubts.values()), 'shown': shown, 'images': image_statistics(images), 'labels': {
         label: {'counts': probability_counts(p), **calibration_drift(
             t, p, (choice['temperatures'][label], choice['biases'][label]), groups)}
         for label, t, p in zip(task.labels, truth.T, probabilities.T)}}

@@ -34,6 +34,10 @@ def load_library(data: str, **kwargs: Any) -> Any:
     is_folder = bool(data) and Path(data).is_dir()
     is_file = data.endswith('.parquet') and Path(data).is_file()
     if not is_folder and not is_file and (data.count('/') != 1 or data.startswith(('.', '/', '~'))):
+        if Path(data).is_file():
+            raise DataError(f'{data} is no CSV or Parquet file: ' + (
+                'unpack it, and pass the folder.' if data.lower().endswith('.zip') else
+                'pass one, or a folder of images.'))
         raise DataError(f"No folder {data}: pass a folder (the challenge's, what `isic image download` wrote, one of "
                         f'classes, or one with splits in Parquet), a CSV of image paths, a dataset id on the Hugging '
                         f"Face Hub (user/name), or 'demo'.")
