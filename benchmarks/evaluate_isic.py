@@ -295,8 +295,8 @@ def evaluate(args):
             truth[name], probabilities[name], seed=bootstrap, operating_points=points, task=scored,
             groups=groups[name], unit=unit_of(data.groups))
         for label, t, p, calibration in zip(scored.labels, truth[name].T, probabilities[name].T, calibrations):
-            scores[label]['calibration'] = {
-                **calibration_scores(t, p, calibration), **({'doubt': doubts[label]} if label in doubts else {})}
+            scores[label]['calibration'] = calibration_scores(t, p, calibration)
+            scores[label].update({'calibration_doubt': doubts[label]} if label in doubts else {})
         scores['subgroups'] = subgroup_table(truth[name], probabilities[name], parts[name], scored, groups[name])
     external = None
     if mapped:
@@ -362,9 +362,9 @@ def evaluate(args):
             reliability_plot(
                 new / f'reliability_{name}.png', truth[name], probabilities[name], scores, title, scored)
         if summary:
-            curve_plot(new / 'curves.png', summary, folder.name, task, select)
+            curve_plot(new / 'curves.png', summary, f'{folder.name}{synthetic}', task, select)
         if alphas:
-            alpha_plot(new / 'alphas.png', summary, alphas, folder.name)
+            alpha_plot(new / 'alphas.png', summary, alphas, f'{folder.name}{synthetic}')
         if args.report:
             (new / 'report.html').write_text(page, encoding='utf-8', errors='backslashreplace')
         where = f' on {args.data}' * bool(mapped)

@@ -282,7 +282,7 @@ def predict(args: argparse.Namespace) -> int:
     for remark in predictor.remarks if rank == 0 else ():
         say(f'note: {remark}', file=sys.stderr)
     if done and rank == 0:
-        say(f'{done} of {record["images"]} images were done before.')
+        say(f'{done} of {record["images"]} images were done before. (The list of images is that of the first command.)')
     seconds = 0.
     if not record['complete']:
         if rank:

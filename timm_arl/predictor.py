@@ -371,7 +371,8 @@ def _not_known(name: str, outputs: Any, where: str, config: Dict[str, Any], reme
         remedy: Where to set it; '' where the user cannot.
     """
     names = list(config.get('label_names') or ())
-    labels = names if len(names) == outputs else ['nevus', 'melanoma', *map(str, range(3, 1 + int(outputs)))][:outputs]
+    count = outputs if isinstance(outputs, int) else 2  # an ONNX file may leave it open
+    labels = names if len(names) == count else ['nevus', 'melanoma', *map(str, range(3, 1 + count))][:count]
     entry = json.dumps({'task': {'name': 'mine', 'kind': 'multiclass', 'labels': labels}}, ensure_ascii=False)[1:-1]
     cause = ('has a task that is damaged or of other outputs' if config.get('task') else
              f'only calls them {", ".join(map(str, names))}' if names else 'has no label_names')

@@ -109,8 +109,7 @@ def few_images(scores: Dict[str, Any], task: Task = ISIC2017) -> List[str]:
 
 def calibration_doubts(scores: Dict[str, Any], task: Task = ISIC2017) -> List[str]:
     """Sentences on labels whose calibration the validation images do not determine."""
-    return [scores[label]['calibration']['doubt'] for label in task.labels
-            if 'doubt' in scores[label].get('calibration', {})]
+    return [scores[label]['calibration_doubt'] for label in task.labels if 'calibration_doubt' in scores[label]]
 
 
 def calibration_cells(scores: Dict[str, Any], task: Task = ISIC2017) -> Cells:
