@@ -120,7 +120,7 @@ def test_what_the_training_images_lack_is_said(call, few, tmp_path):
     done = call('finetune_isic', '--data', few, *args, '--lesion-crop', '--preview', tmp_path / 'sheet.png')
     assert done.returncode == 0 and 'The test images have no masks: --lesion-crop leaves them whole.' in done.stdout
     done = call('finetune_isic', '--data', tmp_path / 'unmasked', *args)
-    assert done.returncode == 0 and 'The training images have no masks' in done.stdout, done.stderr
+    assert done.returncode == 0 and 'The training images have no lesion masks' in done.stdout, done.stderr
     assert "the masks')" not in done.stdout and 'train_mask_loss' not in read_csv(tmp_path / 'out' / 'summary.csv')[0]
 
 
