@@ -18,7 +18,7 @@ from torch.nn.modules import module as nn_module
 
 from .attention import can_fuse, check_gate, folds_norms, fused_attention_residual, gated_sum
 from .kernels import compiled
-from .pretrained import HUB, build_with_local_weights
+from .pretrained import GATE_ARGUMENTS, HUB, build_with_local_weights
 
 __all__ = ['ARLBottleneck', 'ARLCNN', 'GatedBlock']  # register_model adds each entry point to this
 
@@ -182,16 +182,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return state_dict
 
 
-def gate_arguments(model: Any) -> Dict[str, Any]:
-    """What timm must save of a network's gates beside its name: the arguments that are not the default."""
-    defaults = dict(attention='spatial', mask_scale='softmax', mask_temperature=1., learn_temperature=False)
-    return {name: getattr(model, name) for name, value in defaults.items() if getattr(model, name) != value}
-
-
 class ARLCNN(ResNet):
     """ResNet of attention residual learning blocks.
 
-    Everything but the block is timm's ResNet. With every alpha at 0 the output is the same, bit for bit.
+    Everything but the block is timm's ResNet. With every alpha at 0 the output is the same, on a CPU bit for bit.
     """
     checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
 
@@ -228,7 +222,7 @@ class ARLCNN(ResNet):
         self.mask_scale = block_args['mask_scale']
         self.mask_temperature = block_args['mask_temperature']
         self.learn_temperature = block_args['learn_temperature']
-        self._model_args = gate_arguments(self)
+        self._model_args = {name: getattr(self, name) for name in GATE_ARGUMENTS}  # which timm saves
 
 
 def _create_arl_cnn(variant: str, pretrained: bool = False, **kwargs) -> ARLCNN:

@@ -25,9 +25,9 @@ from timm.models._efficientnet_builder import (
 )
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 
-from .arl_cnn import GatedBlock, checkpoint_filter_fn, gate_arguments
+from .arl_cnn import GatedBlock, checkpoint_filter_fn
 from .attention import check_gate, gated_sum
-from .pretrained import HUB, build_with_local_weights
+from .pretrained import GATE_ARGUMENTS, HUB, build_with_local_weights
 
 __all__ = ['ARLEfficientNet', 'ARLInvertedResidual']  # register_model adds each entry point to this
 
@@ -107,7 +107,7 @@ class _Gated:
         self.mask_scale = mask_scale
         self.mask_temperature = mask_temperature
         self.learn_temperature = learn_temperature
-        self._model_args = gate_arguments(self)
+        self._model_args = {name: getattr(self, name) for name in GATE_ARGUMENTS}  # which timm saves
         blocks: List[Any] = [m for m in cast(nn.Module, self).modules() if type(m) is InvertedResidual and m.has_skip]
         for block in blocks:
             block.__class__ = ARLInvertedResidual  # timm's builder knows no other class for them
@@ -115,7 +115,7 @@ class _Gated:
 
 
 class ARLEfficientNet(_Gated, EfficientNet):
-    """EfficientNet with attention residual learning; with every alpha at 0 its output is timm's, bit for bit."""
+    """EfficientNet with attention residual learning; with every alpha at 0 it is timm's, on a CPU bit for bit."""
     checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
 
 

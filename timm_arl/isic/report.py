@@ -104,10 +104,10 @@ def few_images(scores: Dict[str, Any], task: Task = ISIC2017) -> List[str]:
         if lacking < LEAST_GROUPS:
             which = 'have images' if 'intervals_over' in scores else 'are'
             lines.append(f'Only {lacking} {over} {which} without {words}{without}.')
-    return lines + calibration_doubts(scores, task)
+    return lines + _doubts(scores, task)
 
 
-def calibration_doubts(scores: Dict[str, Any], task: Task = ISIC2017) -> List[str]:
+def _doubts(scores: Dict[str, Any], task: Task = ISIC2017) -> List[str]:
     """Sentences on labels whose calibration the validation images do not determine."""
     return [scores[label]['calibration_doubt'] for label in task.labels if 'calibration_doubt' in scores[label]]
 
@@ -167,7 +167,7 @@ def scores_page(title: str, metrics: Dict[str, Any], task: Task = ISIC2017) -> s
         parts += [f'## {split}, {scores[task.labels[0]]["images"]} images', scores_table(scores, task),
                   *(markdown_table(*cells(scores)) for cells in (classes_cells, confusion_cells)
                     if 'confusion_matrix' in scores),
-                  points_table(scores, task), calibration_table(scores, task), *calibration_doubts(scores, task)]
+                  points_table(scores, task), calibration_table(scores, task), *_doubts(scores, task)]
     return '\n\n'.join(parts) + '\n'
 
 
